@@ -1,0 +1,122 @@
+# Set-up and everyday commands; `make` alone lists them. Each target first creates what it needs.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+KERNELS := src/evenkeel/kernels/cpu
+CSRC := $(wildcard $(KERNELS)/csrc/*.h $(KERNELS)/csrc/*.cpp)
+LIBRARY := $(KERNELS)/libevenkeel.so
+WHY_NOT := $(KERNELS)/not_built.txt
+
+ifeq ($(origin CXX),default)
+COMPILER := $(shell command -v c++ || command -v g++ || command -v clang++)
+else
+COMPILER := $(CXX)
+endif
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+ifeq ($(EVENKEEL_DATA_DIR),)
+ifneq ($(wildcard ../shared/data),)
+export EVENKEEL_DATA_DIR := $(abspath ../shared/data)
+endif
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check bench format clean FORCE
+CHECKS := check-format check-lint check-types check-layers check-kernels
+.PHONY: $(CHECKS)
+
+help:
+	@echo 'make demo     what batch normalization does, on real data: a table, and evenkeel-demo.html'
+	@echo 'make test     run the tests'
+	@echo 'make check    format, lint, types, layers of imports'
+	@echo 'make bench    time the layers'
+	@echo 'make format   format the sources, and mend what the linter can'
+	@echo 'make clean    remove what was built (the virtual environment stays)'
+	@echo
+	@echo 'ARGS="..." is passed on by demo, test and bench: make test ARGS="tests/docs -x"'
+	@echo 'PYTHON ($(PYTHON)), VENV ($(VENV)) and TORCH ($(TORCH)) can be set in the same way.'
+
+demo: $(VENV)/.built
+	@$(BIN)/evenkeel demo $(ARGS)
+
+# Two processes of torch's own threads: waiting ones are not to keep a core busy. ARGS="-n 0" runs all in one process.
+test: $(VENV)/.built
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+bench: $(VENV)/.built
+	@$(BIN)/evenkeel bench $(ARGS)
+
+check: $(VENV)/.built
+	@$(MAKE) --no-print-directory --keep-going $(CHECKS)
+
+check-format:
+	@echo 'ruff format'
+	@$(BIN)/ruff format --quiet --check --diff
+
+check-lint:
+	@echo 'ruff check'
+	@$(BIN)/ruff check --quiet
+
+check-types:
+	@echo 'mypy'
+	@$(BIN)/mypy --no-error-summary
+
+check-layers:
+	@echo 'lint-imports'
+	@$(BIN)/lint-imports > $(VENV)/.layers 2>&1 || { cat $(VENV)/.layers; exit 1; }
+
+check-kernels:
+	@echo 'clang-format'
+	@$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+format: $(VENV)/.installed
+	@$(BIN)/ruff format
+	@$(BIN)/ruff check --fix
+	@$(BIN)/clang-format -i $(CSRC)
+
+clean:
+	@rm -rf build dist src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@rm -f $(LIBRARY) $(WHY_NOT) $(VENV)/.built
+
+# ---- the virtual environment: one empty file in it for each step that is done
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo 'evenkeel needs Python 3.10 or newer: make PYTHON=... names one' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || \
+		{ echo 'Python cannot create virtual environments: install python3-venv (on Debian and Ubuntu)' >&2; exit 1; }
+	@echo 'creating $(VENV)'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: requirements/dev.txt $(VENV)/.torch
+	@echo 'installing $(TORCH) and requirements/dev.txt; the first time this takes minutes'
+	@$(PIP) install --quiet --requirement requirements/dev.txt '$(TORCH)'
+	@touch $@
+
+# Building is repeated when a kernel's source or the way to build changed, when what it leaves is gone, and when the
+# kernels are required (EVENKEEL_NATIVE=1) but were left out.
+LEFT := $(wildcard $(LIBRARY) $(if $(filter 1,$(EVENKEEL_NATIVE)),,$(WHY_NOT)))
+
+$(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(CSRC) $(VENV)/.compiler $(if $(LEFT),,FORCE)
+	@echo 'building the native kernels'
+	@$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@test ! -f $(WHY_NOT) || echo "left out, the reference back end will run: $$(cat $(WHY_NOT))" >&2
+	@touch $@
+
+# Two files that change only when what they say does.
+$(VENV)/.torch: WORDS = $(TORCH)
+$(VENV)/.compiler: WORDS = $(COMPILER) $(CXXFLAGS) $(LDFLAGS) $(filter 0,$(EVENKEEL_NATIVE))
+$(VENV)/.torch $(VENV)/.compiler: FORCE | $(VENV)/.created
+	@echo '$(WORDS)' | cmp -s - $@ || echo '$(WORDS)' > $@
+
+FORCE:

@@ -1,0 +1,168 @@
+"""Builds the native CPU kernels: one source compiled for several instruction sets, into one library.
+
+The library registers its operators with LibTorch through the stable ABI. It is no Python module, so one build serves
+every Python, and every torch from 2.10 on. Where it cannot be built (no C++ compiler, no torch), the package installs
+without it and runs on the reference back end. EVENKEEL_NATIVE=0 leaves it out, EVENKEEL_NATIVE=1 makes it required.
+CXX, CXXFLAGS and LDFLAGS are heeded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build as build_command
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+LIBRARY = "evenkeel.kernels.cpu.libevenkeel"
+CSRC = Path("src/evenkeel/kernels/cpu/csrc")
+TORCH_FOR_BUILDING = "torch==2.13.0"
+TORCH_TARGET_VERSION = "0x020a000000000000"  # the oldest torch that the library must load into: 2.10
+
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
+    INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
+
+wish = os.environ.get("EVENKEEL_NATIVE", "")
+if wish not in ("", "0", "1"):
+    raise SystemExit(f"EVENKEEL_NATIVE is {wish!r}; legal are 0 (leave out), 1 (required) and unset (where possible)")
+
+
+class BuildError(Exception):
+    """Why the library can't be built, in one line for whoever runs the package later."""
+
+
+def find_compiler() -> list[str] | None:
+    """The C++ compiler's command: CXX if it is set, else the first that is installed."""
+    wished = os.environ.get("CXX", "").strip()
+    for name in [wished] if wished else ["c++", "g++", "clang++"]:
+        command = shlex.split(name)
+        if shutil.which(command[0]):
+            return command
+    return None
+
+
+def find_torch() -> Path | None:
+    """The torch to compile against, 2.10 or newer; in an isolated build also the one outside, by the same Python."""
+    spec = importlib.util.find_spec("torch")
+    candidates = [Path(spec.origin).parent] if spec and spec.origin else []
+    candidates += [Path(folder) / "torch" for folder in [*site.getsitepackages(), site.getusersitepackages()]]
+    for torch in candidates:
+        if not (torch / "include/torch/csrc/stable/library.h").exists():
+            continue
+        version = re.search(r"__version__ = '(\d+)\.(\d+)", (torch / "version.py").read_text())
+        if version and (int(version[1]), int(version[2])) >= (2, 10):
+            return torch
+    return None
+
+
+def run(command: list[str], what: str) -> None:
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise BuildError(f"{command[0]} could not be run on {what}: {error}") from None
+    sys.stderr.write(done.stdout + done.stderr)
+    if done.returncode:
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        told = next((line for line in said if "error" in line), said[-1] if said else "it said nothing")
+        raise BuildError(f"{command[0]} ended with status {done.returncode} on {what}: {told[:300]}")
+
+
+def build(library: Path) -> None:
+    """Compile and link the library.
+
+    Raises:
+        BuildError: it is not wanted, something is missing, or the compiler failed.
+    """
+    if wish == "0":
+        raise BuildError("EVENKEEL_NATIVE=0 asked to leave it out")
+    compiler, torch = find_compiler(), find_torch()
+    if compiler is None:
+        asked = f" (CXX is {os.environ['CXX']!r})" if os.environ.get("CXX") else ""
+        raise BuildError(f"there was no C++ compiler{asked}")
+    if torch is None:
+        raise BuildError("there was no torch 2.10 or newer to compile against")
+    flags = FLAGS + shlex.split(os.environ.get("CXXFLAGS", ""))
+    with_torch = [f"-isystem{torch / 'include'}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+    units = [
+        *((name, "kernels.cpp", [f"-DEVENKEEL_ISA={name}", *options]) for name, options in INSTRUCTION_SETS.items()),
+        ("register", "register.cpp", with_torch),
+        ("dispatch", "dispatch.cpp", []),
+    ]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def compile_(unit: tuple[str, str, list[str]]) -> str:
+            name, source, options = unit
+            object_ = str(Path(folder, f"{name}.o"))
+            run([*compiler, *flags, *options, "-c", str(CSRC / source), "-o", object_], f"{source} ({name})")
+            return object_
+
+        objects = list(pool.map(compile_, units))
+        # Debian's linker drops libraries that it sees no use for yet; the operators need these when they load.
+        libraries = ["-Wl,--no-as-needed", f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
+        options = ["-Wl,-s", *shlex.split(os.environ.get("LDFLAGS", ""))]
+        run([*compiler, "-shared", *objects, *libraries, *options, "-o", str(library)], library.name)
+
+
+class BuildAfresh(build_command):
+    """Takes nothing over from an earlier build: modules removed since then would be installed with the others."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class BuildNative(build_ext):
+    """Leaves the library in the package's folder, or in its place not_built.txt, which evenkeel.kernels.cpu reads."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def run(self) -> None:
+        library = Path(self.get_ext_fullpath(LIBRARY))  # in the source tree when the install is editable
+        reason = library.with_name("not_built.txt")
+        library.parent.mkdir(parents=True, exist_ok=True)
+        for stale in (library, reason):  # removed, not overwritten: a running process may have it mapped
+            stale.unlink(missing_ok=True)
+        try:
+            build(library)
+        except BuildError as error:
+            if wish == "1":
+                raise CompileError(f"EVENKEEL_NATIVE=1 requires the native CPU kernels, but {error}") from None
+            reason.write_text(f"{error}\n")
+            self.warn(f"the native CPU kernels are left out, the reference back end will run: {error}")
+
+    def get_output_mapping(self) -> dict[str, str]:  # from a wheel's path to the source tree's, for editable installs
+        paths = [(Path(wheel), Path(source)) for wheel, source in super().get_output_mapping().items()]
+        paths += [(wheel.with_name("not_built.txt"), source.with_name("not_built.txt")) for wheel, source in paths]
+        return {str(wheel): str(source) for wheel, source in paths if source.exists()}
+
+
+class WheelForEveryPython(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+needs_torch = wish != "0" and find_compiler() is not None and find_torch() is None
+sources = sorted(str(path) for path in CSRC.glob("*.cpp"))
+depends = sorted(str(path) for path in CSRC.glob("*.h"))
+setup(
+    ext_modules=[Extension(LIBRARY, sources, depends=depends, language="c++")],
+    cmdclass={"build": BuildAfresh, "build_ext": BuildNative, "bdist_wheel": WheelForEveryPython},
+    setup_requires=[TORCH_FOR_BUILDING] if needs_torch else [],
+)

@@ -1,0 +1,76 @@
+"""The tensors of a case: the same values for every peer, in every layout."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from . import definition
+from .cases import Case, Shape
+
+EPS = 1e-5
+MOMENTUM = 0.1
+
+
+@dataclass
+class Problem:
+    """Inputs of one case; `x` and `residual` are leaves that require gradients."""
+
+    case: Case
+    x: Tensor
+    residual: Tensor | None
+    dy: Tensor
+    state: dict[str, Tensor]  # as in torch.nn.BatchNorm*.state_dict()
+
+    @property
+    def samples(self) -> int:
+        """M, the samples per channel."""
+        return self.case.shape.samples
+
+
+@lru_cache(maxsize=1)
+def _draw(shape: Shape) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(zlib.crc32(shape.name.encode()))
+
+    def normal(*dims: int) -> Tensor:
+        return torch.randn(*dims, generator=generator)
+
+    def between(low: float, high: float) -> Tensor:
+        return torch.rand(channels, generator=generator) * (high - low) + low
+
+    channels = shape.dims[1]
+    per_channel = (1, channels, *(1 for _ in shape.dims[2:]))
+    x = normal(*shape.dims)
+    x.mul_(between(0.5, 2.0).view(per_channel)).add_(between(-1.0, 1.0).view(per_channel))
+    state = {
+        "weight": between(0.5, 1.5),
+        "bias": between(-0.5, 0.5),
+        "running_mean": between(-0.5, 0.5),
+        "running_var": between(0.5, 1.5),
+        "num_batches_tracked": torch.tensor(0),
+    }
+    return x, normal(*shape.dims), normal(*shape.dims), state
+
+
+def make_problem(case: Case) -> Problem:
+    """Draw a case's tensors; equal for every layout of a shape, and for every run."""
+    x, residual, dy, state = _draw(case.shape)
+    memory_format = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
+
+    def placed(values: Tensor) -> Tensor:
+        return values.clone(memory_format=memory_format)
+
+    problem = Problem(
+        case=case,
+        x=placed(x).requires_grad_(),
+        residual=placed(residual).requires_grad_() if case.has_residual else None,
+        dy=placed(dy),
+        state={name: value.clone() for name, value in state.items()},
+    )
+    if case.activation is not None:
+        definition.clear_kink(problem.x, problem.residual, problem.dy, state, EPS)
+    return problem

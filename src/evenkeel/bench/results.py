@@ -1,0 +1,155 @@
+"""What a run yields, as plain data: to JSON and back without loss."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclass
+class Machine:
+    """Where a run took place; `environment` holds the variables that change memory and threads."""
+
+    cpu: str
+    cores: int
+    threads: int
+    system: str
+    python: str
+    torch: str
+    torch_capability: str
+    evenkeel: str
+    evenkeel_kernels: str
+    load_average: float | None
+    page_bytes: int
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Settings:
+    """What was asked for."""
+
+    batch: int
+    layouts: list[str]
+    variants: list[str]
+    modes: list[str]
+    shapes: list[str]
+    peers: list[str]
+    rounds: int
+    min_time_ms: float
+    threads: int | None = None
+    quick: bool = False
+
+
+@dataclass
+class Row:
+    """One peer on one case in one mode.
+
+    `ratios` holds this peer's time over each other's: below 1, this one is faster.
+    `spread` is the quartiles' distance over the median, `disturbed` the share of rounds in which
+    other programs interfered, `page_faults` a count for one whole call (forward and backward, in
+    training). A row with `error` has no number.
+    """
+
+    suite: str
+    shape: str
+    layout: str
+    variant: str
+    mode: str
+    peer: str
+    error: str | None = None
+    error_eps: float | None = None
+    median_us: float | None = None
+    spread: float | None = None
+    disturbed: float | None = None
+    page_faults: float | None = None
+    tensor_bytes: int | None = None
+    least_bytes: int | None = None
+    gbps: float | None = None
+    copy_fraction: float | None = None
+    ratios: dict[str, float] = field(default_factory=dict)
+    samples_us: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Mean:
+    """Geometric means over a suite's shapes; `ratios` and `copy_fraction` as in `Row`."""
+
+    suite: str
+    layout: str
+    variant: str
+    mode: str
+    peer: str
+    shapes: int
+    ratios: dict[str, float]
+    copy_fraction: float | None
+
+
+@dataclass
+class Total:
+    """The time of all of a network's batch norms, each with what follows it there."""
+
+    network: str
+    layout: str
+    mode: str
+    peer: str
+    layers: int
+    total_ms: float
+
+
+@dataclass
+class Report:
+    """A whole run."""
+
+    machine: Machine
+    settings: Settings
+    rows: list[Row]
+    means: list[Mean] = field(default_factory=list)
+    totals: list[Total] = field(default_factory=list)
+    seconds: float = 0.0
+    schema: int = SCHEMA
+
+    def is_fresh(self, row: Row) -> bool:
+        """Whether a call's tensors came as fresh pages, for a good part at least.
+
+        One page in four of a tensor of the size of x is enough.
+        """
+        if not row.page_faults or not row.tensor_bytes:
+            return False
+        return row.page_faults * self.machine.page_bytes > row.tensor_bytes / 4
+
+    @property
+    def disturbed(self) -> float:
+        """The share of all rounds in which other programs interfered."""
+        shares = [row.disturbed for row in self.rows if row.disturbed is not None]
+        return sum(shares) / len(shares) if shares else 0.0
+
+    @property
+    def errors(self) -> list[Row]:
+        """The rows without a number."""
+        return [row for row in self.rows if row.error is not None]
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(asdict(self), indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: the text has another schema.
+        """
+        data: dict[str, Any] = json.loads(text)
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"expected a report of schema {SCHEMA}, got {data.get('schema')!r}")
+        return cls(
+            machine=Machine(**data["machine"]),
+            settings=Settings(**data["settings"]),
+            rows=[Row(**row) for row in data["rows"]],
+            means=[Mean(**mean) for mean in data["means"]],
+            totals=[Total(**total) for total in data["totals"]],
+            seconds=data["seconds"],
+        )

@@ -1,0 +1,186 @@
+"""Run the benchmark: check, time, collect."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from time import perf_counter
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import summary, timing
+from .cases import Case, cases, least_bytes, shapes
+from .check import check, expect, gradient_inputs
+from .machine import describe
+from .peers import PEERS, Built, Peer
+from .problem import Problem, make_problem
+from .results import Report, Row, Settings
+
+T = TypeVar("T")
+PHASES = {"training": ("forward", "backward", "both"), "inference": ("inference",)}
+
+
+def selected(settings: Settings) -> list[Case]:
+    """The cases that `settings` asks for."""
+    listed = shapes(settings.batch, quick=settings.quick, contains=tuple(settings.shapes))
+    return list(cases(listed, tuple(settings.layouts), tuple(settings.variants)))
+
+
+def run_bench(settings: Settings, *, peers: Mapping[str, Peer] = PEERS, progress: bool = True) -> Report:
+    """Measure what `settings` asks for.
+
+    Args:
+        settings: the cases, the names of the peers, and the effort.
+        peers: the peers that the names stand for.
+        progress: show a bar on stderr.
+    """
+    start = perf_counter()
+    todo = selected(settings)
+    chosen = [peers[name] for name in settings.peers]
+    rows: list[Row] = []
+    with _threads(settings.threads), _bar(progress) as bar:
+        machine = describe()
+        task = bar.add_task("", total=len(todo))
+        for case in todo:
+            bar.update(task, description=case.name)
+            rows += run_case(case, chosen, settings)
+            bar.advance(task)
+    norms = [peer.name for peer in chosen if peer.is_batch_norm]
+    return Report(
+        machine=machine,
+        settings=settings,
+        rows=rows,
+        means=summary.means(rows, norms),
+        totals=summary.totals(rows, norms),
+        seconds=perf_counter() - start,
+    )
+
+
+def run_case(case: Case, peers: Sequence[Peer], settings: Settings) -> list[Row]:
+    """Measure one case: check every peer first, then time those that are right."""
+    problem = make_problem(case)
+    rows: list[Row] = []
+    attempts = {peer.name: _attempt(partial(peer.build, problem)) for peer in peers}
+    for phase, all_modes in PHASES.items():
+        modes = [mode for mode in all_modes if mode in settings.modes]
+        if modes:
+            rows += _run_phase(problem, peers, attempts, phase, modes, settings)
+    return rows
+
+
+def _attempt(action: Callable[[], T]) -> T | str:
+    """The action's result, or why there is none: a peer that fails costs its rows, not the run."""
+    try:
+        return action()
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _run_phase(
+    problem: Problem,
+    peers: Sequence[Peer],
+    attempts: Mapping[str, Built | str],
+    phase: str,
+    modes: Sequence[str],
+    settings: Settings,
+) -> list[Row]:
+    failures: dict[str, str] = {}
+    errors_eps: dict[str, float] = {}
+    samplers: dict[str, timing.Sampler] = {}
+    expected = expect(problem, phase)
+    for peer in peers:
+        built = attempts[peer.name]
+        if isinstance(built, str):
+            failures[peer.name] = built
+            continue
+        if peer.is_batch_norm:
+            error_eps = _attempt(partial(check, problem, built, phase, expected))
+            if isinstance(error_eps, str):
+                failures[peer.name] = error_eps
+                continue
+            errors_eps[peer.name] = error_eps
+        samplers[peer.name] = _sampler(problem, peer, built, phase)
+    del expected
+    measured = timing.measure(samplers, rounds=settings.rounds, min_seconds=settings.min_time_ms / 1000)
+    rows = []
+    for mode in modes:
+        for peer in peers:
+            if mode in ("backward", "both") and not peer.has_backward:
+                continue
+            row = _blank_row(problem.case, mode, peer)
+            if peer.name in failures:
+                row.error = failures[peer.name]
+            else:
+                row.error_eps = errors_eps.get(peer.name)
+                _fill(row, problem, peer, measured)
+            rows.append(row)
+    return rows
+
+
+def _sampler(problem: Problem, peer: Peer, built: Built, phase: str) -> timing.Sampler:
+    call = built.call
+    if built.norm is not None:
+        built.norm.train(phase == "training")
+    x, residual = problem.x, problem.residual
+    if phase == "inference":
+        x, residual = x.detach(), None if residual is None else residual.detach()
+        return timing.inference_sampler(lambda: call(x, residual))
+    inputs = gradient_inputs(problem, built)[1]
+    return timing.training_sampler(lambda: call(x, residual), inputs, problem.dy if peer.has_backward else None)
+
+
+def _blank_row(case: Case, mode: str, peer: Peer) -> Row:
+    shape = case.shape
+    return Row(shape.suite, shape.name, case.layout, case.variant, mode, peer.name)
+
+
+def _fill(row: Row, problem: Problem, peer: Peer, measured: timing.Measured) -> None:
+    mode, x, samples = row.mode, problem.x, measured.samples
+    times = [sample[mode] for sample in samples[peer.name]]
+    median = statistics.median(times)
+    row.samples_us = [round(time * 1e6, 3) for time in times]
+    row.median_us = median * 1e6
+    row.spread = timing.spread(times)
+    row.disturbed = measured.disturbed
+    row.page_faults = statistics.median(measured.faults[row.peer])
+    row.tensor_bytes = x.numel() * x.element_size()
+    row.least_bytes = least_bytes(x.numel(), x.element_size(), peer.limit_of or row.variant, mode)
+    row.gbps = row.least_bytes / median / 1e9
+    for name, others in samples.items():
+        if name != peer.name and mode in others[0]:
+            row.ratios[name] = timing.ratio(times, [sample[mode] for sample in others])
+    if "copy" in samples:
+        # A copy has a forward only; its rate in the same rounds is the measure for every mode.
+        (copy_mode,) = samples["copy"][0]
+        copies = [sample[copy_mode] for sample in samples["copy"]]
+        copied = least_bytes(x.numel(), x.element_size(), "bn_relu", "inference")
+        row.copy_fraction = row.least_bytes / copied / timing.ratio(times, copies)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _bar(enabled: bool) -> Progress:
+    return Progress(
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not enabled,
+    )

@@ -1,0 +1,125 @@
+"""Batch normalization from torch's own differentiable operators, for what a fused operator can't answer.
+
+Exported programs, tensor subclasses and compiled code without native kernels take :func:`torch_operators`; function
+transforms (torch.func) and forward-mode derivatives take :func:`differentiable`; a backward that is itself
+differentiated takes :func:`backward`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evenkeel.arguments import State
+from evenkeel.layout import per_channel, reduced_dims
+from evenkeel.moments import Moments, compute_dtype, wide_dtype
+
+
+def torch_operators(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, activation: int
+) -> Tensor:
+    """``act(bn(x) + residual)`` as ``torch.nn.functional.batch_norm`` and what follows it."""
+    return _finish(_batch_norm(x, weight, bias, state), residual, activation)
+
+
+def differentiable(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, activation: int
+) -> Tensor:
+    """``act(bn(x) + residual)`` by the formula, right in every order and mode of differentiation.
+
+    ``torch.nn.functional.batch_norm`` is not: several of its mixed higher derivatives in training are wrong. It is good
+    for the running moments, whose derivative nobody asks for.
+    """
+    if state.training and state.update:
+        _batch_norm(x.detach(), None, None, state)
+    fixed = None
+    if not state.training:
+        assert state.running_mean is not None and state.running_var is not None
+        wide = wide_dtype(x.device)
+        fixed = state.running_mean.to(wide), (state.running_var.to(wide) + state.eps).rsqrt()
+    xhat, _ = _normalized(x, fixed, state.eps)
+    y = xhat if weight is None else xhat * per_channel(weight.to(xhat.dtype), x)
+    y = y if bias is None else y + per_channel(bias.to(xhat.dtype), x)
+    return _finish(y, residual, activation).to(x.dtype if residual is None else torch.result_type(x, residual))
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    fixed: tuple[Tensor, Tensor] | None,
+    y: Tensor | None,
+    eps: float,
+    activation: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dresidual, dweight, dbias as differentiable functions of dy, x and weight.
+
+    Args:
+        bias: Where the activation's gate is found from x.
+        fixed: Mean and 1/√(var + eps) in use, or None: then they are the batch's, and functions of ``x``.
+        y: The output, where a residual was added before an activation.
+    """
+    dims = reduced_dims(x)
+    xhat, rstd = _normalized(x, fixed, eps)
+    scale = rstd if weight is None else rstd * per_channel(weight.to(rstd.dtype), x)
+    g = dy.to(xhat.dtype)
+    if activation == 1:
+        output = y
+        if output is None:
+            output = xhat if weight is None else xhat * per_channel(weight.to(xhat.dtype), x)
+            output = output if bias is None else output + per_channel(bias.to(xhat.dtype), x)
+        g = torch.where(output <= 0, 0, g)
+    dbias, dweight = g.sum(dims), (g * xhat).sum(dims)
+    dx = g * scale
+    if fixed is None:
+        count = max(x.numel() // max(x.shape[1], 1), 1)
+        dx = dx - scale * (per_channel(dbias, x) + xhat * per_channel(dweight, x)) / count
+    return dx.to(x.dtype), g.to(dy.dtype), dweight, dbias
+
+
+def _normalized(x: Tensor, fixed: tuple[Tensor, Tensor] | None, eps: float) -> tuple[Tensor, Tensor]:
+    """(x − mean)·rstd and rstd, the latter broadcastable; with the batch's moments unless others are given."""
+    dtype = compute_dtype(x)
+    if fixed is None:
+        moments = Moments.from_tensor(x)
+        mean, rstd = moments.mean, (moments.m2 / moments.count.clamp(min=1) + eps).rsqrt()
+    else:
+        mean, rstd = fixed
+    # The mean enters as a rounded part, from which x differs exactly, and the rest.
+    centre = mean.detach().to(dtype)
+    rest = (mean - centre).to(dtype)
+    rstd = per_channel(rstd.to(dtype), x)
+    return (x.to(dtype) - per_channel(centre, x) - per_channel(rest, x)) * rstd, rstd
+
+
+def _finish(y: Tensor, residual: Tensor | None, activation: int) -> Tensor:
+    if residual is not None:
+        y = y + residual
+    return torch.relu(y) if activation == 1 else y
+
+
+def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State) -> Tensor:
+    """torch's own batch norm, with the running moments updated as ``state`` says."""
+    running_mean, running_var, batches, training, update, momentum, eps, _ = state
+    if not (training and update) or x.numel() == 0:
+        if training and running_mean is not None and running_var is not None:
+            # Copies take the update: a checkpoint's second run has to save as many tensors as the first.
+            running_mean, running_var = running_mean.clone(), running_var.clone()
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, 0.0, eps)
+    if momentum is not None or running_mean is None or running_var is None:
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum or 0.0, eps)
+        if batches is not None:
+            batches.add_(1)
+        return y
+    assert batches is not None  # check_arguments saw to it
+    # momentum 1 writes the batch's own moments; the average takes them in with a factor that is a tensor, so that
+    # nothing waits for its value.
+    mean, var = torch.zeros_like(running_mean), torch.zeros_like(running_var)
+    y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
+    batches.add_(1)
+    factor = (1 / batches.double()).to(mean.dtype)
+    running_mean.add_((mean - running_mean) * factor)
+    running_var.add_((var - running_var) * factor)
+    return y

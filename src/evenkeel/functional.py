@@ -1,0 +1,183 @@
+"""Batch normalization and moments as functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from evenkeel import fused, kernels
+from evenkeel.arguments import ACTIVATIONS, State, check_arguments
+from evenkeel.kernels import reference
+from evenkeel.moments import Moments, check_values
+
+__all__ = ["batch_norm", "moments"]
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``activation(bn(x) + residual)`` in one fused operation.
+
+    Per channel, over the M = N·S values of the batch or with the running moments:
+
+        y = act((x − mean) / √(var + eps) · weight + bias + residual)
+
+    with the biased variance. In training, ``running = (1 − momentum)·running + momentum·batch``, for which the variance
+    is the unbiased one.
+
+    Args:
+        x: Values of shape (N, C, *S), floating-point.
+        running_mean, running_var: Population moments (C,), updated in place when ``training``; both or neither. Needed
+            when not ``training``.
+        weight, bias: γ and β, shape (C,); ones and zeros where None.
+        training: Normalize with the batch's moments, else with the running ones.
+        momentum: Weight of the batch's moments in the update, PyTorch's sense.
+        eps: Added to the variance.
+        activation: None or ``"relu"``.
+        residual: Added before the activation; of x's shape.
+
+    Shape:
+        (N, C, *S) -> (N, C, *S)
+
+    Differs:
+        From ``torch.nn.functional.batch_norm`` by ``activation`` and ``residual``, and by keeping its digits when the
+        mean is large against the deviation.
+
+    Numerics:
+        Sums are taken in float32 or wider around a value near the mean and added up in float64. Native kernels give
+        the same bits for any number of threads.
+
+    Cost:
+        float32 on the CPU runs on native kernels, which read x once from memory per direction where a block of channels
+        fits the cache. Saved for the backward: x, and with both a residual and an activation y; neither a mask nor
+        the normalized values.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or value; one value per channel in training; no statistics in inference.
+            The running moments are then as before.
+
+    Example:
+        >>> x = torch.tensor([[1.0], [3.0]])
+        >>> batch_norm(x, None, None, training=True, activation="relu").flatten()
+        tensor([0.0000, 1.0000])
+
+    Source:
+        Ioffe, Szegedy (2015), "Batch Normalization", arXiv:1502.03167, algorithms 1 and 2.
+    """
+    refuse_jit("ek.functional.batch_norm")
+    if has_torch_function((x, running_mean, running_var, weight, bias, residual)):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            batch_norm,
+            (x, running_mean, running_var, weight, bias, residual),
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            activation=activation,
+            residual=residual,
+        )
+    state = State(running_mean, running_var, None, training, training, momentum, eps)
+    check_arguments("batch_norm", x, residual, weight, bias, state, activation)
+    return fused.batch_norm(x, residual, weight, bias, state, ACTIVATIONS[activation])
+
+
+def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
+    """Count, mean and sum of squared deviations per channel, as a mergeable :class:`~evenkeel.Moments`.
+
+    Args:
+        x: Values of shape (N, C, *S), floating-point.
+        mask: Which values count; see :meth:`evenkeel.Moments.from_tensor`, which this equals, on native kernels where
+            they apply. Where a gradient is asked for, the result is differentiable.
+
+    Example:
+        >>> moments(torch.tensor([[1.0, 5.0], [3.0, 5.0]])).mean.tolist()
+        [2.0, 5.0]
+    """
+    check_values(x)
+    wanted = mask is not None or (x.requires_grad and torch.is_grad_enabled()) or x.numel() == 0
+    if wanted or type(x) is not Tensor or not kernels.native_takes(x):
+        return reference.stats(x) if mask is None else Moments.from_tensor(x, mask)
+    mean, var = torch.ops.evenkeel.stats(x)
+    count = torch.tensor(x.numel() // x.shape[1], dtype=mean.dtype)
+    return Moments(count, mean, var * count)
+
+
+def layer_batch_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    update: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    ranks: tuple[int, ...] | None,
+    what: str,
+) -> Tensor:
+    """What a layer's forward calls; see :class:`evenkeel.BatchNorm`."""
+    refuse_jit(what)
+    if has_torch_function((x, residual)):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            layer_batch_norm, (x, residual), x, residual, weight, bias, running_mean, running_var, num_batches_tracked,
+            training, update, momentum, eps, activation, ranks, what,
+        )  # fmt: skip
+    state = State(running_mean, running_var, num_batches_tracked, training, update, momentum, eps, what)
+    if not _plainly_legal(x, residual, weight, bias, state, activation, ranks):
+        check_arguments(what, x, residual, weight, bias, state, activation, ranks)
+    return fused.batch_norm(x, residual, weight, bias, state, ACTIVATIONS[activation])
+
+
+def _plainly_legal(
+    x: Any, residual: Any, weight: Any, bias: Any, state: State, activation: Any, ranks: tuple[int, ...] | None
+) -> bool:
+    """A quick look that clears the common case; the native operators check the rest before they write anything."""
+    running_mean, running_var, batches, training, _, momentum, eps, _ = state
+    return (
+        type(x) is Tensor
+        and x.dtype is torch.float32
+        and x.is_cpu
+        and kernels.native_enabled
+        and ranks is not None
+        and x.dim() in ranks
+        and eps > 0
+        and not (training and x.numel() == x.shape[1])
+        and (activation is None or activation == "relu")
+        and (residual is None or (type(residual) is Tensor and residual.is_cpu))
+        and (weight is None or weight.is_cpu)
+        and (bias is None or bias.is_cpu)
+        and (running_mean is None or running_mean.is_cpu)
+        and (running_var is None or running_var.is_cpu)
+        and (batches.is_cpu if batches is not None else momentum is not None)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def refuse_jit(what: str) -> None:
+    """Raise while torch.jit.trace records: it would keep the fused operators without their backward."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise RuntimeError(
+            f"{what} does not run under torch.jit.trace, which would record the fused operators without their "
+            "backward. Use torch.export or torch.compile, or put torch.nn.BatchNorm in its place first"
+        )

@@ -1,0 +1,60 @@
+#include "dispatch.h"
+
+#include <atomic>
+
+namespace evenkeel {
+namespace {
+
+using Table = const Kernels& (*)();
+
+constexpr Table kTables[] = {
+    baseline_kernels,
+#if defined(__x86_64__)
+    avx2_kernels,
+    avx512_kernels,
+#endif
+};
+constexpr int kCount = sizeof(kTables) / sizeof(kTables[0]);
+
+// What __builtin_cpu_supports says includes whether the operating system saves the wide registers.
+bool supported(int i) {
+#if defined(__x86_64__)
+  if (i == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (i == 2)
+    return supported(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  return i == 0;
+}
+
+int best() {
+  int i = kCount - 1;
+  while (!supported(i)) --i;
+  return i;
+}
+
+std::atomic<int> forced{-1};
+
+int active() {
+  static const int by_machine = best();
+  const int i = forced.load(std::memory_order_relaxed);
+  return i < 0 ? by_machine : i;
+}
+
+}  // namespace
+
+const Kernels& active_kernels() { return kTables[active()](); }
+
+}  // namespace evenkeel
+
+using namespace evenkeel;
+
+extern "C" {
+
+int evenkeel_kernels_count() { return kCount; }
+const char* evenkeel_kernels_name(int i) { return kTables[i]().name; }
+int evenkeel_kernels_supported(int i) { return supported(i); }
+long long evenkeel_kernels_calls(int i) { return kTables[i]().calls(); }
+int evenkeel_kernels_active() { return active(); }
+void evenkeel_kernels_force(int i) { forced.store(i, std::memory_order_relaxed); }
+}

@@ -1,0 +1,22 @@
+// Which instruction set runs: the best this machine has, unless one is forced.
+#pragma once
+
+#include "problem.h"
+
+namespace evenkeel {
+
+const Kernels& active_kernels();
+
+}  // namespace evenkeel
+
+// For ctypes. Index i counts the compiled instruction sets from the plainest on.
+#pragma GCC visibility push(default)
+extern "C" {
+int evenkeel_kernels_count();
+const char* evenkeel_kernels_name(int i);
+int evenkeel_kernels_supported(int i);
+long long evenkeel_kernels_calls(int i);
+int evenkeel_kernels_active();
+void evenkeel_kernels_force(int i);  // -1: choose by machine
+}
+#pragma GCC visibility pop

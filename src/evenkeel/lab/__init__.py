@@ -1,0 +1,1 @@
+"""Experiments on batch normalization, with real data, seeds, intervals and stored results."""

@@ -1,0 +1,100 @@
+"""Results on disk: one JSON line each, written as they come.
+
+A line is written by a single call at the end of the file and forced to the disk, so a run that is
+killed loses the cell in hand and nothing else. What such a kill, or an editor, leaves behind is
+tolerated: a line that can't be read is named in `warnings` and its cell is run again.
+
+A record is used again only where it was measured by the same code and versions on the same machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from evenkeel.lab.cell import Cell, Result
+from evenkeel.lab.environment import code_fingerprint, describe
+
+FORMAT = 1
+
+
+class Store:
+    """Results of cells, in the file `path`, or in memory alone where it is None.
+
+    Without `reuse` nothing is read, and what is measured is added to the file; of two results of a cell
+    the later one counts. `warnings` tells what was found wrong in the file, a sentence each.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        reuse: bool = True,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.path = path
+        self.environment = describe() if environment is None else environment
+        self.warnings: list[str] = []
+        self._id = _digest(self.environment)
+        self._results: dict[tuple[str, str], Result] = {}
+        self._described = False
+        if reuse and path is not None and path.exists():
+            self._read(path)
+
+    def get(self, cell: Cell) -> Result | None:
+        """The stored result of a cell, where there is one that still holds."""
+        return self._results.get((cell.key, code_fingerprint(cell.module)))
+
+    def put(self, cell: Cell, result: Result, seconds: float) -> None:
+        """Keep the result of a cell."""
+        code = code_fingerprint(cell.module)
+        if not self._described:
+            self._append({"environment": self._id, "is": self.environment, "format": FORMAT})
+            self._described = True
+        self._append(
+            {
+                "cell": cell.key,
+                "environment": self._id,
+                "code": code,
+                "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "seconds": round(seconds, 3),
+                "result": result,
+            }
+        )
+        self._results[cell.key, code] = result
+
+    def _read(self, path: Path) -> None:
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                if "is" in record:
+                    self._described |= record["environment"] == self._id
+                elif record["environment"] == self._id:
+                    self._results[record["cell"], record["code"]] = record["result"]
+            except (ValueError, KeyError, TypeError):
+                self.warnings.append(
+                    f"{path.name}, line {number}, is not a whole result (a run may have been stopped "
+                    "while it was written); it is left out and its cell runs again"
+                )
+
+    def _append(self, record: dict[str, Any]) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        with open(self.path, "ab+", buffering=0) as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    line = b"\n" + line  # a torn line must not swallow this one
+            file.write(line)
+            os.fsync(file.fileno())
+
+
+def _digest(environment: dict[str, str]) -> str:
+    text = json.dumps(environment, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

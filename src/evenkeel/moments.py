@@ -1,0 +1,175 @@
+"""Mergeable moments per channel: what every feature of evenkeel computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evenkeel.errors import describe
+from evenkeel.layout import per_channel, reduced_dims
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of moments: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which values of ``x`` are summed: never narrower than float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Count, mean and sum of squared deviations (M2) of each channel; merging them is exact.
+
+    For the values v of a channel: mean = Σv / count and m2 = Σ(v − mean)². Two sets a and b merge to
+    n = n_a + n_b, δ = mean_b − mean_a, mean = mean_a + δ·n_b/n, m2 = m2_a + m2_b + δ²·n_a·n_b/n, which is free of the
+    cancellation that Σv² − (Σv)²/n suffers from.
+
+    Args:
+        count: Number of values per channel, shape () when it is the same for all channels, else (C,).
+        mean: Shape (C,). Zero where the count is zero.
+        m2: Shape (C,), not negative. Zero where the count is zero.
+
+    Numerics:
+        float64 (float32 on devices without it), whatever the values' dtype.
+
+    Example:
+        >>> a, b = torch.randn(4, 3), torch.randn(9, 3)
+        >>> merged = Moments.from_tensor(a).merge(Moments.from_tensor(b))
+        >>> torch.allclose(merged.var, torch.cat([a, b]).double().var(0, correction=0))
+        True
+
+    Source:
+        Chan, Golub, LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample
+        variances", eq. 2.1.
+    """
+
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+
+    @classmethod
+    def empty(cls, channels: int, *, device: torch.device | str | None = None) -> Moments:
+        """The moments of no values at all: the neutral element of :meth:`merge`."""
+        dtype = wide_dtype(torch.device(device or "cpu"))
+        zeros = torch.zeros(channels, dtype=dtype, device=device)
+        return cls(torch.zeros((), dtype=dtype, device=device), zeros, zeros.clone())
+
+    @classmethod
+    def from_tensor(cls, x: Tensor, mask: Tensor | None = None) -> Moments:
+        """Moments of each channel of ``x``, over its batch and all its positions.
+
+        Args:
+            x: Floating-point values, shape (N, C, *S).
+            mask: Which values count, boolean; shape (N,), (N, *S), or any that broadcasts against ``x`` with as many
+                dimensions. Values that do not count may be anything, NaN included.
+
+        Raises:
+            TypeError: ``x`` is not a floating-point tensor, or ``mask`` is not boolean.
+            ValueError: ``x`` has fewer than two dimensions, or ``mask`` does not fit.
+
+        Numerics:
+            Two passes around a first estimate of the mean, so that a mean of 10⁶ deviations costs no digits.
+            Differentiable with respect to ``x``.
+        """
+        check_values(x)
+        wide, dims = wide_dtype(x.device), reduced_dims(x)
+        values = x.to(wide)
+        if mask is None:
+            count = torch.tensor(x.numel() // max(x.shape[1], 1), dtype=wide, device=x.device)
+            divisor = count.clamp(min=1)
+            centre = values.detach().sum(dims) / divisor
+            deviation = values - per_channel(centre, x)
+        else:
+            mask = broadcast_mask(mask, x).expand_as(x)
+            values = torch.where(mask, values, 0)
+            count = mask.sum(dims).to(wide)
+            divisor = count.clamp(min=1)
+            centre = values.detach().sum(dims) / divisor
+            deviation = torch.where(mask, values - per_channel(centre, x), 0)
+        # The centre's own rounding error is measured and put right.
+        correction = deviation.sum(dims) / count.clamp(min=1)
+        m2 = (deviation * deviation).sum(dims) - count * correction * correction
+        return cls(count, centre + correction, m2.clamp(min=0))
+
+    def merge(self, *others: Moments) -> Moments:
+        """The moments of all values together. Any order gives the same, up to rounding; empty parts change nothing."""
+        merged = self
+        for other in others:
+            merged = merged._merge_one(other)
+        return merged
+
+    @classmethod
+    def merge_all(cls, parts: Iterable[Moments]) -> Moments:
+        """Merge one or more parts.
+
+        Raises:
+            ValueError: there is no part, so the number of channels is unknown (start from :meth:`empty` instead).
+        """
+        known = list(parts)
+        if not known:
+            raise ValueError("merge_all was given no moments; it needs at least one (Moments.empty(C) is neutral)")
+        return known[0].merge(*known[1:])
+
+    def _merge_one(self, other: Moments) -> Moments:
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(
+                f"moments merge only with moments of as many channels: {self.mean.shape[0]} here, "
+                f"{other.mean.shape[0]} there"
+            )
+        count = self.count + other.count
+        share = other.count / count.clamp(min=1)
+        delta = other.mean - self.mean
+        # An empty side has the mean 0, which must not enter; share is then exactly 0 or 1.
+        mean = torch.where(other.count > 0, self.mean + delta * share, self.mean)
+        mean = torch.where(self.count > 0, mean, other.mean)
+        return Moments(count, mean, self.m2 + other.m2 + delta * delta * (self.count * share))
+
+    @property
+    def var(self) -> Tensor:
+        """Biased variance m2 / count, the one that normalizes; NaN where there is no value."""
+        return self.m2 / self.count
+
+    @property
+    def var_unbiased(self) -> Tensor:
+        """Unbiased variance m2 / (count − 1), the one that running moments keep; NaN below two values."""
+        return self.m2 / (self.count - 1).where(self.count > 1, torch.nan)
+
+    def __repr__(self) -> str:
+        count = f"{self.count.item():g}" if self.count.dim() == 0 else f"{self.count.tolist()}"
+        return f"Moments(channels={self.mean.shape[0]}, count={count}, device={self.mean.device})"
+
+
+def check_values(x: Tensor) -> None:
+    """Raise unless ``x`` is a floating-point tensor of shape (N, C, *S)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"moments are taken of a tensor of shape (N, C, *S); got {describe(x)}")
+    if not x.is_floating_point():
+        raise TypeError(f"moments need floating-point values; got {describe(x)}. Convert it first, as with x.float()")
+    if x.dim() < 2:
+        raise ValueError(f"moments need a batch and a channel dimension (N, C, *S); got {describe(x)}")
+
+
+def broadcast_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """``mask`` with as many dimensions as ``x``, broadcastable to its shape."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"a mask is a boolean tensor, True where a value counts; got {describe(mask)}")
+    if mask.device != x.device:
+        raise ValueError(f"the mask must be on the device of x, {x.device}; got {describe(mask)}")
+    without_channels = (x.shape[0], *x.shape[2:])
+    shape = tuple(mask.shape)
+    if shape == (x.shape[0],) and x.dim() != 1:
+        return mask.view(-1, *([1] * (x.dim() - 1)))
+    if shape == without_channels:
+        return mask.unsqueeze(1)
+    if mask.dim() == x.dim() and all(m in (1, size) for m, size in zip(shape, x.shape, strict=True)):
+        return mask
+    raise ValueError(
+        f"the mask does not fit x of shape {tuple(x.shape)}; got {describe(mask)}. Legal are ({x.shape[0]},), "
+        f"{without_channels}, and {x.dim()} dimensions that broadcast against x"
+    )

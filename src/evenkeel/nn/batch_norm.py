@@ -1,0 +1,157 @@
+"""The layers: torch.nn's batch normalization, with an activation and a residual as arguments of the call."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import has_torch_function
+
+from evenkeel.functional import layer_batch_norm
+
+
+def refuse_script(module: torch.nn.Module) -> NoReturn:
+    """What a module's ``__prepare_scriptable__``, torch.jit.script's first step, does here."""
+    raise RuntimeError(
+        f"evenkeel.{type(module).__name__} does not go through torch.jit.script, which can't express what it fuses. "
+        "Use torch.export or torch.compile, or put torch.nn's modules (torch.nn.BatchNorm*) in their place first"
+    )
+
+
+def _fx_proxy(*values: Any) -> Any:
+    """The torch.fx proxy among the values, if a graph is being traced."""
+    from torch.fx import Proxy  # only here: not every program traces
+
+    return next((value for value in values if isinstance(value, Proxy)), None)
+
+
+class FusedBatchNorm(_BatchNorm):
+    """What all drop-in layers share: the forward. State, constructor and state_dict are ``torch.nn``'s."""
+
+    #: Legal numbers of dimensions of the input; None for any from two on.
+    _ranks: tuple[int, ...] | None = None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, activation: str | None = None) -> Tensor:  # type: ignore[override]
+        """``activation(bn(x) + residual)`` as one fused operation.
+
+        Args:
+            x: Shape (N, C, *S).
+            residual: Added before the activation; of x's shape.
+            activation: None or ``"relu"``.
+        """
+        # Looking into these dictionaries is what attribute access does, several times slower. What is not there
+        # (a parametrized weight, say) is found the ordinary way.
+        parameters, buffers = self._parameters, self._buffers
+        try:
+            weight, bias = parameters["weight"], parameters["bias"]
+            running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+            batches = buffers["num_batches_tracked"]
+        except KeyError:
+            weight, bias, batches = self.weight, self.bias, self.num_batches_tracked
+            running_mean, running_var = self.running_mean, self.running_var
+        if has_torch_function((x, residual)):
+            proxy = _fx_proxy(x, residual)
+            if proxy is not None and proxy.tracer.root is not self:
+                # The graph keeps the layer itself, with its buffers and its mode, as it does torch.nn's.
+                path = proxy.tracer.path_of_module(self)
+                return proxy.tracer.create_proxy("call_module", path, (x, residual), {"activation": activation})  # type: ignore[no-any-return]
+        training = self.training
+        update = training and self.track_running_stats
+        if training and not update:
+            running_mean = running_var = None
+        return layer_batch_norm(
+            x, residual, weight, bias, running_mean, running_var, batches, training or running_mean is None, update,
+            self.momentum, self.eps, activation, self._ranks, type(self).__name__,
+        )  # fmt: skip
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """torch.nn's hook for the same check; the forward makes it itself."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
+
+
+class BatchNorm(FusedBatchNorm):
+    """Batch normalization over inputs of any rank from two on, channels at dimension 1.
+
+    Per channel, over the M = N·S values of the batch in training, with the running moments in evaluation:
+
+        y = act((x − mean) / √(var + eps) · weight + bias + residual)
+
+    The batch's variance is the biased one where it normalizes, and the unbiased one where it enters ``running_var``.
+    Called as ``layer(x, residual=None, *, activation=None)``; the activation is never part of the module, so that
+    every tool that takes the layer for an ordinary batch norm is right.
+
+    Args:
+        num_features: Number of channels C.
+        eps: Added to the variance. Default 1e-5.
+        momentum: Weight of the batch in the running moments; None averages over all batches. Default 0.1.
+        affine: Whether there are a learnable weight and bias. Default True.
+        track_running_stats: Whether there are running moments; without them the batch's are used in evaluation too.
+        device, dtype: Of the parameters and buffers.
+
+    Shape:
+        (N, C, *S) -> (N, C, *S)
+
+    State:
+        ``running_mean``, ``running_var`` and ``num_batches_tracked``, updated in training by each forward, once per
+        batch: a forward that activation checkpointing repeats does not count again, an empty batch changes nothing.
+        The state_dict is that of ``torch.nn.BatchNorm2d``, both ways.
+
+    Differs:
+        From ``torch.nn.BatchNorm*`` only by the two arguments of the call, by its speed, and by keeping its digits when
+        the mean is large against the deviation. ``isinstance`` of ``torch.nn.modules.batchnorm._BatchNorm`` holds.
+
+    Numerics, Cost:
+        As :func:`evenkeel.functional.batch_norm`.
+
+    Raises:
+        TypeError, ValueError: for input that can't be normalized; the running moments are then as before.
+        RuntimeError: under ``torch.jit``.
+
+    Example:
+        >>> layer = BatchNorm(3)
+        >>> y = layer(torch.randn(8, 3, 5, 5), activation="relu")
+        >>> y.shape, bool((y >= 0).all())
+        (torch.Size([8, 3, 5, 5]), True)
+
+    Source:
+        Ioffe, Szegedy (2015), "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
+        Shift", arXiv:1502.03167, algorithms 1 and 2.
+    """
+
+
+class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
+    """``torch.nn.BatchNorm1d`` with fused activation and residual: inputs (N, C) or (N, C, L). See :class:`BatchNorm`.
+
+    Example:
+        >>> BatchNorm1d(16)(torch.randn(4, 16), activation="relu").shape
+        torch.Size([4, 16])
+    """
+
+    _ranks = (2, 3)
+
+
+class BatchNorm2d(FusedBatchNorm, torch.nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d`` with fused activation and residual: inputs (N, C, H, W). See :class:`BatchNorm`.
+
+    Example:
+        >>> x = torch.randn(4, 16, 8, 8)
+        >>> BatchNorm2d(16)(x, residual=x, activation="relu").shape
+        torch.Size([4, 16, 8, 8])
+    """
+
+    _ranks = (4,)
+
+
+class BatchNorm3d(FusedBatchNorm, torch.nn.BatchNorm3d):
+    """``torch.nn.BatchNorm3d`` with fused activation and residual: inputs (N, C, D, H, W). See :class:`BatchNorm`.
+
+    Example:
+        >>> BatchNorm3d(2)(torch.randn(4, 2, 3, 3, 3)).shape
+        torch.Size([4, 2, 3, 3, 3])
+    """
+
+    _ranks = (5,)

@@ -1,0 +1,52 @@
+"""One HTML file that shows a document and loads nothing: Plotly, styles and figures are in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from evenkeel.report.plots import plotly_figure
+
+_HERE = Path(__file__).parent
+
+
+def page(document: Mapping[str, Any]) -> str:
+    """The page of a document. Every text of it is escaped, whatever it holds."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    arms = [arm["name"] for arm in document["arms"]]
+    figures = {
+        f"{section['name']}-{number}": plotly_figure(figure, arms)
+        for section in document["sections"]
+        for number, figure in enumerate(section["figures"])
+    }
+    return environment.get_template("page.html").render(
+        document=document,
+        figures=figures,
+        # Our own files, not data: they go in as they are.
+        plotly=Markup(get_plotlyjs()),
+        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup((_HERE / "page.js").read_text(encoding="utf-8")),
+    )
+
+
+def write_page(document: Mapping[str, Any], path: Path) -> None:
+    """Write the page whole or not at all: a reader never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(page(document), encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

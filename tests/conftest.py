@@ -1,0 +1,72 @@
+"""What holds for every test: fresh memory is poisoned, randomness seeded by the test's name, state restored."""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+import zlib
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from support.forcing import KERNELS, check_ran, require_kernel
+from support.poison import poison_fresh_memory
+
+import evenkeel as ek
+
+poison_fresh_memory()
+
+if "native" in {kernel.name for kernel in ek.kernels.available()}:  # stands for the library where it is missing
+    with warnings.catch_warnings(), ek.kernels.use("auto"):
+        warnings.simplefilter("ignore", RuntimeWarning)
+        ek.kernels.announce_fallback()
+    os.environ.setdefault("EVENKEEL_KERNELS", "reference")  # for processes that tests start
+
+# The same examples in every run. Fixtures that hold for a whole test hold for each of its examples.
+settings.register_profile(
+    "evenkeel",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("evenkeel")
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_restored(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The same random numbers for a test whatever ran before it, and nothing left changed for what runs after it."""
+    seed = zlib.crc32(request.node.nodeid.encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    threads, dtype, forced = torch.get_num_threads(), torch.get_default_dtype(), ek.kernels._forced
+    grad_mode = torch.is_grad_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    torch.set_grad_enabled(grad_mode)
+    ek.kernels.use(forced or "auto")
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each of the kernels in turn, forced. The test fails when others ran, or none; see pytest_pyfunc_call below."""
+    require_kernel(request.param)
+    with ek.kernels.use(request.param):
+        yield request.param
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
+    """Fail a test that asked for ``kernel`` (or was parametrized by it) and did not run it."""
+    before = ek.kernels.calls()
+    result = yield
+    if "kernel" in pyfuncitem.fixturenames:
+        check_ran(pyfuncitem.callspec.params["kernel"], before, ek.kernels.calls())
+    return result

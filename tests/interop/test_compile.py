@@ -1,0 +1,160 @@
+"""torch.compile(fullgraph=True): the same results, gradients and moments as without it."""
+
+import shutil
+
+import pytest
+import torch
+from interop.interop_models import SHAPE, assert_same, step, twins
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import evenkeel as ek
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+#: Sums of up to 120 values through three convolutions; inductor and eager round in different orders.
+UNITS = 512
+#: Traced through Dynamo and AOTAutograd and run as it is, a layer runs the very kernels of eager, with the very same
+#: bits. Where there are none, it runs torch's operators, and not those of the reference back end.
+TRACED_UNITS = UNITS if ek.kernels.active() == "reference" else 0
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use
+def test_inductor():
+    """With the default back end: training, evaluation, training."""
+    eager, other = twins()
+    compiled = torch.compile(other, fullgraph=True)
+    for training in (True, False, True):
+        eager.train(training), other.train(training)
+        x = torch.randn(SHAPE)
+        assert_same(step(compiled, x, other), step(eager, x), UNITS)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_same_bits_as_eager(momentum, memory_format):
+    """Training, evaluation, training: nothing falls back, and the layout of the output is eager's."""
+    eager, other = twins(momentum=momentum)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    before = ek.kernels.calls()
+    for training in (True, False, True):
+        eager.train(training), other.train(training)
+        x = torch.randn(SHAPE).to(memory_format=memory_format)
+        found, expected = step(compiled, x, other), step(eager, x)
+        assert_same(found, expected, TRACED_UNITS)
+        assert found["y"].stride() == expected["y"].stride()
+    active = ek.kernels.active()
+    if active != "reference":
+        # three steps of two layers, forward and backward, compiled and eager: nothing fell back
+        assert ek.kernels.calls()[active] - before[active] == 3 * 2 * 2 * 2
+        assert ek.kernels.calls()["reference"] == before["reference"]
+
+
+def test_dynamic_batch_size_compiles_as_often_as_torchs():
+    """One graph for all batch sizes from two on; a batch of one is always a graph of its own in torch."""
+
+    def graphs(eager, other):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(other, fullgraph=True, dynamic=True, backend=counter)
+        counts = []
+        for samples in (4, 7, 2, 3, 1, 5):
+            x = torch.randn(samples, *SHAPE[1:])
+            assert_same(step(compiled, x, other), step(eager, x), TRACED_UNITS)
+            counts.append(sum(len(graph.graph.nodes) > 1 for graph in counter.graphs))
+        return counts
+
+    assert graphs(*twins()) == [1, 1, 1, 1, 2, 2]
+    [_, theirs], [_, same] = twins(ours=False), twins(ours=False)
+    same.load_state_dict(theirs.state_dict())
+    assert graphs(same, theirs) == [1, 1, 1, 1, 2, 2]
+
+
+def test_automatic_dynamic_batch_size():
+    """Without dynamic=True the second size makes the graph dynamic, as for any module."""
+    layer = ek.BatchNorm2d(3)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for samples in (4, 7, 2, 5):
+        compiled(torch.randn(samples, *SHAPE[1:]))
+    assert counter.frame_count == 2
+    assert layer.num_batches_tracked.item() == 4
+
+
+def test_bfloat16_runs_on_torchs_operators():
+    """To the bit what torch's layers give when they are compiled the same way."""
+    [_, ours], [_, theirs] = twins(), twins(ours=False)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(SHAPE).bfloat16()
+    before = ek.kernels.calls()
+    found, expected = (
+        step(torch.compile(block.bfloat16(), fullgraph=True, backend="aot_eager"), x, block) for block in (ours, theirs)
+    )
+    assert ek.kernels.calls() == before
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_forced_reference(training):
+    eager, other = (module.train(training) for module in twins())
+    with ek.kernels.use("reference"):
+        compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+        before = ek.kernels.calls()
+        x = torch.randn(SHAPE)
+        found = step(compiled, x, other)
+        after = ek.kernels.calls()
+        assert {name: count for name, count in after.items() if count != before[name] and name != "reference"} == {}
+        assert_same(found, step(eager, x), UNITS)
+
+
+@pytest.mark.parametrize("keywords", [{"affine": False}, {"track_running_stats": False}], ids=str)
+def test_layers_without_parameters_or_moments(keywords):
+    layer = ek.BatchNorm1d(3, **keywords)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(8, 3)
+    twin = ek.BatchNorm1d(3, **keywords)
+    for training in (True, False):
+        layer.train(training), twin.train(training)
+        assert_same(step(compiled, x, layer), step(twin, x), TRACED_UNITS)
+
+
+def test_functional():
+    x, mean, var = torch.randn(8, 3), torch.zeros(3), torch.ones(3)
+    compiled = torch.compile(ek.functional.batch_norm, fullgraph=True, backend="aot_eager")
+    moments = (mean.clone(), var.clone())
+    y = compiled(x, *moments, training=True, activation="relu", residual=x)
+    expected = ek.functional.batch_norm(x, mean, var, training=True, activation="relu", residual=x)
+    found = {"y": y, "mean": moments[0], "var": moments[1]}
+    assert_same(found, {"y": expected, "mean": mean, "var": var}, TRACED_UNITS)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own look
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_compiled_autograd(training):
+    """The backward as a graph of its own."""
+    eager, other = (module.train(training) for module in twins())
+    x = torch.randn(SHAPE)
+    expected = step(eager, x)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        found = step(other, x)
+    assert_same(found, expected)
+
+
+def test_double_backward_is_refused_and_not_wrong():
+    """AOTAutograd differentiates once; a second time is an error of torch's."""
+    compiled = torch.compile(ek.BatchNorm1d(3), fullgraph=True, backend="aot_eager")
+    x = torch.randn(8, 3, requires_grad=True)
+    [dx] = torch.autograd.grad(compiled(x).pow(3).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        dx.sum().backward()
+
+
+def test_checkpoint_inside_counts_once():
+    layer, twin = ek.BatchNorm2d(3), ek.BatchNorm2d(3)
+
+    def checkpointed(x):
+        return torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+
+    x = torch.randn(SHAPE)
+    found = step(torch.compile(checkpointed, fullgraph=True, backend="aot_eager"), x, layer)
+    assert_same(found, step(twin, x), TRACED_UNITS)

@@ -1,0 +1,141 @@
+"""Which kernels run, and forcing them: as a call, for a block, nested, through exceptions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.forcing import KERNELS, check_ran, require_kernel, usable_native
+
+import evenkeel as ek
+from evenkeel.kernels import Kernel
+
+
+def which_ran():
+    """The kernels that a layer runs on now."""
+    before = ek.kernels.calls()
+    layer = ek.BatchNorm(3)
+    layer(torch.randn(4, 3)).sum().backward()
+    return {name for name, count in ek.kernels.calls().items() if count != before[name]}
+
+
+def two_kernels():
+    """The reference, and what float32 tensors on the CPU run on otherwise, which must not be the same."""
+    require_kernel("baseline")
+    return "reference", usable_native()[0]
+
+
+def test_the_best_are_in_use_unless_others_are_forced():
+    require_kernel("baseline")
+    usable = [kernel.name for kernel in ek.kernels.available() if kernel.usable]
+    ek.kernels.use("auto")
+    assert ek.kernels.active() == usable[-1]
+    assert which_ran() == {usable[-1]}
+
+
+def test_available_lists_each_once_with_a_note():
+    names = [kernel.name for kernel in ek.kernels.available()]
+    assert names[0] == "reference"
+    assert len(set(names)) == len(names)
+    assert all(kernel.note for kernel in ek.kernels.available())
+    assert set(names) <= {*KERNELS, "native"}
+
+
+def test_as_a_call_it_lasts():
+    for name in two_kernels():
+        ek.kernels.use(name)
+        assert ek.kernels.active() == name
+        assert which_ran() == {name}
+
+
+def test_as_a_block_it_ends_with_it(kernel):
+    ek.kernels.use("auto")
+    best = ek.kernels.active()
+    with ek.kernels.use(kernel):
+        assert ek.kernels.active() == kernel
+        assert which_ran() == {kernel}
+    assert ek.kernels.active() == best
+
+
+def test_nested_blocks_end_one_by_one():
+    outer, inner = two_kernels()
+    with ek.kernels.use(outer):
+        with ek.kernels.use(inner):
+            with ek.kernels.use("auto"):
+                assert ek.kernels.active() == usable_native()[-1]
+            assert ek.kernels.active() == inner
+            assert which_ran() == {inner}
+        assert ek.kernels.active() == outer
+        assert which_ran() == {outer}
+
+
+def test_a_call_inside_a_block_ends_with_the_block():
+    outer, inner = two_kernels()
+    ek.kernels.use("auto")
+    with ek.kernels.use(outer):
+        ek.kernels.use(inner)
+        assert ek.kernels.active() == inner
+    assert ek.kernels.active() == usable_native()[-1]
+
+
+def test_an_exception_ends_the_block_and_passes():
+    outer, inner = two_kernels()
+    ek.kernels.use(outer)
+    with pytest.raises(ZeroDivisionError), ek.kernels.use(inner):
+        1 / 0  # noqa: B018 - raises
+    assert ek.kernels.active() == outer
+    assert which_ran() == {outer}
+
+
+@pytest.mark.parametrize("name", ["sse9", "", "AVX2", "native", None, 2])
+def test_an_illegal_name_changes_nothing(kernel, name):
+    with pytest.raises(ValueError, match="can't be used") as raised:
+        ek.kernels.use(name)
+    message = str(raised.value)
+    assert repr(name) in message
+    usable = [kernel.name for kernel in ek.kernels.available() if kernel.usable]
+    assert all(legal in message for legal in [*usable, "'auto'"])
+    assert ek.kernels.active() == kernel
+    assert which_ran() == {kernel}
+
+
+def test_float64_and_half_run_on_the_reference():
+    with ek.kernels.use(two_kernels()[1]):
+        for dtype in (torch.float64, torch.bfloat16):
+            before = ek.kernels.calls()
+            ek.BatchNorm(3, dtype=dtype)(torch.randn(4, 3, dtype=dtype))
+            check_ran("reference", before, ek.kernels.calls())
+
+
+# ---- what the suites rely on
+
+
+def test_a_forced_kernel_that_did_not_run_is_a_failure():
+    before = {"reference": 3, "baseline": 7}
+    check_ran("baseline", before, {"reference": 3, "baseline": 8})
+    with pytest.raises(pytest.fail.Exception, match="'baseline' were forced, but did not run"):
+        check_ran("baseline", before, {"reference": 4, "baseline": 7})
+    with pytest.raises(pytest.fail.Exception, match="others ran too"):
+        check_ran("baseline", before, {"reference": 4, "baseline": 8})
+
+
+def test_a_kernel_that_cannot_run_is_a_skip_with_its_reason(monkeypatch):
+    listed = [Kernel("reference", True, ""), Kernel("baseline", True, ""), Kernel("avx512", False, "not this machine")]
+    monkeypatch.setattr(ek.kernels, "available", lambda: listed)
+    monkeypatch.setenv("EVENKEEL_NATIVE", "1")
+    require_kernel("baseline")
+    with pytest.raises(pytest.skip.Exception, match="avx512: not this machine"):
+        require_kernel("avx512")
+    with pytest.raises(pytest.skip.Exception, match="avx2: not compiled"):
+        require_kernel("avx2")
+
+
+def test_a_library_that_is_missing_is_a_failure_where_it_is_required(monkeypatch):
+    listed = [Kernel("reference", True, ""), Kernel("native", False, "the library is missing")]
+    monkeypatch.setattr(ek.kernels, "available", lambda: listed)
+    monkeypatch.delenv("EVENKEEL_NATIVE", raising=False)
+    require_kernel("reference")
+    with pytest.raises(pytest.skip.Exception, match="avx2: the library is missing"):
+        require_kernel("avx2")
+    monkeypatch.setenv("EVENKEEL_NATIVE", "1")
+    with pytest.raises(pytest.fail.Exception, match=r"EVENKEEL_NATIVE=1 requires .* the library is missing"):
+        require_kernel("avx2")

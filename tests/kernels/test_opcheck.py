@@ -1,0 +1,116 @@
+"""torch.library.opcheck on every operator: schema, mutation, autograd, fake kernel, tracing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.cases import EPS, laid_out
+from support.forcing import require_kernel
+
+OPERATORS = torch.ops.evenkeel
+CHANNELS = 6
+
+
+@pytest.fixture(autouse=True)
+def _native():
+    require_kernel("baseline")
+
+
+def values(layout, *, grad=False):
+    return laid_out(torch.randn(3, CHANNELS, 4, 5), layout).requires_grad_(grad)
+
+
+def vector(*, grad=False, dtype=torch.float32):
+    return torch.rand(CHANNELS, dtype=dtype).add_(0.5).requires_grad_(grad)
+
+
+def statistics():
+    return vector(dtype=torch.float64), vector(dtype=torch.float64)
+
+
+def samples_of_stats(layout):
+    yield (values(layout),)
+
+
+def samples_of_apply(layout):
+    for activation in (0, 1):
+        yield values(layout), *statistics(), vector(), vector(), values(layout), activation
+        yield values(layout), *statistics(), None, None, None, activation
+
+
+def samples_of_grad_stats(layout):
+    yield values(layout), values(layout), *statistics(), vector(), vector(), values(layout), 1
+    yield values(layout), values(layout), *statistics(), vector(), vector(), None, 1
+    yield values(layout), values(layout), *statistics(), None, None, None, 0
+
+
+def samples_of_grad_input(layout):
+    means = torch.randn(2, CHANNELS, dtype=torch.float64)
+    yield values(layout), values(layout), *statistics(), vector(), vector(), values(layout), means, 1
+    yield values(layout), values(layout), *statistics(), vector(), vector(), None, means, 1
+    yield values(layout), values(layout), *statistics(), None, None, None, None, 0
+
+
+def samples_of_forward(layout):
+    for grad in (False, True):
+        affine = vector(grad=grad), vector(grad=grad)
+        yield values(layout, grad=grad), values(layout, grad=grad), *affine, vector(), vector(), True, EPS, 1
+        yield values(layout, grad=grad), None, *affine, vector(), vector(), False, EPS, 0
+        yield values(layout, grad=grad), None, None, None, None, None, True, EPS, 1
+
+
+def samples_of_forward_(layout):
+    batches = torch.tensor(3)
+    running = vector(), vector()
+    yield values(layout), values(layout), vector(), vector(), *running, batches, True, True, 0.1, EPS, 1
+    yield values(layout), None, None, None, *running, batches, True, True, None, EPS, 0
+    yield values(layout), None, None, None, None, None, None, True, False, 0.0, EPS, 0
+    yield values(layout), None, vector(), vector(), *running, None, False, False, 0.1, EPS, 1
+
+
+def samples_of_backward(layout):
+    saved = torch.rand(3, CHANNELS, dtype=torch.float64)
+    dy, x, y = values(layout), values(layout), values(layout)
+    yield dy, x, saved, vector(), vector(), y, True, 1, True, True, True, True
+    yield dy, x, saved, vector(), vector(), None, True, 1, True, False, True, True
+    yield dy, x, saved, None, None, None, False, 0, True, False, False, False
+    yield dy, x, saved, vector(), vector(), None, True, 0, False, False, True, False
+    yield dy, x, saved, None, None, None, True, 0, False, False, True, True
+
+
+SAMPLES = {
+    "stats": samples_of_stats,
+    "apply": samples_of_apply,
+    "grad_stats": samples_of_grad_stats,
+    "grad_input": samples_of_grad_input,
+    "forward": samples_of_forward,
+    "forward_": samples_of_forward_,
+    "backward": samples_of_backward,
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name):
+    for sample in SAMPLES[name]("contiguous"):
+        torch.library.opcheck(getattr(OPERATORS, name).default, sample)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "sliced", "transposed"])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_results_lie_in_memory_as_traced(name, layout):
+    for sample in SAMPLES[name](layout):
+        torch.library.opcheck(getattr(OPERATORS, name).default, sample, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 6, 4, 5), (3, 1, 4, 5), (3, 6, 1, 1), (3, 6, 1, 5), (1, 6, 1, 1), (3, 6), (1, 6)]
+)
+def test_dimensions_of_size_one_lie_in_memory_as_traced(shape):
+    """Their strides mean nothing, and come in several forms."""
+    dense = torch.randn(shape)
+    forms = [laid_out(dense, "contiguous"), laid_out(dense, "channels_last"), torch.randn(*shape, 2)[..., 0]]
+    if 1 in shape:
+        forms.append(dense.as_strided(shape, [77 if n == 1 else s for n, s in zip(shape, dense.stride(), strict=True)]))
+    for x in forms:
+        given = (x, None, None, None, torch.zeros(shape[1]), torch.ones(shape[1]), False, EPS, 0)
+        torch.library.opcheck(OPERATORS.forward.default, given, test_utils=("test_schema", "test_faketensor"))

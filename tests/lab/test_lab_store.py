@@ -1,0 +1,134 @@
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from evenkeel.lab import store as store_module
+from evenkeel.lab.cell import Cell
+from evenkeel.lab.runner import run
+from evenkeel.lab.store import Store
+
+HERE = {"machine": "here"}
+
+
+def double(*, seed):
+    return {"value": 2 * seed}
+
+
+def slow(*, seed):
+    if seed == 2:
+        time.sleep(60)
+    return {"value": seed}
+
+
+def cells(count, task=double):
+    return [Cell(task, {"seed": seed}) for seed in range(count)]
+
+
+def test_what_is_put_is_got_again_after_reopening(tmp_path):
+    path = tmp_path / "deep" / "results.jsonl"
+    first, second = cells(2)
+    store = Store(path, environment=HERE)
+    assert store.get(first) is None
+    store.put(first, {"value": 7}, 0.5)
+    assert store.get(first) == {"value": 7}
+    again = Store(path, environment=HERE)
+    assert again.get(first) == {"value": 7}
+    assert again.get(second) is None
+    assert again.warnings == []
+
+
+def test_the_file_tells_machine_versions_code_and_duration(tmp_path):
+    path = tmp_path / "results.jsonl"
+    store = Store(path)
+    for cell in cells(2):
+        store.put(cell, {"value": 1}, 0.25)
+    described, *records = map(json.loads, path.read_text().splitlines())
+    assert {"processor", "cores", "python", "torch", "evenkeel"} <= described["is"].keys()
+    assert {record["environment"] for record in records} == {described["environment"]}
+    assert records[0].keys() == {"cell", "environment", "code", "finished", "seconds", "result"}
+
+
+@pytest.mark.parametrize("kept", [1, 20, -1])
+def test_a_torn_line_costs_its_own_cell_only(tmp_path, kept):
+    path = tmp_path / "results.jsonl"
+    first, second, third = cells(3)
+    store = Store(path, environment=HERE)
+    store.put(first, {"value": 1}, 0.0)
+    whole = path.read_bytes()
+    store.put(second, {"value": 2}, 0.0)
+    line = path.read_bytes()[len(whole) :]
+    path.write_bytes(whole + line[:kept].rstrip(b"\n"))
+    torn = Store(path, environment=HERE)
+    if kept == -1:  # all but the line's end: nothing is lost
+        assert torn.get(second) == {"value": 2}
+    else:
+        assert torn.get(second) is None
+        assert len(torn.warnings) == 1
+        assert "line 3" in torn.warnings[0]
+    torn.put(third, {"value": 3}, 0.0)
+    after = Store(path, environment=HERE)
+    assert after.get(first) == {"value": 1}
+    assert after.get(third) == {"value": 3}
+
+
+@pytest.mark.parametrize("line", [b"not json", b"\xff\xfe", b"{}", b"[1]", b"3", b'{"cell": "x"}'])
+def test_a_line_that_is_no_result_is_named_and_left_out(tmp_path, line):
+    path = tmp_path / "results.jsonl"
+    (cell,) = cells(1)
+    path.write_bytes(line + b"\n")
+    store = Store(path, environment=HERE)
+    assert "line 1" in store.warnings[0]
+    assert path.name in store.warnings[0]
+    store.put(cell, {"value": 1}, 0.0)
+    assert Store(path, environment=HERE).get(cell) == {"value": 1}
+
+
+def test_other_machines_and_other_code_do_not_answer(tmp_path, monkeypatch):
+    path = tmp_path / "results.jsonl"
+    (cell,) = cells(1)
+    Store(path, environment=HERE).put(cell, {"value": 1}, 0.0)
+    assert Store(path, environment={"machine": "elsewhere"}).get(cell) is None
+    monkeypatch.setattr(store_module, "code_fingerprint", lambda module: "edited")
+    assert Store(path, environment=HERE).get(cell) is None
+
+
+def test_without_reuse_nothing_is_read_and_the_later_result_counts(tmp_path):
+    path = tmp_path / "results.jsonl"
+    (cell,) = cells(1)
+    Store(path, environment=HERE).put(cell, {"value": 1}, 0.0)
+    fresh = Store(path, reuse=False, environment=HERE)
+    assert fresh.get(cell) is None
+    fresh.put(cell, {"value": 2}, 0.0)
+    assert Store(path, environment=HERE).get(cell) == {"value": 2}
+
+
+def test_a_result_that_is_not_a_number_is_refused_and_leaves_no_line(tmp_path):
+    path = tmp_path / "results.jsonl"
+    (cell,) = cells(1)
+    store = Store(path, environment=HERE)
+    with pytest.raises(ValueError, match="JSON"):
+        store.put(cell, {"value": float("nan")}, 0.0)
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def _run_until_killed(path):
+    run(cells(4, slow), Store(path, environment=HERE), jobs=1)
+
+
+def test_a_killed_run_goes_on_and_loses_the_cell_in_hand_only(tmp_path, monkeypatch):
+    path = tmp_path / "results.jsonl"
+    process = multiprocessing.get_context("spawn").Process(target=_run_until_killed, args=(path,))
+    process.start()
+    while not path.exists() or path.read_text().count("result") < 2:
+        assert process.is_alive()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    outcome = run(cells(4, slow), Store(path, environment=HERE), jobs=1)
+    assert outcome.reused == 2
+    assert [outcome.results[cell.key]["value"] for cell in cells(4, slow)] == [0, 1, 2, 3]

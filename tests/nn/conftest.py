@@ -1,0 +1,17 @@
+"""Fixtures for the tests of functions and layers."""
+
+from collections.abc import Iterator
+
+import pytest
+from support.forcing import require_kernel
+
+import evenkeel as ek
+
+
+@pytest.fixture(params=("auto", "reference"))
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels that a user gets, then plain torch."""
+    if request.param != "auto":
+        require_kernel(request.param)
+    with ek.kernels.use(request.param):
+        yield request.param

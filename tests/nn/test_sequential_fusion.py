@@ -1,0 +1,216 @@
+"""Which pairs ek.Sequential runs as one: counted, by the kernels' own count and by the calls of ReLU's forward."""
+
+import contextlib
+
+import pytest
+import torch
+from nn.layer_pairs import PAIRS, assert_near, randomize
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrize
+
+import evenkeel as ek
+
+X = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def relu_calls(monkeypatch):
+    """Each call of nn.ReLU's own forward leaves its module here."""
+    calls = []
+    forward = nn.ReLU.forward
+
+    def counted(self, x):
+        calls.append(self)
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.ReLU, "forward", counted)
+    return calls
+
+
+def pair():
+    return ek.Sequential(randomize(ek.BatchNorm2d(3)), nn.ReLU())
+
+
+def expected_of(net, x=X):
+    """BN and ReLU by torch's functions, with the state that the net has now."""
+    norm = net[0]
+    y = nn.functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    return y.relu()
+
+
+def operators_run(net, x=X):
+    before = sum(ek.kernels.calls().values())
+    net(x)
+    return sum(ek.kernels.calls().values()) - before
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    ("layer_type", "shape"), [*((ours, shape) for ours, _, shape in PAIRS), (ek.BatchNorm, (2, 5, 3))]
+)
+def test_a_pair_is_one_operator(layer_type, shape, inplace, training, relu_calls):
+    """As many operators as the layer alone, and ReLU's forward is not called."""
+    layer, x = randomize(layer_type(5)), torch.randn(shape)
+    net = ek.Sequential(layer, nn.ReLU(inplace=inplace)).train(training)
+    alone = operators_run(layer, x)
+    kept = x.clone()
+    assert operators_run(net, x) == alone
+    if ek.kernels.active() != "reference":
+        assert alone == 1
+    assert relu_calls == []
+    assert (net(x) >= 0).all()
+    assert torch.equal(x, kept)
+
+
+def test_reference_runs_fused_too(relu_calls):
+    with ek.kernels.use("reference"):
+        net = pair().eval()
+        assert_near(net(X), expected_of(net))
+    assert relu_calls == []
+
+
+def test_unfused_in_torchs_sequential(relu_calls):
+    """The count counts."""
+    nn.Sequential(ek.BatchNorm2d(3), nn.ReLU())(X)
+    assert len(relu_calls) == 1
+
+
+class OurReLU(nn.ReLU):
+    """A subclass may compute something else."""
+
+
+class OurBatchNorm(ek.BatchNorm2d):
+    """A subclass's forward may not take an activation."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Identity(nn.Module):
+    def forward(self, x):
+        return x
+
+
+def with_own_forward(module):
+    """A forward patched onto this one module, as profilers and quantizers do."""
+    original = module.forward
+    module.forward = lambda *args: original(*args)
+    return module
+
+
+UNFUSED = {
+    "a subclass of ReLU": lambda net: net.__setitem__(1, OurReLU()),
+    "a subclass of the layer": lambda net: net.__setitem__(0, randomize(OurBatchNorm(3))),
+    "a layer of torch": lambda net: net.__setitem__(0, randomize(nn.BatchNorm2d(3))),
+    "a parametrized layer": lambda net: parametrize.register_parametrization(net[0], "weight", Identity()),
+    "a patched layer": lambda net: with_own_forward(net[0]),
+    "a patched ReLU": lambda net: with_own_forward(net[1]),
+    "a module between": lambda net: net.insert(1, nn.Identity()),
+    **{
+        f"{kind} on the {('layer', 'ReLU')[index]}": (
+            lambda net, index=index, kind=kind: getattr(net[index], f"register_{kind}")(lambda *args: None)
+        )
+        for kind in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
+        for index in (0, 1)
+    },
+}
+
+
+@pytest.mark.parametrize("change", UNFUSED.values(), ids=UNFUSED)
+def test_runs_unfused_and_right(change, relu_calls, backend):
+    net = pair().eval()
+    change(net)
+    net.eval()
+    y = net(X)
+    assert len(relu_calls) == 1
+    assert_near(y, expected_of(net))
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        torch_module.register_module_forward_hook,
+        torch_module.register_module_forward_pre_hook,
+        torch_module.register_module_full_backward_hook,
+        torch_module.register_module_full_backward_pre_hook,
+    ],
+)
+def test_global_hooks_see_every_module(register, relu_calls):
+    net = pair().eval()
+    with contextlib.closing(contextlib.ExitStack()) as stack:
+        stack.callback(register(lambda module, *args: None).remove)
+        assert_near(net(X), expected_of(net))
+        assert len(relu_calls) == 1
+    net(X)
+    assert len(relu_calls) == 1  # fused again
+
+
+def test_fused_again_once_the_hook_is_gone(relu_calls):
+    net = pair()
+    seen = []
+    handle = net[1].register_forward_hook(lambda module, args, y: seen.append(args[0].min().item()))
+    net(X)
+    assert len(relu_calls) == len(seen) == 1
+    assert seen[0] < 0  # the hook sees what comes before the activation
+    handle.remove()
+    net(X)
+    assert len(relu_calls) == len(seen) == 1
+
+
+def test_a_hook_that_changes_the_value_between_is_obeyed(backend):
+    net = pair().eval()
+    net[0].register_forward_hook(lambda module, args, y: -y)
+    norm_only = net[0](X).neg()
+    assert_near(net(X), (-norm_only).relu())
+    assert not torch.equal(net(X), norm_only.relu())
+
+
+def test_hooks_on_the_sequential_itself_leave_it_fused(relu_calls):
+    net = pair()
+    seen = []
+    net.register_forward_hook(lambda module, args, y: seen.append(y))
+    assert net(X) is seen[0]
+    assert relu_calls == []
+
+
+@pytest.mark.parametrize(
+    ("build", "unfused"),
+    [
+        (lambda bn, relu: ek.Sequential(bn(), relu, bn(), relu), 0),  # shared
+        (lambda bn, relu: ek.Sequential(ek.Sequential(bn(), relu), bn(), relu), 0),  # nested
+        (lambda bn, relu: nn.Sequential(ek.Sequential(bn(), relu), ek.Sequential(bn(), relu)), 0),
+        (lambda bn, relu: ek.Sequential(ek.Sequential(bn()), relu), 1),  # in different containers
+        (lambda bn, relu: ek.Sequential(bn(), relu, relu), 1),
+        (lambda bn, relu: ek.Sequential(relu, bn()), 1),
+        (lambda bn, relu: ek.Sequential(bn(), bn(), relu), 0),
+        (lambda bn, relu: ek.Sequential(bn(), nn.LeakyReLU(), relu), 1),
+        (lambda bn, relu: ek.Sequential(bn(), relu, nn.Conv2d(3, 3, 1), bn(), relu)[3:], 0),
+    ],
+    ids=["shared", "nested", "inside torch's", "split", "two ReLUs", "ReLU first", "two norms", "LeakyReLU", "slice"],
+)
+def test_structures(build, unfused, relu_calls):
+    net = build(lambda: randomize(ek.BatchNorm2d(3)), nn.ReLU())
+    net.eval()
+    flat = [m for m in net.modules() if not isinstance(m, nn.Sequential)]
+    y = net(X)
+    assert len(relu_calls) == unfused
+    if not any(isinstance(m, ek.Sequential) for m in net.children()) and len(flat) == len(net):
+        assert_near(y, nn.Sequential(*net)(X), units=64)
+
+
+def test_a_fused_pair_keeps_its_digits_in_training(backend):
+    """Forward, gradients and moments of the pair are those of the two modules run one after the other."""
+    net, x, dy = pair(), X.clone().requires_grad_(), torch.randn_like(X)
+    apart = nn.Sequential(ek.BatchNorm2d(3), nn.ReLU())
+    apart.load_state_dict(net.state_dict())
+    x2 = X.clone().requires_grad_()
+    y, y2 = net(x), apart(x2)
+    y.backward(dy), y2.backward(dy)
+    assert_near(y, y2)
+    assert_near(x.grad, x2.grad, units=32)
+    for p, p2 in zip(net.parameters(), apart.parameters(), strict=True):
+        assert_near(p.grad, p2.grad, units=32)
+    for b, b2 in zip(net.buffers(), apart.buffers(), strict=True):
+        assert torch.equal(b, b2)

@@ -1,0 +1,37 @@
+"""Importing the package brings in the layers and nothing else."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+
+import evenkeel
+
+HEAVY = (
+    "triton",
+    "torch._dynamo",
+    "torch._inductor",
+    "typer",
+    "rich",
+    "plotly",
+    "jinja2",
+    "sklearn",
+    "scipy",
+    "joblib",
+)
+OUTER = tuple(f"evenkeel.{name}" for name in ("cli", "info", "lab", "report", "bench"))
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    assert importlib.metadata.version("evenkeel") == evenkeel.__version__
+
+
+def test_import_is_light() -> None:
+    code = "import sys, torch; before = set(sys.modules); import evenkeel; print(*sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    brought = done.stdout.split()
+    assert "evenkeel.nn.batch_norm" in brought
+    unwanted = [name for name in brought if f"{name}.".startswith(tuple(f"{heavy}." for heavy in HEAVY + OUTER))]
+    assert not unwanted

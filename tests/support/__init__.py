@@ -1,0 +1,1 @@
+"""What several suites share: cases, the definition in float64, how runs are made and compared."""
