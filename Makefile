@@ -37,7 +37,7 @@ help:
 	@echo 'make demo     what batch normalization does, on real data: a table, and evenkeel-demo.html'
 	@echo 'make test     run the tests'
 	@echo 'make check    format, lint, types, layers of imports'
-	@echo 'make bench    time the layers'
+	@echo 'make bench    time the layers and whole networks: tables, and bench-results/bench.html'
 	@echo 'make format   format the sources, and mend what the linter can'
 	@echo 'make clean    remove what was built (the virtual environment stays)'
 	@echo
@@ -51,8 +51,14 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
+# The page is drawn also when a result was wrong, which it then says; ARGS goes to the layers' benchmark.
 bench: $(VENV)/.built
-	@$(BIN)/evenkeel bench $(ARGS)
+	@status=0; \
+	$(BIN)/evenkeel bench run --batch 16 --pages both --rounds 3 --out bench-results/kernels.json $(ARGS) || status=1; \
+	$(BIN)/evenkeel bench networks --batch 8 --rounds 3 --out bench-results/networks.json || status=1; \
+	$(BIN)/evenkeel bench page bench-results/kernels.json bench-results/networks.json --out bench-results/bench.html \
+		|| status=1; \
+	exit $$status
 
 check: $(VENV)/.built
 	@$(MAKE) --no-print-directory --keep-going $(CHECKS)

@@ -1,6 +1,7 @@
 """Batch normalization for PyTorch: fast, right where it usually goes wrong, and shown by evidence."""
 
 from evenkeel import functional, kernels
+from evenkeel.memory import reuse_memory
 from evenkeel.moments import Moments
 from evenkeel.nn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, Sequential
 
@@ -16,4 +17,5 @@ __all__ = [
     "__version__",
     "functional",
     "kernels",
+    "reuse_memory",
 ]

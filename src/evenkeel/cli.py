@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ try:
     import typer
     from rich.console import Console
 
-    from evenkeel.bench.command import bench_command
+    from evenkeel.bench.group import bench_app, read_report
     from evenkeel.info import info_command
 except ModuleNotFoundError as error:
     raise SystemExit(f"the evenkeel command needs the package {error.name}: pip install 'evenkeel[cli]'") from None
@@ -106,6 +107,9 @@ def demo(
     ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes beside each other; one a core by default.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure everything again, whatever is stored.")] = False,
+    reuse_memory: Annotated[
+        bool, typer.Option("--reuse-memory", help="Keep the memory of freed tensors, in this process alone.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON and nothing else.")] = False,
 ) -> None:
     """Show on real data what batch normalization does, without it, with torch.nn's, with evenkeel's.
@@ -118,6 +122,7 @@ def demo(
     from evenkeel.lab.experiment import Plan
     from evenkeel.lab.progress import ProgressBar
     from evenkeel.lab.store import Store
+    from evenkeel.memory import reuse_memory as reused_memory
     from evenkeel.report.page import write_page
     from evenkeel.report.terminal import show
 
@@ -131,7 +136,7 @@ def demo(
     for warning in store.warnings:
         quiet.print(f"warning: {warning}", markup=False)
     try:
-        with ProgressBar(quiet) as bar:
+        with reused_memory() if reuse_memory else nullcontext(), ProgressBar(quiet) as bar:
             document = run_demo(plan, selected, store, jobs=jobs, listener=bar)
     except KeyboardInterrupt:
         message = f"stopped; what was measured is kept in {store.path}, and the same command goes on"
@@ -146,8 +151,28 @@ def demo(
         raise fail(f"{document['run']['failed']} of {document['run']['cells']} cells failed")
 
 
+@bench_app.command("page")
+def bench_page(
+    results: Annotated[
+        list[Path], typer.Argument(exists=True, dir_okay=False, help="What the benchmarks wrote with --out.")
+    ],
+    out: Annotated[Path, typer.Option(help="The page to write.", callback=_page_path)] = Path("evenkeel-bench.html"),
+) -> None:
+    """Draw results of kernels and networks on one HTML page that needs no network."""
+    need("bench", "plotly", "jinja2")
+    from evenkeel.bench.page import bench_document
+    from evenkeel.report.page import write_page
+
+    try:
+        document = bench_document([read_report(path) for path in results])
+    except ValueError as error:
+        raise fail(str(error)) from None
+    write_page(document, out, template="bench.html")
+    typer.echo(str(out))
+
+
 app.command("info")(info_command)
-app.command("bench")(bench_command)
+app.add_typer(bench_app, name="bench")
 
 
 if __name__ == "__main__":

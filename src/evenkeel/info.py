@@ -15,7 +15,7 @@ def gather() -> dict[str, Any]:
     import torch
 
     import evenkeel
-    from evenkeel import kernels, machine
+    from evenkeel import kernels, machine, memory
 
     return {
         "evenkeel": evenkeel.__version__,
@@ -27,6 +27,7 @@ def gather() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "active": kernels.active(),
         "chosen_by": kernels.chosen_by(),
+        "memory": memory.obstacle() or "can be reused",
         "kernels": [asdict(kernel) for kernel in kernels.available()],
     }
 
@@ -57,7 +58,8 @@ def info_command(as_json: Annotated[bool, typer.Option("--json", help="Print JSO
         )
     console.print(table)
     console.print(
-        f"float32 on the CPU runs on {facts['active']} ({facts['chosen_by']}); everything else runs on reference.",
+        f"float32 on the CPU runs on {facts['active']} ({facts['chosen_by']}); everything else runs on reference.\n"
+        f"Memory of freed tensors (evenkeel.reuse_memory): {facts['memory']}.",
         markup=False,
         highlight=False,
     )

@@ -1,8 +1,6 @@
 """`python -m evenkeel.bench`."""
 
-import typer
-
-from .command import bench_command
+from .group import bench_app
 
 if __name__ == "__main__":
-    typer.run(bench_command)
+    bench_app()

@@ -5,10 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 LAYOUTS = ("contiguous", "channels_last")
 VARIANTS = ("bn", "bn_relu", "bn_add_relu")
 MODES = ("forward", "backward", "both", "inference")
+DTYPES = ("float32", "bfloat16")
+
+#: How the gradient arrives: in the input's memory format, in the other one, or as one value a plane
+#: expanded with strides of 0, as global average pooling sends it back.
+GRADIENTS = ("matching", "other", "expanded")
+
+#: What the allocator does: as it is by default, which gives large tensors fresh pages, or under
+#: `evenkeel.reuse_memory`. Fresh comes first: the heap that reuse leaves would serve it too.
+PAGES = ("fresh", "reused")
 
 #: ResNet-50 with 224x224 input and the stride in the 3x3 convolution: (C, H, W) of every distinct
 #: batch norm, and how many of the network's 53 layers have it, by what follows the layer. `bn`
@@ -76,11 +86,19 @@ class Case:
     shape: Shape
     layout: str
     variant: str
+    gradient: str = "matching"
+    dtype: str = "float32"
 
     @property
     def name(self) -> str:
         """A label for progress and messages."""
-        return f"{self.shape.name} {self.layout} {self.variant}"
+        unusual = [one for one in (self.gradient, self.dtype) if one not in ("matching", "float32")]
+        return " ".join((self.shape.name, self.layout, self.variant, *unusual))
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes that differ for this case: the gradient's format changes no forward."""
+        return MODES if self.gradient == "matching" else ("backward", "both")
 
     @property
     def has_residual(self) -> bool:
@@ -110,27 +128,38 @@ def shapes(batch: int, *, quick: bool = False, contains: tuple[str, ...] = ()) -
 
 
 def cases(
-    listed: list[Shape], layouts: tuple[str, ...] = LAYOUTS, variants: tuple[str, ...] = VARIANTS
+    listed: list[Shape],
+    layouts: tuple[str, ...] = LAYOUTS,
+    variants: tuple[str, ...] = VARIANTS,
+    gradients: tuple[str, ...] = GRADIENTS[:1],
+    dtypes: tuple[str, ...] = DTYPES[:1],
 ) -> Iterator[Case]:
-    """Every combination, the shape slowest, so that a shape's tensors are used while they exist."""
+    """Every combination, the shape slowest, so that a shape's tensors are used while they exist.
+
+    Only four dimensions have another memory format, and only planes can be expanded.
+    """
     for shape in listed:
         for layout in (one for one in shape.layouts if one in layouts):
-            for variant in variants:
-                yield Case(shape, layout, variant)
+            for variant, dtype, gradient in product(variants, dtypes, gradients):
+                if gradient == "matching" or len(shape.dims) == 4:
+                    yield Case(shape, layout, variant, gradient, dtype)
 
 
-def least_bytes(elements: int, itemsize: int, variant: str, mode: str) -> int:
+def least_bytes(elements: int, itemsize: int, variant: str, mode: str, gradient: str = "matching") -> int:
     """The bytes no implementation can avoid, each tensor read or written once.
 
     The statistics' pass over x is not counted: a channel's block can stay in cache between the two
     passes. The sign of BN + ReLU follows from x and the channel's scale and shift; with a residual
-    it does not, so that variant stores one bit for an element. Channel vectors are not counted.
+    it does not, so that variant stores one bit for an element. Channel vectors are not counted, nor
+    is a gradient with one value a plane.
     """
     tensor = elements * itemsize
     residual = variant == "bn_add_relu"
     mask = elements // 8 if residual else 0
     forward = tensor * (3 if residual else 2)  # x (and the residual) in, y out
     backward = tensor * (4 if residual else 3) + mask  # x and dy in, dx (and the residual's) out
+    if gradient == "expanded":
+        backward -= tensor
     return {
         "inference": forward,
         "forward": forward + mask,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import definition
 from .definition import Quantity
-from .peers import Built
+from .peers import Built, Given
 from .problem import EPS, MOMENTUM, Problem
 
 
@@ -33,13 +33,17 @@ def expect(problem: Problem, phase: str) -> dict[str, Quantity]:
     )
 
 
-def allowed_eps(samples: int) -> float:
-    """The error a right peer may have, in units of epsilon.
+def allowed_eps(samples: int, dtype: torch.dtype = torch.float32) -> float:
+    """The error a right peer may have, in units of the dtype's epsilon.
 
     A plain sum of M terms in the working precision errs by a random walk of sqrt(M) roundings;
     anything beyond that, and a few for the elementwise arithmetic, is a mistake and not rounding.
+    Half precision is worked in float32, and rounded once for each of batch norm, add and ReLU.
     """
-    return 32.0 + math.sqrt(samples)
+    working = 32.0 + math.sqrt(samples)
+    if dtype.itemsize < 4:
+        return 4.0 + working * torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+    return working
 
 
 def check(problem: Problem, built: Built, phase: str, expected: dict[str, Quantity]) -> float:
@@ -52,14 +56,18 @@ def check(problem: Problem, built: Built, phase: str, expected: dict[str, Quanti
         WrongResultError: a result has another shape or dtype, or differs by more than rounding.
     """
     found = _run(problem, built, phase)
-    limit = allowed_eps(problem.samples)
     worst = 0.0
     for name, quantity in expected.items():
         actual = found[name]
-        if actual.shape != quantity.value.shape or actual.dtype != problem.x.dtype:
+        dtype = problem.x.dtype if actual.dim() > 1 else problem.state["weight"].dtype
+        if actual.shape != quantity.value.shape or actual.dtype != dtype:
             came = f"{tuple(actual.shape)} {actual.dtype}"
-            wanted = f"{tuple(quantity.value.shape)} {problem.x.dtype}"
+            wanted = f"{tuple(quantity.value.shape)} {dtype}"
             raise WrongResultError(f"{name} is {came}, should be {wanted}")
+        limit = allowed_eps(problem.samples, dtype)
+        if name in ("dweight", "dbias"):  # torch rounds some of them to the dtype of x on their way
+            rounding = torch.finfo(problem.x.dtype).eps / torch.finfo(dtype).eps
+            limit = max(limit, allowed_eps(problem.samples, problem.x.dtype) * rounding)
         error = _error_eps(actual, quantity)
         if not error <= limit:  # NaN fails too
             raise WrongResultError(f"{name} is off by {error:.3g} eps, allowed {limit:.3g}")
@@ -73,30 +81,36 @@ def _run(problem: Problem, built: Built, phase: str) -> dict[str, Tensor]:
         raise TypeError("a peer that claims batch normalization must give its module")
     norm.load_state_dict(problem.state)
     norm.train(phase == "training")
+    given = built.given or Given(problem.x, problem.residual, problem.dy)
     if phase == "inference":
         with torch.no_grad():
-            residual = None if problem.residual is None else problem.residual.detach()
-            return {"y": built.call(problem.x.detach(), residual)}
-    y = built.call(problem.x, problem.residual)
+            residual = None if given.residual is None else given.residual.detach()
+            return {"y": _dense(built.call(given.x.detach(), residual))}
+    y = built.call(given.x, given.residual)
     names, inputs = gradient_inputs(problem, built)
-    gradients = torch.autograd.grad(y, inputs, problem.dy)
-    found = dict(zip(names, gradients, strict=True))
+    gradients = torch.autograd.grad(y, inputs, given.dy)
+    found = dict(zip(names, map(_dense, gradients), strict=True))
     buffers = dict(norm.named_buffers())
     return found | {
-        "y": y.detach(),
+        "y": _dense(y.detach()),
         "running_mean": buffers["running_mean"],
         "running_var": buffers["running_var"],
     }
 
 
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
+
+
 def gradient_inputs(problem: Problem, built: Built) -> tuple[list[str], list[Tensor]]:
     """What the backward is asked for: every input of the peer."""
-    pairs: list[tuple[str, Tensor]] = [("dx", problem.x)]
+    given = built.given or Given(problem.x, problem.residual, problem.dy)
+    pairs: list[tuple[str, Tensor]] = [("dx", given.x)]
     if built.norm is not None:
         parameters = dict(built.norm.named_parameters())
         pairs += [("dweight", parameters["weight"]), ("dbias", parameters["bias"])]
-        if problem.residual is not None:
-            pairs.append(("dresidual", problem.residual))
+        if given.residual is not None:
+            pairs.append(("dresidual", given.residual))
     names, inputs = zip(*pairs, strict=True)
     return list(names), list(inputs)
 

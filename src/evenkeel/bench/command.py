@@ -1,22 +1,47 @@
 """The command `evenkeel bench`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cases import LAYOUTS, MODES, VARIANTS, shapes
+from .cases import DTYPES, GRADIENTS, LAYOUTS, MODES, PAGES, VARIANTS, shapes
+
+if TYPE_CHECKING:
+    from .results import Report
 
 Many = list[str] | None
 
 
-def _split(name: str, given: Many, legal: tuple[str, ...], default: tuple[str, ...]) -> list[str]:
+def split(name: str, given: Many, legal: tuple[str, ...], default: tuple[str, ...]) -> list[str]:
     """Values of an option that may be repeated or joined by commas, in the order of `legal`."""
     values = {part.strip() for text in given or () for part in text.split(",") if part.strip()}
     unknown = sorted(values - set(legal))
     if unknown:
         raise typer.BadParameter(f"unknown {', '.join(unknown)}; legal are {', '.join(legal)}", param_hint=f"--{name}")
     return [one for one in legal if one in (values or default)]
+
+
+def possible_pages(asked: list[str]) -> list[str]:
+    """What can be had of the asked page settings; says what can't, and why."""
+    from evenkeel.memory import obstacle
+
+    from .run import page_settings
+
+    try:
+        found = page_settings(asked)
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error), param_hint="--pages") from None
+    if found != asked:
+        typer.echo(f"measured with fresh pages only, memory cannot be reused here: {obstacle()}", err=True)
+    return found
+
+
+def write_report(report: "Report", out: Path | None) -> None:
+    """Write a report to a file, and make its folder."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(report.to_json() + "\n", encoding="utf-8")
 
 
 def bench_command(
@@ -28,7 +53,17 @@ def bench_command(
         Many,
         typer.Option(help="Only shapes whose NxCxHxW or suite (resnet50, small) contains this."),
     ] = None,
-    peers: Annotated[Many, typer.Option(help="Only these of evenkeel, eager, compile, relu, copy, clone.")] = None,
+    gradient: Annotated[
+        Many, typer.Option(help=f"How the gradient arrives: these of {', '.join(GRADIENTS)}; matching by default.")
+    ] = None,
+    dtype: Annotated[Many, typer.Option(help=f"These of {', '.join(DTYPES)}; float32 by default.")] = None,
+    pages: Annotated[
+        str, typer.Option(help="Memory of large tensors: fresh (the allocator's default), reused, or both.")
+    ] = "fresh",
+    reuse_memory: Annotated[bool, typer.Option("--reuse-memory", help="The same as --pages reused.")] = False,
+    peers: Annotated[
+        Many, typer.Option(help="Only these of evenkeel, eager, compile, onednn, relu, copy, clone.")
+    ] = None,
     compile_: Annotated[
         bool,
         typer.Option("--compile/--no-compile", help="Measure torch.compile too; slow to start."),
@@ -50,20 +85,24 @@ def bench_command(
     from .run import run_bench, selected
     from .table import print_report
 
-    names = _split("peers", peers, tuple(PEERS), DEFAULT_PEERS)
+    asked = ["reused"] if reuse_memory else [",".join(PAGES) if pages == "both" else pages]
+    names = split("peers", peers, tuple(PEERS), DEFAULT_PEERS)
     if compile_ and "compile" not in names:
         names = [name for name in PEERS if name in names or name == "compile"]
     settings = Settings(
         batch=batch,
-        layouts=_split("layout", layout, LAYOUTS, LAYOUTS),
-        variants=_split("variant", variant, VARIANTS, VARIANTS),
-        modes=_split("mode", mode, MODES, MODES),
+        layouts=split("layout", layout, LAYOUTS, LAYOUTS),
+        variants=split("variant", variant, VARIANTS, VARIANTS),
+        modes=split("mode", mode, MODES, MODES),
         shapes=[part for text in shape or () for part in text.split(",")],
         peers=names,
         rounds=rounds or (5 if quick else 9),
         min_time_ms=min_time,
         threads=threads,
         quick=quick,
+        gradients=split("gradient", gradient, GRADIENTS, GRADIENTS[:1]),
+        dtypes=split("dtype", dtype, DTYPES, DTYPES[:1]),
+        pages=possible_pages(split("pages", asked, PAGES, PAGES[:1])),
     )
     if not selected(settings):
         known = ", ".join(one.name for one in shapes(batch, quick=quick))
@@ -73,8 +112,7 @@ def bench_command(
             param_hint="--shape",
         )
     report = run_bench(settings)
-    if out is not None:
-        out.write_text(report.to_json() + "\n", encoding="utf-8")
+    write_report(report, out)
     if as_json:
         typer.echo(report.to_json())
     else:

@@ -15,6 +15,9 @@ from torch import Tensor
 BLOCK_ELEMENTS = 4 << 20  # 32 MB a float64 tensor: channels are independent, so take a few at once
 KINK = 1e-4
 
+#: A sum is rounded before a residual is added, by up to half a unit of a value that may be 8 here.
+KINKS = {torch.bfloat16: 0.04}
+
 
 @dataclass
 class Quantity:
@@ -76,7 +79,36 @@ def clear_kink(x: Tensor, residual: Tensor | None, dy: Tensor, state: Mapping[st
         part = x[:, block]
         normalized = normalize(part, *moments(part), eps)
         z = _affine(normalized, _part(residual, block), state["weight"][block], state["bias"][block])
-        dy[:, block].masked_fill_(z.abs() < KINK, 0.0)
+        dy[:, block].masked_fill_(z.abs() < KINKS.get(x.dtype, KINK), 0.0)
+
+
+@torch.no_grad()
+def leave_kink(x: Tensor, residual: Tensor | None, state: Mapping[str, Tensor], eps: float) -> None:
+    """Move the activation's inputs that are next to zero away from it, where dy can't be zeroed.
+
+    Through the residual if there is one, else through x, which moves the moments a little: so again,
+    until none is left.
+
+    Raises:
+        ValueError: some stay there.
+    """
+    kink = KINKS.get(x.dtype, KINK)
+    for block in _blocks(x):
+        part, rest = x[:, block], _part(residual, block)
+        weight, bias = state["weight"][block], state["bias"][block]
+        for _ in range(20):
+            mean, var = moments(part)
+            z = _affine(normalize(part, mean, var, eps), rest, weight, bias)
+            near = z.abs() < kink
+            if not near.any():
+                break
+            step = torch.where(z < 0, -2.5 * kink, 2.5 * kink) * near
+            if rest is not None:
+                rest.add_(step.to(rest.dtype))
+            else:
+                part.add_((step * _view((var + eps).sqrt() / weight, part)).to(part.dtype))
+        else:
+            raise ValueError("the activation's input cannot be moved away from zero")
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ what the process has allocated before, so that has to be known too.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 try:
@@ -19,6 +20,7 @@ except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
 TASKS = Path("/proc/self/task")
+STATUS = Path("/proc/self/status")
 
 
 def run_delay() -> float | None:
@@ -36,3 +38,21 @@ def run_delay() -> float | None:
 def page_faults() -> int:
     """Pages that this process has had to be given so far; 0 where that is not counted."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource else 0
+
+
+def peak_bytes() -> int | None:
+    """The most memory that this process has had resident so far; None if unknown.
+
+    Not `ru_maxrss` where it can be helped: on Linux a process starts with that of the one it was
+    started from.
+    """
+    try:
+        for line in STATUS.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    if resource is None or sys.platform == "linux":
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) * (1 if sys.platform == "darwin" else 1024)  # kilobytes, but on macOS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,28 @@ from .problem import EPS, MOMENTUM, Problem
 Call = Callable[[Tensor, Tensor | None], Tensor]
 
 
+class CannotError(Exception):
+    """A peer that does not do a case, with the reason; unlike a wrong result this is no failure."""
+
+
+class Given(NamedTuple):
+    """What a call and its backward are given."""
+
+    x: Tensor
+    residual: Tensor | None
+    dy: Tensor
+
+
 @dataclass
 class Built:
-    """A peer ready to run: `call(x, residual) -> y`, and the module whose state it uses."""
+    """A peer ready to run: `call(x, residual) -> y`, and the module whose state it uses.
+
+    `given` stands for the problem's tensors where a peer needs them in a form of its own.
+    """
 
     call: Call
     norm: nn.Module | None = None
+    given: Given | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,25 @@ def _evenkeel(problem: Problem) -> Built:
     return Built(call, norm)
 
 
+def _onednn(problem: Problem) -> Built:
+    case = problem.case
+    if len(case.shape.dims) != 4:
+        raise CannotError("oneDNN's batch norm in torch takes two-dimensional planes only")
+    if case.layout != "contiguous" or case.gradient != "matching" or case.dtype != "float32":
+        raise CannotError("torch's oneDNN tensors have a layout of their own and are measured in float32 only")
+    if not torch.backends.mkldnn.is_available():
+        raise CannotError("this build of torch has no oneDNN")
+    norm = _torch_norm(problem)
+    x, residual, dy = problem.x.detach(), problem.residual, problem.dy
+    given = Given(
+        x.to_mkldnn().requires_grad_(),
+        None if residual is None else residual.detach().to_mkldnn().requires_grad_(),
+        dy.to_mkldnn(),
+    )
+    compose = _compose(case, norm)
+    return Built(compose, norm, given)
+
+
 def _relu(_: Problem) -> Built:
     return Built(lambda x, _: torch.relu(x))
 
@@ -107,6 +143,7 @@ _ALL = (
     Peer("evenkeel", "evenkeel's layer, one call", _evenkeel),
     Peer("eager", "torch.nn, one module after the other, ReLU in place", _eager),
     Peer("compile", "torch.compile of the eager modules", _compiled),
+    Peer("onednn", "torch.nn on oneDNN's tensors, converted beforehand", _onednn),
     Peer("relu", "ReLU alone", _relu, is_batch_norm=False, limit_of="bn_relu"),
     Peer(
         "copy",
@@ -126,4 +163,4 @@ _ALL = (
     ),
 )
 PEERS: dict[str, Peer] = {peer.name: peer for peer in _ALL}
-DEFAULT_PEERS = ("evenkeel", "eager", "relu", "copy", "clone")
+DEFAULT_PEERS = ("evenkeel", "eager", "onednn", "relu", "copy", "clone")

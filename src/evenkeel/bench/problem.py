@@ -56,21 +56,37 @@ def _draw(shape: Shape) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     return x, normal(*shape.dims), normal(*shape.dims), state
 
 
+def _gradient(case: Case, dy: Tensor, formats: tuple[torch.memory_format, torch.memory_format]) -> Tensor:
+    """dy as it arrives; `formats` are the input's and the other one."""
+    if case.gradient == "expanded":
+        return dy[:, :, :1, :1].clone().expand_as(dy)
+    return dy.clone(memory_format=formats[case.gradient == "other"])
+
+
 def make_problem(case: Case) -> Problem:
     """Draw a case's tensors; equal for every layout of a shape, and for every run."""
     x, residual, dy, state = _draw(case.shape)
-    memory_format = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
+    formats = (torch.contiguous_format, torch.channels_last)
+    if case.layout == "channels_last":
+        formats = formats[::-1]
+    dtype: torch.dtype = getattr(torch, case.dtype)
 
     def placed(values: Tensor) -> Tensor:
-        return values.clone(memory_format=memory_format)
+        return values.to(dtype, copy=True, memory_format=formats[0])
 
     problem = Problem(
         case=case,
-        x=placed(x).requires_grad_(),
-        residual=placed(residual).requires_grad_() if case.has_residual else None,
-        dy=placed(dy),
+        x=placed(x),
+        residual=placed(residual) if case.has_residual else None,
+        dy=_gradient(case, dy.to(dtype), formats),
         state={name: value.clone() for name, value in state.items()},
     )
     if case.activation is not None:
-        definition.clear_kink(problem.x, problem.residual, problem.dy, state, EPS)
+        if case.gradient == "expanded":
+            definition.leave_kink(problem.x, problem.residual, state, EPS)
+        else:
+            definition.clear_kink(problem.x, problem.residual, problem.dy, state, EPS)
+    for tensor in (problem.x, problem.residual):
+        if tensor is not None:
+            tensor.requires_grad_()
     return problem

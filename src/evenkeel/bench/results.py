@@ -6,12 +6,15 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass
 class Machine:
-    """Where a run took place; `environment` holds the variables that change memory and threads."""
+    """Where a run took place; `environment` holds the variables that change memory and threads.
+
+    `caches` are bytes by level, of the whole machine; `revision` is git's, with `+` for changes on it.
+    """
 
     cpu: str
     cores: int
@@ -24,6 +27,11 @@ class Machine:
     evenkeel_kernels: str
     load_average: float | None
     page_bytes: int
+    torch_build: str = ""
+    caches: dict[str, int] = field(default_factory=dict)
+    memory_bytes: int | None = None
+    allocator: str = ""
+    revision: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -41,6 +49,9 @@ class Settings:
     min_time_ms: float
     threads: int | None = None
     quick: bool = False
+    gradients: list[str] = field(default_factory=lambda: ["matching"])
+    dtypes: list[str] = field(default_factory=lambda: ["float32"])
+    pages: list[str] = field(default_factory=lambda: ["fresh"])
 
 
 @dataclass
@@ -50,7 +61,9 @@ class Row:
     `ratios` holds this peer's time over each other's: below 1, this one is faster.
     `spread` is the quartiles' distance over the median, `disturbed` the share of rounds in which
     other programs interfered, `page_faults` a count for one whole call (forward and backward, in
-    training). A row with `error` has no number.
+    training). A row with `error` has no number; one with `skipped` has none either, since its peer
+    does not do such a case. `copied_bytes` is what the copy moves in the same time: against
+    `least_bytes` it says how many bytes the time is worth.
     """
 
     suite: str
@@ -59,7 +72,11 @@ class Row:
     variant: str
     mode: str
     peer: str
+    gradient: str = "matching"
+    dtype: str = "float32"
+    pages: str = "fresh"
     error: str | None = None
+    skipped: str | None = None
     error_eps: float | None = None
     median_us: float | None = None
     spread: float | None = None
@@ -67,6 +84,7 @@ class Row:
     page_faults: float | None = None
     tensor_bytes: int | None = None
     least_bytes: int | None = None
+    copied_bytes: int | None = None
     gbps: float | None = None
     copy_fraction: float | None = None
     ratios: dict[str, float] = field(default_factory=dict)
@@ -85,6 +103,9 @@ class Mean:
     shapes: int
     ratios: dict[str, float]
     copy_fraction: float | None
+    gradient: str = "matching"
+    dtype: str = "float32"
+    pages: str = "fresh"
 
 
 @dataclass
@@ -97,6 +118,34 @@ class Total:
     peer: str
     layers: int
     total_ms: float
+    pages: str = "fresh"
+
+
+@dataclass
+class NetworkRow:
+    """One arm of a network: whole steps, in a process of its own.
+
+    `step_ms` is the median, `peak_bytes` the most memory that the process had resident up to then,
+    and `baseline_bytes` what it had before the first step. `agreement` is the largest error against
+    float64 as a multiple of eager's. A row with `error` has no number.
+    """
+
+    network: str
+    arm: str
+    layers: str
+    layout: str
+    pages: str
+    mode: str
+    batch: int
+    size: int
+    error: str | None = None
+    agreement: float | None = None
+    step_ms: float | None = None
+    spread: float | None = None
+    peak_bytes: int | None = None
+    baseline_bytes: int | None = None
+    ratios: dict[str, float] = field(default_factory=dict)
+    samples_ms: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -110,6 +159,7 @@ class Report:
     totals: list[Total] = field(default_factory=list)
     seconds: float = 0.0
     schema: int = SCHEMA
+    networks: list[NetworkRow] = field(default_factory=list)
 
     def is_fresh(self, row: Row) -> bool:
         """Whether a call's tensors came as fresh pages, for a good part at least.
@@ -128,8 +178,13 @@ class Report:
 
     @property
     def errors(self) -> list[Row]:
-        """The rows without a number."""
+        """The rows that have no number because something is wrong."""
         return [row for row in self.rows if row.error is not None]
+
+    @property
+    def failed(self) -> bool:
+        """Whether anything is wrong, in kernels or in networks."""
+        return bool(self.errors) or any(row.error is not None for row in self.networks)
 
     def to_json(self) -> str:
         """The report as JSON text."""
@@ -151,5 +206,6 @@ class Report:
             rows=[Row(**row) for row in data["rows"]],
             means=[Mean(**mean) for mean in data["means"]],
             totals=[Total(**total) for total in data["totals"]],
+            networks=[NetworkRow(**row) for row in data["networks"]],
             seconds=data["seconds"],
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import TypeVar
@@ -13,11 +14,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from evenkeel import memory
+
 from . import summary, timing
-from .cases import Case, cases, least_bytes, shapes
+from .cases import PAGES, Case, cases, least_bytes, shapes
 from .check import check, expect, gradient_inputs
 from .machine import describe
-from .peers import PEERS, Built, Peer
+from .peers import PEERS, Built, CannotError, Peer
 from .problem import Problem, make_problem
 from .results import Report, Row, Settings
 
@@ -28,7 +31,14 @@ PHASES = {"training": ("forward", "backward", "both"), "inference": ("inference"
 def selected(settings: Settings) -> list[Case]:
     """The cases that `settings` asks for."""
     listed = shapes(settings.batch, quick=settings.quick, contains=tuple(settings.shapes))
-    return list(cases(listed, tuple(settings.layouts), tuple(settings.variants)))
+    found = cases(
+        listed,
+        tuple(settings.layouts),
+        tuple(settings.variants),
+        tuple(settings.gradients),
+        tuple(settings.dtypes),
+    )
+    return [case for case in found if set(case.modes) & set(settings.modes)]
 
 
 def run_bench(settings: Settings, *, peers: Mapping[str, Peer] = PEERS, progress: bool = True) -> Report:
@@ -43,13 +53,16 @@ def run_bench(settings: Settings, *, peers: Mapping[str, Peer] = PEERS, progress
     todo = selected(settings)
     chosen = [peers[name] for name in settings.peers]
     rows: list[Row] = []
-    with _threads(settings.threads), _bar(progress) as bar:
+    with keep_threads(settings.threads), bar(progress) as shown:
         machine = describe()
-        task = bar.add_task("", total=len(todo))
-        for case in todo:
-            bar.update(task, description=case.name)
-            rows += run_case(case, chosen, settings)
-            bar.advance(task)
+        passes = page_settings(settings.pages)
+        task = shown.add_task("", total=len(todo) * len(passes))
+        for pages in passes:
+            with _allocator(pages):
+                for case in todo:
+                    shown.update(task, description=f"{pages} pages: {case.name}")
+                    rows += [replace(row, pages=pages) for row in run_case(case, chosen, settings)]
+                    shown.advance(task)
     norms = [peer.name for peer in chosen if peer.is_batch_norm]
     return Report(
         machine=machine,
@@ -67,16 +80,39 @@ def run_case(case: Case, peers: Sequence[Peer], settings: Settings) -> list[Row]
     rows: list[Row] = []
     attempts = {peer.name: _attempt(partial(peer.build, problem)) for peer in peers}
     for phase, all_modes in PHASES.items():
-        modes = [mode for mode in all_modes if mode in settings.modes]
+        modes = [mode for mode in all_modes if mode in settings.modes and mode in case.modes]
         if modes:
             rows += _run_phase(problem, peers, attempts, phase, modes, settings)
     return rows
 
 
-def _attempt(action: Callable[[], T]) -> T | str:
+def page_settings(asked: Sequence[str]) -> list[str]:
+    """What can be had of the asked settings, fresh first; see `cases.PAGES`.
+
+    Raises:
+        RuntimeError: nothing is left.
+    """
+    possible = [pages for pages in PAGES if pages in asked and (pages == "fresh" or memory.obstacle() is None)]
+    if not possible:
+        raise RuntimeError(f"memory cannot be reused here: {memory.obstacle()}")
+    return possible
+
+
+@contextmanager
+def _allocator(pages: str) -> Iterator[None]:
+    if pages == "reused":
+        with memory.reuse_memory():
+            yield
+    else:
+        yield
+
+
+def _attempt(action: Callable[[], T]) -> T | str | CannotError:
     """The action's result, or why there is none: a peer that fails costs its rows, not the run."""
     try:
         return action()
+    except CannotError as error:
+        return error
     except Exception as error:
         lines = str(error).strip().splitlines()
         return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -85,37 +121,45 @@ def _attempt(action: Callable[[], T]) -> T | str:
 def _run_phase(
     problem: Problem,
     peers: Sequence[Peer],
-    attempts: Mapping[str, Built | str],
+    attempts: Mapping[str, Built | str | CannotError],
     phase: str,
     modes: Sequence[str],
     settings: Settings,
 ) -> list[Row]:
-    failures: dict[str, str] = {}
+    failures: dict[str, str | CannotError] = {}
     errors_eps: dict[str, float] = {}
     samplers: dict[str, timing.Sampler] = {}
     expected = expect(problem, phase)
     for peer in peers:
         built = attempts[peer.name]
-        if isinstance(built, str):
+        if isinstance(built, (str, CannotError)):
             failures[peer.name] = built
             continue
         if peer.is_batch_norm:
             error_eps = _attempt(partial(check, problem, built, phase, expected))
-            if isinstance(error_eps, str):
+            if isinstance(error_eps, (str, CannotError)):
                 failures[peer.name] = error_eps
                 continue
             errors_eps[peer.name] = error_eps
         samplers[peer.name] = _sampler(problem, peer, built, phase)
     del expected
-    measured = timing.measure(samplers, rounds=settings.rounds, min_seconds=settings.min_time_ms / 1000)
+    measured = timing.measure(
+        samplers,
+        rounds=settings.rounds,
+        min_seconds=settings.min_time_ms / 1000,
+        calls_before=timing.WARM_UP if memory.is_active() else 0,
+    )
     rows = []
     for mode in modes:
         for peer in peers:
             if mode in ("backward", "both") and not peer.has_backward:
                 continue
             row = _blank_row(problem.case, mode, peer)
-            if peer.name in failures:
-                row.error = failures[peer.name]
+            failure = failures.get(peer.name)
+            if isinstance(failure, CannotError):
+                row.skipped = str(failure)
+            elif failure is not None:
+                row.error = failure
             else:
                 row.error_eps = errors_eps.get(peer.name)
                 _fill(row, problem, peer, measured)
@@ -127,17 +171,19 @@ def _sampler(problem: Problem, peer: Peer, built: Built, phase: str) -> timing.S
     call = built.call
     if built.norm is not None:
         built.norm.train(phase == "training")
-    x, residual = problem.x, problem.residual
+    x, residual, dy = built.given or (problem.x, problem.residual, problem.dy)
     if phase == "inference":
         x, residual = x.detach(), None if residual is None else residual.detach()
         return timing.inference_sampler(lambda: call(x, residual))
     inputs = gradient_inputs(problem, built)[1]
-    return timing.training_sampler(lambda: call(x, residual), inputs, problem.dy if peer.has_backward else None)
+    return timing.training_sampler(lambda: call(x, residual), inputs, dy if peer.has_backward else None)
 
 
 def _blank_row(case: Case, mode: str, peer: Peer) -> Row:
     shape = case.shape
-    return Row(shape.suite, shape.name, case.layout, case.variant, mode, peer.name)
+    return Row(
+        shape.suite, shape.name, case.layout, case.variant, mode, peer.name, gradient=case.gradient, dtype=case.dtype
+    )
 
 
 def _fill(row: Row, problem: Problem, peer: Peer, measured: timing.Measured) -> None:
@@ -150,7 +196,7 @@ def _fill(row: Row, problem: Problem, peer: Peer, measured: timing.Measured) -> 
     row.disturbed = measured.disturbed
     row.page_faults = statistics.median(measured.faults[row.peer])
     row.tensor_bytes = x.numel() * x.element_size()
-    row.least_bytes = least_bytes(x.numel(), x.element_size(), peer.limit_of or row.variant, mode)
+    row.least_bytes = least_bytes(x.numel(), x.element_size(), peer.limit_of or row.variant, mode, row.gradient)
     row.gbps = row.least_bytes / median / 1e9
     for name, others in samples.items():
         if name != peer.name and mode in others[0]:
@@ -160,11 +206,12 @@ def _fill(row: Row, problem: Problem, peer: Peer, measured: timing.Measured) -> 
         (copy_mode,) = samples["copy"][0]
         copies = [sample[copy_mode] for sample in samples["copy"]]
         copied = least_bytes(x.numel(), x.element_size(), "bn_relu", "inference")
-        row.copy_fraction = row.least_bytes / copied / timing.ratio(times, copies)
+        row.copied_bytes = round(copied * timing.ratio(times, copies))
+        row.copy_fraction = row.least_bytes / row.copied_bytes
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def keep_threads(count: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     try:
         if count is not None:
@@ -174,7 +221,7 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _bar(enabled: bool) -> Progress:
+def bar(enabled: bool) -> Progress:
     return Progress(
         BarColumn(bar_width=24),
         MofNCompleteColumn(),

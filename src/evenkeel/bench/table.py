@@ -1,4 +1,4 @@
-"""A report as tables: errors, then means, then every case."""
+"""A report as tables: errors, then every case, and last, where a terminal leaves the reader, the means."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections import defaultdict
 from rich.console import Console
 from rich.table import Table
 
-from .results import Report, Row
+from .results import Mean, Report, Row
 
-PLAIN_WIDTH = 150  # a pipe or a file has no width of its own
+PLAIN_WIDTH = 190  # a pipe or a file has no width of its own
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Print a report; the shortest answer first."""
+    """Print a report; the shortest answer last, but errors before all."""
     if console is None:
         console = Console()
         if not console.is_terminal:
@@ -32,13 +32,16 @@ def print_report(report: Report, console: Console | None = None) -> None:
         )
     if report.errors:
         console.print(errors_table(report))
-    if report.means:
-        console.print(means_table(report))
-    if report.totals:
-        console.print(totals_table(report))
-    console.print(rows_table(report))
+    if report.rows:
+        console.print(rows_table(report))
     if any(report.is_fresh(row) for row in report.rows):
         console.print("* with the cost of fresh pages: the allocator had to take the tensors from the system")
+    for peer, reason in dict.fromkeys((row.peer, row.skipped) for row in report.rows if row.skipped):
+        console.print(f"empty for {peer}: {reason}", markup=False, highlight=False)
+    if report.totals:
+        console.print(totals_table(report))
+    if report.means:
+        console.print(means_table(report))
 
 
 def errors_table(report: Report) -> Table:
@@ -68,7 +71,7 @@ def means_table(report: Report) -> Table:
         title="Geometric means of time / time of the other (below 1: faster)",
         title_style="bold",
     )
-    for name in ("suite", "layout", "variant", "mode", "peer"):
+    for name in ("suite", "pages", "layout", "variant", "mode", "peer"):
         table.add_column(name)
     for name in others:
         table.add_column(f"/ {name}", justify="right")
@@ -76,17 +79,18 @@ def means_table(report: Report) -> Table:
     previous = None
     for mean in sorted(
         (mean for mean in report.means if mean.peer in subjects),
-        key=lambda m: report.settings.modes.index(m.mode),
+        key=lambda m: (report.settings.pages.index(m.pages), report.settings.modes.index(m.mode)),
     ):
-        section = (mean.suite, mean.mode)
+        section = (mean.suite, mean.pages, mean.mode)
         if previous not in (None, section):
             table.add_section()
         previous = section
         cells = [_number(mean.ratios.get(name)) for name in others]
         table.add_row(
             f"{mean.suite} ({mean.shapes})",
+            mean.pages,
             mean.layout,
-            mean.variant,
+            " ".join([mean.variant, *unusual(mean)]),
             mean.mode,
             mean.peer,
             *cells,
@@ -103,13 +107,13 @@ def totals_table(report: Report) -> Table:
         title=f"All {layers} batch norms of ResNet-50 with what follows them, ms",
         title_style="bold",
     )
-    for name in ("layout", "mode", *peers):
+    for name in ("pages", "layout", "mode", *peers):
         table.add_column(name, justify="right" if name in peers else "left")
-    lines: defaultdict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    lines: defaultdict[tuple[str, str, str], dict[str, float]] = defaultdict(dict)
     for total in report.totals:
-        lines[total.layout, total.mode][total.peer] = total.total_ms
-    for (layout, mode), times in lines.items():
-        table.add_row(layout, mode, *(_time(times.get(peer)) for peer in peers))
+        lines[total.pages, total.layout, total.mode][total.peer] = total.total_ms
+    for (pages, layout, mode), times in lines.items():
+        table.add_row(pages, layout, mode, *(_time(times.get(peer)) for peer in peers))
     return table
 
 
@@ -118,37 +122,48 @@ def rows_table(report: Report) -> Table:
     peers = report.settings.peers
     subject = "evenkeel" if "evenkeel" in peers else peers[0]
     table = Table(title=f"Medians, µs; the last columns are {subject}'s", title_style="bold")
-    for name in ("shape", "layout", "variant", "mode"):
+    for name in ("shape", "pages", "layout", "variant", "mode"):
         table.add_column(name, no_wrap=True)
-    for name in (*peers, "/ eager", "GB/s", "copy rate", "spread"):
+    for name in (*peers, "/ eager", "GB/s", "copy rate", "bytes", "spread"):
         table.add_column(name, justify="right", no_wrap=True)
-    lines: defaultdict[tuple[str, str, str, str], dict[str, Row]] = defaultdict(dict)
+    lines: defaultdict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
     for row in report.rows:
-        lines[row.shape, row.layout, row.variant, row.mode][row.peer] = row
+        variant = " ".join([row.variant, *unusual(row)])
+        lines[row.shape, row.pages, row.layout, variant, row.mode][row.peer] = row
     previous = None
     for key, found in lines.items():
-        if previous not in (None, key[:2]):
+        if previous not in (None, key[:3]):
             table.add_section()
-        previous = key[:2]
-        row = found[subject] if subject in found else Row("", *key, subject)
+        previous = key[:3]
+        row = found.get(subject) or Row("", "", "", "", "", subject)
         table.add_row(
             *key,
             *(_cell(report, found.get(peer)) for peer in peers),
             _number(row.ratios.get("eager")),
             _number(row.gbps, 1),
             _percent(row.copy_fraction),
+            _times(row.copied_bytes, row.least_bytes),
             _percent(row.spread),
         )
     return table
 
 
 def _cell(report: Report, row: Row | None) -> str:
-    if row is None:
+    if row is None or row.skipped is not None:
         return ""
     if row.error is not None:
         return "[red]error[/red]"
     rough = "~" if row.disturbed and row.disturbed > 0.5 else ""
     return rough + _time(row.median_us) + ("*" if report.is_fresh(row) else " ")
+
+
+def unusual(one: Row | Mean) -> list[str]:
+    """What of a row or a mean is not as in most of them: the gradient's format, the dtype."""
+    return [value for value in (one.gradient, one.dtype) if value not in ("matching", "float32")]
+
+
+def _times(value: int | None, least: int | None) -> str:
+    return f"{value / least:.1f}×" if value and least else ""
 
 
 def _time(value: float | None) -> str:

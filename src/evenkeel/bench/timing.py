@@ -25,6 +25,9 @@ Sample = dict[str, float]
 Sampler = Callable[[int], Sample]
 
 MAX_REPEATS = 10_000
+#: An allocator that reuses memory needs some allocations of a size first, see evenkeel.reuse_memory.
+WARM_UP = 10
+FEW_PAGES = 64
 MAX_LOST = 0.02  # the part of a round's time that may be spent without a core
 
 
@@ -79,6 +82,15 @@ def turns(names: Sequence[str], rounds: int) -> Iterator[tuple[str, ...]]:
         yield (*names[first:], *names[:first])
 
 
+def warm_up(sampler: Sampler, calls: int) -> None:
+    """Call up to so many times, until a call needs no new pages."""
+    for _ in range(calls):
+        pages = page_faults()
+        sampler(1)
+        if page_faults() - pages < FEW_PAGES:
+            break
+
+
 def calibrate(sampler: Sampler, min_seconds: float) -> int:
     """Warm up, and find how many calls make a sample long enough."""
     sampler(1)
@@ -105,7 +117,7 @@ class Measured:
     disturbed: float
 
 
-def measure(samplers: Mapping[str, Sampler], *, rounds: int, min_seconds: float) -> Measured:
+def measure(samplers: Mapping[str, Sampler], *, rounds: int, min_seconds: float, calls_before: int = 0) -> Measured:
     """Measure every peer once a round.
 
     Rounds during which other programs held a core are repeated, up to as many again; if there are
@@ -113,6 +125,8 @@ def measure(samplers: Mapping[str, Sampler], *, rounds: int, min_seconds: float)
     alone, so the choice favours no peer.
     """
     with _collector_off():
+        for run in samplers.values():
+            warm_up(run, calls_before)
         repeats = {name: calibrate(run, min_seconds) for name, run in samplers.items()}
         done: list[_Round] = []
         for order in turns(tuple(samplers), 2 * rounds):

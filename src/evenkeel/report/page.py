@@ -12,8 +12,11 @@ from evenkeel.report.plots import plotly_figure
 _HERE = Path(__file__).parent
 
 
-def page(document: Mapping[str, Any]) -> str:
-    """The page of a document. Every text of it is escaped, whatever it holds."""
+def page(document: Mapping[str, Any], template: str = "page.html") -> str:
+    """The page of a document. Every text of it is escaped, whatever it holds.
+
+    `template` is one of the pages beside this file: `page.html` of the demo, `bench.html` of the benchmark.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
@@ -31,7 +34,7 @@ def page(document: Mapping[str, Any]) -> str:
         for section in document["sections"]
         for number, figure in enumerate(section["figures"])
     }
-    return environment.get_template("page.html").render(
+    return environment.get_template(template).render(
         document=document,
         figures=figures,
         # Our own files, not data: they go in as they are.
@@ -41,12 +44,12 @@ def page(document: Mapping[str, Any]) -> str:
     )
 
 
-def write_page(document: Mapping[str, Any], path: Path) -> None:
+def write_page(document: Mapping[str, Any], path: Path, template: str = "page.html") -> None:
     """Write the page whole or not at all: a reader never meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(page(document), encoding="utf-8")
+        partial.write_text(page(document, template), encoding="utf-8")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

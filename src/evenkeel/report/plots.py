@@ -171,11 +171,16 @@ def _layout(figure: Plain) -> dict[str, Any]:
         "hovermode": "y unified" if lying else "x unified",
         value_axis: _axis(figure["y"]),
         other_axis: _axis(figure["x"]),
-        "height": 380,
+        "height": figure.get("height", 380),
     }
     if lying:
-        layout |= {"barmode": "group", "bargap": 0.3}
+        # Series that share no bar need no room beside each other.
+        layout |= {"barmode": "overlay" if figure.get("apart") else "group", "bargap": 0.3}
         layout[other_axis] |= {"automargin": True, "autorange": "reversed", "type": "category"}
+        layout[other_axis] |= {
+            "categoryorder": "array",
+            "categoryarray": [_broken(name) for name in figure["x"]["categories"]],
+        }
         layout[value_axis]["rangemode"] = "tozero"
     if figure["reference"] is not None:
         value, name = figure["reference"]

@@ -1,0 +1,151 @@
+"""Networks: the same results with evenkeel's layers, turns taken, peaks of the arm's own process."""
+
+import os
+import subprocess
+import sys
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import evenkeel as ek
+from evenkeel.bench import arms, network_run
+from evenkeel.bench.agreement import agreement, judge
+from evenkeel.bench.check import WrongResultError
+from evenkeel.bench.network_run import run_networks
+from evenkeel.bench.results import Settings
+
+pytest.importorskip("pytorchcv", reason="the extra [bench] is not installed")
+from evenkeel.bench.fusing import fused_name, use_evenkeel
+from evenkeel.bench.networks import build
+
+
+def settings_of(**given):
+    defaults = {
+        "batch": 2,
+        "layouts": ["contiguous"],
+        "variants": [],
+        "modes": ["training", "inference"],
+        "shapes": [],
+        "peers": [],
+        "rounds": 2,
+        "min_time_ms": 0.0,
+        "threads": 1,
+    }
+    return Settings(**(defaults | given))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_small_network_agrees(layout):
+    assert agreement("MobileNetV2", batch=2, size=64, layout=layout) <= 10
+
+
+def test_every_layer_is_replaced_with_the_same_parameters():
+    net = build("DenseNet-121", 32)
+    before = {name: value.data_ptr() for name, value in net.state_dict(keep_vars=True).items()}
+    use_evenkeel(net)
+    assert {name: value.data_ptr() for name, value in net.state_dict(keep_vars=True).items()} == before
+    kinds = {type(module) for module in net.modules()}
+    assert ek.BatchNorm2d in kinds
+    assert nn.BatchNorm2d not in kinds
+
+
+def test_relu_is_fused_in_resnet():
+    net = use_evenkeel(build("ResNet-50", 32)).eval()
+    called = []
+    for module in net.modules():
+        if isinstance(module, nn.ReLU):
+            module.register_forward_hook(lambda *_: called.append(1))
+    with torch.no_grad():
+        net(torch.randn(1, 3, 32, 32))
+    assert not called
+    assert fused_name(nn.ReLU()) == "relu"
+    assert fused_name(nn.Softshrink()) is None
+
+
+def test_a_wrong_network_is_found():
+    with pytest.raises(WrongResultError, match="b is off"):
+        judge({"a": 1e-7, "b": 1e-3}, {"a": 1e-7, "b": 1e-6}, 1e-7)
+    with pytest.raises(WrongResultError):
+        judge({"a": float("nan")}, {"a": 1e-7}, 1e-7)
+    assert judge({"a": 2e-7}, {"a": 1e-9}, 1e-7) == pytest.approx(2)
+
+
+class FakeWorker:
+    """Takes as long as its arm's name is, and one byte more at each step."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, config):
+        self.name, self.baseline_bytes, self.peak = config["layers"], 1, 1
+
+    def step(self, mode):
+        self.log.append(f"{mode} {self.name}")
+        self.peak += 1
+        return len(self.name) / 1000, self.peak
+
+    def close(self):
+        self.log.append(f"close {self.name}")
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(arms, "Worker", FakeWorker)
+    monkeypatch.setattr(FakeWorker, "log", [])
+    return FakeWorker
+
+
+def run(settings, **given):
+    return run_networks(settings, ["MobileNetV2"], 32, progress=False, **given)
+
+
+def test_arms_take_turns_and_inference_is_first(fake):
+    report = run(settings_of(), check=lambda *_, **__: 1.0)
+    steps = network_run.WARM_UP + 2
+    assert fake.log[:4] == ["inference eager", "inference evenkeel", "inference evenkeel", "inference eager"]
+    assert fake.log[2 * steps].startswith("training")
+    assert fake.log[-2:] == ["close evenkeel", "close eager"]
+    row = next(one for one in report.networks if one.layers == "evenkeel" and one.mode == "training")
+    assert row.ratios == {"eager contiguous fresh": pytest.approx(8 / 5)}
+    assert len(row.samples_ms) == 2
+    assert not report.failed
+
+
+def test_a_wrong_network_is_not_timed(fake):
+    def wrong(*_, **__):
+        raise WrongResultError("output is off")
+
+    report = run(settings_of(), check=wrong)
+    assert report.failed
+    for row in report.networks:
+        assert (row.step_ms is None) == (row.layers == "evenkeel")
+        assert bool(row.error) == (row.layers == "evenkeel")
+    assert not any("evenkeel" in line for line in fake.log)
+
+
+def test_an_arm_that_ends_costs_its_own_rows(fake, monkeypatch):
+    def step(self, mode):
+        if self.name == "evenkeel":
+            raise arms.ArmError("out of memory")
+        return 0.001, 1
+
+    monkeypatch.setattr(FakeWorker, "step", step)
+    report = run(settings_of(), check=lambda *_, **__: 1.0)
+    assert {row.layers: bool(row.error) for row in report.networks} == {"evenkeel": True, "eager": False}
+
+
+def test_a_real_process_says_why_it_ends():
+    config = {"network": "absent", "batch": 1, "size": 32, "threads": 1}
+    with arms.workers([arms.Arm("eager", "contiguous", "fresh")], config) as found:
+        (reason,) = found.values()
+    assert "KeyError" in reason
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not tell a process's own peak")
+def test_the_peak_is_not_the_parents():
+    held = torch.ones(150 << 20)  # 600 MB, more than a process with torch takes
+    code = "import torch; from evenkeel.bench.disturbance import peak_bytes; print(peak_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 0 < int(done.stdout) < held.nbytes
