@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 KERNELS := src/evenkeel/kernels/cpu
 CSRC := $(wildcard $(KERNELS)/csrc/*.h $(KERNELS)/csrc/*.cpp)
+DRIVER := $(wildcard tests/native/*.h tests/native/*.cpp)
 LIBRARY := $(KERNELS)/libevenkeel.so
 WHY_NOT := $(KERNELS)/not_built.txt
 
@@ -29,7 +30,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench format clean FORCE
+.PHONY: help demo test check bench native sanitize arm format clean FORCE
 CHECKS := check-format check-lint check-types check-layers check-kernels
 .PHONY: $(CHECKS)
 
@@ -38,10 +39,13 @@ help:
 	@echo 'make test     run the tests'
 	@echo 'make check    format, lint, types, layers of imports'
 	@echo 'make bench    time the layers and whole networks: tables, and bench-results/bench.html'
+	@echo 'make native   check the kernels without torch, on everything that the driver has'
+	@echo 'make sanitize check them with address and undefined-behaviour sanitizers, without torch and with it'
+	@echo 'make arm      check them on an emulated ARM'
 	@echo 'make format   format the sources, and mend what the linter can'
 	@echo 'make clean    remove what was built (the virtual environment stays)'
 	@echo
-	@echo 'ARGS="..." is passed on by demo, test and bench: make test ARGS="tests/docs -x"'
+	@echo 'ARGS="..." is passed on by demo, test, bench, native, sanitize and arm: make test ARGS="tests/docs -x"'
 	@echo 'PYTHON ($(PYTHON)), VENV ($(VENV)) and TORCH ($(TORCH)) can be set in the same way.'
 
 demo: $(VENV)/.built
@@ -59,6 +63,23 @@ bench: $(VENV)/.built
 	$(BIN)/evenkeel bench page bench-results/kernels.json bench-results/networks.json --out bench-results/bench.html \
 		|| status=1; \
 	exit $$status
+
+# tests/native/build_driver.py says what is built, and how.
+native: $(VENV)/.installed
+	@$(BIN)/python tests/native/build_driver.py native $(ARGS)
+
+arm:
+	@$(PYTHON) tests/native/build_driver.py arm --quick $(ARGS)
+
+# The second half runs tests that call the operators through torch, which itself is not built with sanitizers: the
+# library's allocations and its stack are watched, and ASan's malloc puts red zones around tensors. Faults are left to
+# the system, because some tests cause them.
+sanitize: ARGS = tests/kernels/test_memory.py tests/kernels/test_mixed_layouts.py tests/kernels/test_random_views.py
+sanitize: $(VENV)/.installed
+	@$(BIN)/python tests/native/build_driver.py sanitize --quick
+	@ASAN_OPTIONS=detect_leaks=0:handle_segv=0 UBSAN_OPTIONS=print_stacktrace=1 EVENKEEL_NATIVE=1 \
+		LD_PRELOAD="$$($(COMPILER) -print-file-name=libasan.so)" EVENKEEL_LIBRARY=$(abspath build/sanitize/libevenkeel.so) \
+		PYTHONPATH=src $(BIN)/python -m pytest -n 2 --dist worksteal -p no:cacheprovider $(ARGS)
 
 check: $(VENV)/.built
 	@$(MAKE) --no-print-directory --keep-going $(CHECKS)
@@ -81,12 +102,12 @@ check-layers:
 
 check-kernels:
 	@echo 'clang-format'
-	@$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	@$(BIN)/clang-format --dry-run -Werror $(CSRC) $(DRIVER)
 
 format: $(VENV)/.installed
 	@$(BIN)/ruff format
 	@$(BIN)/ruff check --fix
-	@$(BIN)/clang-format -i $(CSRC)
+	@$(BIN)/clang-format -i $(CSRC) $(DRIVER)
 
 clean:
 	@rm -rf build dist src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
@@ -115,7 +136,7 @@ LEFT := $(wildcard $(LIBRARY) $(if $(filter 1,$(EVENKEEL_NATIVE)),,$(WHY_NOT)))
 
 $(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(CSRC) $(VENV)/.compiler $(if $(LEFT),,FORCE)
 	@echo 'building the native kernels'
-	@$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@EVENKEEL_OBJECTS=build/objects $(PIP) install --quiet --no-build-isolation --no-deps --editable .
 	@test ! -f $(WHY_NOT) || echo "left out, the reference back end will run: $$(cat $(WHY_NOT))" >&2
 	@touch $@
 

@@ -3,7 +3,8 @@
 The library registers its operators with LibTorch through the stable ABI. It is no Python module, so one build serves
 every Python, and every torch from 2.10 on. Where it cannot be built (no C++ compiler, no torch), the package installs
 without it and runs on the reference back end. EVENKEEL_NATIVE=0 leaves it out, EVENKEEL_NATIVE=1 makes it required.
-CXX, CXXFLAGS and LDFLAGS are heeded.
+CXX, CXXFLAGS and LDFLAGS are heeded. EVENKEEL_OBJECTS names a folder in which object files are kept, so that the next
+build compiles only what changed.
 """
 
 from __future__ import annotations
@@ -32,11 +33,22 @@ CSRC = Path("src/evenkeel/kernels/cpu/csrc")
 TORCH_FOR_BUILDING = "torch==2.13.0"
 TORCH_TARGET_VERSION = "0x020a000000000000"  # the oldest torch that the library must load into: 2.10
 
-FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+FLAGS = [
+    "-std=c++17",
+    "-O2",
+    "-g0",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+]
 INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
-    INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"]
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *INSTRUCTION_SETS["avx2"]]
+DTYPES = ("f32", "f64", "bf16", "f16")
 
 wish = os.environ.get("EVENKEEL_NATIVE", "")
 if wish not in ("", "0", "1"):
@@ -83,6 +95,23 @@ def run(command: list[str], what: str) -> None:
         raise BuildError(f"{command[0]} ended with status {done.returncode} on {what}: {told[:300]}")
 
 
+def is_current(object_: Path, command: list[str]) -> bool:
+    """Whether an object that was kept is what the command would make of the files as they are now."""
+    record, depends = object_.with_suffix(".command"), object_.with_suffix(".d")
+    if not (object_.exists() and depends.exists() and record.exists() and record.read_text() == shlex.join(command)):
+        return False
+    sources = [Path(word) for word in depends.read_text().replace("\\\n", " ").split()[1:]]
+    return all(source.exists() and source.stat().st_mtime <= object_.stat().st_mtime for source in sources)
+
+
+def compile_unit(command: list[str], object_: Path, what: str) -> None:
+    command = [*command, "-MMD", "-c", "-o", str(object_)]
+    if not is_current(object_, command):
+        object_.unlink(missing_ok=True)
+        run(command, what)
+        object_.with_suffix(".command").write_text(shlex.join(command))
+
+
 def build(library: Path) -> None:
     """Compile and link the library.
 
@@ -97,25 +126,34 @@ def build(library: Path) -> None:
         raise BuildError(f"there was no C++ compiler{asked}")
     if torch is None:
         raise BuildError("there was no torch 2.10 or newer to compile against")
-    flags = FLAGS + shlex.split(os.environ.get("CXXFLAGS", ""))
+    wished_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
     with_torch = [f"-isystem{torch / 'include'}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     units = [
-        *((name, "kernels.cpp", [f"-DEVENKEEL_ISA={name}", *options]) for name, options in INSTRUCTION_SETS.items()),
+        *(
+            (f"kernels_{isa}_{dtype}", "kernels.cpp", [f"-DEVENKEEL_ISA={isa}", f"-DEVENKEEL_DTYPE={dtype}", *options])
+            for isa, options in INSTRUCTION_SETS.items()
+            for dtype in DTYPES
+        ),
         ("register", "register.cpp", with_torch),
         ("dispatch", "dispatch.cpp", []),
     ]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+    kept = os.environ.get("EVENKEEL_OBJECTS")
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
+        folder = Path(kept or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
 
         def compile_(unit: tuple[str, str, list[str]]) -> str:
             name, source, options = unit
-            object_ = str(Path(folder, f"{name}.o"))
-            run([*compiler, *flags, *options, "-c", str(CSRC / source), "-o", object_], f"{source} ({name})")
-            return object_
+            object_ = folder / f"{name}.o"
+            command = [*compiler, *FLAGS, *wished_flags, *options, str(CSRC / source)]
+            compile_unit(command, object_, f"{source} ({name})")
+            return str(object_)
 
         objects = list(pool.map(compile_, units))
         # Debian's linker drops libraries that it sees no use for yet; the operators need these when they load.
         libraries = ["-Wl,--no-as-needed", f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
-        options = ["-Wl,-s", *shlex.split(os.environ.get("LDFLAGS", ""))]
+        strip = [] if any(re.match(r"-g(?!0)", flag) for flag in wished_flags) else ["-Wl,-s"]
+        options = [*strip, *shlex.split(os.environ.get("LDFLAGS", ""))]
         run([*compiler, "-shared", *objects, *libraries, *options, "-o", str(library)], library.name)
 
 

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from evenkeel.activations import Activation
 from evenkeel.errors import describe
-
-#: Activations that fuse, and what the operators call them.
-ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1}
+from evenkeel.layout import is_dense
 
 
 class State(NamedTuple):
@@ -42,7 +41,6 @@ def check_arguments(
     weight: Any,
     bias: Any,
     state: State,
-    activation: Any,
     ranks: tuple[int, ...] | None = None,
 ) -> None:
     """Raise a ValueError or TypeError that says what was asked, what came, what is legal and what to do.
@@ -86,7 +84,6 @@ def check_arguments(
             raise ValueError(f"{what}: the residual must have x's shape {tuple(x.shape)}; got {describe(residual)}")
         if residual.device != x.device:
             raise ValueError(f"{what}: x is on {x.device}, so the residual must be too; got {describe(residual)}")
-    check_activation(what, activation)
     if (state.running_mean is None) != (state.running_var is None):
         missing = "running_mean" if state.running_mean is None else "running_var"
         raise ValueError(f"{what}: running_mean and running_var come together or not at all; {missing} is None")
@@ -108,8 +105,22 @@ def check_arguments(
         )
 
 
-def check_activation(what: str, activation: Any) -> None:
-    """Raise a ValueError unless ``activation`` is one that fuses."""
-    if not (activation is None or isinstance(activation, str)) or activation not in ACTIVATIONS:
-        legal = ", ".join(repr(name) for name in ACTIVATIONS)
-        raise ValueError(f"{what}: activation must be one of {legal}; got {describe(activation)}")
+def check_inplace(what: str, x: Tensor, residual: Any, act: Activation) -> None:
+    """Raise a ValueError unless x's memory may take the result, and x can be told from it."""
+    if residual is not None:
+        raise ValueError(f"{what}: inplace=True goes without a residual; got {describe(residual)}")
+    if not act.invertible:
+        raise ValueError(
+            f"{what}: inplace=True rebuilds x from the result, so the activation must be None, 'leaky_relu' with a "
+            f"positive slope or 'elu' with a positive alpha; got {describe_activation(act)}"
+        )
+    if not is_dense(x):
+        raise ValueError(
+            f"{what}: inplace=True needs x contiguous or channels-last; got {describe(x)} with strides {x.stride()}. "
+            "Use inplace=False, or copy x first"
+        )
+
+
+def describe_activation(act: Activation) -> str:
+    """Its name, and its parameter where that may be what is wrong."""
+    return f"{act.name!r} with {act.a:g}" if act.name in ("leaky_relu", "elu") else repr(act.name)

@@ -11,20 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evenkeel.activations import Activation
 from evenkeel.arguments import State
 from evenkeel.layout import per_channel, reduced_dims
 from evenkeel.moments import Moments, compute_dtype, wide_dtype
 
 
 def torch_operators(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, activation: int
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
 ) -> Tensor:
     """``act(bn(x) + residual)`` as ``torch.nn.functional.batch_norm`` and what follows it."""
-    return _finish(_batch_norm(x, weight, bias, state), residual, activation)
+    return _finish(_batch_norm(x, weight, bias, state), residual, act)
 
 
 def differentiable(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, activation: int
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
 ) -> Tensor:
     """``act(bn(x) + residual)`` by the formula, right in every order and mode of differentiation.
 
@@ -41,7 +42,7 @@ def differentiable(
     xhat, _ = _normalized(x, fixed, state.eps)
     y = xhat if weight is None else xhat * per_channel(weight.to(xhat.dtype), x)
     y = y if bias is None else y + per_channel(bias.to(xhat.dtype), x)
-    return _finish(y, residual, activation).to(x.dtype if residual is None else torch.result_type(x, residual))
+    return _finish(y, residual, act).to(x.dtype if residual is None else torch.result_type(x, residual))
 
 
 def backward(
@@ -51,26 +52,28 @@ def backward(
     bias: Tensor | None,
     fixed: tuple[Tensor, Tensor] | None,
     y: Tensor | None,
+    residual: Tensor | None,
     eps: float,
-    activation: int,
+    act: Activation,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dresidual, dweight, dbias as differentiable functions of dy, x and weight.
+    """dx, dresidual, dweight, dbias as differentiable functions of dy, x, weight, bias and residual.
 
     Args:
-        bias: Where the activation's gate is found from x.
+        bias, residual: Where the value in front of the activation is found from x.
         fixed: Mean and 1/√(var + eps) in use, or None: then they are the batch's, and functions of ``x``.
-        y: The output, where a residual was added before an activation.
+        y: The output, which will do for ReLU.
     """
     dims = reduced_dims(x)
     xhat, rstd = _normalized(x, fixed, eps)
     scale = rstd if weight is None else rstd * per_channel(weight.to(rstd.dtype), x)
-    g = dy.to(xhat.dtype)
-    if activation == 1:
-        output = y
-        if output is None:
-            output = xhat if weight is None else xhat * per_channel(weight.to(xhat.dtype), x)
-            output = output if bias is None else output + per_channel(bias.to(xhat.dtype), x)
-        g = torch.where(output <= 0, 0, g)
+    g = dy.to(torch.promote_types(xhat.dtype, dy.dtype))
+    if act.code != 0:
+        v = y
+        if v is None:
+            v = xhat if weight is None else xhat * per_channel(weight.to(xhat.dtype), x)
+            v = v if bias is None else v + per_channel(bias.to(xhat.dtype), x)
+            v = v if residual is None else v + residual
+        g = act.gradient(g, v).to(g.dtype)
     dbias, dweight = g.sum(dims), (g * xhat).sum(dims)
     dx = g * scale
     if fixed is None:
@@ -94,10 +97,10 @@ def _normalized(x: Tensor, fixed: tuple[Tensor, Tensor] | None, eps: float) -> t
     return (x.to(dtype) - per_channel(centre, x) - per_channel(rest, x)) * rstd, rstd
 
 
-def _finish(y: Tensor, residual: Tensor | None, activation: int) -> Tensor:
+def _finish(y: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
     if residual is not None:
         y = y + residual
-    return torch.relu(y) if activation == 1 else y
+    return act.forward(y)
 
 
 def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State) -> Tensor:

@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from evenkeel import fused, kernels
-from evenkeel.arguments import ACTIVATIONS, State, check_arguments
+from evenkeel.activations import resolve
+from evenkeel.arguments import State, check_arguments, check_inplace
+from evenkeel.inplace import batch_norm_
 from evenkeel.kernels import reference
-from evenkeel.moments import Moments, check_values
+from evenkeel.moments import Moments, broadcast_mask, check_values
 
 __all__ = ["batch_norm", "moments"]
 
@@ -26,8 +28,9 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
-    activation: str | None = None,
+    activation: str | torch.nn.Module | None = None,
     residual: Tensor | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     """``activation(bn(x) + residual)`` in one fused operation.
 
@@ -46,29 +49,38 @@ def batch_norm(
         training: Normalize with the batch's moments, else with the running ones.
         momentum: Weight of the batch's moments in the update, PyTorch's sense.
         eps: Added to the variance.
-        activation: None or ``"relu"``.
+        activation: None; ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"elu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"``,
+            ``"hardswish"``, ``"hardsigmoid"``, ``"sigmoid"``, ``"tanh"``, ``"mish"`` or ``"softplus"``; or the module
+            of torch.nn for one of them, whose parameters are taken over (its ``inplace`` is not).
         residual: Added before the activation; of x's shape.
+        inplace: Write y into x's memory and keep y alone for the backward, which rebuilds x from it. For an activation
+            of None, leaky_relu (slope > 0) or elu (alpha > 0), and without a residual. Under torch.compile, torch.func
+            and forward-mode differentiation, and for tensor subclasses, it has no effect: the result is the same, and
+            x stays.
 
     Shape:
         (N, C, *S) -> (N, C, *S)
 
     Differs:
-        From ``torch.nn.functional.batch_norm`` by ``activation`` and ``residual``, and by keeping its digits when the
-        mean is large against the deviation.
+        From ``torch.nn.functional.batch_norm`` by ``activation``, ``residual`` and ``inplace``, and by keeping its
+        digits when the mean is large against the deviation.
 
     Numerics:
         Sums are taken in float32 or wider around a value near the mean and added up in float64. Native kernels give
-        the same bits for any number of threads.
+        the same bits for any number of threads. An activation is computed in the dtype of the sums.
 
     Cost:
-        float32 on the CPU runs on native kernels, which read x once from memory per direction where a block of channels
-        fits the cache. Saved for the backward: x, and with both a residual and an activation y; neither a mask nor
-        the normalized values.
+        float32, float64, bfloat16 and float16 on the CPU run on native kernels, which read x once from memory per
+        direction where a block of channels fits the cache. Saved for the backward: x, and with both a residual and an
+        activation y (relu) or the residual (others); in place y alone. Never a mask nor the normalized values. An x
+        that is neither contiguous nor channels-last is copied once.
 
     Raises:
         TypeError: a wrong type or dtype.
         ValueError: a wrong shape, device or value; one value per channel in training; no statistics in inference.
             The running moments are then as before.
+        RuntimeError: ``inplace`` for a leaf that requires a gradient, or for a view; a second derivative through
+            ``inplace``; and, from torch, a backward after y was modified.
 
     Example:
         >>> x = torch.tensor([[1.0], [3.0]])
@@ -93,10 +105,15 @@ def batch_norm(
             eps=eps,
             activation=activation,
             residual=residual,
+            inplace=inplace,
         )
     state = State(running_mean, running_var, None, training, training, momentum, eps)
-    check_arguments("batch_norm", x, residual, weight, bias, state, activation)
-    return fused.batch_norm(x, residual, weight, bias, state, ACTIVATIONS[activation])
+    act = resolve("batch_norm", activation)
+    check_arguments("batch_norm", x, residual, weight, bias, state)
+    if inplace:
+        check_inplace("batch_norm", x, residual, act)
+        return batch_norm_(x, weight, bias, state, act)
+    return fused.batch_norm(x, residual, weight, bias, state, act)
 
 
 def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
@@ -112,12 +129,29 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
         [2.0, 5.0]
     """
     check_values(x)
-    wanted = mask is not None or (x.requires_grad and torch.is_grad_enabled()) or x.numel() == 0
-    if wanted or type(x) is not Tensor or not kernels.native_takes(x):
-        return reference.stats(x) if mask is None else Moments.from_tensor(x, mask)
-    mean, var = torch.ops.evenkeel.stats(x)
-    count = torch.tensor(x.numel() // x.shape[1], dtype=mean.dtype)
+    common = _common_mask(mask, x)
+    if (
+        type(x) is not Tensor
+        or (x.requires_grad and torch.is_grad_enabled())
+        or x.numel() == 0
+        or not kernels.native_takes(x)
+        or (mask is not None and (common is None or not common.any()))
+    ):
+        return reference.stats(x, mask)
+    mean, var = torch.ops.evenkeel.stats(x, common)
+    if common is None:
+        count = torch.tensor(x.numel() // x.shape[1], dtype=mean.dtype)
+    else:
+        count = common.sum().to(mean.dtype).repeat(x.shape[1])
     return Moments(count, mean, var * count)
+
+
+def _common_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """The mask as (N, *S), contiguous, where it is the same for all channels."""
+    if mask is None:
+        return None
+    mask = broadcast_mask(mask, x)
+    return mask.expand(x.shape[0], 1, *x.shape[2:]).squeeze(1).contiguous() if mask.shape[1] == 1 else None
 
 
 def layer_batch_norm(
@@ -132,7 +166,8 @@ def layer_batch_norm(
     update: bool,
     momentum: float | None,
     eps: float,
-    activation: str | None,
+    activation: str | torch.nn.Module | None,
+    inplace: bool,
     ranks: tuple[int, ...] | None,
     what: str,
 ) -> Tensor:
@@ -141,29 +176,30 @@ def layer_batch_norm(
     if has_torch_function((x, residual)):
         return handle_torch_function(  # type: ignore[no-any-return]
             layer_batch_norm, (x, residual), x, residual, weight, bias, running_mean, running_var, num_batches_tracked,
-            training, update, momentum, eps, activation, ranks, what,
+            training, update, momentum, eps, activation, inplace, ranks, what,
         )  # fmt: skip
     state = State(running_mean, running_var, num_batches_tracked, training, update, momentum, eps, what)
-    if not _plainly_legal(x, residual, weight, bias, state, activation, ranks):
-        check_arguments(what, x, residual, weight, bias, state, activation, ranks)
-    return fused.batch_norm(x, residual, weight, bias, state, ACTIVATIONS[activation])
+    act = resolve(what, activation)
+    if not _plainly_legal(x, residual, weight, bias, state, ranks):
+        check_arguments(what, x, residual, weight, bias, state, ranks)
+    if inplace:
+        check_inplace(what, x, residual, act)
+        return batch_norm_(x, weight, bias, state, act)
+    return fused.batch_norm(x, residual, weight, bias, state, act)
 
 
-def _plainly_legal(
-    x: Any, residual: Any, weight: Any, bias: Any, state: State, activation: Any, ranks: tuple[int, ...] | None
-) -> bool:
+def _plainly_legal(x: Any, residual: Any, weight: Any, bias: Any, state: State, ranks: tuple[int, ...] | None) -> bool:
     """A quick look that clears the common case; the native operators check the rest before they write anything."""
     running_mean, running_var, batches, training, _, momentum, eps, _ = state
     return (
         type(x) is Tensor
-        and x.dtype is torch.float32
+        and x.dtype in kernels.DTYPES
         and x.is_cpu
         and kernels.native_enabled
         and ranks is not None
         and x.dim() in ranks
         and eps > 0
         and not (training and x.numel() == x.shape[1])
-        and (activation is None or activation == "relu")
         and (residual is None or (type(residual) is Tensor and residual.is_cpu))
         and (weight is None or weight.is_cpu)
         and (bias is None or bias.is_cpu)

@@ -6,54 +6,67 @@ differentiable torch (``composite``) where a transform asks for more than a back
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from evenkeel import composite, kernels, ops
-from evenkeel.arguments import ACTIVATIONS, State, check_arguments
+from evenkeel.activations import Activation
+from evenkeel.arguments import State, check_arguments
 from evenkeel.kernels import reference
+from evenkeel.layout import dense
 from evenkeel.moments import wide_dtype
 
-_NAMES = {code: name for name, code in ACTIVATIONS.items()}
-_PLAIN = (Tensor, torch.nn.Parameter)
+#: Tensors that are nothing but memory.
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def batch_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, activation: int
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
 ) -> Tensor:
     """``act(bn(x) + residual)``; arguments are taken to be legal, see arguments.check_arguments."""
     if torch.compiler.is_compiling():
-        return _traced(x, residual, weight, bias, state, activation)
+        return _traced(x, residual, weight, bias, state, act)
     # A forward inside a backward is a checkpoint's second run: its batch has been counted.
     if state.update and torch._C._current_graph_task_id() != -1:
         state = state._replace(update=False)
-    if _transformed():
-        return composite.differentiable(x, residual, weight, bias, state, activation)
-    if type(x) not in _PLAIN:
-        return composite.torch_operators(x, residual, weight, bias, state, activation)
+    if transformed():
+        return composite.differentiable(x, residual, weight, bias, state, act)
+    if type(x) not in PLAIN:
+        return composite.torch_operators(x, residual, weight, bias, state, act)
+    if not x.is_contiguous():
+        x = dense(x)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        if x.is_inference() or (weight is not None and weight.is_inference()):
-            raise RuntimeError(
-                f"{state.what}: a tensor that was made under torch.inference_mode can't be saved for the backward; "
-                "clone it outside, or call the layer under torch.inference_mode or torch.no_grad"
-            )
-        return _apply(x, residual, weight, bias, state, activation)  # type: ignore[no-any-return]
-    return _forward(x, residual, weight, bias, state, activation)[0]
+        if (
+            x.is_inference()
+            or (weight is not None and weight.is_inference())
+            or (residual is not None and act.code > 1 and residual.is_inference())  # see ops.gate_needs
+        ):
+            refuse_inference(state.what)
+        return _apply(x, residual, weight, bias, state, act)  # type: ignore[no-any-return]
+    return _forward(x, residual, weight, bias, state, act)[0]
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work, which see only torch's own operators."""
     if torch.compiler.is_compiling():  # the compiler differentiates what it traced, not this
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def refuse_inference(what: str) -> NoReturn:
+    """Raise because of a tensor that the backward will need, and that was made under torch.inference_mode."""
+    raise RuntimeError(
+        f"{what}: a tensor that was made under torch.inference_mode can't be saved for the backward; "
+        "clone it outside, or call the layer under torch.inference_mode or torch.no_grad"
+    )
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -65,26 +78,26 @@ class _BatchNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         state: State,
-        activation: int,
+        act: Activation,
     ) -> Tensor:
-        y, saved = _forward(x, residual, weight, bias, state, activation)
-        ctx.save_for_backward(x, weight, saved, *ops.gate_needs(activation, residual, bias, y))
-        ctx.options = state.training, state.eps, activation, None if residual is None else residual.dtype
+        y, saved = _forward(x, residual, weight, bias, state, act)
+        ctx.save_for_backward(x, weight, saved, *ops.gate_needs(act.code, residual, bias, y))
+        ctx.options = state.training, state.eps, act, None if residual is None else residual.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, saved, bias, y = ctx.saved_tensors
+        x, weight, saved, bias, y, residual = ctx.saved_tensors
         need_x, need_residual, need_weight, need_bias, _, _ = ctx.needs_input_grad
-        training, eps, activation, residual_dtype = ctx.options
+        training, eps, act, residual_dtype = ctx.options
         dresidual = dy
-        if torch.is_grad_enabled() or _transformed():  # create_graph=True, or a derivative of the backward
+        if torch.is_grad_enabled() or transformed():  # create_graph=True, or a derivative of the backward
             fixed = None if training else (saved[0], saved[2])
-            dx, dresidual, dweight, dbias = composite.backward(dy, x, weight, bias, fixed, y, eps, activation)
+            dx, dresidual, dweight, dbias = composite.backward(dy, x, weight, bias, fixed, y, residual, eps, act)
         else:
-            write_residual = need_residual and activation != 0
-            dx, written, dweight, dbias = _backward(
-                dy, x, saved, weight, bias, y, training, activation, need_x, write_residual, need_weight, need_bias
+            write_residual = need_residual and act.code != 0
+            dx, written, dweight, dbias = backward(
+                dy, x, saved, weight, bias, y, residual, training, act, need_x, write_residual, need_weight, need_bias
             )
             if write_residual:
                 dresidual = written
@@ -104,7 +117,7 @@ _apply = super(torch.autograd.Function, _BatchNorm).apply
 
 
 def _forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, activation: int
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
 ) -> tuple[Tensor, Tensor]:
     """y, and (mean, var, rstd) as one (3, C) tensor; the running moments are updated as ``state`` says."""
     running_mean, running_var, batches, training, update, momentum, eps, what = state
@@ -112,25 +125,25 @@ def _forward(
         try:
             result = torch.ops.evenkeel.forward_(
                 x, residual, weight, bias, running_mean, running_var, batches, training, update, momentum, eps,
-                activation,
+                act.code, act.a, act.b,
             )  # fmt: skip
             if update and running_mean is not None:
                 torch._C._increment_version([t for t in (running_mean, running_var, batches) if t is not None])
             return result  # type: ignore[no-any-return]
         except RuntimeError as error:
-            if not _declined(error):
+            if not declined(error):
                 raise
-            check_arguments(what, x, residual, weight, bias, state, _NAMES[activation])
-    return _reference_forward(x, residual, weight, bias, state, activation)
+            check_arguments(what, x, residual, weight, bias, state)
+    return reference_forward(x, residual, weight, bias, state, act)
 
 
-def _declined(error: RuntimeError) -> bool:
+def declined(error: RuntimeError) -> bool:
     """Whether the native operators declined a case before they wrote anything."""
     return "evenkeel: unsupported" in str(error) or isinstance(error, NotImplementedError)
 
 
-def _reference_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, activation: int
+def reference_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
 ) -> tuple[Tensor, Tensor]:
     if state.training:
         moments = reference.stats(x)
@@ -141,7 +154,7 @@ def _reference_forward(
         wide = wide_dtype(x.device)
         mean, var = state.running_mean.to(wide), state.running_var.to(wide)
     rstd = (var + state.eps).rsqrt()
-    y = reference.apply(x, mean, rstd, weight, bias, residual, activation)
+    y = reference.apply(x, mean, rstd, weight, bias, residual, act)
     if state.training and state.update and x.numel() > 0:
         update_running(state, mean, var, x.numel() // x.shape[1])
     return y, torch.stack([mean, var, rstd])
@@ -164,33 +177,34 @@ def update_running(state: State, mean: Tensor, var: Tensor, count: int) -> None:
             running.copy_((1 - factor) * running.to(batch.dtype) + factor * batch)
 
 
-def _backward(
-    dy: Tensor, x: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None, training: bool,
-    activation: int, need_input: bool, need_residual: bool, need_weight: bool, need_bias: bool,
+def backward(
+    dy: Tensor, x: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None,
+    residual: Tensor | None, training: bool, act: Activation, need_input: bool, need_residual: bool, need_weight: bool,
+    need_bias: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
+    """dx, dresidual, dweight, dbias, as far as they are needed; from what ``ops.gate_needs`` left."""
     if kernels.native_takes(x):
         try:
             return torch.ops.evenkeel.backward(  # type: ignore[no-any-return]
-                dy, x, saved, weight, bias, y, training, activation, need_input, need_residual, need_weight, need_bias
-            )
+                dy, x, saved, weight, bias, y, residual, training, act.code, act.a, act.b, need_input, need_residual,
+                need_weight, need_bias,
+            )  # fmt: skip
         except RuntimeError as error:
-            if not _declined(error):
+            if not declined(error):
                 raise
     mean, _, rstd = saved
-    sum_g, sum_gxhat = reference.grad_stats(dy, x, mean, rstd, weight, bias, y, activation)
-    dx = dresidual = None
+    given = (dy, x, mean, rstd, weight, bias, y, residual)
+    sum_g, sum_gxhat = reference.grad_stats(*given, act)
+    dx = None
     if need_input:
         count = max(x.numel() // max(x.shape[1], 1), 1)
-        means = (sum_g / count, sum_gxhat / count) if training else None
-        dx = reference.grad_input(dy, x, mean, rstd, weight, bias, y, means, activation)
-    if need_residual:
-        assert y is not None
-        dresidual = torch.where(y <= 0, 0, dy)
+        dx = reference.grad_input(*given, (sum_g / count, sum_gxhat / count) if training else None, act)
+    dresidual = reference.grad_residual(*given, act) if need_residual else None
     return dx, dresidual, sum_gxhat, sum_g  # autograd gives the last two the dtypes of weight and bias
 
 
 def _traced(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, activation: int
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
 ) -> Tensor:
     """Under torch.compile: the native operators as they are; elsewhere, and in torch.export, torch's own operators."""
     vectors = (weight, bias, state.running_mean, state.running_var)
@@ -198,15 +212,20 @@ def _traced(
         kernels.native_enabled
         and not torch.compiler.is_exporting()
         and not torch._C._are_functorch_transforms_active()
+        and x.dtype in kernels.DTYPES
         and x.numel() > 0
-        and all(t is None or (t.dtype is torch.float32 and t.device.type == "cpu") for t in (x, residual, *vectors))
-        and all(t is None or t.is_contiguous() for t in vectors)
+        and (residual is None or residual.dtype is x.dtype)
+        and all(t is None or t.device.type == "cpu" for t in (x, residual, *vectors))
+        and all(
+            t is None or (t.dtype in (torch.float32, torch.float64, x.dtype) and t.is_contiguous()) for t in vectors
+        )
     )
     if not native:
-        return composite.torch_operators(x, residual, weight, bias, state, activation)
+        return composite.torch_operators(x, residual, weight, bias, state, act)
     y, saved = torch.ops.evenkeel.forward(
-        x, residual, weight, bias, state.running_mean, state.running_var, state.training, state.eps, activation
-    )
+        dense(x), residual, weight, bias, state.running_mean, state.running_var, state.training, state.eps,
+        act.code, act.a, act.b,
+    )  # fmt: skip
     if state.training and state.update:
         update_running(state, saved[0], saved[1], x.numel() // x.shape[1])
     return y  # type: ignore[no-any-return]

@@ -58,7 +58,7 @@ def info_command(as_json: Annotated[bool, typer.Option("--json", help="Print JSO
         )
     console.print(table)
     console.print(
-        f"float32 on the CPU runs on {facts['active']} ({facts['chosen_by']}); everything else runs on reference.\n"
+        f"floating-point on the CPU runs on {facts['active']} ({facts['chosen_by']}); the rest runs on reference.\n"
         f"Memory of freed tensors (evenkeel.reuse_memory): {facts['memory']}.",
         markup=False,
         highlight=False,

@@ -1,10 +1,12 @@
 """torch.compile(fullgraph=True): the same results, gradients and moments as without it."""
 
+import copy
 import shutil
 
 import pytest
 import torch
 from interop.interop_models import SHAPE, assert_same, step, twins
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import evenkeel as ek
@@ -81,6 +83,55 @@ def test_automatic_dynamic_batch_size():
     assert layer.num_batches_tracked.item() == 4
 
 
+@pytest.mark.parametrize("activation", ["silu", nn.LeakyReLU(0.2), nn.GELU("tanh")], ids=str)
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_activations(activation, with_residual, dtype):
+    """By name and as modules, whose parameters are taken over."""
+    if dtype != torch.float32 and ek.kernels.active() == "reference":
+        pytest.skip("torch's operators round between batch norm and activation")
+    layer, twin = ek.BatchNorm2d(3), ek.BatchNorm2d(3)
+    x = torch.randn(SHAPE).to(dtype)
+
+    def run(norm, x):
+        return norm(x, x.cos() if with_residual else None, activation=activation)
+
+    found = step(torch.compile(lambda x: run(layer, x), fullgraph=True, backend="aot_eager"), x, layer)
+    assert_same(found, step(lambda x: run(twin, x), x, twin), TRACED_UNITS)
+
+
+@pytest.mark.parametrize("activation", [None, "leaky_relu", "elu"])
+def test_inplace_is_the_ordinary_call(activation):
+    """Memory is the compiler's affair; the input stays."""
+    layer, twin = ek.BatchNorm2d(3), ek.BatchNorm2d(3)
+    x = torch.randn(SHAPE)
+    compiled = torch.compile(
+        lambda x: layer(x, activation=activation, inplace=True), fullgraph=True, backend="aot_eager"
+    )
+    assert_same(step(compiled, x, layer), step(lambda x: twin(x, activation=activation), x, twin), TRACED_UNITS)
+
+
+def test_a_sequential_with_an_activation():
+    net = ek.Sequential(ek.BatchNorm2d(3), nn.LeakyReLU(0.3))
+    other = copy.deepcopy(net)
+    x = torch.randn(SHAPE)
+    found = step(torch.compile(net, fullgraph=True, backend="aot_eager"), x, net)
+    assert_same(found, step(other, x), TRACED_UNITS)
+
+
+def test_a_strided_input():
+    """What is traced lies in memory as what runs."""
+    layer, twin = ek.BatchNorm2d(3), ek.BatchNorm2d(3)
+    wide = torch.randn(4, 6, 6, 10)
+    for x in (wide[:, ::2, :, :5], wide.contiguous(memory_format=torch.channels_last)[:, :3]):
+        y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        expected = twin(x)
+        assert_same({"y": y}, {"y": expected}, TRACED_UNITS)
+        if ek.kernels.active() != "reference":
+            assert y.stride() == expected.stride()
+
+
+@pytest.mark.skipif(ek.kernels.active() != "reference", reason="the native kernels take bfloat16")
 def test_bfloat16_runs_on_torchs_operators():
     """To the bit what torch's layers give when they are compiled the same way."""
     [_, ours], [_, theirs] = twins(), twins(ours=False)

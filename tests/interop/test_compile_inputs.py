@@ -19,7 +19,7 @@ def compiled(layer):
     [
         (torch.ones(1, 3, 1, 1), {}, ("one value per channel has no variance", "(1, 3, 1, 1)")),
         (torch.ones(4, 3, 2), {}, ("4 dimensions", "(4, 3, 2)")),
-        (torch.ones(SHAPE), {"activation": "gelu"}, ("activation", "'relu'", "'gelu'")),
+        (torch.ones(SHAPE), {"activation": "prelu"}, ("activation", "'relu'", "'prelu'")),
     ],
     ids=["one value", "rank", "activation"],
 )

@@ -9,6 +9,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import evenkeel as ek
+from evenkeel.activations import NAMED
 
 C = 3
 SHAPE = (4, C, 2, 3)
@@ -104,6 +105,16 @@ def function_and_inputs(training, activation, with_residual, affine):
 def test_gradcheck(training, with_residual, activation, affine):
     function, inputs = function_and_inputs(training, activation, with_residual, affine)
     assert gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
+
+
+@forward_mode
+@pytest.mark.parametrize("activation", [name for name in NAMED if name not in (None, "relu")])
+@residuals
+def test_every_activation(activation, with_residual):
+    """First and second derivatives, in each mode; the batch's moments depend on x."""
+    function, inputs = function_and_inputs(True, activation, with_residual, affine=True)
+    assert gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(function, inputs, check_fwd_over_rev=True, check_batched_grad=True)
 
 
 @forward_mode

@@ -63,6 +63,26 @@ def test_decompositions_and_files(training, tmp_path):
     torch.testing.assert_close(module(x), twin(x), rtol=1e-5, atol=1e-5)
 
 
+class Activated(torch.nn.Module):
+    def __init__(self, activation):
+        super().__init__()
+        self.norm, self.activation = ek.BatchNorm2d(3), activation
+
+    def forward(self, x):
+        return self.norm(x, x.sin(), activation=self.activation)
+
+
+@pytest.mark.parametrize("activation", ["silu", "hardsigmoid", torch.nn.Softplus(2.0, 5.0)], ids=str)
+def test_activations(activation):
+    """As torch's own functions, by name and as a module."""
+    model = Activated(activation)
+    twin = copy.deepcopy(model)
+    program = export(model)
+    assert all(name.startswith("aten.") for name in operators(program))
+    x = torch.randn(5, *SHAPE[1:])
+    torch.testing.assert_close(program.module()(x), twin(x), rtol=1e-5, atol=1e-5)
+
+
 @trainings
 def test_layer_without_moments_or_parameters(training):
     layer = ek.BatchNorm2d(3, affine=False, track_running_stats=False).train(training)

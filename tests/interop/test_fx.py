@@ -57,6 +57,24 @@ def test_activation_and_residual_are_part_of_the_node():
     assert len([node for node in traced.graph.nodes if node.op.startswith("call")]) == 1
 
 
+@pytest.mark.parametrize("activation", ["silu", nn.LeakyReLU(0.3), nn.Hardsigmoid(), nn.Identity()], ids=str)
+def test_every_activation(activation):
+    """A module becomes torch's function for it, with its parameters."""
+
+    class Net(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x, activation=activation)
+
+    layer, twin = same_layer()
+    traced = fx.symbolic_trace(Net(layer))
+    x = torch.randn(SHAPE)
+    torch.testing.assert_close(traced(x), twin(x, activation=activation))
+
+
 def test_sequential_is_traced_fused():
     layer, twin = same_layer()
     traced = fx.symbolic_trace(ek.Sequential(layer, nn.ReLU()))

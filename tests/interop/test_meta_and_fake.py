@@ -80,8 +80,11 @@ def test_fake_operators_return_what_the_real_ones_return(x):
     weight, bias = torch.ones(x.shape[1]), torch.zeros(x.shape[1])
 
     def run(x, weight, bias):
-        y, saved = torch.ops.evenkeel.forward(x, x, weight, bias, None, None, True, 1e-5, 1)
-        return [y, saved, *torch.ops.evenkeel.backward(x, x, saved, weight, bias, y, True, 1, True, True, True, True)]
+        y, saved = torch.ops.evenkeel.forward(x, x, weight, bias, None, None, True, 1e-5, 1, 0.0, 0.0)
+        gradients = torch.ops.evenkeel.backward(
+            x, x, saved, weight, bias, y, None, True, 1, 0.0, 0.0, True, True, True, True
+        )
+        return [y, saved, *gradients]
 
     real = run(x, weight, bias)
     with FakeTensorMode() as mode:

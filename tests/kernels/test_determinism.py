@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.cases import LARGE_SHAPES, Options, layouts_of, make_problem
 from support.forcing import NATIVE
-from support.operators import OPERATORS, operators
+from support.operators import NONE, OPERATORS, RELU, operators
 from support.runs import by_evenkeel, run
 
 # What is large enough for several threads (see kSerialBelow in problem.h), on every path through the kernels: blocks
@@ -46,13 +46,22 @@ def test_bits_do_not_depend_on_threads_or_runs(kernel, shape, layout):
 def test_bits_of_the_four_operators(kernel, shape, layout):
     problem = make_problem(shape, Options(True, "relu", True)).laid_out(layout)
     four = operators(kernel)
-    mean, rstd = four.stats(problem.x)[0], torch.ones(shape[1], dtype=torch.float64)
+    mean, rstd = four.stats(problem.x, None)[0], torch.ones(shape[1], dtype=torch.float64)
     normalization = (mean, rstd, problem.weight, problem.bias)
     arguments = {
-        "stats": (problem.x,),
-        "apply": (problem.x, *normalization, problem.residual, 1),
-        "grad_stats": (problem.dy, problem.x, *normalization, None, 1),
-        "grad_input": (problem.dy, problem.x, *normalization, None, torch.randn(2, shape[1], dtype=torch.float64), 1),
+        "stats": (problem.x, None),
+        "apply": (problem.x, *normalization, problem.residual, *RELU),
+        "grad_stats": (problem.dy, problem.x, *normalization, None, None, *RELU),
+        "grad_input": (
+            problem.dy,
+            problem.x,
+            *normalization,
+            None,
+            None,
+            torch.randn(2, shape[1], dtype=torch.float64),
+            *RELU,
+        ),
+        "invert": (problem.x, torch.stack([mean, rstd, rstd]), problem.weight, problem.bias, *NONE),
     }
     runs = []
     for threads in (1, 2, 3):

@@ -98,12 +98,22 @@ def test_an_illegal_name_changes_nothing(kernel, name):
     assert which_ran() == {kernel}
 
 
-def test_float64_and_half_run_on_the_reference():
-    with ek.kernels.use(two_kernels()[1]):
-        for dtype in (torch.float64, torch.bfloat16):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_every_dtype_runs_on_what_is_forced(kernel, dtype):
+    """With parameters and moments of x's dtype, and of float32."""
+    for layer in (ek.BatchNorm(3, dtype=dtype), ek.BatchNorm(3)):
+        for inplace in (False, True):
             before = ek.kernels.calls()
-            ek.BatchNorm(3, dtype=dtype)(torch.randn(4, 3, dtype=dtype))
-            check_ran("reference", before, ek.kernels.calls())
+            x = torch.randn(4, 3, dtype=dtype, requires_grad=True)
+            layer(x * 1, activation="leaky_relu", inplace=inplace).sum().backward()
+            check_ran(kernel, before, ek.kernels.calls())
+
+
+def test_what_the_native_kernels_decline_runs_on_the_reference():
+    with ek.kernels.use(two_kernels()[1]):
+        before = ek.kernels.calls()
+        ek.BatchNorm(3)(torch.randn(4, 3), torch.randn(4, 3, dtype=torch.float64))
+        check_ran("reference", before, ek.kernels.calls())
 
 
 # ---- what the suites rely on

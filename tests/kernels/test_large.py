@@ -12,6 +12,7 @@ import torch
 from support.cases import EPS, MOMENTUM, laid_out
 from support.definition import UNIT, moments, over, rms
 from support.forcing import NATIVE
+from support.operators import RELU
 
 LAST_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 MOST_BYTES = 64 * 2**20
@@ -54,22 +55,26 @@ def test_large_tensors(kernel, large):
     x, dy, residual, weight, bias = large
     four = torch.ops.evenkeel
     running = torch.zeros_like(weight), torch.ones_like(weight)
-    y, saved = four.forward_(x, residual, weight, bias, *running, None, True, True, MOMENTUM, EPS, 1)
+    y, saved = four.forward_(x, residual, weight, bias, *running, None, True, True, MOMENTUM, EPS, *RELU)
     mean, var, rstd = saved
     right_mean, right_var = moments(x)
     assert bool(((mean - right_mean).abs() <= 16 * UNIT * right_var.sqrt()).all())
     assert bool(((var - right_var).abs() <= 16 * UNIT * right_var).all())
     assert torch.equal(running[0], (MOMENTUM * mean).float())
-    assert torch.equal(y, by_sample(lambda x, r: four.apply(x, mean, rstd, weight, bias, r, 1), x, residual))
+    assert torch.equal(y, by_sample(lambda x, r: four.apply(x, mean, rstd, weight, bias, r, *RELU), x, residual))
 
-    dx, dresidual, dweight, dbias = four.backward(dy, x, saved, weight, bias, y, True, 1, True, True, True, True)
+    dx, dresidual, dweight, dbias = four.backward(
+        dy, x, saved, weight, bias, y, None, True, *RELU, True, True, True, True
+    )
     g = torch.where(y > 0, dy, 0)
     assert torch.equal(dresidual, g)
     count = x.numel() // x.shape[1]
     assert bool(((dbias - g.sum(over(x), dtype=torch.float64)).abs() <= 16 * UNIT * count * rms(g)).all())
-    sums = four.grad_stats(dy, x, mean, rstd, weight, bias, y, 1)
+    sums = four.grad_stats(dy, x, mean, rstd, weight, bias, y, None, *RELU)
     assert torch.equal(sums.float(), torch.stack([dbias, dweight]))
     means = sums / count
-    alone = by_sample(lambda dy, x, y: four.grad_input(dy, x, mean, rstd, weight, bias, y, means, 1), dy, x, y)
-    assert torch.equal(four.grad_input(dy, x, mean, rstd, weight, bias, y, means, 1), alone)
+    alone = by_sample(
+        lambda dy, x, y: four.grad_input(dy, x, mean, rstd, weight, bias, y, None, means, *RELU), dy, x, y
+    )
+    assert torch.equal(four.grad_input(dy, x, mean, rstd, weight, bias, y, None, means, *RELU), alone)
     torch.testing.assert_close(dx, alone, rtol=8 * UNIT, atol=8 * UNIT * rms(alone).max().item())

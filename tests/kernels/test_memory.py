@@ -11,6 +11,7 @@ from support.cases import AROUND_VECTORS, DENSE, EPS, MOMENTUM, Options, make_pr
 from support.forcing import NATIVE, require_kernel, usable_native
 from support.fresh import Scenario, run_fresh
 from support.guarded import Guarded
+from support.operators import NONE, RELU
 from support.poison import FRESH_DOUBLE
 
 OPERATORS = torch.ops.evenkeel
@@ -22,24 +23,24 @@ def run_all(x, dy, residual, weight, bias, running_mean, running_var, y_kept=Non
     """Every native operator in its variants; all results in order."""
     batches = torch.tensor(0)
     found = []
-    for activation in (0, 1):
+    for activation in (NONE, RELU):
         for r in (None, residual):
             for training in (True, False):
                 y, saved = OPERATORS.forward_(
                     x, r, weight, bias, running_mean, running_var, batches, training, training, MOMENTUM, EPS,
-                    activation,
+                    *activation,
                 )  # fmt: skip
-                kept = None if r is None or not activation else (y if y_kept is None else y_kept.copy_(y))
+                kept = None if r is None or activation == NONE else (y if y_kept is None else y_kept.copy_(y))
                 gradients = OPERATORS.backward(
-                    dy, x, saved, weight, bias, kept, training, activation, True, kept is not None, True, True
+                    dy, x, saved, weight, bias, kept, None, training, *activation, True, kept is not None, True, True
                 )
                 mean, _, rstd = saved
                 means = torch.ones(2, x.shape[1], dtype=torch.float64)
                 found += [y, saved, *(g for g in gradients if g is not None)]
-                found.append(OPERATORS.apply(x, mean, rstd, weight, bias, r, activation))
-                found.append(OPERATORS.grad_stats(dy, x, mean, rstd, weight, bias, kept, activation))
-                found.append(OPERATORS.grad_input(dy, x, mean, rstd, weight, bias, kept, means, activation))
-    return [*found, OPERATORS.stats(x), running_mean, running_var]
+                found.append(OPERATORS.apply(x, mean, rstd, weight, bias, r, *activation))
+                found.append(OPERATORS.grad_stats(dy, x, mean, rstd, weight, bias, kept, None, *activation))
+                found.append(OPERATORS.grad_input(dy, x, mean, rstd, weight, bias, kept, None, means, *activation))
+    return [*found, OPERATORS.stats(x, None), running_mean, running_var]
 
 
 def tensors_of(problem):

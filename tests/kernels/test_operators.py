@@ -14,7 +14,7 @@ import torch
 from support.cases import EPS, MOMENTUM, Options, laid_out, layouts_of, make_problem
 from support.definition import UNIT, expect, moments, over, spread
 from support.forcing import NATIVE
-from support.operators import operators
+from support.operators import NONE, RELU, activation_of, operators
 
 SHAPES = [
     (5, 19),
@@ -73,7 +73,7 @@ def terms(problem):
 @pytest.mark.parametrize(("shape", "layout"), CASES)
 def test_stats(kernel, shape, layout, offset):
     x = laid_out(make_problem(shape, Options(offset=offset)).x, layout)
-    mean, var = operators(kernel).stats(x)
+    mean, var = operators(kernel).stats(x, None)
     right_mean, right_var = moments(x)
     assert mean.dtype == var.dtype == torch.float64
     assert within(mean, right_mean, SUM, right_var.sqrt())
@@ -88,7 +88,7 @@ def test_apply(kernel, shape, layout, activation, residual):
         problem = make_problem(shape, Options(training, activation, residual, offset)).laid_out(layout)
         mean, rstd = statistics(problem)
         y = operators(kernel).apply(
-            problem.x, mean, rstd, problem.weight, problem.bias, problem.residual, int(activation == "relu")
+            problem.x, mean, rstd, problem.weight, problem.bias, problem.residual, *activation_of(activation)
         )
         expected = expect(problem, eps=EPS, momentum=MOMENTUM)["y"].value
         assert within(y, expected, FEW, terms(problem)[0])
@@ -104,17 +104,17 @@ def test_backward_operators(kernel, shape, layout, gate):
         expected = expect(problem, eps=EPS, momentum=MOMENTUM)
         mean, rstd = statistics(problem)
         y = laid_out(expected["y"].value.float(), layout) if gate == "from y" else None
-        affine = (problem.x, mean, rstd, problem.weight, problem.bias, y)
-        activation = int(gate != "open")
+        affine = (problem.x, mean, rstd, problem.weight, problem.bias, y, None)
+        activation = NONE if gate == "open" else RELU
 
-        sums = operators(kernel).grad_stats(problem.dy, *affine, activation)
+        sums = operators(kernel).grad_stats(problem.dy, *affine, *activation)
         assert sums.dtype == torch.float64
         for found, name in zip(sums, ("dbias", "dweight"), strict=True):
             assert within(found, expected[name].value, SUM, expected[name].scale)
 
         count = problem.x.numel() // problem.x.shape[1]
         right = torch.stack([expected["dbias"].value, expected["dweight"].value]) / count
-        dx = operators(kernel).grad_input(problem.dy, *affine, right if training else None, activation)
+        dx = operators(kernel).grad_input(problem.dy, *affine, right if training else None, *activation)
         assert within(dx, expected["dx"].value, FEW, terms(problem)[1])
 
 
@@ -134,9 +134,9 @@ def test_weight_and_bias_are_optional(kernel, layout, affine):
     means = torch.randn(2, 13, dtype=torch.float64)
     four = operators(kernel)
     for name, before, after in (
-        ("apply", (problem.x,), (None, 1)),
-        ("grad_stats", (problem.dy, problem.x), (None, 1)),
-        ("grad_input", (problem.dy, problem.x), (None, means, 1)),
+        ("apply", (problem.x,), (None, *RELU)),
+        ("grad_stats", (problem.dy, problem.x), (None, None, *RELU)),
+        ("grad_input", (problem.dy, problem.x), (None, None, means, *RELU)),
     ):
         found = getattr(four, name)(*before, mean, rstd, *given, *after)
         assert torch.equal(found, getattr(four, name)(*before, mean, rstd, *filled, *after)), name
@@ -149,25 +149,25 @@ def test_weight_and_bias_are_optional(kernel, layout, affine):
 def test_fused_is_the_composition_of_the_four(kernel, shape, layout, activation, residual):
     for training in (True, False):
         problem = make_problem(shape, Options(training, activation, residual, 1e4 * training)).laid_out(layout)
-        x, weight, bias, act = problem.x, problem.weight, problem.bias, int(activation == "relu")
+        x, weight, bias, act = problem.x, problem.weight, problem.bias, activation_of(activation)
         running = (problem.running_mean, problem.running_var)
         four, fused = operators(kernel), torch.ops.evenkeel
-        y, saved = fused.forward(x, problem.residual, weight, bias, *running, training, EPS, act)
+        y, saved = fused.forward(x, problem.residual, weight, bias, *running, training, EPS, *act)
         mean, var, rstd = saved
-        assert torch.equal(saved[:2], four.stats(x) if training else torch.stack(running).double())
+        assert torch.equal(saved[:2], four.stats(x, None) if training else torch.stack(running).double())
         torch.testing.assert_close(rstd, 1 / (var + EPS).sqrt(), rtol=4 * torch.finfo(torch.float64).eps, atol=0)
-        assert torch.equal(y, four.apply(x, mean, rstd, weight, bias, problem.residual, act))
+        assert torch.equal(y, four.apply(x, mean, rstd, weight, bias, problem.residual, *act))
 
         kept = y if activation and residual else None
         dx, dresidual, dweight, dbias = fused.backward(
-            problem.dy, x, saved, weight, bias, kept, training, act, True, kept is not None, True, True
+            problem.dy, x, saved, weight, bias, kept, None, training, *act, True, kept is not None, True, True
         )
-        sums = four.grad_stats(problem.dy, x, mean, rstd, weight, bias, kept, act)
+        sums = four.grad_stats(problem.dy, x, mean, rstd, weight, bias, kept, None, *act)
         assert torch.equal(dbias, sums[0].float())
         assert torch.equal(dweight, sums[1].float())
         # One divides a sum by M, the other takes its mean: the same but for a rounding of the coefficients.
         means = sums / (x.numel() // x.shape[1]) if training else None
-        wanted = four.grad_input(problem.dy, x, mean, rstd, weight, bias, kept, means, act)
+        wanted = four.grad_input(problem.dy, x, mean, rstd, weight, bias, kept, None, means, *act)
         assert within(dx, wanted.double(), FEW, terms(problem)[1])
         if kept is not None:
             assert torch.equal(dresidual, torch.where(y > 0, problem.dy, 0))

@@ -19,13 +19,14 @@ def by_torch(x, mean, var, weight, bias, activation, residual, **keywords):
     return y.relu() if activation else y
 
 
-def test_signature_is_torchs_and_two_keywords():
+def test_signature_is_torchs_and_three_keywords():
     ours = list(inspect.signature(ek.functional.batch_norm).parameters.values())
     theirs = list(inspect.signature(F.batch_norm).parameters.values())
     assert [(p.name, p.default) for p in ours[1 : len(theirs)]] == [(p.name, p.default) for p in theirs[1:]]
     assert [(p.name, p.default, p.kind) for p in ours[len(theirs) :]] == [
         ("activation", None, inspect.Parameter.KEYWORD_ONLY),
         ("residual", None, inspect.Parameter.KEYWORD_ONLY),
+        ("inplace", False, inspect.Parameter.KEYWORD_ONLY),
     ]
 
 

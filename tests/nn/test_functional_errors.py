@@ -40,8 +40,8 @@ CALLS = {
     "residual shape": ({"residual": X[:, :1]}, ValueError, ("residual", "(4, 5, 3, 3)", "shape (4, 1, 3, 3) on cpu")),
     "residual meta": ({"residual": X.to("meta")}, ValueError, ("residual", "x is on cpu", "on meta")),
     "residual number": ({"residual": 1}, TypeError, ("residual", "real floating-point", "got 1 (int)")),
-    "activation name": ({"activation": "silu"}, ValueError, ("activation", "None, 'relu'", "'silu' (str)")),
-    "activation module": ({"activation": nn.ReLU()}, ValueError, ("activation", "None, 'relu'", "ReLU()")),
+    "activation name": ({"activation": "prelu"}, ValueError, ("activation", "None, 'relu'", "'prelu' (str)")),
+    "activation module": ({"activation": nn.PReLU()}, ValueError, ("activation", "'softplus'", "LeakyReLU", "PReLU")),
     "activation list": ({"activation": ["relu"]}, ValueError, ("activation", "None, 'relu'", "['relu'] (list)")),
     "activation dict": ({"activation": {}}, ValueError, ("activation", "None, 'relu'", "{} (dict)")),
 }

@@ -42,13 +42,14 @@ def test_signature_is_torchs(ours, theirs, shape):
 
 @pytest.mark.parametrize("layer_type", [ek.BatchNorm, ek.BatchNorm1d, ek.BatchNorm2d, ek.BatchNorm3d])
 def test_call_signature(layer_type):
-    """layer(x, residual=None, *, activation=None)."""
-    x, residual, activation = inspect.signature(layer_type(3).forward).parameters.values()
+    """layer(x, residual=None, *, activation=None, inplace=False)."""
+    x, residual, activation, inplace = inspect.signature(layer_type(3).forward).parameters.values()
     assert (x.name, x.default) == ("x", inspect.Parameter.empty)
     assert (residual.name, residual.default) == ("residual", None)
     assert residual.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     assert (activation.name, activation.default) == ("activation", None)
-    assert activation.kind is inspect.Parameter.KEYWORD_ONLY
+    assert (inplace.name, inplace.default) == ("inplace", False)
+    assert activation.kind is inplace.kind is inspect.Parameter.KEYWORD_ONLY
 
 
 @pairs

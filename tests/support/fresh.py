@@ -33,7 +33,11 @@ class Outcome(NamedTuple):
 
 def run_fresh(scenarios: dict[str, Scenario]) -> dict[str, Outcome]:
     """The outcome of each scenario, by name."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("EVENKEEL_")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("EVENKEEL_") or name == "EVENKEEL_LIBRARY"  # the kernels that are under test
+    }
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [sys.executable, __file__, folder],

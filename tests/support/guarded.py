@@ -32,7 +32,7 @@ class Guarded:
 def between_guard_pages(values: Tensor, layout: str, *, at_end: bool) -> Tensor:
     """A copy that begins right after, or ends right before, a page whose access ends the process. Never freed."""
     values = laid_out(values, layout)
-    size = values.numel() * 4
+    size = values.numel() * values.element_size()
     pages = -(-size // mmap.PAGESIZE)
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
@@ -44,6 +44,6 @@ def between_guard_pages(values: Tensor, layout: str, *, at_end: bool) -> Tensor:
     if libc.mprotect(first, pages * mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE) != 0:
         raise OSError(ctypes.get_errno(), "mprotect failed")
     address = first + pages * mmap.PAGESIZE - size if at_end else first
-    memory = (ctypes.c_float * values.numel()).from_address(address)
-    flat = torch.frombuffer(memory, dtype=torch.float32)
+    memory = (ctypes.c_char * size).from_address(address)
+    flat = torch.frombuffer(memory, dtype=values.dtype)
     return flat.as_strided(values.shape, values.stride()).copy_(values)

@@ -1,4 +1,4 @@
-"""The four operators of a back end with one signature: the native ones, and those of the reference module."""
+"""The operators of a back end with one signature: the native ones, and those of the reference module."""
 
 from __future__ import annotations
 
@@ -8,35 +8,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evenkeel.activations import NAMED, Activation
 from evenkeel.kernels import reference
 
-OPERATORS = ("stats", "apply", "grad_stats", "grad_input")
+OPERATORS = ("stats", "apply", "grad_stats", "grad_input", "invert")
+
+#: What the operators take for an activation: code, a, b.
+NONE = (0, 0.0, 0.0)
+RELU = (1, 0.0, 0.0)
 
 
-def _reference_stats(x: Tensor) -> Tensor:
-    found = reference.stats(x)
+def activation_of(name: str | None) -> tuple[int, float, float]:
+    """Code, a and b of an activation by its name."""
+    return tuple(NAMED[name][1:])
+
+
+def _reference_stats(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    found = reference.stats(x, mask)
     return torch.stack([found.mean, found.var])
 
 
+def _reference_apply(*arguments: Any) -> Tensor:
+    *others, code, a, b = arguments
+    return reference.apply(*others, Activation("", code, a, b))
+
+
 def _reference_grad_stats(*arguments: Any) -> Tensor:
-    return torch.stack(reference.grad_stats(*arguments))
+    *others, code, a, b = arguments
+    return torch.stack(reference.grad_stats(*others, Activation("", code, a, b)))
+
+
+def _reference_invert(y: Tensor, saved: Tensor, weight: Any, bias: Any, code: int, a: float, b: float) -> Tensor:
+    return reference.invert(y, saved[0], saved[2], weight, bias, Activation("", code, a, b))
 
 
 def _reference_grad_input(*arguments: Any) -> Tensor:
-    *others, means, activation = arguments
-    return reference.grad_input(*others, None if means is None else tuple(means), activation)
+    *others, means, code, a, b = arguments
+    return reference.grad_input(*others, None if means is None else tuple(means), Activation("", code, a, b))
 
 
 def operators(kernel: str) -> SimpleNamespace:
-    """stats(x) -> (mean, var); apply(...) -> y; grad_stats(...) -> (Σg, Σg·xhat); grad_input(...) -> dx.
+    """stats(x, mask) -> (mean, var); apply(...) -> y; grad_stats(...) -> (Σg, Σg·xhat); grad_input(...) -> dx;
+    invert(...) -> x.
 
     Two rows of C values stand for two vectors; arguments are those of the schemas in evenkeel/ops.py.
     """
     if kernel == "reference":
         return SimpleNamespace(
             stats=_reference_stats,
-            apply=reference.apply,
+            apply=_reference_apply,
             grad_stats=_reference_grad_stats,
             grad_input=_reference_grad_input,
+            invert=_reference_invert,
         )
     return SimpleNamespace(**{name: getattr(torch.ops.evenkeel, name) for name in OPERATORS})

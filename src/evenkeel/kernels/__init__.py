@@ -39,15 +39,17 @@ class Kernel:
 
 _NOTES = {
     "reference": "plain torch; any device, dtype and layout",
-    "baseline": "native, the plainest instructions of the machine's family; float32 on the CPU",
-    "avx2": "native, AVX2 and FMA; float32 on the CPU",
-    "avx512": "native, AVX-512 (F, BW, DQ, VL); float32 on the CPU",
+    "baseline": "native, the plainest instructions of the machine's family; floating-point on the CPU",
+    "avx2": "native, AVX2 and FMA; floating-point on the CPU",
+    "avx512": "native, AVX-512 (F, BW, DQ, VL); floating-point on the CPU",
 }
 
 _unavailable = cpu.load()
 _forced: str | None = None
 _announced = False
-#: Whether float32 tensors on the CPU take the native operators. Read by ops on every call.
+#: What the native operators take, on the CPU.
+DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+#: Whether such tensors do take the native operators. Read on every call.
 native_enabled = False
 
 
@@ -67,7 +69,7 @@ def available() -> list[Kernel]:
 
 
 def active() -> str:
-    """The kernels that float32 tensors on the CPU run on; everything else runs on ``reference``."""
+    """The kernels that floating-point tensors on the CPU run on; everything else runs on ``reference``."""
     return (cpu.active() or "reference") if native_enabled else "reference"
 
 
@@ -92,7 +94,7 @@ def calls() -> dict[str, int]:
 
 
 class use:  # noqa: N801 - reads as a verb, with or without `with`
-    """Force the kernels of float32 tensors on the CPU: at once, and until the end of a ``with`` block if there is one.
+    """Force the kernels of floating-point tensors on the CPU, at once and until the end of a ``with`` block, if any.
 
     Args:
         name: One of :func:`available`, or ``"auto"`` for the best of this machine.
@@ -147,7 +149,7 @@ def announce_fallback() -> None:
 
 def native_takes(x: Tensor) -> bool:
     """Whether ``x`` goes to the native back end (which may still decline a rare case, such as mixed dtypes)."""
-    if x.dtype is not torch.float32 or not x.is_cpu:
+    if x.dtype not in DTYPES or not x.is_cpu:
         return False
     if not native_enabled:
         announce_fallback()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import has_torch_function
 
+from evenkeel.activations import NONE, resolve
 from evenkeel.functional import layer_batch_norm
 
 
@@ -33,13 +34,21 @@ class FusedBatchNorm(_BatchNorm):
     #: Legal numbers of dimensions of the input; None for any from two on.
     _ranks: tuple[int, ...] | None = None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, *, activation: str | None = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        activation: str | torch.nn.Module | None = None,
+        inplace: bool = False,
+    ) -> Tensor:
         """``activation(bn(x) + residual)`` as one fused operation.
 
         Args:
             x: Shape (N, C, *S).
             residual: Added before the activation; of x's shape.
-            activation: None or ``"relu"``.
+            activation: None, a name or a module, as :func:`evenkeel.functional.batch_norm` lists them.
+            inplace: Write the result into x's memory, and rebuild x in the backward; for None, leaky_relu and elu.
         """
         # Looking into these dictionaries is what attribute access does, several times slower. What is not there
         # (a parametrized weight, say) is found the ordinary way.
@@ -55,15 +64,21 @@ class FusedBatchNorm(_BatchNorm):
             proxy = _fx_proxy(x, residual)
             if proxy is not None and proxy.tracer.root is not self:
                 # The graph keeps the layer itself, with its buffers and its mode, as it does torch.nn's.
+                # A module, which can't be an argument in a graph, follows as torch's function for it.
                 path = proxy.tracer.path_of_module(self)
-                return proxy.tracer.create_proxy("call_module", path, (x, residual), {"activation": activation})  # type: ignore[no-any-return]
+                named = activation is None or isinstance(activation, str)
+                act = NONE if named else resolve(type(self).__name__, activation)
+                keywords: dict[str, Any] = {"activation": activation if named else None}
+                if inplace and named:
+                    keywords["inplace"] = True
+                return act.forward(proxy.tracer.create_proxy("call_module", path, (x, residual), keywords))
         training = self.training
         update = training and self.track_running_stats
         if training and not update:
             running_mean = running_var = None
         return layer_batch_norm(
             x, residual, weight, bias, running_mean, running_var, batches, training or running_mean is None, update,
-            self.momentum, self.eps, activation, self._ranks, type(self).__name__,
+            self.momentum, self.eps, activation, inplace, self._ranks, type(self).__name__,
         )  # fmt: skip
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -81,8 +96,9 @@ class BatchNorm(FusedBatchNorm):
         y = act((x − mean) / √(var + eps) · weight + bias + residual)
 
     The batch's variance is the biased one where it normalizes, and the unbiased one where it enters ``running_var``.
-    Called as ``layer(x, residual=None, *, activation=None)``; the activation is never part of the module, so that
-    every tool that takes the layer for an ordinary batch norm is right.
+    Called as ``layer(x, residual=None, *, activation=None, inplace=False)``, see
+    :func:`evenkeel.functional.batch_norm`; the activation is never part of the module, so that every tool that takes
+    the layer for an ordinary batch norm is right.
 
     Args:
         num_features: Number of channels C.
@@ -101,8 +117,8 @@ class BatchNorm(FusedBatchNorm):
         The state_dict is that of ``torch.nn.BatchNorm2d``, both ways.
 
     Differs:
-        From ``torch.nn.BatchNorm*`` only by the two arguments of the call, by its speed, and by keeping its digits when
-        the mean is large against the deviation. ``isinstance`` of ``torch.nn.modules.batchnorm._BatchNorm`` holds.
+        From ``torch.nn.BatchNorm*`` only by the three arguments of the call, by its speed, and by keeping its digits
+        when the mean is large against the deviation. ``isinstance`` of ``torch.nn.modules.batchnorm._BatchNorm`` holds.
 
     Numerics, Cost:
         As :func:`evenkeel.functional.batch_norm`.

@@ -7,15 +7,19 @@ from typing import Any, NoReturn
 import torch
 from torch.nn.modules import module as torch_module
 
+from evenkeel.activations import MODULES, is_untouched, of_module
 from evenkeel.nn.batch_norm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, refuse_script
 
 _LAYERS = (BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d)
-_ACTIVATIONS: dict[type[torch.nn.Module], str] = {torch.nn.ReLU: "relu"}
+_FUSED = frozenset(MODULES) - {torch.nn.Identity}
+#: Those that a name says all of; the others are handed on as they are.
+_NAMES: dict[type[torch.nn.Module], str] = {torch.nn.ReLU: "relu"}
 
 
 class Sequential(torch.nn.Sequential):
-    """``torch.nn.Sequential`` that runs an evenkeel batch norm and the ReLU after it as one fused operation.
+    """``torch.nn.Sequential`` that runs an evenkeel batch norm and the activation after it as one fused operation.
 
+    The activations are the modules of torch.nn for those of :func:`evenkeel.functional.batch_norm`.
     The modules stay what and where they are: names, state_dict, indexing and slicing are ``torch.nn.Sequential``'s.
     A pair runs unfused, and right, when one of the two has a hook, a forward of its own, or is of another class.
 
@@ -34,7 +38,7 @@ class Sequential(torch.nn.Sequential):
             assert module is not None
             # A torch.fx proxy is no tensor: the graph gets both modules, for tools that look for them.
             if i + 1 < len(modules) and isinstance(input, torch.Tensor) and _fuses(module, modules[i + 1]):
-                input = module(input, activation=_ACTIVATIONS[type(modules[i + 1])])  # type: ignore[index]
+                input = module(input, activation=_NAMES.get(type(modules[i + 1]), modules[i + 1]))  # type: ignore[arg-type]
                 i += 2
             else:
                 input = module(input)
@@ -52,24 +56,13 @@ class Sequential(torch.nn.Sequential):
 def _fuses(layer: torch.nn.Module, activation: torch.nn.Module | None) -> bool:
     return (
         type(layer) in _LAYERS
-        and type(activation) in _ACTIVATIONS
-        and _is_untouched(layer.__dict__)
-        and _is_untouched(activation.__dict__)
+        and type(activation) in _FUSED
+        and is_untouched(layer.__dict__)
+        and of_module(activation) is not None
         and not (
             torch_module._global_forward_hooks
             or torch_module._global_forward_pre_hooks
             or torch_module._global_backward_hooks
             or torch_module._global_backward_pre_hooks
         )
-    )
-
-
-def _is_untouched(attributes: dict[str, Any]) -> bool:
-    """Whether calling the module with these attributes runs its class's forward and nothing else."""
-    return not (
-        "forward" in attributes
-        or attributes["_forward_hooks"]
-        or attributes["_forward_pre_hooks"]
-        or attributes["_backward_hooks"]
-        or attributes["_backward_pre_hooks"]
     )

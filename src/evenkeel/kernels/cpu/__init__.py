@@ -1,11 +1,16 @@
-"""The native CPU back end: loads the library, says which instruction sets it has, forces one."""
+"""The native CPU back end: loads the library, says which instruction sets it has, forces one.
+
+EVENKEEL_LIBRARY names another library than the one in the package, such as one built with sanitizers.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
-_LIBRARY = Path(__file__).with_name("libevenkeel.so")
+_WISHED = os.environ.get("EVENKEEL_LIBRARY")
+_LIBRARY = Path(_WISHED) if _WISHED else Path(__file__).with_name("libevenkeel.so")
 _REASON = Path(__file__).with_name("not_built.txt")
 _library: ctypes.CDLL | None = None
 _failure: str | None = None
@@ -15,6 +20,9 @@ def load() -> str | None:
     """Load the library and with it the operators. Returns why it can't be had, or None when it is there."""
     global _library, _failure
     if _library is not None or _failure is not None:
+        return _failure
+    if _WISHED and not _LIBRARY.exists():
+        _failure = f"EVENKEEL_LIBRARY names {_WISHED}, which does not exist"
         return _failure
     if not _LIBRARY.exists():
         detail = f" ({_REASON.read_text().strip()})" if _REASON.exists() else ""

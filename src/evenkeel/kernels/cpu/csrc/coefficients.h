@@ -1,4 +1,4 @@
-// Per-channel arithmetic: from sums to moments, and from moments to the few floats that the loops over x need.
+// Per-channel arithmetic: from sums to moments, and from moments to the few values that the loops over x need.
 //
 // A mean in float would cost digits when it is large against the deviation. So the loops subtract a float `center`
 // (exactly, where it matters: Sterbenz), and what the rounding of the center left over goes into the shift:
@@ -14,32 +14,32 @@
 namespace {
 
 struct Coefficients {
-  float *const center, *const scale, *const shift;  // of the forward, C values each
-  float *const slope, *const offset;                // of the backward
+  Value *const center, *const scale, *const shift;  // of the forward, C values each
+  Value *const slope, *const offset;                // of the backward
 
-  static constexpr int64_t doubles(int64_t channels) { return 3 * channels; }
+  static constexpr int64_t doubles(int64_t channels) { return 5 * channels; }
 
   Coefficients(double* scratch, int64_t channels)
-      : center(reinterpret_cast<float*>(scratch)),
+      : center(reinterpret_cast<Value*>(scratch)),
         scale(center + channels),
         shift(scale + channels),
         slope(shift + channels),
         offset(slope + channels) {}
 
-  Normalization of(int64_t c) const { return {splat(center[c]), splat(scale[c]), splat(shift[c])}; }
+  EVENKEEL_INLINE Normalization of(int64_t c) const { return {splat(center[c]), splat(scale[c]), splat(shift[c])}; }
 
   // Of the channels from c on, one in each lane.
   template <class Lanes>
-  Normalization from(int64_t c, Lanes lanes) const {
-    return {lanes.load(center + c), lanes.load(scale + c), lanes.load(shift + c)};
+  EVENKEEL_INLINE Normalization from(int64_t c, Lanes lanes) const {
+    return {lanes.values(center + c), lanes.values(scale + c), lanes.values(shift + c)};
   }
 
   void set_forward(const Problem& p, int64_t begin, int64_t end) const {
     for (int64_t c = begin; c < end; ++c) {
       const double gain = p.weight ? p.rstd[c] * p.weight[c] : p.rstd[c];
-      center[c] = (float)p.mean[c];
-      scale[c] = (float)gain;
-      shift[c] = (float)((p.bias ? p.bias[c] : 0.0) - (p.mean[c] - center[c]) * gain);
+      center[c] = (Value)p.mean[c];
+      scale[c] = (Value)gain;
+      shift[c] = (Value)((p.bias ? p.bias[c] : 0.0) - (p.mean[c] - center[c]) * gain);
     }
   }
 
@@ -52,8 +52,8 @@ struct Coefficients {
       }
       const double gain = p.weight ? p.rstd[c] * p.weight[c] : p.rstd[c];
       const double along = -gain * p.rstd[c] * p.sum_gxhat[c] * share;
-      slope[c] = (float)along;
-      offset[c] = (float)(-gain * p.sum_g[c] * share - along * (p.mean[c] - (double)(float)p.mean[c]));
+      slope[c] = (Value)along;
+      offset[c] = (Value)(-gain * p.sum_g[c] * share - along * (p.mean[c] - (double)(Value)p.mean[c]));
     }
   }
 };
@@ -61,21 +61,66 @@ struct Coefficients {
 // From sums of g * (x - center) to sums of g * xhat.
 inline void center_grad_sums(const Problem& p, int64_t begin, int64_t end) {
   for (int64_t c = begin; c < end; ++c) {
-    const double center = (double)(float)p.mean[c];
+    const double center = (double)(Value)p.mean[c];
     p.sum_gxhat[c] = (p.sum_gxhat[c] - (p.mean[c] - center) * p.sum_g[c]) * p.rstd[c];
   }
 }
 
-// Sums of d = x - k and d*d to mean and biased variance. False, and nothing is set, where float sums around k have lost
-// digits: k lies more than a deviation away from the mean, or squares overflowed or fell out of float's normal range.
-// (Sums of exactly zero are those of a constant channel.) share is 1 / M: divisions would cost more than the rest.
+// Sums of d = x - k and d*d to mean and biased variance. False, and nothing is set, where sums around k have lost
+// digits: k lies more than two deviations away from the mean, or squares overflowed or fell out of float's normal
+// range. (Sums of exactly zero are those of a constant channel.) share is 1 / M: divisions would cost more than the
+// rest.
 inline bool set_moments(const Problem& p, double share, int64_t c, double k, double sum_d, double sum_dd) {
   const double shift = sum_d * share, m2 = sum_dd - sum_d * shift;
   const bool tiny = sum_dd * share < 1e-30 && (sum_dd != 0 || sum_d != 0);
-  if (tiny || !(sum_dd - m2 <= m2)) return false;  // also where they are infinite or NaN
+  if (tiny || !(sum_dd - m2 <= 4 * m2)) return false;  // also where they are infinite or NaN
   p.mean[c] = k + shift;
   p.var[c] = m2 * share;
   return true;
+}
+
+// Mean and variance in two passes of double, for the rare channel whose sums lost digits: value(i) is the channel's
+// i-th value, and counts(i) whether it counts.
+template <class ValueAt, class Counts>
+EVENKEEL_SHARED void set_moments_slowly(const Problem& p, double share, int64_t c, const ValueAt& value,
+                                        const Counts& counts) {
+  double total = 0, m2 = 0;
+  for (int64_t i = 0; i < p.per_channel(); ++i)
+    if (counts(i)) total += value(i);
+  const double mean = total * share;
+  double rest = 0;  // what the roundings of the total left over
+  for (int64_t i = 0; i < p.per_channel(); ++i)
+    if (counts(i)) rest += value(i) - mean, m2 += (value(i) - mean) * (value(i) - mean);
+  p.mean[c] = mean + rest * share;
+  p.var[c] = (m2 - rest * rest * share) * share;
+}
+
+// A few of a channel's M values, spread over the batch, whose average lies near its mean; of those that count.
+struct Spread {
+  int64_t count = 0, at[16];
+
+  Spread(const Problem& p, int64_t most) {
+    const int64_t values = p.per_channel(), steps = values < most ? values : most;
+    for (int64_t k = 0; k < steps; ++k) {
+      int64_t i = k * values / steps;
+      const int64_t end = (k + 1) * values / steps;
+      while (p.mask && i < end && !p.mask[i]) ++i;
+      if (i < end) at[count++] = i;
+    }
+  }
+};
+
+// Values per channel that count.
+inline int64_t counted(const Problem& p) {
+  if (!p.mask) return p.per_channel();
+  int64_t count = 0;
+  for (int64_t i = 0; i < p.per_channel(); ++i) count += p.mask[i];
+  return count;
+}
+
+// Whether results are stored past the caches: what is stored beside dx has to be aligned like it.
+inline bool streams(const Problem& p) {
+  return p.streaming && (!p.dx || !p.dresidual || to_alignment(elements(p.dx)) == to_alignment(elements(p.dresidual)));
 }
 
 // What follows from mean and var: rstd, and the running moments when the batch's are in use.
@@ -84,8 +129,8 @@ inline void finish_moments(const Problem& p, int64_t begin, int64_t end) {
   if (!p.training || !p.running_mean) return;
   const double count = (double)p.per_channel(), unbiased = count / (count - 1), keep = 1.0 - p.momentum;
   for (int64_t c = begin; c < end; ++c) {
-    p.running_mean[c] = (float)(keep * p.running_mean[c] + p.momentum * p.mean[c]);
-    p.running_var[c] = (float)(keep * p.running_var[c] + p.momentum * p.var[c] * unbiased);
+    p.running_mean[c] = keep * p.running_mean[c] + p.momentum * p.mean[c];
+    p.running_var[c] = keep * p.running_var[c] + p.momentum * p.var[c] * unbiased;
   }
 }
 

@@ -1,13 +1,12 @@
 // x as N, C, S in memory: a channel is N planes of S consecutive values.
 //
-// Work is cut into tasks by shape alone, never by the number of threads, and sums are added in a fixed order: the
-// result has the same bits for any number of threads. Usually a task is a block of channels small enough to stay in
-// cache between its two passes. Few channels leave cores idle; then a task is a segment of one plane.
+// Work is cut into tasks by shape and cache size, never by the number of threads, and a channel's sums are added in an
+// order that the shape alone decides: the result has the same bits for any number of threads. Usually a task is a block
+// of channels small enough to stay in cache between its two passes. Few channels leave cores idle; then a task is a
+// segment of one plane.
 #pragma once
 
 #include "coefficients.h"
-#include "loops.h"
-#include "parallel.h"
 
 namespace {
 
@@ -17,11 +16,9 @@ class Contiguous {
       : p(problem),
         plane(p.positions),
         stride(p.channels * p.positions),
-        share(1.0 / (double)p.per_channel()),
-        block(channels_per_block(p)),
         by_segment(takes_segments(p)),
+        streaming(streams(p)),
         segments(segments_of(p)),
-        sample(p),
         coefficients(p.scratch, p.channels),
         partial(p.scratch + Coefficients::doubles(p.channels)) {}
 
@@ -30,184 +27,222 @@ class Contiguous {
     return Coefficients::doubles(p.channels) + 2 * items;
   }
 
-  void run_stats(Parallel how) const {
-    if (by_segment) return stats_by_segment(how);
-    for_blocks(how, [&](int64_t c0, int64_t c1) { stats(c0, c1); });
+  void stats(Parallel how) const {
+    const Spread spread = spread_values();
+    const double share = share_of_one();
+    if (by_segment) return stats_by_segment(how, spread, share);
+    for_blocks(how, [&](int64_t c0, int64_t c1) { stats(c0, c1, spread, share); });
   }
 
-  template <bool relu_after, bool with_residual>
-  void run_apply(Parallel how) const {
+  template <class OutputOf>
+  void apply(Parallel how, const OutputOf& output_of) const {
     coefficients.set_forward(p, 0, p.channels);
-    const auto output = output_of<relu_after, with_residual>();
-    if (by_segment) return write_items(how, p.y, output);
-    for_blocks(how, [&](int64_t c0, int64_t c1) { write_block(p.y, c0, c1, output); });
+    write(how, elements(p.y), output_of);
   }
 
-  template <bool relu_after, bool with_residual>
-  void run_forward(Parallel how) const {
+  template <class OutputOf>
+  void forward(Parallel how, const OutputOf& output_of) const {
     if (by_segment || !p.training) {
-      if (p.training) run_stats(how);
+      if (p.training) stats(how);
       finish_moments(p, 0, p.channels);
-      return run_apply<relu_after, with_residual>(how);
+      return apply(how, output_of);
     }
+    const Spread spread = spread_values();
+    const double share = share_of_one();
     for_blocks(how, [&](int64_t c0, int64_t c1) {
-      stats(c0, c1);
+      stats(c0, c1, spread, share);
       finish_moments(p, c0, c1);
       coefficients.set_forward(p, c0, c1);
-      write_block(p.y, c0, c1, output_of<relu_after, with_residual>());
+      write_block(elements(p.y), c0, c1, output_of);
     });
   }
 
-  template <Gate gate, bool write_g>
-  void run_grad_stats(Parallel how) const {
+  template <class TermsOf>
+  void grad_stats(Parallel how, const TermsOf& terms_of) const {
     coefficients.set_forward(p, 0, p.channels);
-    if (by_segment)
-      grad_stats_by_segment<gate, write_g>(how);
-    else
-      for_blocks(how, [&](int64_t c0, int64_t c1) { grad_stats<gate, write_g>(c0, c1); });
+    if (by_segment) return grad_stats_by_segment(how, terms_of);
+    for_blocks(how, [&](int64_t c0, int64_t c1) { grad_stats(c0, c1, terms_of); });
   }
 
-  template <Gate gate, bool fixed>
-  void run_grad_input(Parallel how, const float* dy) const {
+  template <class GradientOf>
+  void grad_input(Parallel how, const GradientOf& gradient_of) const {
     coefficients.set_forward(p, 0, p.channels);
     coefficients.set_backward(p, 0, p.channels);
-    const auto gradient = input_gradient_of<gate, fixed>(dy);
-    if (by_segment) return write_items(how, p.dx, gradient);
-    for_blocks(how, [&](int64_t c0, int64_t c1) { write_block(p.dx, c0, c1, gradient); });
+    write(how, elements(p.dx), gradient_of);
   }
 
-  // With write_g the second pass reads g where the first one wrote it, and needs no gate.
-  template <Gate gate, bool write_g, bool fixed>
-  void run_backward(Parallel how) const {
-    constexpr Gate second = write_g ? Gate::open : gate;
-    const float* g = write_g ? p.dresidual : p.dy;
-    const bool needs_stats = write_g || p.sum_g, needs_input = p.dx;
-    if (by_segment || !needs_stats || !needs_input) {
-      if (needs_stats) run_grad_stats<gate, write_g>(how);
-      if (needs_input) run_grad_input<second, fixed>(how, g);
-      return;
+  template <class TermsOf, class GradientOf>
+  void backward(Parallel how, const TermsOf& terms_of, const GradientOf& gradient_of) const {
+    if (by_segment) {
+      grad_stats(how, terms_of);
+      return grad_input(how, gradient_of);
     }
     for_blocks(how, [&](int64_t c0, int64_t c1) {
       coefficients.set_forward(p, c0, c1);
-      grad_stats<gate, write_g>(c0, c1);
+      grad_stats(c0, c1, terms_of);
       coefficients.set_backward(p, c0, c1);
-      write_block(p.dx, c0, c1, input_gradient_of<second, fixed>(g));
+      write_block(elements(p.dx), c0, c1, gradient_of);
     });
+  }
+
+  // The functions that TermsOf and the others stand for: what make returns for a channel's coefficients.
+  template <class Make>
+  struct Bound {
+    Coefficients coefficients;
+    Make make;
+    EVENKEEL_INLINE auto operator()(int64_t c) const {
+      return make(coefficients.of(c), Slope{splat(coefficients.slope[c]), splat(coefficients.offset[c])});
+    }
+    EVENKEEL_INLINE auto operator()(int64_t c, int64_t) const { return (*this)(c); }
+  };
+  template <class Make>
+  Bound<Make> by_channel(const Make& make) const {
+    return {coefficients, make};
   }
 
  private:
-  // Values spread over the batch whose average lies near a channel's mean.
-  struct Sample {
-    int64_t count, at[8];  // as seen from the channel's first value
-
-    explicit Sample(const Problem& p) : count(p.per_channel() < 8 ? p.per_channel() : 8) {
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t index = i * p.per_channel() / count;
-        at[i] = index / p.positions * p.channels * p.positions + index % p.positions;
-      }
-    }
-
-    float mean(const float* channel) const {
-      double total = 0;
-      for (int64_t i = 0; i < count; ++i) total += channel[at[i]];
-      return (float)(total / (double)count);
-    }
-  };
-
   const Problem& p;
   const int64_t plane, stride;  // values in a plane, and from a channel's plane to the next sample's
-  const double share;           // 1 / M
-  const int64_t block;          // channels per task
-  const bool by_segment;
+  const bool by_segment, streaming;
   const int64_t segments;  // per plane
-  const Sample sample;
   const Coefficients coefficients;
   double* const partial;  // by_segment: two sums for each item
 
   static constexpr int64_t kSegmentOfPlane = 16384;
-  static constexpr int64_t kCachedFloats = 128 * 1024;  // what a block of channels may take of a core's second cache
-  static constexpr int64_t kFewChannels = 16;
+  static constexpr int64_t kFewChannels = 16, kManyValues = 64 * 1024;
+  static constexpr int64_t kShortPlane = 1024;  // planes below this stay in the first cache until they are wanted
 
-  static int64_t channels_per_block(const Problem& p) {
-    const int64_t fits = kCachedFloats / p.per_channel();
-    const int64_t spread = p.is_small() ? p.channels : p.channels / kFewChannels;  // work for every core
-    const int64_t block = fits < spread ? fits : spread;
-    return block > 1 ? block : 1;
+  bool is_short() const { return plane < kShortPlane; }
+
+  double share_of_one() const {
+    const int64_t count = counted(p);
+    return 1.0 / (double)(count > 0 ? count : 1);
   }
 
   static bool takes_segments(const Problem& p) {
-    return p.channels < kFewChannels && p.channels * p.per_channel() >= kCachedFloats / 2;
+    return p.channels < kFewChannels && p.channels * p.per_channel() >= kManyValues;
   }
 
   static int64_t segments_of(const Problem& p) { return (p.positions + kSegmentOfPlane - 1) / kSegmentOfPlane; }
 
+  // Channels per task: as many as take half of a core's cache, but work for every core.
+  int64_t block_of() const {
+    const int64_t fits = p.core_cache / 2 / (int64_t)sizeof(Element) / p.per_channel();
+    const int64_t spread = p.is_small() ? p.channels : p.channels / kFewChannels;
+    const int64_t block = fits < spread ? fits : spread;
+    return block > 1 ? block : 1;
+  }
+
+  template <class Body>
+  void for_blocks(Parallel how, const Body& body) const {
+    const int64_t block = block_of();
+    parallel(how, (p.channels + block - 1) / block, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        body(i * block, p.channels - i * block < block ? p.channels : (i + 1) * block);
+    });
+  }
+
   // ---- over the channels c0 .. c1, in one thread
 
-  // Two passes in double: for the rare channel whose sums lost digits.
-  void set_moments_slowly(int64_t c) const {
-    double total = 0, m2 = 0;
-    for (int64_t n = 0; n < p.samples; ++n)
-      for (int64_t s = 0; s < plane; ++s) total += p.x[n * stride + c * plane + s];
-    const double mean = total / (double)p.per_channel();
-    for (int64_t n = 0; n < p.samples; ++n)
-      for (int64_t s = 0; s < plane; ++s) {
-        const double d = p.x[n * stride + c * plane + s] - mean;
-        m2 += d * d;
+  // Adds the terms of sample n's planes of the channels c0 .. c1.
+  template <class Runs, class TermsOf>
+  EVENKEEL_SHARED void add_planes(const TermsOf terms_of, int64_t n, int64_t c0, int64_t c1, LaneSums* lanes,
+                                  WideSums* sums, bool flush) const {
+    const int64_t length = plane, ahead = n + 1 < p.samples ? stride : 0;
+    int64_t at = n * stride + c0 * length;
+    const Steps<Runs> whole(length), segment(Runs::segment), last(length % Runs::segment);
+    for (int64_t c = c0; c < c1; ++c, ++lanes, ++sums, at += length) {
+      const auto terms = terms_of(c, n);
+      if (length <= Runs::segment) {
+        add_run(terms, at, whole, ahead, *lanes);
+        if (flush) lanes->flush_to(*sums);
+        continue;
       }
-    p.mean[c] = mean;
-    p.var[c] = m2 / (double)p.per_channel();
-  }
-
-  void set_moments_from(int64_t c, float k, const Sums& sums) const {
-    if (!set_moments(p, share, c, k, sums.first, sums.second)) set_moments_slowly(c);
-  }
-
-  // Sums over whole channels. Reads the planes of several channels as one stream, sample by sample, because short
-  // planes far apart are slow to read. add(c, at, length, ahead, lane sums) adds a run; done(c, sums) ends a channel.
-  template <class Begin, class Add, class Done>
-  void sum_channels(int64_t c0, int64_t c1, const Begin& begin, const Add& add, const Done& done) const {
-    constexpr int64_t kAbreast = 64;
-    const int64_t samples_per_flush = plane >= kSegment ? 1 : plane >= kLanes ? kSegment / plane : kValuesPerLane;
-    for (int64_t b0 = c0; b0 < c1; b0 += kAbreast) {
-      const int64_t b1 = c1 - b0 < kAbreast ? c1 : b0 + kAbreast;
-      Uninitialized<LaneSums, kAbreast> lanes;
-      Uninitialized<Sums, kAbreast> sums;
-      for (int64_t c = b0; c < b1; ++c) begin(c), lanes[c - b0] = {}, sums[c - b0] = {};
-      for (int64_t n = 0; n < p.samples; ++n) {
-        const int64_t ahead = n + 1 < p.samples ? stride : 0;
-        const bool flush = (n + 1) % samples_per_flush == 0 || n + 1 == p.samples;
-        for (int64_t c = b0; c < b1; ++c)
-          for (int64_t s = 0; s < plane; s += kSegment) {
-            add(c, n * stride + c * plane + s, plane - s < kSegment ? plane - s : kSegment, ahead, lanes[c - b0]);
-            if (flush) lanes[c - b0].flush_to(sums[c - b0]);
-          }
+      int64_t s = 0;
+      for (; s + Runs::segment <= length; s += Runs::segment) {
+        add_run(terms, at + s, segment, ahead, *lanes);
+        lanes->flush_to(*sums);
       }
-      for (int64_t c = b0; c < b1; ++c) done(c, sums[c - b0]);
+      add_run(terms, at + s, last, ahead, *lanes);
+      lanes->flush_to(*sums);
     }
   }
 
-  void stats(int64_t c0, int64_t c1) const {
-    float* const k = coefficients.center;  // not in use yet
-    sum_channels(
-        c0, c1, [&](int64_t c) { k[c] = sample.mean(p.x + c * plane); },
-        [&](int64_t c, int64_t at, int64_t length, int64_t ahead, LaneSums& lanes) {
-          if (plane < kNearPlane)
-            add_moments<true>(p.x + at, length, ahead, splat(k[c]), lanes);
-          else
-            add_moments<false>(p.x + at, length, ahead, splat(k[c]), lanes);
-        },
-        [&](int64_t c, const Sums& sums) { set_moments_from(c, k[c], sums); });
+  // Sums over whole channels. Reads the planes of several channels as one stream, sample by sample, because short
+  // planes far apart are slow to read. done(c, sums) ends a channel.
+  template <class TermsOf, class Done>
+  void sum_channels(int64_t c0, int64_t c1, const TermsOf& terms_of, const Done& done) const {
+    constexpr int64_t kAbreast = 64;
+    const int64_t depth = is_short() ? Steps<ShortRuns>(plane).depth() : Steps<LongRuns>(plane).depth();
+    const int64_t samples_per_flush = depth < kValuesPerLane ? kValuesPerLane / depth : 1;
+    for (int64_t b0 = c0; b0 < c1; b0 += kAbreast) {
+      const int64_t b1 = c1 - b0 < kAbreast ? c1 : b0 + kAbreast;
+      Uninitialized<LaneSums, kAbreast> lanes;
+      Uninitialized<WideSums, kAbreast> sums;
+      for (int64_t c = b0; c < b1; ++c) lanes[c - b0] = {}, sums[c - b0] = {};
+      for (int64_t n = 0; n < p.samples; ++n) {
+        const bool flush = (n + 1) % samples_per_flush == 0 || n + 1 == p.samples;
+        if (is_short())
+          add_planes<ShortRuns>(terms_of, n, b0, b1, &lanes[0], &sums[0], flush);
+        else
+          add_planes<LongRuns>(terms_of, n, b0, b1, &lanes[0], &sums[0], flush);
+      }
+      for (int64_t c = b0; c < b1; ++c) done(c, sums[c - b0].total());
+    }
   }
 
-  template <Gate gate, bool write_g>
-  void add_grad(int64_t c, int64_t at, int64_t length, int64_t ahead, LaneSums& lanes) const {
-    const float* y = shifted(p.y, at);
-    float* g = shifted(p.dresidual, at);
-    const Normalization normalize = coefficients.of(c);
-    if (plane < kNearPlane)
-      add_grad_sums<gate, write_g, true>(p.dy + at, p.x + at, y, g, length, ahead, normalize, lanes);
-    else
-      add_grad_sums<gate, write_g, false>(p.dy + at, p.x + at, y, g, length, ahead, normalize, lanes);
+  // Where values lie as seen from a channel's first.
+  Spread spread_values() const {
+    Spread spread(p, 8);
+    for (int64_t i = 0; i < spread.count; ++i) spread.at[i] = offset_of(spread.at[i]);
+    return spread;
+  }
+
+  int64_t offset_of(int64_t i) const { return i / plane * stride + i % plane; }  // of a channel's i-th value
+
+  void set_near_means(int64_t c0, int64_t c1, const Spread& spread) const {
+    for (int64_t c = c0; c < c1; ++c) {
+      double total = 0;
+      for (int64_t i = 0; i < spread.count; ++i) total += to_double(elements(p.x)[c * plane + spread.at[i]]);
+      coefficients.center[c] = spread.count > 0 ? (Value)(total / (double)spread.count) : 0;  // not in use yet
+    }
+  }
+
+  void set_moments_from(int64_t c, double share, const Sums& sums) const {
+    if (set_moments(p, share, c, coefficients.center[c], sums.first, sums.second)) return;
+    set_moments_slowly(
+        p, share, c, [&](int64_t i) { return to_double(elements(p.x)[c * plane + offset_of(i)]); },
+        [&](int64_t i) { return !p.mask || p.mask[i]; });
+  }
+
+  // The terms of x - k, k being each channel's near mean; those of masked values are 0.
+  struct Deviations {
+    const Element* x;
+    const Value* near;
+    EVENKEEL_INLINE Deviation operator()(int64_t c, int64_t) const { return {x, splat(near[c])}; }
+  };
+  struct MaskedDeviations {
+    const Element* x;
+    const Value* near;
+    const bool* mask;
+    int64_t plane, stride;
+    EVENKEEL_INLINE MaskedDeviation operator()(int64_t c, int64_t n) const {
+      return {x, splat(near[c]), mask + n * plane, n * stride + c * plane};
+    }
+  };
+
+  template <class Body>
+  void with_deviations(const Body& body) const {
+    const Element* const x = elements(p.x);
+    if (p.mask) return body(MaskedDeviations{x, coefficients.center, p.mask, plane, stride});
+    body(Deviations{x, coefficients.center});
+  }
+
+  void stats(int64_t c0, int64_t c1, const Spread& spread, double share) const {
+    set_near_means(c0, c1, spread);
+    with_deviations([&](const auto& terms_of) {
+      sum_channels(c0, c1, terms_of, [&](int64_t c, const Sums& sums) { set_moments_from(c, share, sums); });
+    });
   }
 
   void set_grad_sums(int64_t c, const Sums& sums) const {
@@ -216,64 +251,45 @@ class Contiguous {
     center_grad_sums(p, c, c + 1);
   }
 
-  template <Gate gate, bool write_g>
-  void grad_stats(int64_t c0, int64_t c1) const {
-    sum_channels(
-        c0, c1, [](int64_t) {},
-        [&](int64_t c, int64_t at, int64_t length, int64_t ahead, LaneSums& lanes) {
-          add_grad<gate, write_g>(c, at, length, ahead, lanes);
-        },
-        [&](int64_t c, const Sums& sums) { set_grad_sums(c, sums); });
+  template <class TermsOf>
+  void grad_stats(int64_t c0, int64_t c1, const TermsOf& terms_of) const {
+    sum_channels(c0, c1, terms_of, [&](int64_t c, const Sums& sums) { set_grad_sums(c, sums); });
   }
 
-  // Writes the indices begin .. end of sample n, in planes of `length` from channel c on. value_of(c) gives the values
-  // of a channel.
+  // Writes the indices begin .. end of `out`, in planes of `length` from channel c on. value_of(c) gives the values of
+  // a channel.
   template <class ValueOf>
-  void write(float* out, int64_t c, int64_t begin, int64_t end, int64_t length, const ValueOf& value_of) const {
-    const auto value = [&](int64_t k) { return value_of(c + k); };
-    if (p.streaming)
-      write_planes<Streamed>(out, begin, end, length, value);
-    else
-      write_planes<Whole>(out, begin, end, length, value);
+  EVENKEEL_SHARED void write(Element* out, int64_t c, int64_t begin, int64_t end, int64_t length,
+                             const ValueOf value_of) const {
+    if (streaming && (length >= kLanes || length == end - begin))
+      return stream_planes(out, begin, end, length, [value_of, c](int64_t k) { return value_of(c + k); });
+    for (; begin < end; begin += length) write_run(out, begin, begin + length, value_of(c++));
   }
 
   template <class ValueOf>
-  void write_block(float* out, int64_t c0, int64_t c1, const ValueOf& value_of) const {
-    const int64_t abreast = plane < kLanes ? 1 : c1 - c0;  // planes that are written as one run
+  void write_block(Element* out, int64_t c0, int64_t c1, const ValueOf& value_of) const {
     for (int64_t n = 0; n < p.samples; ++n)
-      for (int64_t c = c0; c < c1; c += abreast) {
-        const int64_t begin = n * stride + c * plane;
-        write(out, c, begin, begin + abreast * plane, plane, value_of);
-      }
-    if (p.streaming) end_streaming();
+      write(out, c0, n * stride + c0 * plane, n * stride + c1 * plane, plane, value_of);
+    if (streaming) end_streaming();
   }
 
   template <class ValueOf>
-  void write_items(Parallel how, float* out, const ValueOf& value_of) const {
+  void write(Parallel how, Element* out, const ValueOf& value_of) const {
+    if (!by_segment) {
+      // Nothing is read twice: in the order of memory, which is the longest stream.
+      const int64_t fits = kSegmentOfPlane / plane, run = fits < 1 ? 1 : fits < p.channels ? fits : p.channels;
+      const int64_t runs = (p.channels + run - 1) / run;
+      return parallel(how, p.samples * runs, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t n = i / runs, c0 = i % runs * run, c1 = p.channels - c0 < run ? p.channels : c0 + run;
+          write(out, c0, n * stride + c0 * plane, n * stride + c1 * plane, plane, value_of);
+        }
+        if (streaming) end_streaming();
+      });
+    }
     for_items(how, [&](int64_t, int64_t c, int64_t n, int64_t s0, int64_t s1) {
       const int64_t start = n * stride + c * plane;
       write(out, c, start + s0, start + s1, s1 - s0, value_of);
-    });
-  }
-
-  template <bool relu_after, bool with_residual>
-  auto output_of() const {
-    return [this](int64_t c) { return Output<relu_after, with_residual>{p.x, p.residual, coefficients.of(c)}; };
-  }
-
-  template <Gate gate, bool fixed>
-  auto input_gradient_of(const float* dy) const {
-    return [this, dy](int64_t c) {
-      return InputGradient<gate, fixed>{
-          dy, p.x, p.y, coefficients.of(c), splat(coefficients.slope[c]), splat(coefficients.offset[c])};
-    };
-  }
-
-  template <class Body>
-  void for_blocks(Parallel how, const Body& body) const {
-    parallel(how, (p.channels + block - 1) / block, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        body(i * block, p.channels - i * block < block ? p.channels : (i + 1) * block);
     });
   }
 
@@ -287,22 +303,25 @@ class Contiguous {
         const int64_t s0 = segment * kSegmentOfPlane;
         body(item, c, n, s0, plane - s0 < kSegmentOfPlane ? plane : s0 + kSegmentOfPlane);
       }
-      if (p.streaming) end_streaming();
+      if (streaming) end_streaming();
     });
   }
 
-  // Calls add(c, at, length, lane sums) for runs of every item, then done(c, sums) for every channel.
-  template <class Add, class Done>
-  void sum_items(Parallel how, const Add& add, const Done& done) const {
+  // Adds the terms of every item, then calls done(c, sums) for every channel.
+  template <class TermsOf, class Done>
+  void sum_items(Parallel how, const TermsOf& terms_of, const Done& done) const {
     for_items(how, [&](int64_t item, int64_t c, int64_t n, int64_t s0, int64_t s1) {
+      const auto terms = terms_of(c, n);
       LaneSums lanes;
-      Sums sums;
-      for (int64_t s = s0; s < s1; s += kSegment) {
-        add(c, n * stride + c * plane + s, s1 - s < kSegment ? s1 - s : kSegment, lanes);
+      WideSums sums;
+      for (int64_t s = s0; s < s1; s += LongRuns::segment) {
+        const int64_t length = s1 - s < LongRuns::segment ? s1 - s : LongRuns::segment;
+        add_run(terms, n * stride + c * plane + s, Steps<LongRuns>(length), 0, lanes);
         lanes.flush_to(sums);
       }
-      partial[2 * item] = sums.first;
-      partial[2 * item + 1] = sums.second;
+      const Sums total = sums.total();
+      partial[2 * item] = total.first;
+      partial[2 * item + 1] = total.second;
     });
     const int64_t items = p.samples * segments;
     for (int64_t c = 0; c < p.channels; ++c) {
@@ -315,25 +334,16 @@ class Contiguous {
     }
   }
 
-  void stats_by_segment(Parallel how) const {
-    float* const k = coefficients.center;
-    for (int64_t c = 0; c < p.channels; ++c) k[c] = sample.mean(p.x + c * plane);
-    sum_items(
-        how,
-        [&](int64_t c, int64_t at, int64_t length, LaneSums& lanes) {
-          add_moments<false>(p.x + at, length, 0, splat(k[c]), lanes);
-        },
-        [&](int64_t c, const Sums& sums) { set_moments_from(c, k[c], sums); });
+  void stats_by_segment(Parallel how, const Spread& spread, double share) const {
+    set_near_means(0, p.channels, spread);
+    with_deviations([&](const auto& terms_of) {
+      sum_items(how, terms_of, [&](int64_t c, const Sums& sums) { set_moments_from(c, share, sums); });
+    });
   }
 
-  template <Gate gate, bool write_g>
-  void grad_stats_by_segment(Parallel how) const {
-    sum_items(
-        how,
-        [&](int64_t c, int64_t at, int64_t length, LaneSums& lanes) {
-          add_grad<gate, write_g>(c, at, length, 0, lanes);
-        },
-        [&](int64_t c, const Sums& sums) { set_grad_sums(c, sums); });
+  template <class TermsOf>
+  void grad_stats_by_segment(Parallel how, const TermsOf& terms_of) const {
+    sum_items(how, terms_of, [&](int64_t c, const Sums& sums) { set_grad_sums(c, sums); });
   }
 };
 

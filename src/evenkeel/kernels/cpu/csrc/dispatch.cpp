@@ -7,11 +7,13 @@ namespace {
 
 using Table = const Kernels& (*)();
 
-constexpr Table kTables[] = {
-    baseline_kernels,
+#define EVENKEEL_ROW(isa) {isa##_f32_kernels, isa##_f64_kernels, isa##_bf16_kernels, isa##_f16_kernels}
+
+constexpr Table kTables[][kDtypes] = {
+    EVENKEEL_ROW(baseline),
 #if defined(__x86_64__)
-    avx2_kernels,
-    avx512_kernels,
+    EVENKEEL_ROW(avx2),
+    EVENKEEL_ROW(avx512),
 #endif
 };
 constexpr int kCount = sizeof(kTables) / sizeof(kTables[0]);
@@ -19,7 +21,7 @@ constexpr int kCount = sizeof(kTables) / sizeof(kTables[0]);
 // What __builtin_cpu_supports says includes whether the operating system saves the wide registers.
 bool supported(int i) {
 #if defined(__x86_64__)
-  if (i == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (i == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (i == 2)
     return supported(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -43,7 +45,8 @@ int active() {
 
 }  // namespace
 
-const Kernels& active_kernels() { return kTables[active()](); }
+const Kernels& kernels_of(int i, Dtype dtype) { return kTables[i][static_cast<int>(dtype)](); }
+const Kernels& active_kernels(Dtype dtype) { return kernels_of(active(), dtype); }
 
 }  // namespace evenkeel
 
@@ -52,9 +55,13 @@ using namespace evenkeel;
 extern "C" {
 
 int evenkeel_kernels_count() { return kCount; }
-const char* evenkeel_kernels_name(int i) { return kTables[i]().name; }
+const char* evenkeel_kernels_name(int i) { return kernels_of(i, Dtype::f32).name; }
 int evenkeel_kernels_supported(int i) { return supported(i); }
-long long evenkeel_kernels_calls(int i) { return kTables[i]().calls(); }
+long long evenkeel_kernels_calls(int i) {
+  long long total = 0;
+  for (const Table& table : kTables[i]) total += table().calls();
+  return total;
+}
 int evenkeel_kernels_active() { return active(); }
 void evenkeel_kernels_force(int i) { forced.store(i, std::memory_order_relaxed); }
 }

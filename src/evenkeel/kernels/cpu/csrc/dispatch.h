@@ -5,7 +5,10 @@
 
 namespace evenkeel {
 
-const Kernels& active_kernels();
+const Kernels& active_kernels(Dtype dtype);
+
+// Of instruction set i, counted from the plainest on.
+const Kernels& kernels_of(int i, Dtype dtype);
 
 }  // namespace evenkeel
 

@@ -1,33 +1,54 @@
-// The four inner loops over one run of consecutive values of one channel: a plane of a contiguous tensor, or part of
-// one.
+// What is summed over the values of a channel and what is written for each of them, as functions of an index into the
+// tensors; both layouts walk these. And the inner loops over one run of consecutive values of one channel.
 #pragma once
 
-#include "simd.h"
+#include "activations.h"
 
 namespace {
 
-enum class Gate { open, from_x, from_y };  // where the backward of the activation finds out what was positive
+// A function of its own in the machine code: loops that several callers share are then compiled once.
+#define EVENKEEL_SHARED __attribute__((noinline))
 
-// Floats are added per lane for about this many values, then in double: every addition rounds, and on values of a grid
-// (pixels, say) all roundings may go the same way.
+// Always part of the loop that it is called in: a function that returns vectors or takes them by reference keeps them
+// in memory otherwise.
+#define EVENKEEL_INLINE inline __attribute__((always_inline))
+
+enum class Act { none, relu, called };
+enum class Gate { open, relu_from_x, relu_from_y, called };  // where the backward finds the activation's derivative
+
+// Values are added per lane in Value for about this many, then in double: every addition rounds, and on values of a
+// grid (pixels, say) all roundings may go the same way.
 constexpr int64_t kValuesPerLane = 16;
 
-// Values that are summed at once, in four vectors of sums.
-constexpr int64_t kSegment = 4 * kValuesPerLane * kLanes;
-
-// Planes below this stay in the first cache until the next sample's are wanted.
-constexpr int64_t kNearPlane = 1024;
+// How a run of values of one channel is summed: in so many chains of additions side by side. Four hide an addition's
+// latency and serve long runs; they have to be put together after each run, so short runs take two where vectors of
+// 512 bits keep units busy for two cycles. Short runs are prefetched to the first cache, long ones to the second.
+template <int64_t chains_, bool near_>
+struct Runs {
+  static constexpr int64_t chains = chains_, step = chains * kLanes;
+  static constexpr bool near = near_;
+  static constexpr int64_t segment = step * kValuesPerLane;  // values that are summed before sums go to double
+};
+typedef Runs<kVectorBytes == 64 ? 2 : 4, true> ShortRuns;
+typedef Runs<4, false> LongRuns;
 
 struct Sums {
   double first = 0, second = 0;
 };
 
+// Sums on their way from lanes of Value to lanes of double.
+struct WideSums {
+  DoubleVec first{}, second{};
+
+  Sums total() const { return {sum(first), sum(second)}; }
+};
+
 struct LaneSums {
   Vec first{}, second{};
 
-  void flush_to(Sums& sums) {
-    sums.first += sum(first);
-    sums.second += sum(second);
+  void flush_to(WideSums& sums) {
+    sums.first += folded(first);
+    sums.second += folded(second);
     first = second = Vec{};
   }
 };
@@ -39,139 +60,232 @@ struct Uninitialized {
   T& operator[](int64_t i) { return reinterpret_cast<T*>(bytes)[i]; }
 };
 
-// The coefficients of one channel, in every lane; see coefficients.h.
+// The coefficients of one channel in every lane, or of a channel in each; see coefficients.h.
 struct Normalization {
   Vec center, scale, shift;
 
-  Vec operator()(Vec x) const { return (x - center) * scale + shift; }
+  EVENKEEL_INLINE Vec operator()(Vec x) const { return multiply_add(x - center, scale, shift); }
 };
 
-template <bool relu_after, bool with_residual>
-inline Vec transform(Normalization normalize, Vec x, Vec residual) {
-  Vec v = normalize(x);
-  if constexpr (with_residual) v += residual;
-  if constexpr (relu_after) v = relu(v);
-  return v;
-}
+// Of the backward alone.
+struct Slope {
+  Vec slope, offset;
+};
+
+// ---- terms of sums: add the terms of the values from index i on to a and b
+
+// x - k and its square.
+struct Deviation {
+  const Element* x;
+  Vec k;
+  static constexpr bool kWrites = false;
+
+  template <class Lanes>
+  EVENKEEL_INLINE void operator()(int64_t i, Lanes lanes, Vec& a, Vec& b) const {
+    const Vec d = lanes.keep(lanes.load(x + i) - k);
+    a += d;
+    b = multiply_add(d, d, b);
+  }
+
+  template <bool near, int64_t count>
+  EVENKEEL_INLINE void prefetch(int64_t i) const {
+    ::prefetch<near, count>(x + i);
+  }
+};
+
+// The same where a mask is set, else 0. mask[0] belongs to index `start`.
+struct MaskedDeviation {
+  const Element* x;
+  Vec k;
+  const bool* mask;
+  int64_t start;
+
+  template <class Lanes>
+  EVENKEEL_INLINE void operator()(int64_t i, Lanes lanes, Vec& a, Vec& b) const {
+    const Vec d = lanes.keep(lanes.where(mask + (i - start)) ? lanes.load(x + i) - k : Vec{});
+    a += d;
+    b = multiply_add(d, d, b);
+  }
+
+  template <bool near, int64_t count>
+  EVENKEEL_INLINE void prefetch(int64_t i) const {
+    ::prefetch<near, count>(x + i);
+  }
+};
 
 // The gradient in front of the activation.
 template <Gate gate>
-inline Vec gated(Normalization normalize, Vec g, Vec x, Vec y) {
-  if constexpr (gate == Gate::from_x) return relu_gate(normalize(x), g);
-  if constexpr (gate == Gate::from_y) return relu_gate(y, g);
-  return g;
-}
+struct Gated {
+  const Element *dy, *x, *y, *residual;
+  Normalization normalize;
+  Called derivative;
 
-// Calls body(i, lanes) over a run, lanes being Whole or Partial.
-template <class Body>
-inline void for_vectors(int64_t length, const Body& body) {
-  int64_t i = 0;
-  for (; i + kLanes <= length; i += kLanes) body(i, Whole{});
-  if (i < length) body(i, Partial{length - i});
-}
-
-// sum(x - k) and sum((x - k)^2). `ahead` floats further on lies what will be read after this run: the processor's own
-// prefetching does not see from one plane of a channel to the next.
-template <bool near>
-inline void add_moments(const float* x, int64_t length, int64_t ahead, Vec k, LaneSums& sums) {
-  Vec a0 = sums.first, a1{}, a2{}, a3{}, b0 = sums.second, b1{}, b2{}, b3{};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= length; i += 4 * kLanes) {
-    prefetch<near>(x + i + ahead);
-    const Vec d0 = load(x + i) - k, d1 = load(x + i + kLanes) - k;
-    const Vec d2 = load(x + i + 2 * kLanes) - k, d3 = load(x + i + 3 * kLanes) - k;
-    a0 += d0, a1 += d1, a2 += d2, a3 += d3;
-    b0 += d0 * d0, b1 += d1 * d1, b2 += d2 * d2, b3 += d3 * d3;
+  template <class Lanes>
+  EVENKEEL_INLINE Vec operator()(int64_t i, Lanes lanes, Vec xx) const {
+    const Vec g = lanes.load(dy + i);
+    if constexpr (gate == Gate::relu_from_x) return relu_gate(normalize(xx), g);
+    if constexpr (gate == Gate::relu_from_y) return relu_gate(lanes.load(y + i), g);
+    if constexpr (gate == Gate::called) {
+      Vec u = normalize(xx);
+      if (residual) u += lanes.load(residual + i);
+      return g * derivative(u);
+    }
+    return g;
   }
-  if (i < length) prefetch<near>(x + i + ahead);
-  for_vectors(length - i, [&](int64_t j, auto lanes) {
-    const Vec d = lanes.keep(lanes.load(x + i + j) - k);
-    a1 += d;
-    b1 += d * d;
-  });
-  sums.first = (a0 + a1) + (a2 + a3);
-  sums.second = (b0 + b1) + (b2 + b3);
-}
+};
 
-// sum(g) and sum(g * (x - center)); writes g where it is also the residual's gradient.
-template <Gate gate, bool write_g, bool near>
-inline void add_grad_sums(const float* dy, const float* x, const float* y, float* g_out, int64_t length, int64_t ahead,
-                          Normalization normalize, LaneSums& sums) {
-  Vec a[4] = {sums.first}, b[4] = {sums.second};
-  const auto step = [=](int64_t i, auto lanes, Vec& first, Vec& second) {
-    const Vec xx = lanes.load(x + i), yy = gate == Gate::from_y ? lanes.load(y + i) : Vec{};
-    const Vec g = gated<gate>(normalize, lanes.load(dy + i), xx, yy);  // 0 in lanes without a value
-    if constexpr (write_g) lanes.store(g_out + i, g);
-    first += g;
-    second += lanes.keep(g * (xx - normalize.center));
-  };
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= length; i += 4 * kLanes) {
-    prefetch<near>(x + i + ahead);
-    prefetch<near>(dy + i + ahead);
-    for (int j = 0; j < 4; ++j) step(i + j * kLanes, Whole{}, a[j], b[j]);
+// g and g * (x - center). g is kept where its derivative is too costly for the second pass, or nothing else is wanted.
+template <Gate gate>
+struct GradTerms {
+  Gated<gate> gated;
+  Element* g_out;
+
+  template <class Lanes>
+  EVENKEEL_INLINE void operator()(int64_t i, Lanes lanes, Vec& a, Vec& b) const {
+    const Vec xx = lanes.load(gated.x + i);
+    const Vec g = gated(i, lanes, xx);  // 0 in lanes without a value
+    if constexpr (kWrites)
+      if (g_out) lanes.store(g_out + i, g);
+    a += g;
+    b = multiply_add(g, xx - gated.normalize.center, b);
   }
-  if (i < length) prefetch<near>(x + i + ahead), prefetch<near>(dy + i + ahead);
-  for_vectors(length - i, [&](int64_t j, auto lanes) { step(i + j, lanes, a[1], b[1]); });
-  sums.first = (a[0] + a[1]) + (a[2] + a[3]);
-  sums.second = (b[0] + b[1]) + (b[2] + b[3]);
-}
 
-// y = act((x - center) * scale + shift + residual), by index.
-template <bool relu_after, bool with_residual>
+  static constexpr bool kWrites = gate == Gate::called || gate == Gate::relu_from_y;
+
+  template <bool near, int64_t count>
+  EVENKEEL_INLINE void prefetch(int64_t i) const {
+    ::prefetch<near, count>(gated.x + i);
+    ::prefetch<near, count>(gated.dy + i);
+    if constexpr (gate == Gate::relu_from_y) ::prefetch<near, count>(gated.y + i);
+  }
+};
+
+// ---- what is written, by index
+
+// y = act((x - center) * scale + shift + residual)
+template <Act act, bool with_residual>
 struct Output {
-  const float *x, *residual;
+  const Element *x, *residual;
   Normalization normalize;
+  Called activation;
 
   template <class Lanes>
-  Vec operator()(int64_t i, Lanes lanes) const {
-    const Vec r = with_residual ? lanes.load(residual + i) : Vec{};
-    return transform<relu_after, with_residual>(normalize, lanes.load(x + i), r);
+  EVENKEEL_INLINE Vec operator()(int64_t i, Lanes lanes) const {
+    Vec u = normalize(lanes.load(x + i));
+    if constexpr (act == Act::called) {
+      if (residual) u += lanes.load(residual + i);
+      return activation(u);
+    }
+    if constexpr (with_residual) u += lanes.load(residual + i);
+    return act == Act::relu ? relu(u) : u;
   }
 };
 
-// dx = g * scale + (x - center) * slope + offset, by index. With fixed statistics it is g * scale alone, and a NaN in x
-// stays out of it.
-template <Gate gate, bool fixed>
+// dx = g * scale + (x - center) * slope + offset. With fixed statistics it is g * scale alone, and a NaN in x stays out
+// of it. g is written too where it is the residual's gradient.
+template <Gate gate, bool fixed, bool write_g>
 struct InputGradient {
-  const float *dy, *x, *y;
-  Normalization normalize;
-  Vec slope, offset;
+  Gated<gate> gated;
+  Slope line;
+  Element* g_out;
 
   template <class Lanes>
-  Vec operator()(int64_t i, Lanes lanes) const {
-    const Vec xx = lanes.load(x + i), yy = gate == Gate::from_y ? lanes.load(y + i) : Vec{};
-    const Vec g = gated<gate>(normalize, lanes.load(dy + i), xx, yy);
-    if constexpr (fixed) return g * normalize.scale;
-    return g * normalize.scale + ((xx - normalize.center) * slope + offset);
+  EVENKEEL_INLINE Vec operator()(int64_t i, Lanes lanes) const {
+    const Vec xx = lanes.load(gated.x + i);
+    const Vec g = gated(i, lanes, xx);
+    if constexpr (write_g) lanes.store(g_out + i, g);
+    if constexpr (fixed) return g * gated.normalize.scale;
+    const Vec along = multiply_add(xx - gated.normalize.center, line.slope, line.offset);
+    return multiply_add(g, gated.normalize.scale, along);
   }
 };
 
-// Writes planes that follow one another in memory: indices begin .. end of `out`, cut at begin + plane, and so on, the
-// values of the k-th given by value_of(k). All whole vectors are aligned in `out`; one that covers the end of a plane
-// and the start of the next is put together from both. Planes are at least a vector long, unless there is just one.
-template <class Store, class ValueOf>
-inline void write_planes(float* out, int64_t begin, int64_t end, int64_t plane, const ValueOf& value_of) {
+// x again from y: center + (act^-1(y) - shift) / scale
+struct Inverted {
+  const Element* y;
+  Normalization normalize;
+  Called inverse;
+
+  template <class Lanes>
+  EVENKEEL_INLINE Vec operator()(int64_t i, Lanes lanes) const {
+    return (inverse(lanes.load(y + i)) - normalize.shift) / normalize.scale + normalize.center;
+  }
+};
+
+// ---- loops over one run
+
+// A number of values cut into steps of a vector for each chain, single vectors and a rest: found once for many runs as
+// long.
+template <class Runs>
+struct Steps {
+  int64_t wide, singles, rest;
+
+  explicit Steps(int64_t length)
+      : wide(length / Runs::step), singles(length / kLanes % Runs::chains), rest(length % kLanes) {}
+
+  // How many values are added to one lane.
+  int64_t depth() const { return wide + (wide > 0 ? Runs::chains / 2 : 0) + singles + (rest > 0); }
+};
+
+// Adds the terms of a run of values from index i on. `ahead` elements further on lies what will be read after this
+// run: the processor's own prefetching does not see from one plane of a channel to the next.
+template <class Runs, class Terms>
+EVENKEEL_INLINE void add_run(const Terms& terms, int64_t i, Steps<Runs> steps, int64_t ahead, LaneSums& sums) {
+  Vec a[Runs::chains] = {sums.first}, b[Runs::chains] = {sums.second};
+  for (int64_t k = steps.wide; k > 0; --k, i += Runs::step) {
+    terms.template prefetch<Runs::near, Runs::step>(i + ahead);
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < Runs::chains; ++j) terms(i + j * kLanes, Whole{}, a[j], b[j]);
+  }
+  if (steps.singles + steps.rest > 0) terms.template prefetch<Runs::near, Runs::step>(i + ahead);
+  for (int64_t k = steps.singles; k > 0; --k, i += kLanes) terms(i, Whole{}, a[0], b[0]);
+  if (steps.rest > 0) terms(i, Partial(steps.rest), a[1], b[1]);
+  if constexpr (Runs::chains == 2)
+    sums = {a[0] + a[1], b[0] + b[1]};
+  else
+    sums = {(a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3])};
+}
+
+// Writes the indices i .. end of `out`. The last vector may overlap the one before it: it is computed first, because
+// `out` may be where the values come from.
+template <class Value>
+EVENKEEL_INLINE void write_run(Element* out, int64_t i, int64_t end, const Value& value) {
+  if (end - i < kLanes) {
+    const Partial lanes(end - i);
+    return lanes.store(out + i, value(i, lanes));
+  }
+  const Vec last = value(end - kLanes, Whole{});
+  for (; i < end - kLanes; i += kLanes) store(out + i, value(i, Whole{}));
+  store(out + end - kLanes, last);
+}
+
+// Writes planes that follow one another in memory past the caches: indices begin .. end of `out`, cut at begin + plane,
+// and so on, the values of the k-th given by value_of(k). All whole vectors are aligned in `out`; one that covers the
+// end of a plane and the start of the next is put together from both. Planes are at least a vector long, unless there
+// is just one.
+template <class ValueOf>
+inline void stream_planes(Element* out, int64_t begin, int64_t end, int64_t plane, const ValueOf& value_of) {
   int64_t i = begin, k = 0;
   auto value = value_of(0);
   const int64_t head = to_alignment(out + begin);
   if (head > 0 && head < end - begin) {
-    Partial lanes{head};
+    const Partial lanes(head);
     lanes.store(out + i, value(i, lanes));
     i += head;
   }
   for (int64_t stop = begin + plane; stop <= end; stop += plane) {
-    for (; i + kLanes <= stop; i += kLanes) Store::store(out + i, value(i, Whole{}));
+    for (; i + kLanes <= stop; i += kLanes) store_streaming(out + i, value(i, Streamed{}));
     const int64_t rest = stop - i;
     if (stop < end) {
       const auto next = value_of(++k);
       if (rest > 0) {
-        Store::store(out + i, first_then(rest, value(i, Whole{}), next(i, Whole{})));
+        const Vec first = value(i, Streamed{}), second = next(i, Streamed{});
+        store_streaming(out + i, select(mask_of(rest), first, second));
         i += kLanes;
       }
       value = next;
     } else if (rest > 0) {
-      Partial lanes{rest};
+      const Partial lanes(rest);
       lanes.store(out + i, value(i, lanes));
     }
   }

@@ -1,6 +1,7 @@
 // Small helpers that the layouts share.
 #pragma once
 
+#include "element.h"
 #include "problem.h"
 
 namespace {
@@ -16,10 +17,8 @@ inline void parallel(Parallel how, int64_t tasks, const Body& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// An optional array from element `at` on.
-template <class T>
-inline T* shifted(T* p, int64_t at) {
-  return p ? p + at : p;
-}
+// Tensors as what this unit takes for an element.
+inline const Element* elements(const void* p) { return static_cast<const Element*>(p); }
+inline Element* elements(void* p) { return static_cast<Element*>(p); }
 
 }  // namespace

@@ -7,7 +7,27 @@
 
 namespace evenkeel {
 
-enum class Activation : int64_t { none = 0, relu = 1 };
+// Codes and parameters as in evenkeel/activations.py.
+enum class Activation : int64_t {
+  none = 0,
+  relu = 1,
+  relu6 = 2,
+  leaky_relu = 3,  // a: slope below 0
+  elu = 4,         // a: alpha
+  silu = 5,
+  gelu = 6,
+  gelu_tanh = 7,
+  hardswish = 8,
+  hardsigmoid = 9,
+  sigmoid = 10,
+  tanh = 11,
+  mish = 12,
+  softplus = 13,  // a: beta, b: threshold
+};
+constexpr int64_t kActivations = 14;
+
+enum class Dtype { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+constexpr int kDtypes = 4;
 
 // Where x, y, dy, dx and the residual lie in memory; all of them in the same way.
 enum class Layout { contiguous /* N, C, S */, channels_last /* N, S, C */ };
@@ -23,53 +43,67 @@ struct Parallel {
 struct Problem {
   int64_t samples = 0, channels = 0, positions = 0;
   Layout layout = Layout::contiguous;
+  Dtype dtype = Dtype::f32;  // of x, y, dy, dx and the residual
   Activation activation = Activation::none;
+  double a = 0, b = 0;   // the activation's parameters
   bool training = true;  // normalize with the batch's moments (and differentiate through them)
   double eps = 0, momentum = 0;
 
-  const float* x = nullptr;
-  const float* residual = nullptr;
-  const float* weight = nullptr;  // nullptr: ones
-  const float* bias = nullptr;    // nullptr: zeros
-  float* y = nullptr;             // written by the forward, read by the backward where a residual hides the gate
-  float* running_mean = nullptr;  // updated when training and not nullptr
-  float* running_var = nullptr;
+  const void* x = nullptr;
+  const void* residual = nullptr;  // the backward needs it, but for none; for relu it needs y in its place
+  const bool* mask = nullptr;      // N, S: which values stats counts; nullptr: all
+  const double* weight = nullptr;  // nullptr: ones
+  const double* bias = nullptr;    // nullptr: zeros
+  void* y = nullptr;               // written by the forward (may be x); with relu and a residual, read by the backward
+  double* running_mean = nullptr;  // updated when training and not nullptr
+  double* running_var = nullptr;
 
   double* mean = nullptr;  // C values each: the moments that normalize
   double* var = nullptr;   // biased
   double* rstd = nullptr;  // 1 / sqrt(var + eps)
 
-  const float* dy = nullptr;
-  float* dx = nullptr;
-  float* dresidual = nullptr;
+  const void* dy = nullptr;
+  void* dx = nullptr;           // may be x
+  void* dresidual = nullptr;    // with sums, unless the activation is relu and dx is wanted
   double* sum_g = nullptr;      // C values each: sum of g, the gradient before the activation,
   double* sum_gxhat = nullptr;  // and of g times the normalized x; they are the gradients of bias and weight
   double count = 0;             // what grad_input divides the sums by: values per channel, over all that were summed
 
-  bool streaming = false;     // results are too large to stay in cache: store past it
-  double* scratch = nullptr;  // scratch_doubles() values
+  int64_t core_cache = 512 * 1024;  // bytes of the cache that a core has for itself
+  bool streaming = false;           // results are too large to stay in cache: store past it
+  double* scratch = nullptr;        // scratch_doubles() values
 
   int64_t per_channel() const { return samples * positions; }
   bool is_small() const { return channels * per_channel() < kSerialBelow; }
 };
 
-// The operators, one table per instruction set.
+// The operators, one table per instruction set and dtype.
 struct Kernels {
-  const char* name;
+  const char* name;  // of the instruction set
   int64_t (*scratch_doubles)(const Problem&);
-  void (*stats)(const Problem&, Parallel);       // x -> mean, var
+  void (*stats)(const Problem&, Parallel);       // x, mask -> mean, var
   void (*apply)(const Problem&, Parallel);       // x, mean, rstd -> y
-  void (*grad_stats)(const Problem&, Parallel);  // dy, x, mean, rstd -> sum_g, sum_gxhat (and dresidual)
+  void (*grad_stats)(const Problem&, Parallel);  // dy, x, mean, rstd -> sum_g, sum_gxhat
   void (*grad_input)(const Problem&, Parallel);  // dy, x, mean, rstd, sums -> dx
   void (*forward)(const Problem&, Parallel);     // stats, running moments and apply in one
-  void (*backward)(const Problem&, Parallel);    // grad_stats and grad_input in one
-  int64_t (*calls)();                            // how many operators this table has run
+  void (*backward)(const Problem&, Parallel);    // grad_stats and grad_input in one, and dresidual
+  void (*invert)(const Problem&, Parallel);  // y, mean, rstd -> dx: the x that apply made y from; none, leaky_relu, elu
+  // x (N, C, S or, with `from_channels_last`, N, S, C) -> y in the other order of the last two.
+  void (*transpose)(const Problem&, Parallel);
+  int64_t (*calls)();  // how many operators this table has run
 };
 
-const Kernels& baseline_kernels();
+// Every instruction set with its row of tables, by dtype: one function for each compiled unit.
+#define EVENKEEL_TABLES(isa)           \
+  const Kernels& isa##_f32_kernels();  \
+  const Kernels& isa##_f64_kernels();  \
+  const Kernels& isa##_bf16_kernels(); \
+  const Kernels& isa##_f16_kernels();
+
+EVENKEEL_TABLES(baseline)
 #if defined(__x86_64__)
-const Kernels& avx2_kernels();
-const Kernels& avx512_kernels();
+EVENKEEL_TABLES(avx2)
+EVENKEEL_TABLES(avx512)
 #endif
 
 }  // namespace evenkeel

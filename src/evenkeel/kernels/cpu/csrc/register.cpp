@@ -1,28 +1,15 @@
-// torch's side of the operators: checks tensors, allocates results, calls the kernels. The only file that knows torch,
-// through LibTorch's stable ABI, so that one binary serves several versions. The schemas are in evenkeel/ops.py.
+// torch's side of the operators: checks tensors, allocates results, calls the kernels. With tensors.h the only file
+// that knows torch, through LibTorch's stable ABI, so that one binary serves several versions. The schemas are in
+// evenkeel/ops.py.
 //
 // A case that the native kernels do not cover raises an error that begins with "evenkeel: unsupported" before anything
 // was written; Python then takes the reference back end.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdio>
-#include <memory>
-#include <optional>
 #include <tuple>
-#include <vector>
 
-#include "dispatch.h"
+#include "tensors.h"
 
 namespace {
-
-using namespace evenkeel;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-
-#define REQUIRE(condition, what) STD_TORCH_CHECK(condition, "evenkeel: unsupported: ", what)
 
 using Body = void (*)(void*, int64_t, int64_t);
 
@@ -32,56 +19,57 @@ void run_in_parallel(int64_t tasks, Body body, void* context) {
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-Parallel parallel_for_size(const Problem& p) { return {p.is_small() ? run_serially : run_in_parallel}; }
-
-ScalarType dtype_of(const Tensor& t) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  if (dtype == aoti_torch_dtype_float32()) return ScalarType::Float;
-  if (dtype == aoti_torch_dtype_float64()) return ScalarType::Double;
-  if (dtype == aoti_torch_dtype_int64()) return ScalarType::Long;
-  return ScalarType::Undefined;
-}
-
-Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t dtype) {
-  AtenTensorHandle result;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &result));
-  return Tensor(result);
-}
-
-Tensor empty_rows(int64_t rows, int64_t size) {  // double
-  const int64_t sizes[] = {rows, size}, strides[] = {size, 1};
-  return empty_strided(sizes, strides, 2, aoti_torch_dtype_float64());
-}
-
-Tensor empty_as(const Tensor& t) {
-  return empty_strided(t.sizes().data(), t.strides().data(), t.dim(), aoti_torch_dtype_float32());
-}
-
-// True where the strides are those of consecutive values in the given order of dimensions; a dimension of size 1 may
-// have any stride.
-bool is_dense(const Tensor& t, bool channels_last) {
-  const auto sizes = t.sizes(), strides = t.strides();
-  const int64_t dim = t.dim();
-  int64_t expected = 1;
-  if (channels_last) {
-    if (sizes[1] != 1 && strides[1] != 1) return false;
-    expected = sizes[1];
+// Bytes of a cache as the system gives them for the first core, or a usual size where it does not tell.
+// (sysconf's _SC_LEVEL3_CACHE_SIZE adds up those of all groups of cores on some machines.)
+int64_t cache_bytes(int level, int64_t usual) {
+  char path[80];
+  std::snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu0/cache/index%d/size", level);
+  long long kibibytes = 0;
+  if (FILE* file = std::fopen(path, "r")) {
+    if (std::fscanf(file, "%lldK", &kibibytes) != 1) kibibytes = 0;
+    std::fclose(file);
   }
-  for (int64_t i = dim - 1; i >= 0; --i) {
-    if (channels_last && i == 1) continue;
-    if (sizes[i] != 1 && strides[i] != expected) return false;
-    expected *= sizes[i];
-  }
-  return true;
+  return kibibytes > 0 ? kibibytes * 1024 : usual;
 }
 
-bool same_shape(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t i = 0; i < a.dim(); ++i)
-    if (a.size(i) != b.size(i)) return false;
-  return true;
+// What the activation is called, with its parameters.
+struct Act {
+  int64_t code;
+  double a, b;
+};
+
+Problem problem_of(const Tensor& x, Act activation) {
+  static const int64_t core_cache = cache_bytes(2, 512 * 1024);
+  REQUIRE(x.is_cpu() && x.dim() >= 2 && x.numel() > 0, "x");
+  REQUIRE(activation.code >= 0 && activation.code < kActivations, "activation");
+  Problem p;
+  p.dtype = dtype_of(x, "x");
+  p.samples = x.size(0);
+  p.channels = x.size(1);
+  p.positions = x.numel() / (p.samples * p.channels);
+  // With one position per channel the two layouts coincide, and rows are the longer runs.
+  p.layout = p.positions > 1 && is_dense(x, false) ? Layout::contiguous : Layout::channels_last;
+  p.activation = static_cast<Activation>(activation.code);
+  p.a = activation.a;
+  p.b = activation.b;
+  p.x = x.data_ptr();
+  p.core_cache = core_cache;
+  return p;
+}
+
+using Operator = void (*Kernels::*)(const Problem&, Parallel);
+
+void run(Problem& p, Operator op) {
+  // What is written stays in cache for whoever reads it next, if all that is touched fits.
+  static const int64_t last_cache = cache_bytes(3, 32 * 1024 * 1024);
+  int64_t tensors = 0;
+  for (const void* t : {p.x, p.residual, (const void*)p.y, p.dy, (const void*)p.dx, (const void*)p.dresidual})
+    tensors += t != nullptr;
+  p.streaming = tensors * p.channels * p.per_channel() * bytes_of(p.dtype) > last_cache / 2;
+  const Kernels& kernels = active_kernels(p.dtype);
+  Doubles scratch(op == &Kernels::transpose ? 0 : kernels.scratch_doubles(p));
+  p.scratch = scratch.data();
+  (kernels.*op)(p, {p.is_small() ? run_serially : run_in_parallel});
 }
 
 // A contiguous copy of x unless it already lies as one of the two layouts.
@@ -89,247 +77,260 @@ Tensor dense(const Tensor& x) { return is_dense(x, false) || is_dense(x, true) ?
 
 // t laid out as x, copied where it is not: gradients often arrive in another memory format, or expanded.
 Tensor laid_out_as(const Tensor& t, const Tensor& x, const char* name) {
-  REQUIRE(dtype_of(t) == ScalarType::Float && t.is_cpu(), name);
+  REQUIRE(dtype_code(t) == dtype_code(x) && t.is_cpu(), name);
   REQUIRE(same_shape(t, x), name);
-  if (is_dense(x, false) ? is_dense(t, false) : is_dense(t, true)) return t;
+  const bool channels_last = !is_dense(x, false);
+  if (is_dense(t, channels_last)) return t;
   Tensor copy = empty_as(x);
-  torch::stable::copy_(copy, t);
+  if (is_dense(t, !channels_last)) {
+    Problem p = problem_of(t, {});
+    p.y = copy.data_ptr();
+    run(p, &Kernels::transpose);
+  } else {
+    torch::stable::copy_(copy, t);
+  }
   return copy;
 }
 
-float* floats(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
-double* doubles(const Tensor& t) { return static_cast<double*>(t.data_ptr()); }
-
-Tensor rounded(const double* values, int64_t size) {
-  const int64_t stride = 1;
-  Tensor result = empty_strided(&size, &stride, 1, aoti_torch_dtype_float32());
-  float* to = floats(result);
-  for (int64_t i = 0; i < size; ++i) to[i] = static_cast<float>(values[i]);
-  return result;
-}
-
-// A float per channel, or nullptr.
-float* per_channel(const Optional& t, const Problem& p, const char* name) {
-  if (!t) return nullptr;
-  REQUIRE(dtype_of(*t) == ScalarType::Float && t->is_cpu(), name);
-  REQUIRE(t->dim() == 1 && t->size(0) == p.channels && t->is_contiguous(), name);
-  return floats(*t);
-}
-
-double* per_channel_double(const Tensor& t, int64_t rows, const Problem& p, const char* name) {
-  REQUIRE(dtype_of(t) == ScalarType::Double && t.is_cpu() && t.is_contiguous(), name);
-  REQUIRE(t.numel() == rows * p.channels, name);
-  return doubles(t);
-}
-
-// The last level of cache that this core shares with others, or a usual size where the system does not tell.
-// (sysconf's _SC_LEVEL3_CACHE_SIZE adds up those of all groups of cores on some machines.)
-int64_t cache_bytes() {
-  static const int64_t bytes = [] {
-    int64_t kibibytes = 0;
-    if (FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
-      long long read = 0;
-      if (std::fscanf(file, "%lldK", &read) == 1) kibibytes = read;
-      std::fclose(file);
-    }
-    return (kibibytes > 0 ? kibibytes : 32 * 1024) * 1024;
-  }();
-  return bytes;
-}
-
-Problem problem_of(const Tensor& x, int64_t activation) {
-  REQUIRE(dtype_of(x) == ScalarType::Float && x.is_cpu() && x.dim() >= 2 && x.numel() > 0, "x");
-  REQUIRE(activation == 0 || activation == 1, "activation");
+// Tensors that live as long as an operator runs, laid out as x.
+struct Operands {
+  const Tensor x;
   Problem p;
-  p.samples = x.size(0);
-  p.channels = x.size(1);
-  p.positions = x.numel() / (p.samples * p.channels);
-  // With one position per channel the two layouts coincide, and rows are the longer runs.
-  p.layout = p.positions > 1 && is_dense(x, false) ? Layout::contiguous : Layout::channels_last;
-  p.activation = static_cast<Activation>(activation);
-  p.x = floats(x);
-  p.streaming = x.numel() * static_cast<int64_t>(sizeof(float)) > cache_bytes() / 2;
-  return p;
-}
+  Vectors vectors;
+  Optional dy, y, residual;
 
-using Operator = void (*Kernels::*)(const Problem&, Parallel);
+  Operands(const Tensor& given, Act activation) : x(dense(given)), p(problem_of(x, activation)), vectors(p.channels) {}
 
-void run(Problem& p, Operator op) {
-  const Kernels& kernels = active_kernels();
-  constexpr int64_t kOnStack = 512;
-  double on_stack[kOnStack];
-  const int64_t size = kernels.scratch_doubles(p);
-  std::unique_ptr<double[]> on_heap(size > kOnStack ? new double[size] : nullptr);
-  p.scratch = on_heap ? on_heap.get() : on_stack;
-  (kernels.*op)(p, parallel_for_size(p));
-}
+  void take_affine(const Optional& weight, const Optional& bias) {
+    p.weight = vectors.take(weight, "weight");
+    p.bias = vectors.take(bias, "bias");
+  }
+
+  void take_residual(const Optional& given) {
+    if (given) residual = laid_out_as(*given, x, "residual"), p.residual = residual->data_ptr();
+  }
+
+  void take_gradient(const Tensor& given, const Optional& given_y, const Optional& given_residual) {
+    dy = laid_out_as(given, x, "dy"), p.dy = dy->data_ptr();
+    if (given_y) y = laid_out_as(*given_y, x, "y"), p.y = y->data_ptr();
+    take_residual(given_residual);
+  }
+
+  double* rows(const Tensor& t, int64_t count, const char* name) const {
+    REQUIRE(dtype_code(t) == aoti_torch_dtype_float64() && t.is_cpu() && t.is_contiguous(), name);
+    REQUIRE(t.numel() == count * p.channels, name);
+    return doubles(t);
+  }
+
+  void take_moments(const Tensor& saved) { set_moments(rows(saved, 3, "saved")); }
+  void set_moments(double* saved) { p.mean = saved, p.var = saved + p.channels, p.rstd = saved + 2 * p.channels; }
+};
 
 // ---- the four operators
 
-Tensor stats(const Tensor& x) {
-  const Tensor xx = dense(x);
-  Problem p = problem_of(xx, 0);
-  Tensor moments = empty_rows(2, p.channels);
-  p.mean = doubles(moments);
-  p.var = p.mean + p.channels;
-  run(p, &Kernels::stats);
+Tensor stats(const Tensor& x, const Optional& mask) {
+  Operands o(x, {});
+  if (mask) {
+    REQUIRE(dtype_code(*mask) == aoti_torch_dtype_bool() && mask->is_cpu() && mask->is_contiguous(), "mask");
+    REQUIRE(mask->numel() == o.p.per_channel(), "mask");
+    o.p.mask = static_cast<const bool*>(mask->data_ptr());
+  }
+  Tensor moments = empty_rows(2, o.p.channels);
+  o.p.mean = doubles(moments);
+  o.p.var = o.p.mean + o.p.channels;
+  run(o.p, &Kernels::stats);
   return moments;
 }
 
-void set_normalization(Problem& p, const Tensor& mean, const Tensor& rstd, const Optional& weight,
-                       const Optional& bias) {
-  p.mean = per_channel_double(mean, 1, p, "mean");
-  p.rstd = per_channel_double(rstd, 1, p, "rstd");
-  p.weight = per_channel(weight, p, "weight");
-  p.bias = per_channel(bias, p, "bias");
+void take_normalization(Operands& o, const Tensor& mean, const Tensor& rstd, const Optional& weight,
+                        const Optional& bias) {
+  o.p.mean = o.rows(mean, 1, "mean");
+  o.p.rstd = o.rows(rstd, 1, "rstd");
+  o.take_affine(weight, bias);
 }
 
 Tensor apply(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Optional& weight, const Optional& bias,
-             const Optional& residual, int64_t activation) {
-  const Tensor xx = dense(x);
-  Problem p = problem_of(xx, activation);
-  set_normalization(p, mean, rstd, weight, bias);
-  Optional r;
-  if (residual) r = laid_out_as(*residual, xx, "residual"), p.residual = floats(*r);
-  Tensor y = empty_as(xx);
-  p.y = floats(y);
-  run(p, &Kernels::apply);
+             const Optional& residual, int64_t activation, double a, double b) {
+  Operands o(x, {activation, a, b});
+  take_normalization(o, mean, rstd, weight, bias);
+  o.take_residual(residual);
+  Tensor y = empty_as(o.x);
+  o.p.y = y.data_ptr();
+  run(o.p, &Kernels::apply);
   return y;
 }
 
 Tensor grad_stats(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd, const Optional& weight,
-                  const Optional& bias, const Optional& y, int64_t activation) {
-  const Tensor xx = dense(x);
-  Problem p = problem_of(xx, activation);
-  set_normalization(p, mean, rstd, weight, bias);
-  const Tensor g = laid_out_as(dy, xx, "dy");
-  p.dy = floats(g);
-  Optional yy;
-  if (y) yy = laid_out_as(*y, xx, "y"), p.y = floats(*yy);
-  Tensor sums = empty_rows(2, p.channels);
-  p.sum_g = doubles(sums);
-  p.sum_gxhat = p.sum_g + p.channels;
-  run(p, &Kernels::grad_stats);
+                  const Optional& bias, const Optional& y, const Optional& residual, int64_t activation, double a,
+                  double b) {
+  Operands o(x, {activation, a, b});
+  take_normalization(o, mean, rstd, weight, bias);
+  o.take_gradient(dy, y, residual);
+  Tensor sums = empty_rows(2, o.p.channels);
+  o.p.sum_g = doubles(sums);
+  o.p.sum_gxhat = o.p.sum_g + o.p.channels;
+  run(o.p, &Kernels::grad_stats);
   return sums;
 }
 
 Tensor grad_input(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd, const Optional& weight,
-                  const Optional& bias, const Optional& y, const Optional& grad_means, int64_t activation) {
-  const Tensor xx = dense(x);
-  Problem p = problem_of(xx, activation);
-  set_normalization(p, mean, rstd, weight, bias);
-  const Tensor g = laid_out_as(dy, xx, "dy");
-  p.dy = floats(g);
-  Optional yy;
-  if (y) yy = laid_out_as(*y, xx, "y"), p.y = floats(*yy);
-  p.training = grad_means.has_value();
-  p.count = 1;
+                  const Optional& bias, const Optional& y, const Optional& residual, const Optional& grad_means,
+                  int64_t activation, double a, double b) {
+  Operands o(x, {activation, a, b});
+  take_normalization(o, mean, rstd, weight, bias);
+  o.take_gradient(dy, y, residual);
+  o.p.training = grad_means.has_value();
+  o.p.count = 1;
   if (grad_means) {
-    p.sum_g = per_channel_double(*grad_means, 2, p, "grad_means");
-    p.sum_gxhat = p.sum_g + p.channels;
+    o.p.sum_g = o.rows(*grad_means, 2, "grad_means");
+    o.p.sum_gxhat = o.p.sum_g + o.p.channels;
   }
-  Tensor dx = empty_as(xx);
-  p.dx = floats(dx);
-  run(p, &Kernels::grad_input);
+  Tensor dx = empty_as(o.x);
+  o.p.dx = dx.data_ptr();
+  run(o.p, &Kernels::grad_input);
   return dx;
 }
 
 // ---- the fused operators
 
-std::tuple<Tensor, Tensor> run_forward(const Tensor& x, const Optional& residual, const Optional& weight,
-                                       const Optional& bias, const Optional& running_mean, const Optional& running_var,
-                                       bool training, bool update, double momentum, double eps, int64_t activation) {
-  const Tensor xx = dense(x);
-  Problem p = problem_of(xx, activation);
-  p.training = training;
-  p.momentum = momentum;
-  p.eps = eps;
-  p.weight = per_channel(weight, p, "weight");
-  p.bias = per_channel(bias, p, "bias");
-  float* mean = per_channel(running_mean, p, "running_mean");
-  float* var = per_channel(running_var, p, "running_var");
-  REQUIRE((mean == nullptr) == (var == nullptr) && (training || mean), "running moments");
-  Optional r;
-  if (residual) r = laid_out_as(*residual, xx, "residual"), p.residual = floats(*r);
+// What a forward keeps besides y; in training with `update` it also updates the running moments, and the number of
+// batches. Without a momentum they average over all batches so far.
+struct Buffers {
+  const Optional &mean, &var, &batches;
+  bool training, update;
+  std::optional<double> momentum;
+  double eps;
+};
+
+Tensor run_forward(Operands& o, const Buffers& buffers) {
+  Problem& p = o.p;
+  double* const mean = o.vectors.take(buffers.mean, "running_mean");
+  double* const var = o.vectors.take(buffers.var, "running_var");
+  REQUIRE((mean == nullptr) == (var == nullptr) && (buffers.training || mean), "running moments");
+  const bool update = buffers.training && buffers.update;
+  int64_t* batches = nullptr;
+  if (buffers.batches && update) {
+    const Tensor& t = *buffers.batches;
+    REQUIRE(dtype_code(t) == aoti_torch_dtype_int64() && t.numel() == 1 && t.is_cpu(), "num_batches_tracked");
+    batches = static_cast<int64_t*>(t.data_ptr());
+  }
+  REQUIRE(!update || !mean || buffers.momentum || batches, "momentum None without num_batches_tracked");
+  p.momentum = buffers.momentum ? *buffers.momentum : batches ? 1.0 / static_cast<double>(*batches + 1) : 0;
+  p.training = buffers.training;
+  p.eps = buffers.eps;
 
   Tensor saved = empty_rows(3, p.channels);
-  p.mean = doubles(saved);
-  p.var = p.mean + p.channels;
-  p.rstd = p.var + p.channels;
-  if (training) {
-    if (update) p.running_mean = mean, p.running_var = var;
-  } else {
+  o.set_moments(doubles(saved));
+  if (update) p.running_mean = mean, p.running_var = var;
+  if (!p.training)
     for (int64_t c = 0; c < p.channels; ++c) p.mean[c] = mean[c], p.var[c] = var[c];
-  }
-  Tensor y = empty_as(xx);
-  p.y = floats(y);
   run(p, &Kernels::forward);
+  if (update && mean) put(*buffers.mean, mean), put(*buffers.var, var);
+  if (batches) ++*batches;
+  return saved;
+}
+
+std::tuple<Tensor, Tensor> forward_(const Tensor& x, const Optional& residual, const Optional& weight,
+                                    const Optional& bias, const Optional& running_mean, const Optional& running_var,
+                                    const Optional& num_batches_tracked, bool training, bool update,
+                                    std::optional<double> momentum, double eps, int64_t activation, double a,
+                                    double b) {
+  Operands o(x, {activation, a, b});
+  o.take_affine(weight, bias);
+  o.take_residual(residual);
+  Tensor y = empty_as(o.x);
+  o.p.y = y.data_ptr();
+  Tensor saved = run_forward(o, {running_mean, running_var, num_batches_tracked, training, update, momentum, eps});
   return {y, saved};
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Optional& residual, const Optional& weight,
                                    const Optional& bias, const Optional& running_mean, const Optional& running_var,
-                                   bool training, double eps, int64_t activation) {
-  return run_forward(x, residual, weight, bias, running_mean, running_var, training, false, 0, eps, activation);
+                                   bool training, double eps, int64_t activation, double a, double b) {
+  return forward_(x, residual, weight, bias, running_mean, running_var, {}, training, false, {}, eps, activation, a, b);
 }
 
-// May update the running moments; without a momentum they average over all batches so far.
-std::tuple<Tensor, Tensor> forward_(const Tensor& x, const Optional& residual, const Optional& weight,
-                                    const Optional& bias, const Optional& running_mean, const Optional& running_var,
-                                    const Optional& num_batches_tracked, bool training, bool update,
-                                    std::optional<double> momentum, double eps, int64_t activation) {
-  int64_t* batches = nullptr;
-  if (num_batches_tracked && training && update) {
-    const Tensor& t = *num_batches_tracked;
-    REQUIRE(dtype_of(t) == ScalarType::Long && t.numel() == 1 && t.is_cpu(), "num_batches_tracked");
-    batches = static_cast<int64_t*>(t.data_ptr());
-  }
-  if (training && update && !momentum && running_mean) {
-    REQUIRE(batches, "momentum None without num_batches_tracked");
-    momentum = 1.0 / static_cast<double>(*batches + 1);
-  }
-  auto result = run_forward(x, residual, weight, bias, running_mean, running_var, training, update,
-                            momentum.value_or(0), eps, activation);
-  if (batches) ++*batches;
-  return result;
+// x's memory becomes y.
+Tensor inplace_(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& running_mean,
+                const Optional& running_var, const Optional& num_batches_tracked, bool training, bool update,
+                std::optional<double> momentum, double eps, int64_t activation, double a, double b) {
+  REQUIRE(is_dense(x, false) || is_dense(x, true), "x in place");
+  Operands o(x, {activation, a, b});
+  o.take_affine(weight, bias);
+  o.p.y = x.data_ptr();
+  return run_forward(o, {running_mean, running_var, num_batches_tracked, training, update, momentum, eps});
+}
+
+Tensor invert(const Tensor& y, const Tensor& saved, const Optional& weight, const Optional& bias, int64_t activation,
+              double a, double b) {
+  Operands o(y, {activation, a, b});
+  o.take_affine(weight, bias);
+  o.take_moments(saved);
+  o.p.y = o.x.data_ptr();
+  Tensor x = empty_as(o.x);
+  o.p.dx = x.data_ptr();
+  run(o.p, &Kernels::invert);
+  return x;
 }
 
 Tensor undefined() { return Tensor(); }
 
+// A gradient per channel in double for double x, else in float.
+Tensor rounded(const double* values, int64_t size, Dtype dtype) {
+  const int64_t stride = 1;
+  const int32_t wide = torch_dtype(dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32);
+  Tensor result = empty_strided(&size, &stride, 1, wide);
+  put(result, values);
+  return result;
+}
+
+// Runs the backward of all that p asks for; returns the gradients of weight and bias, where they are wanted.
+std::tuple<Tensor, Tensor> run_backward(Operands& o, bool need_weight, bool need_bias) {
+  Problem& p = o.p;
+  p.count = static_cast<double>(p.per_channel());
+  // The sums' pass is also what writes the residual's gradient, but for ReLU's in the second one.
+  const bool pass = p.dresidual && (!p.dx || p.activation != Activation::relu);
+  const bool need_sums = need_weight || need_bias || pass || (p.training && p.dx);
+  Doubles sums(need_sums ? 2 * p.channels : 0);
+  if (need_sums) p.sum_g = sums.data(), p.sum_gxhat = p.sum_g + p.channels;
+  if (need_sums || p.dx) run(p, &Kernels::backward);
+  return {need_weight ? rounded(p.sum_gxhat, p.channels, p.dtype) : undefined(),
+          need_bias ? rounded(p.sum_g, p.channels, p.dtype) : undefined()};
+}
+
 // dx, dresidual, dweight, dbias; those that are not asked for come back undefined (None in Python).
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& saved,
                                                     const Optional& weight, const Optional& bias, const Optional& y,
-                                                    bool training, int64_t activation, bool need_input,
-                                                    bool need_residual, bool need_weight, bool need_bias) {
-  const Tensor xx = dense(x);
-  Problem p = problem_of(xx, activation);
-  p.training = training;
-  p.count = static_cast<double>(p.per_channel());
-  p.weight = per_channel(weight, p, "weight");
-  p.bias = per_channel(bias, p, "bias");
-  p.mean = per_channel_double(saved, 3, p, "saved");
-  p.var = p.mean + p.channels;
-  p.rstd = p.var + p.channels;
-  const Tensor g = laid_out_as(dy, xx, "dy");
-  p.dy = floats(g);
-  Optional yy;
-  if (y) yy = laid_out_as(*y, xx, "y"), p.y = floats(*yy);
-
-  Tensor dx = need_input ? empty_as(xx) : undefined();
-  if (need_input) p.dx = floats(dx);
+                                                    const Optional& residual, bool training, int64_t activation,
+                                                    double a, double b, bool need_input, bool need_residual,
+                                                    bool need_weight, bool need_bias) {
   // Without an activation the residual's gradient is dy itself: nothing to compute.
-  REQUIRE(!need_residual || (y && activation != 0), "the gradient of a residual needs an activation and its y");
-  Tensor dresidual = need_residual ? empty_as(xx) : undefined();
-  if (need_residual) p.dresidual = floats(dresidual);
-
-  const bool need_sums = need_weight || need_bias || need_residual || (training && need_input);
-  std::unique_ptr<double[]> sums(need_sums ? new double[2 * p.channels] : nullptr);
-  if (need_sums) p.sum_g = sums.get(), p.sum_gxhat = p.sum_g + p.channels;
-  run(p, &Kernels::backward);
-
-  Tensor dweight = need_weight ? rounded(p.sum_gxhat, p.channels) : undefined();
-  Tensor dbias = need_bias ? rounded(p.sum_g, p.channels) : undefined();
+  REQUIRE(!need_residual || ((y || residual) && activation != 0), "the gradient of a residual without its activation");
+  Operands o(x, {activation, a, b});
+  o.take_affine(weight, bias);
+  o.take_moments(saved);
+  o.take_gradient(dy, y, residual);
+  o.p.training = training;
+  Tensor dx = need_input ? empty_as(o.x) : undefined();
+  Tensor dresidual = need_residual ? empty_as(o.x) : undefined();
+  if (need_input) o.p.dx = dx.data_ptr();
+  if (need_residual) o.p.dresidual = dresidual.data_ptr();
+  auto [dweight, dbias] = run_backward(o, need_weight, need_bias);
   return {dx, dresidual, dweight, dbias};
+}
+
+// x's memory becomes dx.
+std::tuple<Tensor, Tensor> backward_(const Tensor& dy, const Tensor& x, const Tensor& saved, const Optional& weight,
+                                     const Optional& bias, bool training, int64_t activation, double a, double b,
+                                     bool need_weight, bool need_bias) {
+  REQUIRE(is_dense(x, false) || is_dense(x, true), "x in place");
+  Operands o(x, {activation, a, b});
+  o.take_affine(weight, bias);
+  o.take_moments(saved);
+  o.take_gradient(dy, {}, {});
+  o.p.training = training;
+  o.p.dx = x.data_ptr();
+  return run_backward(o, need_weight, need_bias);
 }
 
 }  // namespace
@@ -341,5 +342,8 @@ STABLE_TORCH_LIBRARY_IMPL(evenkeel, CPU, m) {
   m.impl("grad_input", TORCH_BOX(&grad_input));
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("forward_", TORCH_BOX(&forward_));
+  m.impl("inplace_", TORCH_BOX(&inplace_));
+  m.impl("invert", TORCH_BOX(&invert));
   m.impl("backward", TORCH_BOX(&backward));
+  m.impl("backward_", TORCH_BOX(&backward_));
 }

@@ -1,0 +1,191 @@
+"""Batch normalization in x's own memory: y overwrites x, and the backward rebuilds x from y.
+
+    x = mean + (act⁻¹(y) − bias)/(weight·rstd)        act: none, leaky_relu, elu
+
+Saved for the backward are y, weight, bias and (mean, var, rstd), and nothing else of x's size. Rounding y costs x
+|bias/weight| roundings of a deviation, and where elu saturates exp(−v)/|weight|. The few channels where that is too
+many keep a copy of their x, so that the gradients are batch normalization's for every weight of either sign, zero too.
+
+Source:
+    Rota Bulò, Porzi, Kontschieder (2018), "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs",
+    arXiv:1712.02616, section 3; there |weight| + eps takes the weight's place, here the weight stays what it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evenkeel import composite, fused, kernels
+from evenkeel.activations import Activation
+from evenkeel.arguments import State, check_arguments
+from evenkeel.kernels import reference
+from evenkeel.layout import reduced_dims
+from evenkeel.moments import wide_dtype
+
+#: Roundings of y that may reach x, in deviations: 64, of the half-precision dtypes' coarser ones 8.
+_ROUNDINGS = {torch.float32: 64.0, torch.float64: 64.0}
+_HALF_ROUNDINGS = 8.0
+#: exp(−v)/|weight| for elu, where only the lowest values are concerned: v of -4.9 for a weight of 1.
+_ELU_ROUNDINGS = 128.0
+#: A weight below this is none that can be divided by.
+_TINY = 1e-20
+
+
+def batch_norm_(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation) -> Tensor:
+    """x, which becomes ``act(bn(x))``; arguments are taken to be legal, see arguments.check_inplace.
+
+    Where the memory of x can't be seen (torch.compile, torch.func, forward-mode derivatives, subclasses), a new tensor.
+    """
+    if torch.compiler.is_compiling() or fused.transformed() or type(x) not in fused.PLAIN:
+        return fused.batch_norm(x, None, weight, bias, state, act)
+    if state.update and torch._C._current_graph_task_id() != -1:  # as in fused.batch_norm
+        state = state._replace(update=False)
+    tensors = [t for t in (x, weight, bias) if t is not None]
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        _forward(x, weight, bias, state, act)
+        return x
+    if any(t.is_inference() for t in tensors):
+        fused.refuse_inference(state.what)
+    what = "a leaf that requires a gradient" if x.requires_grad and x.is_leaf else "a view of another tensor"
+    if x._is_view() or (x.requires_grad and x.is_leaf):
+        raise RuntimeError(
+            f"{state.what}: inplace=True overwrites x, which must not be {what}; use inplace=False, or clone x first"
+        )
+    return _apply(x, weight, bias, state, act)  # type: ignore[no-any-return]
+
+
+class _InplaceBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
+    ) -> Tensor:
+        lost = _lost_channels(x, weight, bias, state, act)
+        kept = None if lost is None else x.index_select(1, lost)
+        saved = _forward(x, weight, bias, state, act)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x, weight, bias, saved, lost, kept)
+        ctx.options = state.what, state.training, state.eps, act
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        y, weight, bias, saved, lost, kept = ctx.saved_tensors
+        what, training, eps, act = ctx.options
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{what}: there is no second derivative through inplace=True (create_graph=True asks for one): the "
+                "backward rebuilds x from y, and how x came about is lost. Use inplace=False"
+            )
+        with torch.no_grad():
+            x = _invert(y, saved, weight, bias, act)
+            if lost is not None:
+                x.index_copy_(1, lost, kept)
+        need_x, need_weight, need_bias, _, _ = ctx.needs_input_grad
+        if fused.transformed() or torch._C._functorch.is_legacy_batchedtensor(dy):  # a batch of gradients
+            fixed = None if training else (saved[0], saved[2])
+            found = composite.backward(dy, x, weight, bias, fixed, None, None, eps, act)
+            gradients = found[0], *found[2:]
+        else:
+            bias = bias if act.code else None
+            gradients = _backward(dy, x, saved, weight, bias, training, act, need_x, need_weight, need_bias)
+        needed = need_x, need_weight, need_bias
+        return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None
+
+
+# As fused._apply.
+_apply = super(torch.autograd.Function, _InplaceBatchNorm).apply
+
+
+def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation) -> Tensor:
+    """(mean, var, rstd) as one (3, C) tensor; x becomes y, and the running moments are updated."""
+    running_mean, running_var, batches, training, update, momentum, eps, what = state
+    if kernels.native_takes(x):
+        try:
+            saved: Tensor = torch.ops.evenkeel.inplace_(
+                x, weight, bias, running_mean, running_var, batches, training, update, momentum, eps,
+                act.code, act.a, act.b,
+            )  # fmt: skip
+        except RuntimeError as error:
+            if not fused.declined(error):
+                raise
+            check_arguments(what, x, None, weight, bias, state)
+        else:
+            changed = [x, *((running_mean, running_var, batches) if update and running_mean is not None else ())]
+            torch._C._increment_version([t for t in changed if t is not None and not t.is_inference()])
+            return saved
+    y, moments = fused.reference_forward(x, None, weight, bias, state, act)
+    x.copy_(y)
+    return moments
+
+
+def _invert(y: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, act: Activation) -> Tensor:
+    if kernels.native_takes(y):
+        try:
+            return torch.ops.evenkeel.invert(y, saved, weight, bias, act.code, act.a, act.b)  # type: ignore[no-any-return]
+        except RuntimeError as error:
+            if not fused.declined(error):
+                raise
+    return reference.invert(y, saved[0], saved[2], weight, bias, act)
+
+
+def _backward(
+    dy: Tensor, x: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, act: Activation,
+    need_x: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dweight, dbias; dx in x's memory where kernels can."""
+    if need_x and kernels.native_takes(x):
+        try:
+            dweight, dbias = torch.ops.evenkeel.backward_(
+                dy, x, saved, weight, bias, training, act.code, act.a, act.b, need_weight, need_bias
+            )
+            return x, dweight, dbias
+        except RuntimeError as error:
+            if not fused.declined(error):
+                raise
+    dx, _, dweight, dbias = fused.backward(
+        dy, x, saved, weight, bias, None, None, training, act, need_x, False, need_weight, need_bias
+    )
+    return dx, dweight, dbias
+
+
+def _lost_channels(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
+) -> Tensor | None:
+    """Indices of the channels whose x can't be told from y with enough digits; None where there are none."""
+    saturates = act.name == "elu"
+    if (weight is None and bias is None and not saturates) or x.numel() == 0 or x.is_meta:
+        return None
+    wide = wide_dtype(x.device)
+    scale = x.new_ones(x.shape[1], dtype=wide) if weight is None else weight.to(wide)
+    shift = torch.zeros_like(scale) if bias is None else bias.to(wide)
+    size, steepness = scale.abs(), min(1.0, act.a) if act.code else 1.0
+    numbers = torch.finfo(x.dtype)
+    # Below the smallest numbers steps are absolute, not relative.
+    least = max(_TINY, numbers.smallest_normal / 8)
+    found = (size * _ROUNDINGS.get(x.dtype, _HALF_ROUNDINGS) >= shift.abs()) & (size * steepness >= least)
+    found &= size.isfinite()  # comparisons with NaN have been false
+    if saturates:
+        mean, rstd = _statistics(x, state)
+        dims = reduced_dims(x)
+        lowest = torch.where(scale >= 0, x.amin(dims), x.amax(dims)).to(wide)
+        lowest = (lowest - mean) * rstd * scale + shift
+        found &= (-lowest).exp() <= _ELU_ROUNDINGS * size
+    lost = (~found).nonzero().flatten()
+    return lost if lost.numel() else None
+
+
+def _statistics(x: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    """Mean and rstd that the forward is about to use."""
+    if not state.training:
+        assert state.running_mean is not None and state.running_var is not None
+        wide = wide_dtype(x.device)
+        return state.running_mean.to(wide), (state.running_var.to(wide) + state.eps).rsqrt()
+    if kernels.native_takes(x):
+        mean, var = torch.ops.evenkeel.stats(x, None)
+    else:
+        found = reference.stats(x)
+        mean, var = found.mean, found.var
+    return mean, (var + state.eps).rsqrt()

@@ -1,0 +1,54 @@
+"""The kernels without torch, against their definition: driver.cpp on this machine, and on an emulated ARM."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+
+import build_driver
+import pytest
+
+DTYPES = ("f32", "f64", "bf16", "f16")
+
+
+def run_driver(which: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, build_driver.__file__, which, *arguments], capture_output=True, text=True, timeout=900
+    )
+
+
+def skip_where_missing(tools: Callable[[], object]) -> None:
+    try:
+        tools()
+    except build_driver.MissingToolError as missing:
+        pytest.skip(str(missing))
+
+
+def checked(output: str) -> dict[str, list[str]]:
+    """Of each instruction set the dtypes that passed."""
+    found: dict[str, list[str]] = {}
+    for name, dtype in re.findall(r"^(\w+) +(\w+) +\d+ checks ok$", output, re.M):
+        found.setdefault(name, []).append(dtype)
+    return found
+
+
+@pytest.fixture(scope="module")
+def native() -> subprocess.CompletedProcess[str]:
+    skip_where_missing(build_driver.compiler)
+    return run_driver("native", "--quick")
+
+
+def test_every_table_is_right(native: subprocess.CompletedProcess[str]) -> None:
+    assert native.returncode == 0, native.stdout + native.stderr
+    tables = checked(native.stdout)
+    assert "baseline" in tables
+    assert all(dtypes == list(DTYPES) for dtypes in tables.values()), tables
+
+
+def test_every_table_is_right_on_arm() -> None:
+    skip_where_missing(build_driver.arm_tools)
+    outcome = run_driver("arm", "--quick")
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    assert checked(outcome.stdout) == {"baseline": list(DTYPES)}

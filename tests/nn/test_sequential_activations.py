@@ -1,0 +1,98 @@
+"""``ek.Sequential`` fuses every activation there is, with its parameters, and leaves all others as they are."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from nn.layer_pairs import assert_near, randomize
+from torch import nn
+
+import evenkeel as ek
+
+X = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+
+
+def operators_run(net, x=X):
+    before = sum(ek.kernels.calls().values())
+    net(x)
+    return sum(ek.kernels.calls().values()) - before
+
+
+ACTIVATIONS = (
+    nn.ReLU6(), nn.LeakyReLU(), nn.LeakyReLU(0.3, inplace=True), nn.ELU(0.5), nn.SiLU(), nn.GELU(), nn.GELU("tanh"),
+    nn.Hardswish(), nn.Hardsigmoid(), nn.Sigmoid(), nn.Tanh(), nn.Mish(), nn.Softplus(2.0, 3.0),
+)  # fmt: skip
+
+
+@pytest.fixture
+def activation_calls(monkeypatch):
+    """Each call of one of these modules' own forward leaves its module here."""
+    calls = []
+    for kind in {type(module) for module in ACTIVATIONS}:
+
+        def counted(self, x, forward=kind.forward):
+            calls.append(self)
+            return forward(self, x)
+
+        monkeypatch.setattr(kind, "forward", counted)
+    return calls
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("module", ACTIVATIONS, ids=repr)
+def test_every_activation_fuses(module, training, activation_calls, backend):
+    """With its parameters; the values are those of the two modules of torch one after the other, in float64."""
+    net = ek.Sequential(randomize(ek.BatchNorm2d(3)), module).train(training)
+    theirs = nn.Sequential(nn.BatchNorm2d(3).double(), copy.deepcopy(module)).train(training)
+    theirs.load_state_dict(net.state_dict())
+    alone = operators_run(copy.deepcopy(net[0]))
+    kept = X.clone()
+    assert operators_run(net) == alone
+    assert activation_calls == []
+    assert torch.equal(kept, X)
+    net.load_state_dict(theirs.state_dict())
+    assert_near(net(X), theirs(X.double()))
+
+
+@pytest.mark.parametrize("module", ACTIVATIONS, ids=repr)
+def test_every_activation_unfused_with_a_hook(module, activation_calls):
+    module = copy.deepcopy(module)
+    seen = []
+    net = ek.Sequential(randomize(ek.BatchNorm2d(3)), module).eval()
+    fused = net(X)
+    handle = module.register_forward_hook(lambda module, args, y: seen.append(y))
+    assert_near(net(X), fused)
+    assert activation_calls == [module]
+    assert len(seen) == 1
+    handle.remove()
+    assert torch.equal(net(X), fused)
+    assert len(activation_calls) == 1
+
+
+def with_learned_slope():
+    module = nn.LeakyReLU()
+    module.negative_slope = torch.tensor(0.2, requires_grad=True)
+    return module
+
+
+@pytest.mark.parametrize("module", [nn.PReLU(), nn.Softmax2d(), nn.Identity(), nn.CELU(), nn.Softsign(), nn.RReLU()])
+def test_other_activations_run_as_they_are(module):
+    net = ek.Sequential(randomize(ek.BatchNorm2d(3)), module).eval()
+    assert torch.equal(net(X), module(net[0](X)))
+
+
+def test_a_changed_parameter_counts(activation_calls):
+    net = ek.Sequential(ek.BatchNorm2d(3), nn.LeakyReLU(0.1)).eval()
+    before = net(X)
+    net[1].negative_slope = 0.7
+    assert torch.equal(net(X), nn.functional.leaky_relu(net[0](X), 0.7))
+    assert not torch.equal(net(X), before)
+    assert activation_calls == []
+
+
+def test_a_learned_parameter_is_left_to_the_module(activation_calls):
+    net = ek.Sequential(ek.BatchNorm2d(3), with_learned_slope()).eval()
+    with contextlib.suppress(TypeError):  # torch's own does not take it
+        net(X)
+    assert activation_calls == [net[1]]
