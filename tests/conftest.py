@@ -38,6 +38,11 @@ settings.register_profile(
 settings.load_profile("evenkeel")
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """torch's own test helpers load a profile of theirs, which would hold for the modules that are imported later."""
+    settings.load_profile("evenkeel")
+
+
 @pytest.fixture(autouse=True)
 def _seeded_and_restored(request: pytest.FixtureRequest) -> Iterator[None]:
     """The same random numbers for a test whatever ran before it, and nothing left changed for what runs after it."""

@@ -6,6 +6,7 @@ differentiable torch (``composite``) where a transform asks for more than a back
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +19,11 @@ from evenkeel.arguments import State, check_arguments
 from evenkeel.kernels import reference
 from evenkeel.layout import dense
 from evenkeel.moments import wide_dtype
+
+_UNSUPPORTED = "evenkeel: unsupported: "
+_log = logging.getLogger("evenkeel")
+#: What the native operators have declined for in this process, and said so.
+_declined_for: set[str] = set()
 
 #: Tensors that are nothing but memory.
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -134,12 +140,24 @@ def _forward(
             if not declined(error):
                 raise
             check_arguments(what, x, residual, weight, bias, state)
+            announce_declined(error)
     return reference_forward(x, residual, weight, bias, state, act)
 
 
 def declined(error: RuntimeError) -> bool:
     """Whether the native operators declined a case before they wrote anything."""
-    return "evenkeel: unsupported" in str(error) or isinstance(error, NotImplementedError)
+    return _UNSUPPORTED in str(error) or isinstance(error, NotImplementedError)
+
+
+def announce_declined(error: RuntimeError) -> None:
+    """Say once for each argument that the reference back end runs because of it. (x alone: it is empty.)"""
+    reason = str(error).partition(_UNSUPPORTED)[2].partition("\n")[0].strip()
+    if reason and reason != "x" and reason not in _declined_for:
+        _declined_for.add(reason)
+        _log.warning(
+            "the native kernels do not take this dtype or layout of %s: the reference back end runs, which is slower",
+            reason,
+        )
 
 
 def reference_forward(
@@ -192,6 +210,7 @@ def backward(
         except RuntimeError as error:
             if not declined(error):
                 raise
+            announce_declined(error)
     mean, _, rstd = saved
     given = (dy, x, mean, rstd, weight, bias, y, residual)
     sum_g, sum_gxhat = reference.grad_stats(*given, act)

@@ -112,6 +112,7 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State
             if not fused.declined(error):
                 raise
             check_arguments(what, x, None, weight, bias, state)
+            fused.announce_declined(error)
         else:
             changed = [x, *((running_mean, running_var, batches) if update and running_mean is not None else ())]
             torch._C._increment_version([t for t in changed if t is not None and not t.is_inference()])
@@ -128,6 +129,7 @@ def _invert(y: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None
         except RuntimeError as error:
             if not fused.declined(error):
                 raise
+            fused.announce_declined(error)
     return reference.invert(y, saved[0], saved[2], weight, bias, act)
 
 
@@ -145,6 +147,7 @@ def _backward(
         except RuntimeError as error:
             if not fused.declined(error):
                 raise
+            fused.announce_declined(error)
     dx, _, dweight, dbias = fused.backward(
         dy, x, saved, weight, bias, None, None, training, act, need_x, False, need_weight, need_bias
     )

@@ -158,7 +158,8 @@ def test_kinks_and_limits_are_torchs(name, with_residual, backend):
     found_y, *gradients = by_layer(POINTS, name, with_residual)
     known = ~y.isnan()
     right = FUNCTIONS[name](v.detach().double()).float()
-    torch.testing.assert_close(found_y[known], right[known], rtol=1e-6, atol=1e-6)  # torch's gelu is 7e-7 off at -3
+    off = 1e-6 if name == "gelu" and backend == "reference" else 1e-7  # torch's own gelu is 7e-7 off at -3
+    torch.testing.assert_close(found_y[known], right[known], rtol=1e-6, atol=off)
     for found in gradients:
         ends = slope.isnan()
         assert bool((v.detach()[ends].abs() >= 1e20).all())
