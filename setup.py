@@ -48,7 +48,8 @@ INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *INSTRUCTION_SETS["avx2"]]
-DTYPES = ("f32", "f64", "bf16", "f16")
+    INSTRUCTION_SETS["avx512_bf16"] = ["-mavx512bf16", *INSTRUCTION_SETS["avx512"]]
+DTYPES = dict.fromkeys(INSTRUCTION_SETS, ("f32", "f64", "bf16", "f16")) | {"avx512_bf16": ("bf16",)}
 
 wish = os.environ.get("EVENKEEL_NATIVE", "")
 if wish not in ("", "0", "1"):
@@ -132,7 +133,7 @@ def build(library: Path) -> None:
         *(
             (f"kernels_{isa}_{dtype}", "kernels.cpp", [f"-DEVENKEEL_ISA={isa}", f"-DEVENKEEL_DTYPE={dtype}", *options])
             for isa, options in INSTRUCTION_SETS.items()
-            for dtype in DTYPES
+            for dtype in DTYPES[isa]
         ),
         ("register", "register.cpp", with_torch),
         ("dispatch", "dispatch.cpp", []),

@@ -142,13 +142,14 @@ int main(int count, char** words) {
     for (int j = 0; j < evenkeel::kDtypes; ++j) {
       const Dtype which = static_cast<Dtype>(j);
       if (!dtype.empty() && dtype != format_of(which).name) continue;
+      if (!evenkeel::has_kernels(i, which)) continue;
       const Kernels& kernels = evenkeel::active_kernels(which);
       if (name != kernels.name) {
         std::printf("%s was forced, but %s is active\n", name.c_str(), kernels.name);
         return 1;
       }
       const int64_t runs = check_table(kernels, which, quick);
-      std::printf("%-9s%-5s%8lld checks %s\n", name.c_str(), format_of(which).name, (long long)runs,
+      std::printf("%-12s%-5s%8lld checks %s\n", name.c_str(), format_of(which).name, (long long)runs,
                   failures ? "failed" : "ok");
       ++tables;
     }

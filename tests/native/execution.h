@@ -98,7 +98,7 @@ class Execution {
     p.samples = c_.shape.samples, p.channels = c_.shape.channels, p.positions = c_.shape.positions;
     p.layout = c_.layout, p.dtype = c_.dtype, p.activation = c_.function.which;
     p.a = c_.function.a, p.b = c_.function.b;
-    p.training = c_.training, p.streaming = c_.streaming;
+    p.training = c_.training, p.large = p.streaming = c_.streaming;
     p.eps = given_.eps, p.momentum = given_.momentum, p.count = given_.count;
     if (c_.op != Op::invert) p.x = input(tensor(m_.x, numbers_.x));
     if (c_.op == Op::stats) {

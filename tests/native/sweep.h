@@ -39,6 +39,7 @@ class Sweep {
   Memory& m_;
   const Kernels& kernels_;
   const Dtype dtype_;
+  const bool flushes_ = std::string("avx512_bf16") == kernels_.name;  // its rounding takes and gives subnormals as 0
 
   std::string through(Function function, const std::vector<double>& values, bool exactly) {
     Case c;
@@ -53,7 +54,8 @@ class Sweep {
     const Format& format = format_of(dtype_);
     for (size_t i = 0; i < values.size(); ++i) {
       const double found = load(m_.y.data(), static_cast<int64_t>(i), dtype_), v = values[i];
-      const double value = exactly ? v : function.value(v);
+      double value = exactly ? v : function.value(v);
+      if (flushes_ && std::fabs(value) < 0x1p-126) value = 0;
       const double few = 8 * format.arithmetic * (std::fabs(value) + function.steepness() * std::fabs(v));
       const double error = exactly ? 0 : few + 1.01 * (format.roundoff() * std::fabs(value) + format.tiny() / 2);
       if (found == value || (std::isnan(found) && std::isnan(value)) || std::fabs(found - value) <= error) continue;

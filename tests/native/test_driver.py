@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import build_driver
 import pytest
+from support.forcing import BFLOAT16_KERNELS
 
 DTYPES = ("f32", "f64", "bf16", "f16")
 
@@ -44,6 +45,8 @@ def test_every_table_is_right(native: subprocess.CompletedProcess[str]) -> None:
     assert native.returncode == 0, native.stdout + native.stderr
     tables = checked(native.stdout)
     assert "baseline" in tables
+    bfloat16_alone = {name: tables.pop(name) for name in BFLOAT16_KERNELS if name in tables}
+    assert all(dtypes == ["bf16"] for dtypes in bfloat16_alone.values()), bfloat16_alone
     assert all(dtypes == list(DTYPES) for dtypes in tables.values()), tables
 
 

@@ -11,6 +11,8 @@ import evenkeel as ek
 #: All kernels there are, on any machine, the plainest first.
 KERNELS = ("reference", "baseline", "avx2", "avx512")
 NATIVE = KERNELS[1:]
+#: And those that are there for bfloat16 alone; other dtypes take the plainer ones.
+BFLOAT16_KERNELS = ("avx512_bf16",)
 
 
 def require_kernel(name: str) -> None:
@@ -26,8 +28,9 @@ def require_kernel(name: str) -> None:
 
 
 def usable_native() -> list[str]:
-    """The native kernels that this machine runs."""
-    return [kernel.name for kernel in ek.kernels.available() if kernel.usable and kernel.name != "reference"]
+    """The native kernels that this machine runs for every dtype."""
+    usable = [kernel.name for kernel in ek.kernels.available() if kernel.usable]
+    return [name for name in usable if name not in ("reference", *BFLOAT16_KERNELS)]
 
 
 def check_ran(name: str, before: dict[str, int], after: dict[str, int]) -> None:

@@ -42,6 +42,7 @@ _NOTES = {
     "baseline": "native, the plainest instructions of the machine's family; floating-point on the CPU",
     "avx2": "native, AVX2 and FMA; floating-point on the CPU",
     "avx512": "native, AVX-512 (F, BW, DQ, VL); floating-point on the CPU",
+    "avx512_bf16": "native, AVX-512 and its bfloat16 conversion; bfloat16 on the CPU, the rest as avx512",
 }
 
 _unavailable = cpu.load()

@@ -301,7 +301,7 @@ class ChannelsLast {
     parallel(how, chunks, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         // What does not fit the last cache is walked backwards, from the rows that the last pass left there.
-        const int64_t chunk = p.streaming ? end - 1 - (i - begin) : i;
+        const int64_t chunk = p.large ? end - 1 - (i - begin) : i;
         const bool last = chunk + 1 == chunks;
         const int64_t r0 = chunk * chunk_rows, r1 = last ? rows : r0 + chunk_rows;
         // One row at a time is one stream through memory; but the coefficients of long rows fall out of the first

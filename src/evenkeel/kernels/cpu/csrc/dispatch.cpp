@@ -14,6 +14,7 @@ constexpr Table kTables[][kDtypes] = {
 #if defined(__x86_64__)
     EVENKEEL_ROW(avx2),
     EVENKEEL_ROW(avx512),
+    {nullptr, nullptr, avx512_bf16_bf16_kernels, nullptr},  // other dtypes take the row above
 #endif
 };
 constexpr int kCount = sizeof(kTables) / sizeof(kTables[0]);
@@ -25,6 +26,7 @@ bool supported(int i) {
   if (i == 2)
     return supported(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (i == 3) return supported(2) && __builtin_cpu_supports("avx512bf16");
 #endif
   return i == 0;
 }
@@ -45,7 +47,12 @@ int active() {
 
 }  // namespace
 
-const Kernels& kernels_of(int i, Dtype dtype) { return kTables[i][static_cast<int>(dtype)](); }
+bool has_kernels(int i, Dtype dtype) { return kTables[i][static_cast<int>(dtype)] != nullptr; }
+const Kernels& kernels_of(int i, Dtype dtype) {
+  const int column = static_cast<int>(dtype);
+  while (!kTables[i][column]) --i;
+  return kTables[i][column]();
+}
 const Kernels& active_kernels(Dtype dtype) { return kernels_of(active(), dtype); }
 
 }  // namespace evenkeel
@@ -55,11 +62,12 @@ using namespace evenkeel;
 extern "C" {
 
 int evenkeel_kernels_count() { return kCount; }
-const char* evenkeel_kernels_name(int i) { return kernels_of(i, Dtype::f32).name; }
+const char* evenkeel_kernels_name(int i) { return kernels_of(i, Dtype::bf16).name; }
 int evenkeel_kernels_supported(int i) { return supported(i); }
 long long evenkeel_kernels_calls(int i) {
   long long total = 0;
-  for (const Table& table : kTables[i]) total += table().calls();
+  for (const Table& table : kTables[i])
+    if (table) total += table().calls();
   return total;
 }
 int evenkeel_kernels_active() { return active(); }

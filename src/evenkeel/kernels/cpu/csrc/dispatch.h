@@ -8,6 +8,8 @@ namespace evenkeel {
 const Kernels& active_kernels(Dtype dtype);
 
 // Of instruction set i, counted from the plainest on.
+// Whether set i has its own kernels for a dtype; kernels_of gives the next plainer set's where it has not.
+bool has_kernels(int i, Dtype dtype);
 const Kernels& kernels_of(int i, Dtype dtype);
 
 }  // namespace evenkeel

@@ -68,10 +68,25 @@ inline Halves low_halves(Words w) { return __builtin_convertvector(w, Halves); }
 inline Vec widen(Halves h) { return (Vec)(words(h) << 16); }
 
 // To nearest, ties to even; NaN stays NaN.
+#if defined(__AVX512BF16__)  // takes and gives subnormals as 0
+inline Halves narrow(Vec v) { return (Halves)_mm512_cvtneps_pbh((__m512)v); }
+#elif defined(__AVX512F__)
+inline Halves narrow(Vec v) {
+  const auto all = [](int word) { return _mm512_set1_epi32(word); };
+  const __m512i w = (__m512i)v;
+  __m512i rounded = _mm512_add_epi32(w, all(0x7fff));
+  rounded = _mm512_mask_add_epi32(rounded, _mm512_test_epi32_mask(w, all(0x10000)), rounded, all(1));
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q), all(0x7fc00000));
+  const __m512i upper =
+      _mm512_set_epi64(0, 0, 0, 0, 0x1f001d001b0019, 0x17001500130011, 0xf000d000b0009, 0x7000500030001);
+  return (Halves)_mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, rounded));
+}
+#else
 inline Halves narrow(Vec v) {
   const Words w = (Words)v, rounded = (w + 0x7fff + ((w >> 16) & 1)) >> 16;
-  return low_halves((v != v) ? (Words{} + 0x7fc0) | (w >> 16 & 0x8000) : rounded);
+  return low_halves((v != v) ? Words{} + 0x7fc0 : rounded);
 }
+#endif
 
 #elif defined(__AVX512F__)
 

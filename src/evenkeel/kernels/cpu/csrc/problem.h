@@ -70,7 +70,8 @@ struct Problem {
   double count = 0;             // what grad_input divides the sums by: values per channel, over all that were summed
 
   int64_t core_cache = 512 * 1024;  // bytes of the cache that a core has for itself
-  bool streaming = false;           // results are too large to stay in cache: store past it
+  bool large = false;               // all that is touched exceeds the last cache
+  bool streaming = false;           // store past the caches
   double* scratch = nullptr;        // scratch_doubles() values
 
   int64_t per_channel() const { return samples * positions; }
@@ -104,6 +105,7 @@ EVENKEEL_TABLES(baseline)
 #if defined(__x86_64__)
 EVENKEEL_TABLES(avx2)
 EVENKEEL_TABLES(avx512)
+const Kernels& avx512_bf16_bf16_kernels();  // for this dtype alone
 #endif
 
 }  // namespace evenkeel

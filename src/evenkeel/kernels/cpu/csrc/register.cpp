@@ -4,9 +4,9 @@
 //
 // A case that the native kernels do not cover raises an error that begins with "evenkeel: unsupported" before anything
 // was written; Python then takes the reference back end.
-#include <cstdio>
 #include <tuple>
 
+#include "memory.h"
 #include "tensors.h"
 
 namespace {
@@ -17,19 +17,6 @@ void run_serially(int64_t tasks, Body body, void* context) { body(context, 0, ta
 
 void run_in_parallel(int64_t tasks, Body body, void* context) {
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-
-// Bytes of a cache as the system gives them for the first core, or a usual size where it does not tell.
-// (sysconf's _SC_LEVEL3_CACHE_SIZE adds up those of all groups of cores on some machines.)
-int64_t cache_bytes(int level, int64_t usual) {
-  char path[80];
-  std::snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu0/cache/index%d/size", level);
-  long long kibibytes = 0;
-  if (FILE* file = std::fopen(path, "r")) {
-    if (std::fscanf(file, "%lldK", &kibibytes) != 1) kibibytes = 0;
-    std::fclose(file);
-  }
-  return kibibytes > 0 ? kibibytes * 1024 : usual;
 }
 
 // What the activation is called, with its parameters.
@@ -65,7 +52,10 @@ void run(Problem& p, Operator op) {
   int64_t tensors = 0;
   for (const void* t : {p.x, p.residual, (const void*)p.y, p.dy, (const void*)p.dx, (const void*)p.dresidual})
     tensors += t != nullptr;
-  p.streaming = tensors * p.channels * p.per_channel() * bytes_of(p.dtype) > last_cache / 2;
+  const int64_t bytes = p.channels * p.per_channel() * bytes_of(p.dtype);
+  const void* const written = p.dx ? p.dx : p.dresidual ? p.dresidual : p.y;
+  p.large = tensors * bytes > last_cache / 2;
+  p.streaming = p.large && written && has_pages(written, bytes);
   const Kernels& kernels = active_kernels(p.dtype);
   Doubles scratch(op == &Kernels::transpose ? 0 : kernels.scratch_doubles(p));
   p.scratch = scratch.data();
