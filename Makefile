@@ -74,7 +74,8 @@ arm:
 # The second half runs tests that call the operators through torch, which itself is not built with sanitizers: the
 # library's allocations and its stack are watched, and ASan's malloc puts red zones around tensors. Faults are left to
 # the system, because some tests cause them.
-sanitize: ARGS = tests/kernels/test_memory.py tests/kernels/test_mixed_layouts.py tests/kernels/test_random_views.py
+sanitize: ARGS = tests/kernels/test_memory.py tests/kernels/test_mixed_layouts.py tests/kernels/test_random_views.py \
+	tests/kernels/test_masked_operators.py
 sanitize: $(VENV)/.installed
 	@$(BIN)/python tests/native/build_driver.py sanitize --quick
 	@ASAN_OPTIONS=detect_leaks=0:handle_segv=0 UBSAN_OPTIONS=print_stacktrace=1 EVENKEEL_NATIVE=1 \

@@ -22,6 +22,10 @@ class State(NamedTuple):
         momentum: Weight of the batch in the update; None averages over all batches.
         eps: Added to the variance.
         what: What was called, the first words of an error.
+        skipped: Counts, per channel, the updates that were left out because the batch's moments were not finite; or
+            None.
+        mask: Which values count, (N, *S), or None.
+        keep: Whether values that do not count stay as they are; else they come out as 0.
     """
 
     running_mean: Tensor | None
@@ -32,6 +36,9 @@ class State(NamedTuple):
     momentum: float | None
     eps: float
     what: str = "batch_norm"
+    skipped: Tensor | None = None
+    mask: Tensor | None = None
+    keep: bool = False
 
 
 def check_arguments(
@@ -42,12 +49,14 @@ def check_arguments(
     bias: Any,
     state: State,
     ranks: tuple[int, ...] | None = None,
+    too_few: str = "error",
 ) -> None:
     """Raise a ValueError or TypeError that says what was asked, what came, what is legal and what to do.
 
     Args:
         what: What was called, the first words of the message.
         ranks: Legal numbers of dimensions of ``x``; None allows any from two on.
+        too_few: What one value per channel is in training; an error unless the layer has another use for it.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{what}: x must be a tensor of shape (N, C, *S); got {describe(x)}")
@@ -97,11 +106,12 @@ def check_arguments(
             f"{what}: momentum=None averages over all batches, which needs the layer's counter num_batches_tracked; "
             "give momentum a number, or use a layer that tracks running moments"
         )
-    if state.training and x.numel() == channels > 0:
+    if state.training and x.numel() == channels > 0 and too_few == "error":
         moments = "evaluate with model.eval()" if state.running_mean is not None else "keep track_running_stats=True"
         raise ValueError(
             f"{what}: one value per channel has no variance, so the batch can't normalize it; got {describe(x)}. Use a "
-            f"larger batch (drop_last=True drops a short last one), or {moments}"
+            f"larger batch (drop_last=True drops a short last one), {moments}, or give "
+            "ek.BatchNorm too_few='running' or 'skip'"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -23,3 +24,26 @@ def describe(value: Any) -> str:
     if value is None:
         return "None"
     return f"{value!r} ({type(value).__name__})"
+
+
+def module_path(module: torch.nn.Module) -> str | None:
+    """Where a module lies in the model that is running, "layer1.0.bn1", told by the calls in progress; None for none.
+
+    Looks through the frames of the stack, so it is for errors alone.
+    """
+    path, frame = None, sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, torch.nn.Module) and owner is not module:
+            path = next((name for name, child in owner.named_modules() if child is module), path)
+        frame = frame.f_back  # type: ignore[assignment]
+    return path
+
+
+def locate(error: Exception, module: torch.nn.Module) -> None:
+    """Put the module's path behind its name in the error's words, where it has one."""
+    dynamo = sys.modules.get("torch._dynamo")  # it can't trace the look into frames, and need not
+    find = module_path if dynamo is None else dynamo.disable(module_path)
+    path, what = find(module), type(module).__name__
+    if path and error.args and str(error.args[0]).startswith(f"{what}: "):
+        error.args = (f"{what} {path!r}{str(error.args[0])[len(what) :]}", *error.args[1:])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from evenkeel.activations import resolve
 from evenkeel.arguments import State, check_arguments, check_inplace
 from evenkeel.inplace import batch_norm_
 from evenkeel.kernels import reference
-from evenkeel.moments import Moments, broadcast_mask, check_values
+from evenkeel.masking import common_mask, length_mask, take_mask, weighted, without_variance
+from evenkeel.moments import Moments, check_values
 
-__all__ = ["batch_norm", "moments"]
+__all__ = ["batch_norm", "length_mask", "moments"]
 
 
 def batch_norm(
@@ -31,6 +32,9 @@ def batch_norm(
     activation: str | torch.nn.Module | None = None,
     residual: Tensor | None = None,
     inplace: bool = False,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    padding: str = "zero",
 ) -> Tensor:
     """``activation(bn(x) + residual)`` in one fused operation.
 
@@ -57,6 +61,12 @@ def batch_norm(
             of None, leaky_relu (slope > 0) or elu (alpha > 0), and without a residual. Under torch.compile, torch.func
             and forward-mode differentiation, and for tensor subclasses, it has no effect: the result is the same, and
             x stays.
+        mask: Which values count, boolean, True for those: shape (N,) or (N, *S), the same for all channels; see
+            :func:`length_mask` for sequences. Moments and gradients are those of the values that count; the others may
+            be anything, NaN included, and have the gradient 0. A batch in which none counts changes nothing.
+        sample_weight: How often a value counts, floating-point, not negative, shape (N,) or (N, *S): the mean is
+            Σw·x/Σw, the variance Σw·(x − mean)²/Σw. A value of weight 0 is normalized, but does not count.
+        padding: What a mask leaves out comes out as: ``"zero"``, or ``"keep"`` for what it is in x, with its gradient.
 
     Shape:
         (N, C, *S) -> (N, C, *S)
@@ -106,14 +116,13 @@ def batch_norm(
             activation=activation,
             residual=residual,
             inplace=inplace,
+            mask=mask,
+            sample_weight=sample_weight,
+            padding=padding,
         )
     state = State(running_mean, running_var, None, training, training, momentum, eps)
-    act = resolve("batch_norm", activation)
-    check_arguments("batch_norm", x, residual, weight, bias, state)
-    if inplace:
-        check_inplace("batch_norm", x, residual, act)
-        return batch_norm_(x, weight, bias, state, act)
-    return fused.batch_norm(x, residual, weight, bias, state, act)
+    options = Options(activation, inplace, mask, sample_weight, padding)
+    return layer_batch_norm(x, residual, weight, bias, state, options)
 
 
 def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
@@ -129,7 +138,7 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
         [2.0, 5.0]
     """
     check_values(x)
-    common = _common_mask(mask, x)
+    common = None if mask is None else common_mask(mask, x)
     if (
         type(x) is not Tensor
         or (x.requires_grad and torch.is_grad_enabled())
@@ -146,12 +155,14 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
     return Moments(count, mean, var * count)
 
 
-def _common_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """The mask as (N, *S), contiguous, where it is the same for all channels."""
-    if mask is None:
-        return None
-    mask = broadcast_mask(mask, x)
-    return mask.expand(x.shape[0], 1, *x.shape[2:]).squeeze(1).contiguous() if mask.shape[1] == 1 else None
+class Options(NamedTuple):
+    """What a call asks besides normalizing; see :func:`batch_norm`."""
+
+    activation: str | torch.nn.Module | None = None
+    inplace: bool = False
+    mask: Tensor | None = None
+    sample_weight: Tensor | None = None
+    padding: str = "zero"
 
 
 def layer_batch_norm(
@@ -159,30 +170,31 @@ def layer_batch_norm(
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    update: bool,
-    momentum: float | None,
-    eps: float,
-    activation: str | torch.nn.Module | None,
-    inplace: bool,
-    ranks: tuple[int, ...] | None,
-    what: str,
+    state: State,
+    options: Options,
+    ranks: tuple[int, ...] | None = None,
+    too_few: str = "error",
 ) -> Tensor:
-    """What a layer's forward calls; see :class:`evenkeel.BatchNorm`."""
+    """What the function above and a layer's forward call; see :class:`evenkeel.BatchNorm`."""
+    what = state.what
     refuse_jit(what)
+    activation, inplace, mask, sample_weight, padding = options
     if has_torch_function((x, residual)):
         return handle_torch_function(  # type: ignore[no-any-return]
-            layer_batch_norm, (x, residual), x, residual, weight, bias, running_mean, running_var, num_batches_tracked,
-            training, update, momentum, eps, activation, inplace, ranks, what,
-        )  # fmt: skip
-    state = State(running_mean, running_var, num_batches_tracked, training, update, momentum, eps, what)
+            layer_batch_norm, (x, residual), x, residual, weight, bias, state, options, ranks, too_few
+        )
     act = resolve(what, activation)
     if not _plainly_legal(x, residual, weight, bias, state, ranks):
-        check_arguments(what, x, residual, weight, bias, state, ranks)
-    if inplace:
+        check_arguments(what, x, residual, weight, bias, state, ranks, too_few)
+        if state.training and x.numel() == x.shape[1] > 0:
+            state = without_variance(state, too_few)
+    if mask is not None or sample_weight is not None:
+        if inplace:
+            raise ValueError(f"{what}: inplace=True goes without a mask and sample_weight; leave one of them out")
+        state = take_mask(state, mask, padding, x, too_few)
+        if sample_weight is not None:
+            return weighted(x, residual, weight, bias, state, act, sample_weight)
+    elif inplace:
         check_inplace(what, x, residual, act)
         return batch_norm_(x, weight, bias, state, act)
     return fused.batch_norm(x, residual, weight, bias, state, act)
@@ -190,7 +202,7 @@ def layer_batch_norm(
 
 def _plainly_legal(x: Any, residual: Any, weight: Any, bias: Any, state: State, ranks: tuple[int, ...] | None) -> bool:
     """A quick look that clears the common case; the native operators check the rest before they write anything."""
-    running_mean, running_var, batches, training, _, momentum, eps, _ = state
+    running_mean, running_var, batches, training, _, momentum, eps, *_ = state
     return (
         type(x) is Tensor
         and x.dtype in kernels.DTYPES

@@ -17,8 +17,9 @@ from evenkeel import composite, kernels, ops
 from evenkeel.activations import Activation
 from evenkeel.arguments import State, check_arguments
 from evenkeel.kernels import reference
-from evenkeel.layout import dense
+from evenkeel.layout import counted, dense
 from evenkeel.moments import wide_dtype
+from evenkeel.running import update_running
 
 _UNSUPPORTED = "evenkeel: unsupported: "
 _log = logging.getLogger("evenkeel")
@@ -87,26 +88,31 @@ class _BatchNorm(torch.autograd.Function):
         act: Activation,
     ) -> Tensor:
         y, saved = _forward(x, residual, weight, bias, state, act)
-        ctx.save_for_backward(x, weight, saved, *ops.gate_needs(act.code, residual, bias, y))
-        ctx.options = state.training, state.eps, act, None if residual is None else residual.dtype
+        ctx.save_for_backward(x, weight, saved, *ops.gate_needs(act.code, residual, bias, y), state.mask)
+        ctx.options = state.training, state.eps, act, None if residual is None else residual.dtype, state.keep
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, saved, bias, y, residual = ctx.saved_tensors
+        x, weight, saved, bias, y, residual, mask = ctx.saved_tensors
         need_x, need_residual, need_weight, need_bias, _, _ = ctx.needs_input_grad
-        training, eps, act, residual_dtype = ctx.options
+        training, eps, act, residual_dtype, keep = ctx.options
         dresidual = dy
         if torch.is_grad_enabled() or transformed():  # create_graph=True, or a derivative of the backward
             fixed = None if training else (saved[0], saved[2])
-            dx, dresidual, dweight, dbias = composite.backward(dy, x, weight, bias, fixed, y, residual, eps, act)
+            dx, dresidual, dweight, dbias = composite.backward(
+                dy, x, weight, bias, fixed, y, residual, eps, act, mask, keep
+            )
         else:
             write_residual = need_residual and act.code != 0
             dx, written, dweight, dbias = backward(
-                dy, x, saved, weight, bias, y, residual, training, act, need_x, write_residual, need_weight, need_bias
-            )
+                dy, x, saved, weight, bias, y, residual, training, act, need_x, write_residual, need_weight, need_bias,
+                mask, keep,
+            )  # fmt: skip
             if write_residual:
                 dresidual = written
+            if need_residual and mask is not None:
+                dresidual = counted(mask.unsqueeze(1), dresidual)
         return (
             dx if need_x else None,
             dresidual.to(residual_dtype) if need_residual else None,
@@ -126,15 +132,15 @@ def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
 ) -> tuple[Tensor, Tensor]:
     """y, and (mean, var, rstd) as one (3, C) tensor; the running moments are updated as ``state`` says."""
-    running_mean, running_var, batches, training, update, momentum, eps, what = state
+    running_mean, running_var, batches, training, update, momentum, eps, what, skipped, mask, keep = state
     if kernels.native_takes(x):
         try:
             result = torch.ops.evenkeel.forward_(
                 x, residual, weight, bias, running_mean, running_var, batches, training, update, momentum, eps,
-                act.code, act.a, act.b,
+                act.code, act.a, act.b, skipped, mask, keep,
             )  # fmt: skip
             if update and running_mean is not None:
-                torch._C._increment_version([t for t in (running_mean, running_var, batches) if t is not None])
+                torch._C._increment_version([t for t in (running_mean, running_var, batches, skipped) if t is not None])
             return result  # type: ignore[no-any-return]
         except RuntimeError as error:
             if not declined(error):
@@ -163,8 +169,11 @@ def announce_declined(error: RuntimeError) -> None:
 def reference_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
 ) -> tuple[Tensor, Tensor]:
+    count: int | Tensor = x.numel() // max(x.shape[1], 1)
     if state.training:
-        moments = reference.stats(x)
+        moments = reference.stats(x, state.mask)
+        if state.mask is not None:
+            count = state.mask.sum()
         # An empty batch has no variance; any will do for no values.
         mean, var = moments.mean, moments.m2 / moments.count.clamp(min=1)
     else:
@@ -172,52 +181,47 @@ def reference_forward(
         wide = wide_dtype(x.device)
         mean, var = state.running_mean.to(wide), state.running_var.to(wide)
     rstd = (var + state.eps).rsqrt()
-    y = reference.apply(x, mean, rstd, weight, bias, residual, act)
+    if state.mask is None:
+        y = reference.apply(x, mean, rstd, weight, bias, residual, act)
+    else:
+        counts = state.mask.unsqueeze(1)
+        y = reference.apply(counted(counts, x), mean, rstd, weight, bias, residual, act)
+        y = counted(counts, y, x if state.keep else None)
     if state.training and state.update and x.numel() > 0:
-        update_running(state, mean, var, x.numel() // x.shape[1])
+        update_running(state, mean, var, count)
     return y, torch.stack([mean, var, rstd])
-
-
-def update_running(state: State, mean: Tensor, var: Tensor, count: int) -> None:
-    """running = (1 − momentum)·running + momentum·batch, with the unbiased variance."""
-    with torch.no_grad():
-        if state.num_batches_tracked is not None:
-            state.num_batches_tracked.add_(1)
-        if state.running_mean is None or state.running_var is None:
-            return
-        factor: float | Tensor
-        if state.momentum is not None:
-            factor = state.momentum
-        else:
-            assert state.num_batches_tracked is not None  # check_arguments saw to it
-            factor = 1 / state.num_batches_tracked.to(mean.dtype)
-        for running, batch in ((state.running_mean, mean), (state.running_var, var * (count / (count - 1)))):
-            running.copy_((1 - factor) * running.to(batch.dtype) + factor * batch)
 
 
 def backward(
     dy: Tensor, x: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None,
     residual: Tensor | None, training: bool, act: Activation, need_input: bool, need_residual: bool, need_weight: bool,
-    need_bias: bool,
+    need_bias: bool, mask: Tensor | None = None, keep: bool = False,
 ) -> tuple[Any, ...]:  # fmt: skip
     """dx, dresidual, dweight, dbias, as far as they are needed; from what ``ops.gate_needs`` left."""
     if kernels.native_takes(x):
         try:
             return torch.ops.evenkeel.backward(  # type: ignore[no-any-return]
                 dy, x, saved, weight, bias, y, residual, training, act.code, act.a, act.b, need_input, need_residual,
-                need_weight, need_bias,
+                need_weight, need_bias, mask, keep,
             )  # fmt: skip
         except RuntimeError as error:
             if not declined(error):
                 raise
             announce_declined(error)
+    count: int | Tensor = max(x.numel() // max(x.shape[1], 1), 1)
+    given_dy, counts = dy, None
+    if mask is not None:
+        counts, count = mask.unsqueeze(1), mask.sum().clamp(min=1)
+        dy, x = counted(counts, dy), counted(counts, x)
+        residual = None if residual is None else counted(counts, residual)
     mean, _, rstd = saved
     given = (dy, x, mean, rstd, weight, bias, y, residual)
     sum_g, sum_gxhat = reference.grad_stats(*given, act)
     dx = None
     if need_input:
-        count = max(x.numel() // max(x.shape[1], 1), 1)
         dx = reference.grad_input(*given, (sum_g / count, sum_gxhat / count) if training else None, act)
+        if counts is not None:
+            dx = counted(counts, dx, given_dy if keep else None)
     dresidual = reference.grad_residual(*given, act) if need_residual else None
     return dx, dresidual, sum_gxhat, sum_g  # autograd gives the last two the dtypes of weight and bias
 
@@ -229,6 +233,7 @@ def _traced(
     vectors = (weight, bias, state.running_mean, state.running_var)
     native = (
         kernels.native_enabled
+        and state.mask is None
         and not torch.compiler.is_exporting()
         and not torch._C._are_functorch_transforms_active()
         and x.dtype in kernels.DTYPES

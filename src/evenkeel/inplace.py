@@ -101,12 +101,12 @@ _apply = super(torch.autograd.Function, _InplaceBatchNorm).apply
 
 def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation) -> Tensor:
     """(mean, var, rstd) as one (3, C) tensor; x becomes y, and the running moments are updated."""
-    running_mean, running_var, batches, training, update, momentum, eps, what = state
+    running_mean, running_var, batches, training, update, momentum, eps, what, skipped, *_ = state
     if kernels.native_takes(x):
         try:
             saved: Tensor = torch.ops.evenkeel.inplace_(
                 x, weight, bias, running_mean, running_var, batches, training, update, momentum, eps,
-                act.code, act.a, act.b,
+                act.code, act.a, act.b, skipped,
             )  # fmt: skip
         except RuntimeError as error:
             if not fused.declined(error):
@@ -114,7 +114,10 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State
             check_arguments(what, x, None, weight, bias, state)
             fused.announce_declined(error)
         else:
-            changed = [x, *((running_mean, running_var, batches) if update and running_mean is not None else ())]
+            changed = [
+                x,
+                *((running_mean, running_var, batches, skipped) if update and running_mean is not None else ()),
+            ]
             torch._C._increment_version([t for t in changed if t is not None and not t.is_inference()])
             return saved
     y, moments = fused.reference_forward(x, None, weight, bias, state, act)

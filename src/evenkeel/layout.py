@@ -50,3 +50,8 @@ def reduced_dims(x: Tensor) -> list[int]:
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
     """View C values so that they broadcast against ``x`` of shape (N, C, *S)."""
     return values.view(-1, *([1] * (x.dim() - 2)))
+
+
+def counted(counts: Tensor, values: Tensor, padding: Tensor | None = None) -> Tensor:
+    """``values`` where ``counts`` is True, elsewhere ``padding`` or 0; differentiable, and laid out as ``values``."""
+    return torch.where(counts, values, 0 if padding is None else padding)  # masked_fill's result is contiguous

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from evenkeel.errors import describe
 from evenkeel.layout import per_channel, reduced_dims
+from evenkeel.ranks import gather, group_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -129,6 +134,35 @@ class Moments:
         mean = torch.where(other.count > 0, self.mean + delta * share, self.mean)
         mean = torch.where(self.count > 0, mean, other.mean)
         return Moments(count, mean, self.m2 + other.m2 + delta * delta * (self.count * share))
+
+    def all_reduce(self, group: ProcessGroup | None = None, *, what: str = "Moments.all_reduce") -> Moments:
+        """The moments of all ranks' values together, with the same bits on every rank; these themselves where
+        torch.distributed is not initialized, or the group has one rank.
+
+        Every rank of the group calls it, with as many channels; one without values gives :meth:`empty` ones. One
+        collective of 3·C values; the parts are merged pairwise in the ranks' order.
+
+        Args:
+            group: Default: all ranks.
+            what: What was called, the first words of an error.
+
+        Raises:
+            RuntimeError: a gradient is asked for (``ek.SyncBatchNorm`` is differentiable, this is not); or a rank did
+                not come.
+            ValueError: this process is not in the group.
+        """
+        if torch.is_grad_enabled() and any(part.requires_grad for part in (self.count, self.mean, self.m2)):
+            raise RuntimeError(f"{what}: moments lose their gradient between ranks; take them under torch.no_grad()")
+        members = group_of(group, what)
+        if members is None:
+            return self
+        packed = torch.stack([self.count.expand_as(self.mean), self.mean, self.m2])
+        rows = gather(packed, members, what).unbind(1)  # count, mean, m2 of (ranks, C) each
+        while (half := rows[0].shape[0] // 2) > 0:
+            merged = Moments(*(r[:half] for r in rows)).merge(Moments(*(r[half : 2 * half] for r in rows)))
+            rest = [r[2 * half :] for r in rows]
+            rows = tuple(map(torch.cat, zip((merged.count, merged.mean, merged.m2), rest, strict=True)))
+        return Moments(*(r[0] for r in rows))
 
     @property
     def var(self) -> Tensor:

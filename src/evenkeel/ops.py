@@ -32,15 +32,18 @@ for _schema in (
     f" bool training, float eps, {_ACT}) -> (Tensor y, Tensor saved)",
     # As forward, and updates the running moments where `update` says so; momentum None averages over all batches.
     f"forward_(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, {_RUNNING}, bool training, bool update,"
-    f" float? momentum, float eps, {_ACT}) -> (Tensor y, Tensor saved)",
+    # Channels whose moments are not finite keep their running ones, and are counted in `skipped`. Values that the mask
+    # (N, *S) does not let count come out as 0, or as x where `keep` says so.
+    f" float? momentum, float eps, {_ACT}, Tensor(e!)? skipped=None, Tensor? mask=None, bool keep=False)"
+    " -> (Tensor y, Tensor saved)",
     # As forward_; x becomes y.
     f"inplace_(Tensor(a!) x, Tensor? weight, Tensor? bias, {_RUNNING}, bool training, bool update, float? momentum,"
-    f" float eps, {_ACT}) -> Tensor saved",
+    f" float eps, {_ACT}, Tensor(e!)? skipped=None) -> Tensor saved",
     # x from y, in y's layout: none, leaky_relu, elu.
     f"invert(Tensor y, Tensor saved, Tensor? weight, Tensor? bias, {_ACT}) -> Tensor",
     "backward(Tensor dy, Tensor x, Tensor saved, Tensor? weight, Tensor? bias, Tensor? y, Tensor? residual,"
-    f" bool training, {_ACT}, bool need_input, bool need_residual, bool need_weight, bool need_bias)"
-    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    f" bool training, {_ACT}, bool need_input, bool need_residual, bool need_weight, bool need_bias,"
+    " Tensor? mask=None, bool keep=False) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     # As backward without a residual; x becomes dx.
     f"backward_(Tensor dy, Tensor(a!) x, Tensor saved, Tensor? weight, Tensor? bias, bool training, {_ACT},"
     " bool need_weight, bool need_bias) -> (Tensor dweight, Tensor dbias)",
@@ -115,7 +118,7 @@ def _(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.register_fake("evenkeel::inplace_", lib=_library)
-def _(x: Tensor, *_: Any) -> Tensor:
+def _(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return _rows(x, 3)
 
 
@@ -132,13 +135,13 @@ def _(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
 
 @torch.library.register_fake("evenkeel::forward", lib=_library)
 @torch.library.register_fake("evenkeel::forward_", lib=_library)
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     return _empty_as(x), _rows(x, 3)
 
 
 @torch.library.register_fake("evenkeel::backward", lib=_library)
-def _(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
-    *_, need_input, need_residual, need_weight, need_bias = others
+def _(dy: Tensor, x: Tensor, *others: Any, **_: Any) -> tuple[Tensor | None, ...]:
+    need_input, need_residual, need_weight, need_bias = others[9:13]
     dx = _empty_as(x) if need_input else None
     dresidual = _empty_as(x) if need_residual else None
     return dx, dresidual, _per_channel(x, need_weight), _per_channel(x, need_bias)

@@ -33,6 +33,9 @@ def test_nan_and_infinity_are_those_of_torch_and_stay_in_their_channel(kernel, l
         problem = clean.replace(**{where: spoilt})
         found, torchs, wanted = run(problem, by_evenkeel), run(problem, by_torch), run(clean, by_evenkeel)
         for name, value in found.items():
+            if where == "x" and training and name in ("running_mean", "running_var"):
+                assert value.isfinite().all(), name  # torch's would be spoilt for good
+                continue
             # Where infinite terms are added, their order decides between an infinity and NaN.
             if name == "dx" and where == "x" and not training:
                 continue  # see the next test

@@ -1,6 +1,7 @@
 // One run of an operator: its arguments laid out between guard pages, its results read back.
 #pragma once
 
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -102,7 +103,7 @@ class Execution {
     p.eps = given_.eps, p.momentum = given_.momentum, p.count = given_.count;
     if (c_.op != Op::invert) p.x = input(tensor(m_.x, numbers_.x));
     if (c_.op == Op::stats) {
-      if (c_.mask) p.mask = mask();
+      if (c_.mask) p.mask = mask(), p.count = std::accumulate(numbers_.mask.begin(), numbers_.mask.end(), 0.0);
       p.mean = result(m_.mean), p.var = result(m_.var);
       return p;
     }

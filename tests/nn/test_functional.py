@@ -19,7 +19,7 @@ def by_torch(x, mean, var, weight, bias, activation, residual, **keywords):
     return y.relu() if activation else y
 
 
-def test_signature_is_torchs_and_three_keywords():
+def test_signature_is_torchs_and_more_keywords():
     ours = list(inspect.signature(ek.functional.batch_norm).parameters.values())
     theirs = list(inspect.signature(F.batch_norm).parameters.values())
     assert [(p.name, p.default) for p in ours[1 : len(theirs)]] == [(p.name, p.default) for p in theirs[1:]]
@@ -27,6 +27,9 @@ def test_signature_is_torchs_and_three_keywords():
         ("activation", None, inspect.Parameter.KEYWORD_ONLY),
         ("residual", None, inspect.Parameter.KEYWORD_ONLY),
         ("inplace", False, inspect.Parameter.KEYWORD_ONLY),
+        ("mask", None, inspect.Parameter.KEYWORD_ONLY),
+        ("sample_weight", None, inspect.Parameter.KEYWORD_ONLY),
+        ("padding", "zero", inspect.Parameter.KEYWORD_ONLY),
     ]
 
 

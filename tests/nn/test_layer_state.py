@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from nn.layer_pairs import CHANNELS, PAIR_IDS, PAIRS, assert_untouched, randomize, snapshot
+from support.buffers import kept_buffers
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -37,19 +38,25 @@ def keywords(request):
 
 @pairs
 def test_signature_is_torchs(ours, theirs, shape):
-    assert inspect.signature(ours) == inspect.signature(theirs)
+    found = list(inspect.signature(ours).parameters.values())
+    expected = list(inspect.signature(theirs).parameters.values())
+    *shared, last = [(p.name, p.default, p.kind) for p in found]
+    assert shared == [(p.name, p.default, p.kind) for p in expected]
+    assert last == ("too_few", "error", inspect.Parameter.KEYWORD_ONLY)
 
 
 @pytest.mark.parametrize("layer_type", [ek.BatchNorm, ek.BatchNorm1d, ek.BatchNorm2d, ek.BatchNorm3d])
 def test_call_signature(layer_type):
-    """layer(x, residual=None, *, activation=None, inplace=False)."""
-    x, residual, activation, inplace = inspect.signature(layer_type(3).forward).parameters.values()
+    """layer(x, residual=None, *, activation=None, inplace=False, mask=None, sample_weight=None, padding="zero")."""
+    x, residual, activation, inplace, *counting = inspect.signature(layer_type(3).forward).parameters.values()
     assert (x.name, x.default) == ("x", inspect.Parameter.empty)
     assert (residual.name, residual.default) == ("residual", None)
     assert residual.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     assert (activation.name, activation.default) == ("activation", None)
     assert (inplace.name, inplace.default) == ("inplace", False)
     assert activation.kind is inplace.kind is inspect.Parameter.KEYWORD_ONLY
+    assert [(p.name, p.default) for p in counting] == [("mask", None), ("sample_weight", None), ("padding", "zero")]
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in counting)
 
 
 @pairs
@@ -180,7 +187,7 @@ def test_reset():
     weight = layer.weight.detach().clone()
     layer.reset_running_stats()
     fresh = ek.BatchNorm2d(CHANNELS).state_dict()
-    for name, value in layer.named_buffers():
+    for name, value in kept_buffers(layer).items():
         assert torch.equal(value, fresh[name]), name
     assert torch.equal(layer.weight, weight)
     layer.reset_parameters()

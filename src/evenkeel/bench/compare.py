@@ -108,6 +108,10 @@ def _times(report: Report, peer: str) -> dict[Key, float]:
                 n.pages,
             )
             times[key] = n.step_ms
+    for v in report.variants:
+        if peer == "evenkeel" and v.median_us is not None:
+            variant_key = ("variants", v.shape, v.layout, v.variant, "both", "matching", v.dtype, v.pages)
+            times[variant_key] = v.median_us / 1000
     return times
 
 

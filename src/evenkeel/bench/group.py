@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 
 from .command import bench_command
 from .network_command import networks_command
+from .variant_command import variants_command
 
 if TYPE_CHECKING:
     from .results import Report
@@ -27,6 +28,7 @@ class RunByDefault(TyperGroup):
 bench_app = typer.Typer(cls=RunByDefault, help="Time batch norm and whole networks, compare results, draw them.")
 bench_app.command("run")(bench_command)
 bench_app.command("networks")(networks_command)
+bench_app.command("variants")(variants_command)
 
 
 @bench_app.command("compare")

@@ -149,6 +149,31 @@ class NetworkRow:
 
 
 @dataclass
+class VariantRow:
+    """One variant of batch normalization on one input: a training step, forward and backward.
+
+    `ratio` is its time over plain batch norm's, the median over rounds; `forward_ratio` that of the forwards alone.
+    `spread`, `disturbed`, `error` and `skipped` as in `Row`.
+    """
+
+    variant: str
+    suite: str
+    shape: str
+    layout: str
+    dtype: str
+    pages: str = "fresh"
+    error: str | None = None
+    skipped: str | None = None
+    median_us: float | None = None
+    forward_us: float | None = None
+    ratio: float | None = None
+    forward_ratio: float | None = None
+    spread: float | None = None
+    disturbed: float | None = None
+    samples_us: list[float] = field(default_factory=list)
+
+
+@dataclass
 class Report:
     """A whole run."""
 
@@ -160,6 +185,7 @@ class Report:
     seconds: float = 0.0
     schema: int = SCHEMA
     networks: list[NetworkRow] = field(default_factory=list)
+    variants: list[VariantRow] = field(default_factory=list)
 
     def is_fresh(self, row: Row) -> bool:
         """Whether a call's tensors came as fresh pages, for a good part at least.
@@ -183,8 +209,9 @@ class Report:
 
     @property
     def failed(self) -> bool:
-        """Whether anything is wrong, in kernels or in networks."""
-        return bool(self.errors) or any(row.error is not None for row in self.networks)
+        """Whether anything is wrong, in kernels, in networks or in variants."""
+        rows: list[Row | NetworkRow | VariantRow] = [*self.rows, *self.networks, *self.variants]
+        return any(row.error is not None for row in rows)
 
     def to_json(self) -> str:
         """The report as JSON text."""
@@ -207,5 +234,6 @@ class Report:
             means=[Mean(**mean) for mean in data["means"]],
             totals=[Total(**total) for total in data["totals"]],
             networks=[NetworkRow(**row) for row in data["networks"]],
+            variants=[VariantRow(**row) for row in data.get("variants", [])],  # older reports have none
             seconds=data["seconds"],
         )

@@ -78,7 +78,7 @@ def run_case(case: Case, peers: Sequence[Peer], settings: Settings) -> list[Row]
     """Measure one case: check every peer first, then time those that are right."""
     problem = make_problem(case)
     rows: list[Row] = []
-    attempts = {peer.name: _attempt(partial(peer.build, problem)) for peer in peers}
+    attempts = {peer.name: attempt(partial(peer.build, problem)) for peer in peers}
     for phase, all_modes in PHASES.items():
         modes = [mode for mode in all_modes if mode in settings.modes and mode in case.modes]
         if modes:
@@ -107,7 +107,7 @@ def _allocator(pages: str) -> Iterator[None]:
         yield
 
 
-def _attempt(action: Callable[[], T]) -> T | str | CannotError:
+def attempt(action: Callable[[], T]) -> T | str | CannotError:
     """The action's result, or why there is none: a peer that fails costs its rows, not the run."""
     try:
         return action()
@@ -136,7 +136,7 @@ def _run_phase(
             failures[peer.name] = built
             continue
         if peer.is_batch_norm:
-            error_eps = _attempt(partial(check, problem, built, phase, expected))
+            error_eps = attempt(partial(check, problem, built, phase, expected))
             if isinstance(error_eps, (str, CannotError)):
                 failures[peer.name] = error_eps
                 continue

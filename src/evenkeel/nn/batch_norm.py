@@ -10,7 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import has_torch_function
 
 from evenkeel.activations import NONE, resolve
-from evenkeel.functional import layer_batch_norm
+from evenkeel.arguments import State
+from evenkeel.errors import describe, locate
+from evenkeel.functional import Options, layer_batch_norm
+from evenkeel.masking import TOO_FEW
 
 
 def refuse_script(module: torch.nn.Module) -> NoReturn:
@@ -19,6 +22,11 @@ def refuse_script(module: torch.nn.Module) -> NoReturn:
         f"evenkeel.{type(module).__name__} does not go through torch.jit.script, which can't express what it fuses. "
         "Use torch.export or torch.compile, or put torch.nn's modules (torch.nn.BatchNorm*) in their place first"
     )
+
+
+def _on(counter: Tensor | None, running: Tensor | None) -> Tensor | None:
+    """The counter where it can count: not where state from a file took the place of a layer's on another device."""
+    return counter if counter is not None and running is not None and counter.device == running.device else None
 
 
 def _fx_proxy(*values: Any) -> Any:
@@ -33,6 +41,38 @@ class FusedBatchNorm(_BatchNorm):
 
     #: Legal numbers of dimensions of the input; None for any from two on.
     _ranks: tuple[int, ...] | None = None
+    too_few = "error"
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        too_few: str = "error",
+    ) -> None:
+        newer = {} if bias else {"bias": False}  # older versions of torch do not have it
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
+        self.set_policy(too_few)
+        self.count_skipped()
+
+    def set_policy(self, too_few: str) -> None:
+        """What one value per channel is in training from now on; see :class:`BatchNorm`."""
+        if too_few not in TOO_FEW:
+            raise ValueError(f"{type(self).__name__}: too_few must be one of {TOO_FEW}; got {describe(too_few)}")
+        if too_few != self.too_few:
+            self.too_few = too_few
+
+    def count_skipped(self) -> None:
+        """Begin to count, from 0 on, the updates that are left out because the batch's moments are not finite."""
+        mean = self.running_mean
+        skipped = None if mean is None else torch.zeros(mean.shape, dtype=torch.int64, device=mean.device)
+        self.register_buffer("skipped_updates", skipped, persistent=False)
 
     def forward(  # type: ignore[override]
         self,
@@ -41,6 +81,9 @@ class FusedBatchNorm(_BatchNorm):
         *,
         activation: str | torch.nn.Module | None = None,
         inplace: bool = False,
+        mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        padding: str = "zero",
     ) -> Tensor:
         """``activation(bn(x) + residual)`` as one fused operation.
 
@@ -49,6 +92,9 @@ class FusedBatchNorm(_BatchNorm):
             residual: Added before the activation; of x's shape.
             activation: None, a name or a module, as :func:`evenkeel.functional.batch_norm` lists them.
             inplace: Write the result into x's memory, and rebuild x in the backward; for None, leaky_relu and elu.
+            mask: Which values count, boolean, shape (N,) or (N, *S).
+            sample_weight: How often a value counts, shape (N,) or (N, *S).
+            padding: What the mask leaves out comes out as: "zero", or "keep" for what it is in x.
         """
         # Looking into these dictionaries is what attribute access does, several times slower. What is not there
         # (a parametrized weight, say) is found the ordinary way.
@@ -60,6 +106,7 @@ class FusedBatchNorm(_BatchNorm):
         except KeyError:
             weight, bias, batches = self.weight, self.bias, self.num_batches_tracked
             running_mean, running_var = self.running_mean, self.running_var
+        options = Options(activation, inplace, mask, sample_weight, padding)
         if has_torch_function((x, residual)):
             proxy = _fx_proxy(x, residual)
             if proxy is not None and proxy.tracer.root is not self:
@@ -71,15 +118,32 @@ class FusedBatchNorm(_BatchNorm):
                 keywords: dict[str, Any] = {"activation": activation if named else None}
                 if inplace and named:
                     keywords["inplace"] = True
+                if mask is not None or sample_weight is not None:
+                    keywords |= {"mask": mask, "sample_weight": sample_weight, "padding": padding}
                 return act.forward(proxy.tracer.create_proxy("call_module", path, (x, residual), keywords))
         training = self.training
         update = training and self.track_running_stats
         if training and not update:
             running_mean = running_var = None
-        return layer_batch_norm(
-            x, residual, weight, bias, running_mean, running_var, batches, training or running_mean is None, update,
-            self.momentum, self.eps, activation, inplace, self._ranks, type(self).__name__,
+        state = State(
+            running_mean, running_var, batches, training or running_mean is None, update, self.momentum, self.eps,
+            type(self).__name__, _on(buffers.get("skipped_updates"), running_mean),
         )  # fmt: skip
+        try:
+            return layer_batch_norm(x, residual, weight, bias, state, options, self._ranks, self.too_few)
+        except (TypeError, ValueError) as error:
+            if not torch.compiler.is_compiling():
+                locate(error, self)
+            raise
+
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        skipped = self._buffers.get("skipped_updates")
+        if skipped is not None:
+            skipped.zero_()
+
+    def extra_repr(self) -> str:
+        return str(super().extra_repr()) + (f", too_few={self.too_few!r}" if self.too_few != "error" else "")
 
     def _check_input_dim(self, input: Tensor) -> None:
         """torch.nn's hook for the same check; the forward makes it itself."""
@@ -96,9 +160,9 @@ class BatchNorm(FusedBatchNorm):
         y = act((x − mean) / √(var + eps) · weight + bias + residual)
 
     The batch's variance is the biased one where it normalizes, and the unbiased one where it enters ``running_var``.
-    Called as ``layer(x, residual=None, *, activation=None, inplace=False)``, see
-    :func:`evenkeel.functional.batch_norm`; the activation is never part of the module, so that every tool that takes
-    the layer for an ordinary batch norm is right.
+    Called as ``layer(x, residual=None, *, activation=None, inplace=False, mask=None, sample_weight=None,
+    padding="zero")``, see :func:`evenkeel.functional.batch_norm`; the activation is never part of the module, so that
+    every tool that takes the layer for an ordinary batch norm is right.
 
     Args:
         num_features: Number of channels C.
@@ -106,6 +170,8 @@ class BatchNorm(FusedBatchNorm):
         momentum: Weight of the batch in the running moments; None averages over all batches. Default 0.1.
         affine: Whether there are a learnable weight and bias. Default True.
         track_running_stats: Whether there are running moments; without them the batch's are used in evaluation too.
+        too_few: What one value per channel is in training, which has no variance: ``"error"``, ``"running"`` (the
+            running moments normalize it), or ``"skip"`` (it comes out as the bias; nothing enters the running moments).
         device, dtype: Of the parameters and buffers.
 
     Shape:
@@ -114,11 +180,13 @@ class BatchNorm(FusedBatchNorm):
     State:
         ``running_mean``, ``running_var`` and ``num_batches_tracked``, updated in training by each forward, once per
         batch: a forward that activation checkpointing repeats does not count again, an empty batch changes nothing.
-        The state_dict is that of ``torch.nn.BatchNorm2d``, both ways.
+        A channel in which a batch has a NaN or an infinity keeps its running moments, and ``skipped_updates`` (C,)
+        counts that; it is not in the state_dict, which is that of ``torch.nn.BatchNorm2d``, both ways.
 
     Differs:
-        From ``torch.nn.BatchNorm*`` only by the three arguments of the call, by its speed, and by keeping its digits
-        when the mean is large against the deviation. ``isinstance`` of ``torch.nn.modules.batchnorm._BatchNorm`` holds.
+        From ``torch.nn.BatchNorm*`` only by the arguments of the call, ``too_few``, ``skipped_updates``, its speed, and
+        by keeping its digits when the mean is large against the deviation. ``isinstance`` of
+        ``torch.nn.modules.batchnorm._BatchNorm`` holds.
 
     Numerics, Cost:
         As :func:`evenkeel.functional.batch_norm`.

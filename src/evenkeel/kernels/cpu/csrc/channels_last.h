@@ -65,11 +65,15 @@ class ChannelsLast {
   template <class TermsOf>
   void grad_stats(Parallel how, const TermsOf& terms_of) const {
     set_forward();
-    sum_chunks<false>(how, terms_of, [&](int64_t c, const Sums& sums) {
+    const auto done = [&](int64_t c, const Sums& sums) {
       p.sum_g[c] = sums.first;
       p.sum_gxhat[c] = sums.second;
       center_grad_sums(p, c, c + 1);
-    });
+    };
+    if (p.mask)
+      sum_chunks<true>(how, terms_of, done);
+    else
+      sum_chunks<false>(how, terms_of, done);
   }
 
   template <class GradientOf>
@@ -313,9 +317,21 @@ class ChannelsLast {
         else
           write_rows<kRowsToWrite, Whole>(r0 * width, r1 - r0, width, out, value_of);
         if (last && left_over) write_rows<kRowsToWrite, Whole>(rows * width, left_over, channels, out, value_of);
+        if (p.mask) pad(out, r0 * fold, r1 * fold + (last ? left_over : 0));
       }
       if (streaming) end_streaming();
     });
+  }
+
+  // What the mask leaves out in the rows r0 .. r1 of C.
+  void pad(Element* out, int64_t r0, int64_t r1) const {
+    for (int64_t r = r0; r < r1; ++r) {
+      if (p.mask[r]) continue;
+      if (p.padding)
+        __builtin_memcpy(out + r * channels, elements(p.padding) + r * channels, channels * sizeof(Element));
+      else
+        __builtin_memset(out + r * channels, 0, channels * sizeof(Element));
+    }
   }
 
   // Rows of so many columns, the first of which begins at index `at`.

@@ -111,24 +111,26 @@ struct Spread {
 };
 
 // Values per channel that count.
-inline int64_t counted(const Problem& p) {
-  if (!p.mask) return p.per_channel();
-  int64_t count = 0;
-  for (int64_t i = 0; i < p.per_channel(); ++i) count += p.mask[i];
-  return count;
-}
+inline int64_t counted(const Problem& p) { return p.mask ? (int64_t)p.count : p.per_channel(); }
 
 // Whether results are stored past the caches: what is stored beside dx has to be aligned like it.
 inline bool streams(const Problem& p) {
-  return p.streaming && (!p.dx || !p.dresidual || to_alignment(elements(p.dx)) == to_alignment(elements(p.dresidual)));
+  return p.streaming && !p.mask &&
+         (!p.dx || !p.dresidual || to_alignment(elements(p.dx)) == to_alignment(elements(p.dresidual)));
 }
 
 // What follows from mean and var: rstd, and the running moments when the batch's are in use.
 inline void finish_moments(const Problem& p, int64_t begin, int64_t end) {
   for (int64_t c = begin; c < end; ++c) p.rstd[c] = 1.0 / __builtin_sqrt(p.var[c] + p.eps);
   if (!p.training || !p.running_mean) return;
-  const double count = (double)p.per_channel(), unbiased = count / (count - 1), keep = 1.0 - p.momentum;
+  const double count = p.mask ? p.count : (double)p.per_channel();
+  if (count < 2) return;  // no variance to learn from
+  const double unbiased = count / (count - 1), keep = 1.0 - p.momentum;
   for (int64_t c = begin; c < end; ++c) {
+    if (!(p.mean[c] - p.mean[c] == 0 && p.var[c] - p.var[c] == 0)) {  // infinite or NaN
+      if (p.skipped) ++p.skipped[c];
+      continue;
+    }
     p.running_mean[c] = keep * p.running_mean[c] + p.momentum * p.mean[c];
     p.running_var[c] = keep * p.running_var[c] + p.momentum * p.var[c] * unbiased;
   }

@@ -93,7 +93,6 @@ class Contiguous {
     EVENKEEL_INLINE auto operator()(int64_t c) const {
       return make(coefficients.of(c), Slope{splat(coefficients.slope[c]), splat(coefficients.offset[c])});
     }
-    EVENKEEL_INLINE auto operator()(int64_t c, int64_t) const { return (*this)(c); }
   };
   template <class Make>
   Bound<Make> by_channel(const Make& make) const {
@@ -152,7 +151,7 @@ class Contiguous {
     int64_t at = n * stride + c0 * length;
     const Steps<Runs> whole(length), segment(Runs::segment), last(length % Runs::segment);
     for (int64_t c = c0; c < c1; ++c, ++lanes, ++sums, at += length) {
-      const auto terms = terms_of(c, n);
+      const auto terms = terms_of(c);
       if (length <= Runs::segment) {
         add_run(terms, at, whole, ahead, *lanes);
         if (flush) lanes->flush_to(*sums);
@@ -165,6 +164,27 @@ class Contiguous {
       }
       add_run(terms, at + s, last, ahead, *lanes);
       lanes->flush_to(*sums);
+    }
+  }
+
+  // The same of those values alone that the mask lets count.
+  template <class TermsOf>
+  EVENKEEL_SHARED void add_counted(const TermsOf terms_of, int64_t n, int64_t c0, int64_t c1, WideSums* sums) const {
+    const int64_t ahead = n + 1 < p.samples ? stride : 0;
+    for_runs_of(true, p.mask + n * plane, 0, plane, [&](int64_t begin, int64_t end) {
+      for (int64_t c = c0; c < c1; ++c)
+        add_long_run(terms_of(c), n * stride + c * plane + begin, end - begin, ahead, sums[c - c0]);
+    });
+  }
+
+  template <class Terms>
+  EVENKEEL_SHARED static void add_long_run(const Terms terms, int64_t at, int64_t length, int64_t ahead,
+                                           WideSums& sums) {
+    LaneSums lanes;
+    for (int64_t s = 0; s < length; s += LongRuns::segment) {
+      const int64_t part = length - s < LongRuns::segment ? length - s : LongRuns::segment;
+      add_run(terms, at + s, Steps<LongRuns>(part), ahead, lanes);
+      lanes.flush_to(sums);
     }
   }
 
@@ -182,7 +202,9 @@ class Contiguous {
       for (int64_t c = b0; c < b1; ++c) lanes[c - b0] = {}, sums[c - b0] = {};
       for (int64_t n = 0; n < p.samples; ++n) {
         const bool flush = (n + 1) % samples_per_flush == 0 || n + 1 == p.samples;
-        if (is_short())
+        if (p.mask)
+          add_counted(terms_of, n, b0, b1, &sums[0]);
+        else if (is_short())
           add_planes<ShortRuns>(terms_of, n, b0, b1, &lanes[0], &sums[0], flush);
         else
           add_planes<LongRuns>(terms_of, n, b0, b1, &lanes[0], &sums[0], flush);
@@ -215,34 +237,18 @@ class Contiguous {
         [&](int64_t i) { return !p.mask || p.mask[i]; });
   }
 
-  // The terms of x - k, k being each channel's near mean; those of masked values are 0.
+  // The terms of x - k, k being each channel's near mean.
   struct Deviations {
     const Element* x;
     const Value* near;
-    EVENKEEL_INLINE Deviation operator()(int64_t c, int64_t) const { return {x, splat(near[c])}; }
-  };
-  struct MaskedDeviations {
-    const Element* x;
-    const Value* near;
-    const bool* mask;
-    int64_t plane, stride;
-    EVENKEEL_INLINE MaskedDeviation operator()(int64_t c, int64_t n) const {
-      return {x, splat(near[c]), mask + n * plane, n * stride + c * plane};
-    }
+    EVENKEEL_INLINE Deviation operator()(int64_t c) const { return {x, splat(near[c])}; }
   };
 
-  template <class Body>
-  void with_deviations(const Body& body) const {
-    const Element* const x = elements(p.x);
-    if (p.mask) return body(MaskedDeviations{x, coefficients.center, p.mask, plane, stride});
-    body(Deviations{x, coefficients.center});
-  }
+  Deviations deviations() const { return {elements(p.x), coefficients.center}; }
 
   void stats(int64_t c0, int64_t c1, const Spread& spread, double share) const {
     set_near_means(c0, c1, spread);
-    with_deviations([&](const auto& terms_of) {
-      sum_channels(c0, c1, terms_of, [&](int64_t c, const Sums& sums) { set_moments_from(c, share, sums); });
-    });
+    sum_channels(c0, c1, deviations(), [&](int64_t c, const Sums& sums) { set_moments_from(c, share, sums); });
   }
 
   void set_grad_sums(int64_t c, const Sums& sums) const {
@@ -256,6 +262,21 @@ class Contiguous {
     sum_channels(c0, c1, terms_of, [&](int64_t c, const Sums& sums) { set_grad_sums(c, sums); });
   }
 
+  // Puts what the mask leaves out of sample n at the positions s0 .. s1 of the channels c0 .. c1: `padding`, or 0.
+  void pad(Element* out, int64_t n, int64_t c0, int64_t c1, int64_t s0, int64_t s1) const {
+    const Element* const padding = elements(p.padding);
+    for_runs_of(false, p.mask + n * plane, s0, s1, [&](int64_t begin, int64_t end) {
+      const int64_t bytes = (end - begin) * (int64_t)sizeof(Element);
+      for (int64_t c = c0; c < c1; ++c) {
+        const int64_t at = n * stride + c * plane + begin;
+        if (padding)
+          std::memcpy(out + at, padding + at, bytes);
+        else
+          std::memset(out + at, 0, bytes);
+      }
+    });
+  }
+
   // Writes the indices begin .. end of `out`, in planes of `length` from channel c on. value_of(c) gives the values of
   // a channel.
   template <class ValueOf>
@@ -266,10 +287,17 @@ class Contiguous {
     for (; begin < end; begin += length) write_run(out, begin, begin + length, value_of(c++));
   }
 
+  // The planes of the channels c0 .. c1 in sample n.
+  template <class ValueOf>
+  void write_planes(Element* out, int64_t n, int64_t c0, int64_t c1, const ValueOf& value_of) const {
+    const int64_t begin = n * stride + c0 * plane, end = n * stride + c1 * plane;
+    write(out, c0, begin, end, plane, value_of);
+    if (p.mask) pad(out, n, c0, c1, 0, plane);
+  }
+
   template <class ValueOf>
   void write_block(Element* out, int64_t c0, int64_t c1, const ValueOf& value_of) const {
-    for (int64_t n = 0; n < p.samples; ++n)
-      write(out, c0, n * stride + c0 * plane, n * stride + c1 * plane, plane, value_of);
+    for (int64_t n = 0; n < p.samples; ++n) write_planes(out, n, c0, c1, value_of);
     if (streaming) end_streaming();
   }
 
@@ -282,7 +310,7 @@ class Contiguous {
       return parallel(how, p.samples * runs, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t n = i / runs, c0 = i % runs * run, c1 = p.channels - c0 < run ? p.channels : c0 + run;
-          write(out, c0, n * stride + c0 * plane, n * stride + c1 * plane, plane, value_of);
+          write_planes(out, n, c0, c1, value_of);
         }
         if (streaming) end_streaming();
       });
@@ -290,6 +318,7 @@ class Contiguous {
     for_items(how, [&](int64_t, int64_t c, int64_t n, int64_t s0, int64_t s1) {
       const int64_t start = n * stride + c * plane;
       write(out, c, start + s0, start + s1, s1 - s0, value_of);
+      if (p.mask) pad(out, n, c, c + 1, s0, s1);
     });
   }
 
@@ -311,14 +340,14 @@ class Contiguous {
   template <class TermsOf, class Done>
   void sum_items(Parallel how, const TermsOf& terms_of, const Done& done) const {
     for_items(how, [&](int64_t item, int64_t c, int64_t n, int64_t s0, int64_t s1) {
-      const auto terms = terms_of(c, n);
-      LaneSums lanes;
+      const auto terms = terms_of(c);
+      const int64_t start = n * stride + c * plane;
       WideSums sums;
-      for (int64_t s = s0; s < s1; s += LongRuns::segment) {
-        const int64_t length = s1 - s < LongRuns::segment ? s1 - s : LongRuns::segment;
-        add_run(terms, n * stride + c * plane + s, Steps<LongRuns>(length), 0, lanes);
-        lanes.flush_to(sums);
-      }
+      const auto add = [&](int64_t begin, int64_t end) { add_long_run(terms, start + begin, end - begin, 0, sums); };
+      if (p.mask)
+        for_runs_of(true, p.mask + n * plane, s0, s1, add);
+      else
+        add(s0, s1);
       const Sums total = sums.total();
       partial[2 * item] = total.first;
       partial[2 * item + 1] = total.second;
@@ -336,9 +365,7 @@ class Contiguous {
 
   void stats_by_segment(Parallel how, const Spread& spread, double share) const {
     set_near_means(0, p.channels, spread);
-    with_deviations([&](const auto& terms_of) {
-      sum_items(how, terms_of, [&](int64_t c, const Sums& sums) { set_moments_from(c, share, sums); });
-    });
+    sum_items(how, deviations(), [&](int64_t c, const Sums& sums) { set_moments_from(c, share, sums); });
   }
 
   template <class TermsOf>

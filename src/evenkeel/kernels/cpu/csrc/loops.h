@@ -93,26 +93,6 @@ struct Deviation {
   }
 };
 
-// The same where a mask is set, else 0. mask[0] belongs to index `start`.
-struct MaskedDeviation {
-  const Element* x;
-  Vec k;
-  const bool* mask;
-  int64_t start;
-
-  template <class Lanes>
-  EVENKEEL_INLINE void operator()(int64_t i, Lanes lanes, Vec& a, Vec& b) const {
-    const Vec d = lanes.keep(lanes.where(mask + (i - start)) ? lanes.load(x + i) - k : Vec{});
-    a += d;
-    b = multiply_add(d, d, b);
-  }
-
-  template <bool near, int64_t count>
-  EVENKEEL_INLINE void prefetch(int64_t i) const {
-    ::prefetch<near, count>(x + i);
-  }
-};
-
 // The gradient in front of the activation.
 template <Gate gate>
 struct Gated {
@@ -257,6 +237,21 @@ EVENKEEL_INLINE void write_run(Element* out, int64_t i, int64_t end, const Value
   const Vec last = value(end - kLanes, Whole{});
   for (; i < end - kLanes; i += kLanes) store(out + i, value(i, Whole{}));
   store(out + end - kLanes, last);
+}
+
+// Calls body(begin, end) for each run of `value` in flags[begin .. end]: padding lies at the ends of sequences and
+// rows, so runs are few and long.
+template <class Body>
+inline void for_runs_of(bool value, const bool* flags, int64_t begin, int64_t end, const Body& body) {
+  while (begin < end) {
+    const void* const from = std::memchr(flags + begin, value, end - begin);
+    if (!from) return;
+    begin = static_cast<const bool*>(from) - flags;
+    const void* const to = std::memchr(flags + begin, !value, end - begin);
+    const int64_t stop = to ? static_cast<const bool*>(to) - flags : end;
+    body(begin, stop);
+    begin = stop;
+  }
 }
 
 // Writes planes that follow one another in memory past the caches: indices begin .. end of `out`, cut at begin + plane,

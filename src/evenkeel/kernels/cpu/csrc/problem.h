@@ -51,12 +51,14 @@ struct Problem {
 
   const void* x = nullptr;
   const void* residual = nullptr;  // the backward needs it, but for none; for relu it needs y in its place
-  const bool* mask = nullptr;      // N, S: which values stats counts; nullptr: all
+  const bool* mask = nullptr;      // N, S: which values count, in sums and results; nullptr: all
+  const void* padding = nullptr;   // what those that don't are copied from in a result; nullptr: they are 0
   const double* weight = nullptr;  // nullptr: ones
   const double* bias = nullptr;    // nullptr: zeros
   void* y = nullptr;               // written by the forward (may be x); with relu and a residual, read by the backward
   double* running_mean = nullptr;  // updated when training and not nullptr
   double* running_var = nullptr;
+  int64_t* skipped = nullptr;  // C counters of updates that were left out because the moments were not finite
 
   double* mean = nullptr;  // C values each: the moments that normalize
   double* var = nullptr;   // biased
@@ -67,7 +69,7 @@ struct Problem {
   void* dresidual = nullptr;    // with sums, unless the activation is relu and dx is wanted
   double* sum_g = nullptr;      // C values each: sum of g, the gradient before the activation,
   double* sum_gxhat = nullptr;  // and of g times the normalized x; they are the gradients of bias and weight
-  double count = 0;             // what grad_input divides the sums by: values per channel, over all that were summed
+  double count = 0;  // values per channel that the sums are over: with a mask, and where grad_input divides by it
 
   int64_t core_cache = 512 * 1024;  // bytes of the cache that a core has for itself
   bool large = false;               // all that is touched exceeds the last cache

@@ -106,6 +106,19 @@ struct Operands {
     take_residual(given_residual);
   }
 
+  // Which values count, and what the others come out as: what `padding` has there, or 0.
+  void take_mask(const Optional& mask, const Tensor* padding) {
+    p.count = static_cast<double>(p.per_channel());
+    if (!mask) return;
+    REQUIRE(dtype_code(*mask) == aoti_torch_dtype_bool() && mask->is_cpu() && mask->is_contiguous(), "mask");
+    REQUIRE(mask->numel() == p.per_channel(), "mask");
+    p.mask = static_cast<const bool*>(mask->data_ptr());
+    int64_t count = 0;
+    for (int64_t i = 0; i < p.per_channel(); ++i) count += p.mask[i];
+    p.count = static_cast<double>(count);
+    if (padding) p.padding = padding->data_ptr();
+  }
+
   double* rows(const Tensor& t, int64_t count, const char* name) const {
     REQUIRE(dtype_code(t) == aoti_torch_dtype_float64() && t.is_cpu() && t.is_contiguous(), name);
     REQUIRE(t.numel() == count * p.channels, name);
@@ -120,11 +133,7 @@ struct Operands {
 
 Tensor stats(const Tensor& x, const Optional& mask) {
   Operands o(x, {});
-  if (mask) {
-    REQUIRE(dtype_code(*mask) == aoti_torch_dtype_bool() && mask->is_cpu() && mask->is_contiguous(), "mask");
-    REQUIRE(mask->numel() == o.p.per_channel(), "mask");
-    o.p.mask = static_cast<const bool*>(mask->data_ptr());
-  }
+  o.take_mask(mask, nullptr);
   Tensor moments = empty_rows(2, o.p.channels);
   o.p.mean = doubles(moments);
   o.p.var = o.p.mean + o.p.channels;
@@ -186,7 +195,7 @@ Tensor grad_input(const Tensor& dy, const Tensor& x, const Tensor& mean, const T
 // What a forward keeps besides y; in training with `update` it also updates the running moments, and the number of
 // batches. Without a momentum they average over all batches so far.
 struct Buffers {
-  const Optional &mean, &var, &batches;
+  const Optional &mean, &var, &batches, &skipped;
   bool training, update;
   std::optional<double> momentum;
   double eps;
@@ -205,6 +214,12 @@ Tensor run_forward(Operands& o, const Buffers& buffers) {
     batches = static_cast<int64_t*>(t.data_ptr());
   }
   REQUIRE(!update || !mean || buffers.momentum || batches, "momentum None without num_batches_tracked");
+  if (buffers.skipped && update) {
+    const Tensor& t = *buffers.skipped;
+    REQUIRE(dtype_code(t) == aoti_torch_dtype_int64() && t.numel() == p.channels && t.is_cpu() && t.is_contiguous(),
+            "skipped_updates");
+    p.skipped = static_cast<int64_t*>(t.data_ptr());
+  }
   p.momentum = buffers.momentum ? *buffers.momentum : batches ? 1.0 / static_cast<double>(*batches + 1) : 0;
   p.training = buffers.training;
   p.eps = buffers.eps;
@@ -216,39 +231,44 @@ Tensor run_forward(Operands& o, const Buffers& buffers) {
     for (int64_t c = 0; c < p.channels; ++c) p.mean[c] = mean[c], p.var[c] = var[c];
   run(p, &Kernels::forward);
   if (update && mean) put(*buffers.mean, mean), put(*buffers.var, var);
-  if (batches) ++*batches;
+  if (batches && p.count > 1) ++*batches;
   return saved;
 }
 
 std::tuple<Tensor, Tensor> forward_(const Tensor& x, const Optional& residual, const Optional& weight,
                                     const Optional& bias, const Optional& running_mean, const Optional& running_var,
                                     const Optional& num_batches_tracked, bool training, bool update,
-                                    std::optional<double> momentum, double eps, int64_t activation, double a,
-                                    double b) {
+                                    std::optional<double> momentum, double eps, int64_t activation, double a, double b,
+                                    const Optional& skipped, const Optional& mask, bool keep) {
   Operands o(x, {activation, a, b});
   o.take_affine(weight, bias);
   o.take_residual(residual);
+  o.take_mask(mask, keep ? &o.x : nullptr);
   Tensor y = empty_as(o.x);
   o.p.y = y.data_ptr();
-  Tensor saved = run_forward(o, {running_mean, running_var, num_batches_tracked, training, update, momentum, eps});
+  Tensor saved =
+      run_forward(o, {running_mean, running_var, num_batches_tracked, skipped, training, update, momentum, eps});
   return {y, saved};
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Optional& residual, const Optional& weight,
                                    const Optional& bias, const Optional& running_mean, const Optional& running_var,
                                    bool training, double eps, int64_t activation, double a, double b) {
-  return forward_(x, residual, weight, bias, running_mean, running_var, {}, training, false, {}, eps, activation, a, b);
+  return forward_(x, residual, weight, bias, running_mean, running_var, {}, training, false, {}, eps, activation, a, b,
+                  {}, {}, false);
 }
 
 // x's memory becomes y.
 Tensor inplace_(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& running_mean,
                 const Optional& running_var, const Optional& num_batches_tracked, bool training, bool update,
-                std::optional<double> momentum, double eps, int64_t activation, double a, double b) {
+                std::optional<double> momentum, double eps, int64_t activation, double a, double b,
+                const Optional& skipped) {
   REQUIRE(is_dense(x, false) || is_dense(x, true), "x in place");
   Operands o(x, {activation, a, b});
   o.take_affine(weight, bias);
+  o.take_mask({}, nullptr);
   o.p.y = x.data_ptr();
-  return run_forward(o, {running_mean, running_var, num_batches_tracked, training, update, momentum, eps});
+  return run_forward(o, {running_mean, running_var, num_batches_tracked, skipped, training, update, momentum, eps});
 }
 
 Tensor invert(const Tensor& y, const Tensor& saved, const Optional& weight, const Optional& bias, int64_t activation,
@@ -277,7 +297,6 @@ Tensor rounded(const double* values, int64_t size, Dtype dtype) {
 // Runs the backward of all that p asks for; returns the gradients of weight and bias, where they are wanted.
 std::tuple<Tensor, Tensor> run_backward(Operands& o, bool need_weight, bool need_bias) {
   Problem& p = o.p;
-  p.count = static_cast<double>(p.per_channel());
   // The sums' pass is also what writes the residual's gradient, but for ReLU's in the second one.
   const bool pass = p.dresidual && (!p.dx || p.activation != Activation::relu);
   const bool need_sums = need_weight || need_bias || pass || (p.training && p.dx);
@@ -293,13 +312,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tens
                                                     const Optional& weight, const Optional& bias, const Optional& y,
                                                     const Optional& residual, bool training, int64_t activation,
                                                     double a, double b, bool need_input, bool need_residual,
-                                                    bool need_weight, bool need_bias) {
+                                                    bool need_weight, bool need_bias, const Optional& mask, bool keep) {
   // Without an activation the residual's gradient is dy itself: nothing to compute.
   REQUIRE(!need_residual || ((y || residual) && activation != 0), "the gradient of a residual without its activation");
   Operands o(x, {activation, a, b});
   o.take_affine(weight, bias);
   o.take_moments(saved);
   o.take_gradient(dy, y, residual);
+  o.take_mask(mask, keep ? &*o.dy : nullptr);
   o.p.training = training;
   Tensor dx = need_input ? empty_as(o.x) : undefined();
   Tensor dresidual = need_residual ? empty_as(o.x) : undefined();
@@ -318,6 +338,7 @@ std::tuple<Tensor, Tensor> backward_(const Tensor& dy, const Tensor& x, const Te
   o.take_affine(weight, bias);
   o.take_moments(saved);
   o.take_gradient(dy, {}, {});
+  o.take_mask({}, nullptr);
   o.p.training = training;
   o.p.dx = x.data_ptr();
   return run_backward(o, need_weight, need_bias);

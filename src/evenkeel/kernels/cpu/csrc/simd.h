@@ -230,14 +230,6 @@ inline double sum(DoubleVec v) {
   return total;
 }
 
-// All bits set in the lanes whose flag is, of `count` flags; none in the others.
-inline IntVec lanes_where(const bool* flags, int64_t count) {
-  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
-  Bytes bytes{};
-  std::memcpy(&bytes, flags, count);
-  return __builtin_convertvector(bytes, IntVec) != IntVec{};
-}
-
 // ---- how many lanes a step of a loop covers, and how it stores them
 
 struct Whole {
@@ -245,7 +237,6 @@ struct Whole {
   static Vec values(const Value* p) { return ::load(p); }
   static void store(Element* p, Vec v) { ::store(p, v); }
   static Vec keep(Vec v) { return v; }
-  static IntVec where(const bool* flags) { return lanes_where(flags, kLanes); }
   static void add_to(double* to, Vec v) { ::add_to(to, v); }
 };
 
@@ -262,7 +253,6 @@ struct Partial {
   Vec load(const Element* p) const { return load_elements(p, count, mask); }
   Vec values(const Value* p) const { return load_partial(p, count); }
   void store(Element* p, Vec v) const { store_elements(p, v, count, mask); }
-  IntVec where(const bool* flags) const { return lanes_where(flags, count); }
   Vec keep(Vec v) const { return select(mask, v, Vec{}); }
   void add_to(double* to, Vec v) const {
     for (int64_t i = 0; i < count; ++i) to[i] += v[i];

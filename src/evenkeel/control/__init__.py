@@ -1,0 +1,18 @@
+"""Statistics under control: freezing, pausing and pooling, for evenkeel's and torch.nn's layers in any model."""
+
+from evenkeel.control.accumulation import Accumulated, accumulate_statistics
+from evenkeel.control.exact import backward_as_one_batch
+from evenkeel.control.freezing import Frozen, assert_frozen, freeze, frozen, unfreeze
+from evenkeel.control.pausing import pause_statistics
+
+__all__ = [
+    "Accumulated",
+    "Frozen",
+    "accumulate_statistics",
+    "assert_frozen",
+    "backward_as_one_batch",
+    "freeze",
+    "frozen",
+    "pause_statistics",
+    "unfreeze",
+]

@@ -1,0 +1,140 @@
+"""Batches of which not all values count: masks, lengths, weights, and batches too small for a variance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from evenkeel.activations import Activation
+from evenkeel.arguments import State
+from evenkeel.composite import normalized
+from evenkeel.errors import describe
+from evenkeel.layout import counted, per_channel, reduced_dims
+from evenkeel.moments import broadcast_mask, wide_dtype
+from evenkeel.running import update_running
+
+TOO_FEW = ("error", "running", "skip")
+PADDINGS = ("zero", "keep")
+
+
+def length_mask(lengths: Tensor, size: int) -> Tensor:
+    """Which steps of padded sequences are there: mask[n, t] = t < lengths[n].
+
+    Args:
+        lengths: Steps of each sequence, integers from 0 to ``size``, shape (N,).
+        size: Steps after padding, L.
+
+    Shape:
+        (N,) -> (N, L), boolean; the mask of an x of shape (N, C, L).
+
+    Raises:
+        TypeError: ``lengths`` are not integers.
+        ValueError: ``lengths`` are not of shape (N,), or, on the CPU, some are below 0 or above ``size``.
+
+    Example:
+        >>> length_mask(torch.tensor([1, 3]), 3).int().tolist()
+        [[1, 0, 0], [1, 1, 1]]
+    """
+    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise TypeError(f"length_mask: lengths must be a tensor of integers, shape (N,); got {describe(lengths)}")
+    if lengths.dim() != 1:
+        raise ValueError(f"length_mask: lengths must have shape (N,), a number for each; got {describe(lengths)}")
+    if lengths.is_cpu and lengths.numel() and not (lengths.min() >= 0 and lengths.max() <= size):
+        raise ValueError(
+            f"length_mask: lengths must be from 0 to size, {size}; got {lengths.min().item()} to {lengths.max().item()}"
+        )
+    return torch.arange(size, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def common_mask(mask: Tensor, x: Tensor) -> Tensor | None:
+    """The mask as (N, *S), contiguous, where it is the same for all channels; else None."""
+    mask = broadcast_mask(mask, x)
+    return mask.expand(x.shape[0], 1, *x.shape[2:]).squeeze(1).contiguous() if mask.shape[1] == 1 else None
+
+
+def take_mask(state: State, mask: Tensor | None, padding: str, x: Tensor, too_few: str) -> State:
+    """The state with a mask, after a look at whether it is legal and leaves a variance."""
+    what = state.what
+    if padding not in PADDINGS:
+        raise ValueError(f"{what}: padding must be one of {PADDINGS}; got {describe(padding)}")
+    if mask is None:
+        return state
+    try:
+        common = common_mask(mask, x)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{what}: {error}") from None
+    if common is None:
+        raise ValueError(f"{what}: the mask must be the same for all channels, (N,) or (N, *S); got {describe(mask)}")
+    state = state._replace(mask=common, keep=padding == "keep")
+    if state.training and common.is_cpu and not torch.compiler.is_compiling() and int(common.sum()) == 1:
+        if too_few == "error":
+            raise ValueError(
+                f"{what}: the mask lets one value per channel count, which has no variance; got {describe(x)}. Let "
+                "more count, evaluate with model.eval(), or give the layer too_few='running' or 'skip'"
+            )
+        return without_variance(state, too_few)
+    return state
+
+
+def without_variance(state: State, too_few: str) -> State:
+    """What a layer does with one value per channel, where that is no error: nothing enters the running moments."""
+    if too_few == "skip":
+        return state._replace(update=False)
+    if state.running_mean is None:
+        raise ValueError(
+            f"{state.what}: too_few='running' needs running moments, which this layer does not keep; use 'skip', or "
+            "track_running_stats=True"
+        )
+    return state._replace(training=False, update=False)
+
+
+def weighted(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    state: State,
+    act: Activation,
+    sample_weight: Tensor,
+) -> Tensor:
+    """``act(bn(x) + residual)`` with moments in which a value counts as often as its weight says; in plain torch."""
+    w = _broadcast_weight(state.what, sample_weight, x)
+    mask = None if state.mask is None else state.mask.unsqueeze(1)
+    given = x
+    if mask is not None:
+        x, w = counted(mask, x), counted(mask, w)
+    wide, dims = wide_dtype(x.device), reduced_dims(x)
+    if state.training:
+        w = w.to(wide).expand(x.shape[0], 1, *x.shape[2:])
+        total = w.sum()
+        share = w / total.where(total > 0, 1)
+        values = x.to(wide)
+        mean = (share * values).sum(dims)
+        var = (share * (values - per_channel(mean, x)).square()).sum(dims)
+        if state.update:
+            update_running(state, mean.detach(), var.detach(), total.detach())
+    else:
+        assert state.running_mean is not None and state.running_var is not None
+        mean, var = state.running_mean.to(wide), state.running_var.to(wide)
+    y, _ = normalized(x, (mean, (var + state.eps).rsqrt()), state.eps)
+    y = y if weight is None else y * per_channel(weight.to(y.dtype), x)
+    y = y if bias is None else y + per_channel(bias.to(y.dtype), x)
+    y = y if residual is None else y + residual
+    y = act.forward(y).to(x.dtype if residual is None else torch.result_type(x, residual))
+    return y if mask is None else counted(mask, y, given if state.keep else None)
+
+
+def _broadcast_weight(what: str, sample_weight: Tensor, x: Tensor) -> Tensor:
+    legal = (x.shape[0],), (x.shape[0], *x.shape[2:])
+    if not isinstance(sample_weight, Tensor) or not sample_weight.is_floating_point():
+        raise TypeError(f"{what}: sample_weight must be a floating-point tensor; got {describe(sample_weight)}")
+    if tuple(sample_weight.shape) not in legal or sample_weight.device != x.device:
+        raise ValueError(
+            f"{what}: sample_weight must have shape {' or '.join(map(str, dict.fromkeys(legal)))} and be on "
+            f"{x.device}; got {describe(sample_weight)}"
+        )
+    if sample_weight.is_cpu and not torch.compiler.is_compiling() and not bool((sample_weight >= 0).all()):
+        raise ValueError(f"{what}: sample_weight must not be negative or NaN; it has {sample_weight.min().item()}")
+    if sample_weight.dim() == 1:
+        return sample_weight.view(-1, *([1] * (x.dim() - 1)))
+    return sample_weight.unsqueeze(1)

@@ -1,0 +1,253 @@
+"""Batch normalization over the ranks of torch.distributed, as one process with the whole batch would compute it."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from evenkeel import distributed, fused
+from evenkeel.activations import Activation, is_untouched
+from evenkeel.distributed import Step, agree
+from evenkeel.errors import describe, locate, module_path
+from evenkeel.functional import moments
+from evenkeel.layout import dense
+from evenkeel.moments import Moments
+from evenkeel.nn.batch_norm import FusedBatchNorm
+from evenkeel.nn.synchronized import Call, Synchronized
+from evenkeel.nn.variant import Variant, normalize
+from evenkeel.ranks import group_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class SyncBatchNorm(Variant):
+    """Batch normalization whose batch is that of all ranks of a process group together.
+
+    Each rank r takes the moments (n_r, mean_r, M2_r) of its part, all ranks gather them, and each merges them:
+
+        n = Σ n_r      mean = Σ n_r·mean_r / n      var = (Σ M2_r + Σ n_r·(mean_r − mean)²) / n
+        y = act((x − mean) / √(var + eps) · weight + bias + residual)
+        dx = weight·rstd·(g − (Σg)/n − xhat·(Σ g·xhat)/n),  both sums over all ranks
+
+    so that outputs, gradients and running moments are those of one process with the whole batch, whatever the ranks'
+    shares. In evaluation the running moments normalize, and nothing is exchanged. Without torch.distributed, or with
+    one rank, it is :class:`evenkeel.BatchNorm`.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats: As :class:`evenkeel.BatchNorm`.
+        process_group: The ranks that normalize together; default: all ranks.
+        device, dtype: Of the parameters and buffers.
+        options: What else this torch's batch norms take (``bias``).
+
+    Shape:
+        (N, C, *S) -> (N, C, *S). N and S may differ between ranks, and N may be 0 on some: such a rank takes part, in
+        the backward too, for which its (empty) output has to enter its loss.
+
+    State:
+        As ``torch.nn.SyncBatchNorm``, with the same state_dict; the running moments are updated with the moments of
+        all ranks, the unbiased variance for the whole count, and so stay the same on all ranks.
+
+    Differs:
+        From ``torch.nn.SyncBatchNorm``: runs on the CPU (gloo) as well; takes a residual, an activation and a mask;
+        keeps its digits when the mean is large against the deviation. It is no subclass of it, because
+        ``DistributedDataParallel`` refuses those on the CPU; ``isinstance`` of ``_BatchNorm`` holds. As there,
+        the gradients of weight and bias are those of the rank's own samples: ``DistributedDataParallel`` averages
+        them over ranks, as it does all others; without it, add them up.
+
+    Numerics:
+        Moments and sums are exchanged and merged in float64, and have the same bits on all ranks.
+
+    Cost:
+        One collective in the forward (3·C values of float64 from each rank) and, where x wants a gradient, one in the
+        backward (2·C). x is read once for the moments and once to normalize; in the backward once for the sums, once
+        for dx, and once more for dresidual behind an activation. Saved: as :class:`evenkeel.BatchNorm`.
+
+    Raises:
+        TypeError, ValueError: as :class:`evenkeel.BatchNorm`; one value per channel over all ranks (on the CPU: other
+            devices would have to be waited for); a rank that is not in the process group.
+        RuntimeError: a rank did not come, within the time that ``init_process_group`` was given; a second derivative,
+            a transform of torch.func, or a forward-mode derivative. :func:`evenkeel.distributed.preflight` finds the
+            layer where ranks part ways. Under torch.compile the graph breaks here while ranks synchronize.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> model = SyncBatchNorm.convert_sync_batchnorm(model)
+        >>> type(model[1]).__name__, model(torch.randn(2, 3, 6, 6)).shape
+        ('SyncBatchNorm', torch.Size([2, 8, 4, 4]))
+
+    Source:
+        Peng, Xiao, Li, Jiang, Zhang, Jia, Yu, Sun (2018), "MegDet: A Large Mini-Batch Object Detector",
+        arXiv:1711.07240, cross-GPU batch normalization. The merge: Chan, Golub, LeVeque (1979).
+    """
+
+    _masks = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        self.process_group = process_group
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        activation: str | torch.nn.Module | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """``activation(bn(x) + residual)``; see :class:`evenkeel.nn.variant.Variant`. The ranks may differ in x's
+        batch and positions, in its mask, and in which of them have one."""
+        if torch.compiler.is_compiling():
+            if self._group() is None:
+                return super().forward(x, residual, activation=activation, mask=mask)
+            from evenkeel.nn import uncompiled
+
+            return uncompiled.run(self.forward, x, residual, activation=activation, mask=mask)  # type: ignore[no-any-return]
+        try:
+            if distributed.preflight_is_on():
+                self._compare_notes(x)
+            return super().forward(x, residual, activation=activation, mask=mask)
+        except (TypeError, ValueError, RuntimeError) as error:
+            locate(error, self)
+            raise
+
+    def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        group, what = self._group(), type(self).__name__
+        if group is None and mask is None and "update_running" not in vars(self):  # nobody asks for the moments
+            state = self._state()._replace(update=self.training and self.track_running_stats)
+            return fused.batch_norm(x, residual, self.weight, self.bias, state, act)
+        if group is None:
+            total = Moments.from_tensor(x, mask)
+            _refuse_single(total, what)
+            var = total.m2 / total.count.clamp(min=1)
+            y = normalize(x, total.mean, var, self.weight, self.bias, self.eps, residual, act)
+        else:
+            if fused.transformed():
+                raise RuntimeError(
+                    f"{what}: ranks can't be synchronized under torch.func or forward-mode differentiation; use "
+                    "ek.BatchNorm there, or a process group of one rank"
+                )
+            x = dense(x)
+            with torch.no_grad():
+                total = moments(x.detach(), mask).all_reduce(group, what=what)
+                _refuse_single(total, what)
+                var = total.m2 / total.count.clamp(min=1)
+                saved = torch.stack([total.mean, var, (var + self.eps).rsqrt()])
+            step = self._step(x) if distributed.preflight_is_on() else None
+            call = Call(act, group, what, None if residual is None else residual.dtype, step)
+            y = Synchronized.apply(x, residual, self.weight, self.bias, saved, total.count, call)
+        self.update_running(total)
+        return y
+
+    @classmethod
+    def convert_sync_batchnorm(
+        cls, module: torch.nn.Module, process_group: ProcessGroup | None = None
+    ) -> torch.nn.Module:
+        """Put a synchronized layer in the place of each batch normalization, with its parameters and buffers.
+
+        Args:
+            module: A model, or a batch normalization: of torch.nn or of evenkeel, of any kind of input.
+            process_group: See :class:`SyncBatchNorm`.
+
+        Returns:
+            The module itself, changed; or the new layer where it is itself a batch normalization.
+
+        Differs:
+            From ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``: refuses a layer whose forward is not batch
+            normalization's own, which would be lost; a layer in several places stays one.
+
+        Raises:
+            ValueError: a layer that has a forward, hooks or parametrizations of its own, or is lazy; before anything
+                is changed.
+        """
+        new = {
+            layer: cls._from(layer, name, process_group)
+            for name, layer in module.named_modules()
+            if isinstance(layer, _BatchNorm)
+        }
+        for parent in list(module.modules()):
+            for name, child in parent._modules.items():
+                if child in new:
+                    parent._modules[name] = new[child]
+        return new.get(module, module)  # type: ignore[call-overload, no-any-return]
+
+    @classmethod
+    def _from(cls, layer: _BatchNorm, name: str, process_group: ProcessGroup | None) -> SyncBatchNorm:
+        known = (_BatchNorm, torch.nn.SyncBatchNorm, FusedBatchNorm, SyncBatchNorm)
+        if not any(type(layer).forward is kind.forward for kind in known):
+            reason = "has a forward of its own"
+        elif not is_untouched(layer.__dict__) or layer._modules:
+            reason = "has hooks, parametrizations or a forward of its own"
+        elif isinstance(layer, torch.nn.modules.lazy.LazyModuleMixin):
+            reason = "doesn't know its channels yet; run the model once first"
+        else:
+            new = cls(
+                layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats, process_group,
+                device="meta",
+            )  # fmt: skip
+            new.weight, new.bias = layer.weight, layer.bias
+            new.running_mean, new.running_var = layer.running_mean, layer.running_var
+            new.num_batches_tracked = layer.num_batches_tracked
+            return new.train(layer.training)
+        raise ValueError(
+            f"convert_sync_batchnorm: {name!r}, a {type(layer).__name__}, {reason}, which a synchronized layer would "
+            "not have; replace it by hand, or convert the parts of the model without it"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
+        """A process group can't be copied: the copy talks to the same ranks."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        memo[id(self.process_group)] = self.process_group
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def _group(self) -> ProcessGroup | None:
+        """The ranks to normalize with now, or None where this one is alone."""
+        return group_of(self.process_group, type(self).__name__) if self.training else None
+
+    @property
+    def _too_few(self) -> str:  # type: ignore[override]
+        """One value per channel on this rank will do if other ranks have more."""
+        return "error" if self._group() is None else "others"
+
+    def _step(self, x: Any) -> Step:
+        legal = isinstance(x, Tensor) and x.dim() >= 2
+        return Step(
+            repr(module_path(self)) if module_path(self) else f"a {type(self).__name__}",
+            "forward",
+            x.shape[1] if legal else f"({describe(x)})",
+            str(x.dtype).removeprefix("torch.") if legal else "",
+            "training" if self.training else "evaluation (frozen)",
+            legal and x.requires_grad and torch.is_grad_enabled(),
+        )
+
+    def _compare_notes(self, x: Any) -> None:
+        """The forward's preflight. In evaluation where autograd records alone: that is not a single rank's test."""
+        group = group_of(self.process_group, type(self).__name__)
+        if group is not None and (self.training or torch.is_grad_enabled()):
+            agree(self._step(x), group, type(self).__name__)
+
+
+def _refuse_single(total: Moments, what: str) -> None:
+    """Raise where each channel has one value; not on devices that would have to be waited for."""
+    if total.count.device.type == "cpu" and total.mean.numel() > 0 and bool((total.count == 1).all()):
+        raise ValueError(
+            f"{what}: one value per channel, counted over all ranks, has no variance, so it can't normalize; use "
+            "larger batches, or evaluate with model.eval()"
+        )

@@ -1,0 +1,88 @@
+"""The autograd function of synchronized batch normalization, from the four operators that every back end supplies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from evenkeel import fused, kernels, ops
+from evenkeel.activations import Activation
+from evenkeel.distributed import Step, agree
+from evenkeel.kernels import reference
+from evenkeel.ranks import add_up
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Call(NamedTuple):
+    """What the backward has to know besides tensors."""
+
+    act: Activation
+    group: ProcessGroup
+    what: str
+    residual_dtype: torch.dtype | None
+    step: Step | None
+
+
+class Synchronized(torch.autograd.Function):
+    """``act(bn(x) + residual)`` with moments that are functions of all ranks' x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        saved: Tensor,
+        count: Tensor,
+        call: Call,
+    ) -> Tensor:
+        mean, _, rstd = saved
+        y: Tensor = _run("apply", x, x, mean, rstd, weight, bias, residual, act=call.act)
+        ctx.save_for_backward(x, weight, saved, count, *ops.gate_needs(call.act.code, residual, bias, y))
+        ctx.call = call
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, saved, count, bias, y, residual = ctx.saved_tensors
+        need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
+        act, group, what, residual_dtype, step = ctx.call
+        if torch.is_grad_enabled() or fused.transformed():
+            raise RuntimeError(
+                f"{what}: there is no second derivative through synchronized ranks (create_graph=True asks for one); "
+                "use ek.BatchNorm, or a process group of one rank"
+            )
+        mean, _, rstd = saved
+        given = (dy, x, mean, rstd, weight, bias, y, residual)
+        dx = dresidual = dweight = dbias = None
+        if need_x or need_weight or need_bias:
+            dbias, dweight = sums = _run("grad_stats", x, *given, act=act)
+        if need_x:
+            if step is not None:
+                agree(step._replace(direction="backward"), group, what)
+            total = add_up(torch.stack(tuple(sums)), group, what)
+            dx = _run("grad_input", x, *given, total / count.clamp(min=1), act=act)
+        if need_residual:
+            dresidual = dy
+            if act.code != 0:
+                options = (False, act, False, True, False, False)
+                dresidual = fused.backward(dy, x, saved, weight, bias, y, residual, *options)[1]
+            dresidual = dresidual.to(residual_dtype)
+        return dx, dresidual, dweight if need_weight else None, dbias if need_bias else None, None, None, None
+
+
+def _run(stem: str, x: Tensor, *given: Tensor | None, act: Activation) -> Any:
+    """One of the four operators, native where it takes x."""
+    if kernels.native_takes(x):
+        try:
+            return getattr(torch.ops.evenkeel, stem)(*given, act.code, act.a, act.b)
+        except RuntimeError as error:
+            if not fused.declined(error):
+                raise
+            fused.announce_declined(error)
+    return getattr(reference, stem)(*given, act)

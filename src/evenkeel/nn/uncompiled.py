@@ -1,0 +1,17 @@
+"""What torch.compile calls instead of tracing it. Imported late: torch.compiler.disable loads the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+@torch.compiler.disable(
+    reason="a synchronized batch normalization talks to other ranks in its forward and in its backward, in an order "
+    "that is the same on all of them, which a compiled graph would not keep"
+)
+def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``function(*args, **kwargs)``, outside of any graph."""
+    return function(*args, **kwargs)

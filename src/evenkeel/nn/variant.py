@@ -1,0 +1,162 @@
+"""What the variants of batch normalization share: a layer that chooses whose moments normalize, and the arithmetic."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from evenkeel import fused
+from evenkeel.activations import Activation, resolve
+from evenkeel.arguments import State, check_arguments
+from evenkeel.functional import refuse_jit
+from evenkeel.layout import per_channel
+from evenkeel.moments import Moments, broadcast_mask, compute_dtype
+from evenkeel.nn.batch_norm import refuse_script
+
+
+class Variant(_BatchNorm):
+    """A batch normalization whose training forward is its own; constructor, state and evaluation are ``torch.nn``'s.
+
+    A subclass supplies :meth:`normalize_batch`, and buffers or arguments of its own where it has any. In evaluation the
+    running moments normalize, on the fused kernels.
+    """
+
+    #: Legal numbers of dimensions of the input; None for any from two on.
+    _ranks: tuple[int, ...] | None = None
+    #: Whether a mask has a meaning for this variant.
+    _masks = False
+    #: What one value per channel is in training; see arguments.check_arguments.
+    _too_few = "error"
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        activation: str | torch.nn.Module | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """``activation(bn(x) + residual)``.
+
+        Args:
+            x: Shape (N, C, *S).
+            residual: Added before the activation; of x's shape.
+            activation: None, a name or a module, as :func:`evenkeel.functional.batch_norm` lists them.
+            mask: Which values count, True for those; shape (N,) or (N, *S). The others come out as 0.
+        """
+        what = type(self).__name__
+        refuse_jit(what)
+        act = resolve(what, activation)
+        check_arguments(what, x, residual, self.weight, self.bias, self._state(), self._ranks, self._too_few)
+        if mask is not None:
+            if not self._masks:
+                raise ValueError(f"{what}: a mask has no meaning for this layer; leave it out, or use ek.BatchNorm")
+            mask = broadcast_mask(mask, x)
+            # NaN in what is masked would reach the parameters' gradients, as 0·NaN.
+            x = torch.where(mask, x, 0)
+            residual = None if residual is None else torch.where(mask, residual, 0)
+        if self.uses_batch():
+            y = self.normalize_batch(x, residual, act, mask)
+        else:
+            y = self.normalize_running(x, residual, act)
+        return y if mask is None else torch.where(mask, y, 0)
+
+    def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        """The forward where the batch normalizes: in training, and without running moments always.
+
+        Args:
+            mask: None, or boolean with as many dimensions as x, broadcastable to it.
+        """
+        raise NotImplementedError
+
+    def normalize_running(self, x: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
+        """The forward where the running moments normalize."""
+        return fused.batch_norm(x, residual, self.weight, self.bias, self._state(), act)
+
+    def uses_batch(self) -> bool:
+        """Whether the batch's moments normalize."""
+        return self.training or self.running_mean is None
+
+    def counts(self) -> bool:
+        """Whether this forward may change buffers: not in evaluation, nor when a checkpoint runs it a second time."""
+        if not (self.training and self.track_running_stats):
+            return False
+        # The compiler traces a checkpoint's forward once, and can't ask.
+        return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+
+    def update_running(self, moments: Moments) -> None:
+        """Let a batch's moments enter the running ones, once; channels that are not finite, or of fewer than two
+        values, stay as they are.
+
+        Moments and running moments may have a row per domain, (D, C), each with its own count.
+        """
+        if not self.counts() or self.running_mean is None or self.running_var is None:
+            return
+        with torch.no_grad():
+            assert self.num_batches_tracked is not None
+            known = moments.count > 0
+            self.num_batches_tracked.add_(known.any(-1))
+            momentum: float | Tensor
+            if self.momentum is None:
+                momentum = 1 / self.num_batches_tracked.clamp(min=1).to(moments.mean.dtype)[..., None]
+            else:
+                momentum = self.momentum
+            good = moments.mean.isfinite() & moments.var_unbiased.isfinite()
+            mean, var = (running.to(moments.mean.dtype) for running in (self.running_mean, self.running_var))
+            new_mean = mean + (moments.mean - mean) * momentum
+            new_var = self.averaged_var(var, moments, momentum)
+            self.running_mean.copy_(torch.where(good, new_mean, mean))
+            self.running_var.copy_(torch.where(good, new_var, var))
+
+    def averaged_var(self, var: Tensor, moments: Moments, momentum: float | Tensor) -> Tensor:
+        """The running variance after ``var`` when a batch's moments enter it with the weight ``momentum``."""
+        return var + (moments.var_unbiased - var) * momentum
+
+    def _state(self) -> State:
+        return State(
+            self.running_mean, self.running_var, self.num_batches_tracked, self.uses_batch(), False, self.momentum,
+            self.eps, type(self).__name__,
+        )  # fmt: skip
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """torch.nn's hook for the same check; the forward makes it itself."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    act: Activation,
+) -> Tensor:
+    """``act((x − mean) / √(var + eps) · weight + bias + residual)`` in plain torch, differentiable in every argument.
+
+    Args:
+        mean, var, weight, bias: Shape (C,), or broadcastable against x.
+    """
+    dtype = compute_dtype(x)
+    mean, var = _broadcast(mean, x), _broadcast(var, x)
+    # The mean enters as a rounded part, from which x differs exactly, and the rest: a large one costs no digits.
+    centre = mean.detach().to(dtype)
+    rest = (mean - centre).to(dtype)
+    y = (x.to(dtype) - centre - rest) * (var + eps).rsqrt().to(dtype)
+    if weight is not None:
+        y = y * _broadcast(weight, x).to(dtype)
+    if bias is not None:
+        y = y + _broadcast(bias, x).to(dtype)
+    if residual is not None:
+        y = y + residual
+    return act.forward(y).to(x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
+
+
+def _broadcast(values: Tensor, x: Tensor) -> Tensor:
+    return per_channel(values, x) if values.dim() == 1 else values
