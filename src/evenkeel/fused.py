@@ -139,8 +139,7 @@ def _forward(
                 x, residual, weight, bias, running_mean, running_var, batches, training, update, momentum, eps,
                 act.code, act.a, act.b, skipped, mask, keep,
             )  # fmt: skip
-            if update and running_mean is not None:
-                torch._C._increment_version([t for t in (running_mean, running_var, batches, skipped) if t is not None])
+            mark_updated(state)
             return result  # type: ignore[no-any-return]
         except RuntimeError as error:
             if not declined(error):
@@ -148,6 +147,15 @@ def _forward(
             check_arguments(what, x, residual, weight, bias, state)
             announce_declined(error)
     return reference_forward(x, residual, weight, bias, state, act)
+
+
+def mark_updated(state: State, *others: Tensor) -> None:
+    """Tell autograd what a native operator has overwritten: the running moments where they were updated, and others."""
+    changed = others
+    if state.update and state.running_mean is not None:
+        buffers = (state.running_mean, state.running_var, state.num_batches_tracked, state.skipped)
+        changed += tuple(t for t in buffers if t is not None)
+    torch._C._increment_version([t for t in changed if not t.is_inference()])
 
 
 def declined(error: RuntimeError) -> bool:

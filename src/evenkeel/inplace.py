@@ -114,11 +114,7 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State
             check_arguments(what, x, None, weight, bias, state)
             fused.announce_declined(error)
         else:
-            changed = [
-                x,
-                *((running_mean, running_var, batches, skipped) if update and running_mean is not None else ()),
-            ]
-            torch._C._increment_version([t for t in changed if t is not None and not t.is_inference()])
+            fused.mark_updated(state, x)
             return saved
     y, moments = fused.reference_forward(x, None, weight, bias, state, act)
     x.copy_(y)

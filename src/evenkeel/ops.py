@@ -47,6 +47,14 @@ for _schema in (
     # As backward without a residual; x becomes dx.
     f"backward_(Tensor dy, Tensor(a!) x, Tensor saved, Tensor? weight, Tensor? bias, bool training, {_ACT},"
     " bool need_weight, bool need_bias) -> (Tensor dweight, Tensor dbias)",
+    # As forward_ in training and backward, of consecutive groups of samples, each normalized by itself; the last takes
+    # all that are left. The running moments take the groups in as one batch where `pooled` says so, else one by one.
+    f"forward_groups_(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, {_RUNNING}, int groups, int size,"
+    f" bool pooled, bool update, float? momentum, float eps, {_ACT}, Tensor(e!)? skipped)"
+    " -> (Tensor y, Tensor saved)",
+    "backward_groups(Tensor dy, Tensor x, Tensor saved, Tensor? weight, Tensor? bias, Tensor? y, Tensor? residual,"
+    f" int groups, int size, {_ACT}, bool need_input, bool need_residual, bool need_weight, bool need_bias)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -141,10 +149,25 @@ def _(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("evenkeel::backward", lib=_library)
 def _(dy: Tensor, x: Tensor, *others: Any, **_: Any) -> tuple[Tensor | None, ...]:
-    need_input, need_residual, need_weight, need_bias = others[9:13]
+    return _gradients(x, *others[9:13])
+
+
+def _gradients(
+    x: Tensor, need_input: bool, need_residual: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor | None, ...]:
     dx = _empty_as(x) if need_input else None
     dresidual = _empty_as(x) if need_residual else None
     return dx, dresidual, _per_channel(x, need_weight), _per_channel(x, need_bias)
+
+
+@torch.library.register_fake("evenkeel::forward_groups_", lib=_library)
+def _(x: Tensor, *others: Any, **_: Any) -> tuple[Tensor, Tensor]:
+    return _empty_as(x), _rows(x, 3 * others[6])
+
+
+@torch.library.register_fake("evenkeel::backward_groups", lib=_library)
+def _(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+    return _gradients(x, *others[-4:])
 
 
 @torch.library.register_fake("evenkeel::backward_", lib=_library)

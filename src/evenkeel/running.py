@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from evenkeel.arguments import State
 
+#: The running variance after the first, when a batch of these biased and unbiased ones enters with the weight given.
+AveragedVar = Callable[[Tensor, Tensor, Tensor, "float | Tensor"], Tensor]
 
-def update_running(state: State, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
+
+def averaged(running: Tensor, batch: Tensor, momentum: float | Tensor) -> Tensor:
+    """(1 − momentum)·running + momentum·batch."""
+    return (1 - momentum) * running + momentum * batch
+
+
+def update_running(
+    state: State, mean: Tensor, var: Tensor, count: int | Tensor, averaged_var: AveragedVar | None = None
+) -> None:
     """running = (1 − momentum)·running + momentum·batch, with the unbiased variance.
 
     A channel whose moments are not finite stays as it is and is counted in ``state.skipped``; so does one of fewer than
@@ -17,6 +29,7 @@ def update_running(state: State, mean: Tensor, var: Tensor, count: int | Tensor)
     Args:
         mean, var: Of the batch, (C,), the variance biased; or (D, C), a row for each domain.
         count: Values per channel: a number, or a tensor () or as mean.
+        averaged_var: How the variance enters, where that is not as the mean does and unbiased.
     """
     if not isinstance(count, Tensor) and count < 2:
         return
@@ -40,6 +53,7 @@ def update_running(state: State, mean: Tensor, var: Tensor, count: int | Tensor)
             state.skipped.add_(~finite)
         taken = finite & enough
         unbiased = var * (count / (count - 1).clamp(min=1) if isinstance(count, Tensor) else count / (count - 1))
-        for running, batch in ((state.running_mean, mean), (state.running_var, unbiased)):
-            wide = running.to(batch.dtype)
-            running.copy_(torch.where(taken, (1 - factor) * wide + factor * batch, wide))
+        old_mean, old_var = (running.to(mean.dtype) for running in (state.running_mean, state.running_var))
+        new_var = averaged_var(old_var, var, unbiased, factor) if averaged_var else averaged(old_var, unbiased, factor)
+        state.running_mean.copy_(torch.where(taken, averaged(old_mean, mean, factor), old_mean))
+        state.running_var.copy_(torch.where(taken, new_var, old_var))

@@ -29,6 +29,9 @@ def test_values_that_count(kernel, shape, channels_last, activation, dtype):
     rows = x.double().movedim(1, -1)[mask].requires_grad_()
     weight, bias = (p.detach().double().requires_grad_() for p in (layer.weight, layer.bias))
     y = F.batch_norm(rows, None, None, weight, bias, True, 0.0, layer.eps)
+    # No gradient where rounding decides on ReLU's gate.
+    quiet = dy.movedim(1, -1)  # a view
+    quiet[mask] = quiet[mask] * (y.detach().abs() > 1e-3).to(dtype)
     y = {None: lambda v: v, "relu": F.relu, "gelu": F.gelu}[activation](y)
     expected = y, *torch.autograd.grad(y, (rows, weight, bias), dy.double().movedim(1, -1)[mask])
 
@@ -42,10 +45,6 @@ def test_values_that_count(kernel, shape, channels_last, activation, dtype):
     assert (dx.masked_select(holes) == 0).all()
     found = y.movedim(1, -1)[mask], dx.movedim(1, -1)[mask], dweight, dbias
     near = x.detach().abs().nan_to_num().amax().item()
-    for name, value, wanted in zip(("y", "dx", "dweight", "dbias"), found, expected, strict=True):
-        if activation == "relu" and name != "y":  # rounding decides the gate where the value in front of it is near 0
-            agree = ((value.double() - wanted).abs() < 0.05 * (1 + wanted.abs())).double().mean()
-            assert agree > 0.99, name
-            continue
+    for value, wanted in zip(found, expected, strict=True):  # y, dx, dweight, dbias
         scale = max(1.0, wanted.abs().amax().item(), near)
         torch.testing.assert_close(value.double(), wanted, rtol=0, atol=UNITS[dtype] * torch.finfo(dtype).eps * scale)

@@ -86,6 +86,24 @@ def samples_of_backward(layout):
     yield dy, x, saved, None, None, None, None, True, *NONE, False, False, True, True
 
 
+def samples_of_forward_groups_(layout):
+    running = vector(), vector()
+    skipped = torch.zeros(CHANNELS, dtype=torch.int64)
+    affine = vector(), vector()
+    yield values(layout), values(layout), *affine, *running, torch.tensor(3), 2, 1, True, True, 0.1, EPS, *RELU, skipped
+    yield values(layout), None, None, None, *running, torch.tensor(3), 2, 1, False, True, None, EPS, *NONE, None
+    yield values(layout), None, *affine, None, None, None, 2, 1, True, False, 0.0, EPS, *SOFTPLUS, None
+
+
+def samples_of_backward_groups(layout):
+    saved = torch.rand(6, CHANNELS, dtype=torch.float64)
+    dy, x, y = values(layout), values(layout), values(layout)
+    yield dy, x, saved, vector(), vector(), y, None, 2, 1, *RELU, True, True, True, True
+    yield dy, x, saved, vector(), vector(), None, y, 2, 1, *SOFTPLUS, True, True, False, True
+    yield dy, x, saved, None, None, None, None, 2, 1, *NONE, True, False, False, False
+    yield dy, x, saved, vector(), vector(), None, None, 2, 1, *RELU, False, False, True, True
+
+
 def samples_of_inplace_(layout):
     running = vector(), vector()
     yield values(layout), vector(), vector(), *running, torch.tensor(3), True, True, 0.1, EPS, *LEAKY_RELU
@@ -119,6 +137,8 @@ SAMPLES = {
     "forward": samples_of_forward,
     "forward_": samples_of_forward_,
     "backward": samples_of_backward,
+    "forward_groups_": samples_of_forward_groups_,
+    "backward_groups": samples_of_backward_groups,
 }
 
 

@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from variants.collected import for_each, for_each_shape, small
 from variants.contract import assert_close, assert_same, buffers_of, layer_of, run
 
+import evenkeel as ek
+
 TORCHS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -148,6 +150,9 @@ def test_a_poisoned_channel_keeps_its_running_moments(variant, shape, poison):
         found, sound = layer.get_buffer(name), twin.get_buffer(name).clone()
         sound[..., 1] = before[name][..., 1]
         assert_close({name: found}, {name: sound}, 1e-10)
+    if not isinstance(layer, ek.VirtualBatchNorm):  # whose running moments take in reference batches alone
+        assert (layer.skipped_updates[..., 1] > 0).any()
+    assert int(layer.skipped_updates.sum()) == int(layer.skipped_updates[..., 1].sum())
 
 
 @for_each()

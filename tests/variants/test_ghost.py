@@ -13,9 +13,7 @@ from evenkeel.nn import groups
 from evenkeel.nn.ghost import GhostBatchNorm
 
 ACTIVATIONS = {None: lambda v: v, "relu": F.relu, "silu": F.silu, "leaky_relu": F.leaky_relu}
-#: Rows of 129 and 132 values go through the kernels in rows, the others group by group.
 SHAPES = ((7, 3), (7, 3, 129), (6, 4, 11, 12), (7, 4, 3, 3))
-ROWS = [len(shape) > 2 and torch.Size(shape[2:]).numel() >= groups.LEAST_ROW for shape in SHAPES]
 
 
 def layer_for(channels, size, dtype=torch.float64, **keywords):
@@ -39,8 +37,9 @@ def by_formula(layer, x, residual, activation, sizes):
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_formula(shape, layout, with_residual, activation):
+def test_formula(shape, kernels, layout, with_residual, activation):
     x, residual, dy = torch.randn(3, *shape, dtype=torch.float64) * 2 + 1
     if layout == "channels last":
         x, residual, dy = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, residual, dy))
@@ -49,16 +48,13 @@ def test_formula(shape, layout, with_residual, activation):
     leaves += [residual.requires_grad_()] if with_residual else []
     residual = residual if with_residual else None
     sizes = [3, 3, 1] if shape[0] == 7 and len(shape) > 2 else [3, 4] if shape[0] == 7 else [3, 3]
-    y = layer(x, residual, activation=activation)
+    with ek.kernels.use(kernels):
+        y = layer(x, residual, activation=activation)
     expected = by_formula(layer, x, residual, activation, sizes)
     torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
     assert y.stride() == x.stride()
     for found, wanted in zip(gradients(y, leaves, dy), gradients(expected, leaves, dy), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
-
-
-def test_both_ways_are_tried():
-    assert ROWS == [False, True, True, False]
 
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])

@@ -4,6 +4,7 @@ from evenkeel.control.accumulation import Accumulated, accumulate_statistics
 from evenkeel.control.exact import backward_as_one_batch
 from evenkeel.control.freezing import Frozen, assert_frozen, freeze, frozen, unfreeze
 from evenkeel.control.pausing import pause_statistics
+from evenkeel.control.scaling import follow_scaler
 
 __all__ = [
     "Accumulated",
@@ -11,6 +12,7 @@ __all__ = [
     "accumulate_statistics",
     "assert_frozen",
     "backward_as_one_batch",
+    "follow_scaler",
     "freeze",
     "frozen",
     "pause_statistics",

@@ -6,7 +6,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import has_torch_function
 
 from evenkeel.activations import NONE, resolve
@@ -14,6 +13,7 @@ from evenkeel.arguments import State
 from evenkeel.errors import describe, locate
 from evenkeel.functional import Options, layer_batch_norm
 from evenkeel.masking import TOO_FEW
+from evenkeel.nn.skipped import CountsSkipped, counter_beside
 
 
 def refuse_script(module: torch.nn.Module) -> NoReturn:
@@ -24,11 +24,6 @@ def refuse_script(module: torch.nn.Module) -> NoReturn:
     )
 
 
-def _on(counter: Tensor | None, running: Tensor | None) -> Tensor | None:
-    """The counter where it can count: not where state from a file took the place of a layer's on another device."""
-    return counter if counter is not None and running is not None and counter.device == running.device else None
-
-
 def _fx_proxy(*values: Any) -> Any:
     """The torch.fx proxy among the values, if a graph is being traced."""
     from torch.fx import Proxy  # only here: not every program traces
@@ -36,7 +31,7 @@ def _fx_proxy(*values: Any) -> Any:
     return next((value for value in values if isinstance(value, Proxy)), None)
 
 
-class FusedBatchNorm(_BatchNorm):
+class FusedBatchNorm(CountsSkipped):
     """What all drop-in layers share: the forward. State, constructor and state_dict are ``torch.nn``'s."""
 
     #: Legal numbers of dimensions of the input; None for any from two on.
@@ -59,7 +54,6 @@ class FusedBatchNorm(_BatchNorm):
         newer = {} if bias else {"bias": False}  # older versions of torch do not have it
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
         self.set_policy(too_few)
-        self.count_skipped()
 
     def set_policy(self, too_few: str) -> None:
         """What one value per channel is in training from now on; see :class:`BatchNorm`."""
@@ -67,12 +61,6 @@ class FusedBatchNorm(_BatchNorm):
             raise ValueError(f"{type(self).__name__}: too_few must be one of {TOO_FEW}; got {describe(too_few)}")
         if too_few != self.too_few:
             self.too_few = too_few
-
-    def count_skipped(self) -> None:
-        """Begin to count, from 0 on, the updates that are left out because the batch's moments are not finite."""
-        mean = self.running_mean
-        skipped = None if mean is None else torch.zeros(mean.shape, dtype=torch.int64, device=mean.device)
-        self.register_buffer("skipped_updates", skipped, persistent=False)
 
     def forward(  # type: ignore[override]
         self,
@@ -127,7 +115,7 @@ class FusedBatchNorm(_BatchNorm):
             running_mean = running_var = None
         state = State(
             running_mean, running_var, batches, training or running_mean is None, update, self.momentum, self.eps,
-            type(self).__name__, _on(buffers.get("skipped_updates"), running_mean),
+            type(self).__name__, counter_beside(running_mean, buffers.get("skipped_updates")),
         )  # fmt: skip
         try:
             return layer_batch_norm(x, residual, weight, bias, state, options, self._ranks, self.too_few)
@@ -135,12 +123,6 @@ class FusedBatchNorm(_BatchNorm):
             if not torch.compiler.is_compiling():
                 locate(error, self)
             raise
-
-    def reset_running_stats(self) -> None:
-        super().reset_running_stats()
-        skipped = self._buffers.get("skipped_updates")
-        if skipped is not None:
-            skipped.zero_()
 
     def extra_repr(self) -> str:
         return str(super().extra_repr()) + (f", too_few={self.too_few!r}" if self.too_few != "error" else "")

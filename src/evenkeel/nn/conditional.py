@@ -13,8 +13,9 @@ from evenkeel.activations import NONE, resolve
 from evenkeel.arguments import check_arguments
 from evenkeel.errors import describe
 from evenkeel.functional import refuse_jit
+from evenkeel.layout import counted
 from evenkeel.moments import broadcast_mask, compute_dtype
-from evenkeel.nn.plain import by_batch, clean
+from evenkeel.nn.plain import by_batch
 from evenkeel.nn.tables import adopt, expand_rows, options_of
 from evenkeel.nn.variant import Variant
 
@@ -170,13 +171,13 @@ class ConditionalBatchNorm(Variant):
             raise ValueError(f"{what}: x must have {self.num_features} channels at dimension 1; got {describe(x)}")
         dtype = compute_dtype(x)
         gain, shift = self._affine(x, condition)
-        counted = None if mask is None else broadcast_mask(mask, x)
-        if counted is not None:
-            x, residual = clean(x, counted), None if residual is None else clean(residual, counted)
+        counts = None if mask is None else broadcast_mask(mask, x)
+        if counts is not None:
+            x, residual = counted(counts, x), None if residual is None else counted(counts, residual)
 
         wide, moments = x.to(dtype), None
         if self.uses_batch():
-            y, moments = by_batch(wide, None, None, None, self.eps, NONE, counted, self.counts())
+            y, moments = by_batch(wide, None, None, None, self.eps, NONE, counts, self.counts())
         else:
             y = fused.batch_norm(wide, None, None, None, self._state(), NONE)
         if gain is not None and shift is not None:
@@ -187,7 +188,7 @@ class ConditionalBatchNorm(Variant):
         y = act.forward(y).to(x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
         if moments is not None:
             self.update_running(moments)
-        return y if counted is None else torch.where(counted, y, 0)
+        return y if counts is None else counted(counts, y)
 
     def _affine(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """γ and β of each sample, (N, C); None where there are no tables."""

@@ -14,9 +14,10 @@ from evenkeel.activations import Activation, resolve
 from evenkeel.arguments import State, check_arguments
 from evenkeel.errors import describe
 from evenkeel.functional import refuse_jit
+from evenkeel.layout import counted
 from evenkeel.moments import Moments, broadcast_mask
 from evenkeel.nn.kinds import Groups
-from evenkeel.nn.plain import by_batch, clean
+from evenkeel.nn.plain import by_batch
 from evenkeel.nn.tables import adopt, expand_rows, options_of
 from evenkeel.nn.variant import Variant
 
@@ -103,6 +104,7 @@ class DomainBatchNorm(Variant):
             self.running_mean = self.running_mean.repeat(rows, 1)
             self.running_var = self.running_var.repeat(rows, 1)
             self.num_batches_tracked = self.num_batches_tracked.repeat(rows)
+            self.count_skipped()
         if affine and not share_affine:
             self.weight = torch.nn.Parameter(self.weight.detach().repeat(rows, 1))
             self.bias = torch.nn.Parameter(self.bias.detach().repeat(rows, 1))
@@ -156,17 +158,17 @@ class DomainBatchNorm(Variant):
         act = resolve(what, activation)
         rows = self.rows_of(self.domain if domain is None else domain, what)
         self._check(rows[0] if isinstance(rows, list) else rows, x, residual)
-        counted = None if mask is None else broadcast_mask(mask, x)
-        if counted is not None:
-            x, residual = clean(x, counted), None if residual is None else clean(residual, counted)
+        counts = None if mask is None else broadcast_mask(mask, x)
+        if counts is not None:
+            x, residual = counted(counts, x), None if residual is None else counted(counts, residual)
         found: dict[int, Moments] = {}
         if isinstance(rows, list):
-            y = self._by_sample(x, residual, rows, act, counted, found)
+            y = self._by_sample(x, residual, rows, act, counts, found)
         else:
-            y = self._one(rows, x, residual, act, counted, found)
+            y = self._one(rows, x, residual, act, counts, found)
         if found and self.counts():
             self.update_running(_rows(found, len(self.domains)))
-        return y if counted is None else torch.where(counted, y, 0)
+        return y if counts is None else counted(counts, y)
 
     def _one(
         self,

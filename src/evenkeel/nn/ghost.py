@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from evenkeel import fused
 from evenkeel.activations import Activation
 from evenkeel.errors import describe
 from evenkeel.moments import Moments
@@ -54,9 +55,8 @@ class GhostBatchNorm(Variant):
         As :func:`evenkeel.functional.batch_norm`, per group. Moments are float64.
 
     Cost:
-        Contiguous x of 128 positions or more: two passes over x in the forward, two over x and dy in the backward, and
-        no copy. Otherwise a copy of x in both, and for each group a batch normalization in place on its part of it.
-        Saved for the backward: as batch normalization, and the moments of the groups.
+        As batch normalization of each group, one after the other, written into one tensor. Saved for the backward: as
+        batch normalization, and the moments of the groups.
 
     Raises:
         TypeError, ValueError: for input that can't be normalized, such as one value per channel and group; the running
@@ -93,8 +93,14 @@ class GhostBatchNorm(Variant):
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
         sizes = self._sizes(x) if self.training else [x.shape[0]]
-        y, moments = normalize_groups(x, residual, self.weight, self.bias, sizes, self._state(), act)
-        if self.running == "pooled" or len(sizes) == 1:
+        asked = "update_running" in vars(self)  # by someone who takes the moments himself
+        state, pooled = self._state()._replace(update=self.counts() and not asked), self.running == "pooled"
+        if len(sizes) == 1 and not asked:
+            return fused.batch_norm(x, residual, self.weight, self.bias, state, act)
+        y, moments = normalize_groups(x, residual, self.weight, self.bias, sizes, state, act, pooled)
+        if moments is None:
+            return y
+        if pooled or len(sizes) == 1:
             self.update_running(merge_rows(moments))
         else:
             for count, mean, m2 in zip(moments.count, moments.mean, moments.m2, strict=True):

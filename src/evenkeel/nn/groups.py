@@ -1,9 +1,7 @@
 """Batch normalization of consecutive groups of samples, each by its own moments.
 
-Two ways, chosen by layout. Contiguous values of many positions, (N, C, *S), are N·C rows of S values in memory: the
-kernels see N·C channels of one sample, their moments merge to those of the groups, and no value is copied. Elsewhere
-(channels-last, few positions) each group is a batch normalization, in place on a copy that stands where its result
-belongs: that is faster than to copy the result.
+The native operators walk the groups and write into one result. Elsewhere each group is a batch normalization, and the
+results are put together.
 """
 
 from __future__ import annotations
@@ -13,16 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evenkeel import composite, fused, inplace, kernels, ops
-from evenkeel.activations import NAMED, Activation
+from evenkeel import composite, fused, kernels, ops
+from evenkeel.activations import Activation
 from evenkeel.arguments import State
 from evenkeel.functional import moments as moments_of
-from evenkeel.layout import dense
-from evenkeel.moments import Moments, compute_dtype
-
-#: Fewer values in a row than this, and what each row costs (its mean and so on, in float64) outweighs the copies.
-LEAST_ROW = 128
-_RELU = NAMED["relu"].code
+from evenkeel.layout import dense, is_channels_last
+from evenkeel.moments import Moments
 
 
 def merge_rows(rows: Moments, groups: Tensor | None = None, number: int = 1) -> Moments:
@@ -47,25 +41,55 @@ def merge_rows(rows: Moments, groups: Tensor | None = None, number: int = 1) -> 
 
 def normalize_groups(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, sizes: list[int], state: State,
-    act: Activation,
-) -> tuple[Tensor, Moments]:  # fmt: skip
+    act: Activation, pooled: bool = True,
+) -> tuple[Tensor, Moments | None]:  # fmt: skip
     """``act(bn(x) + residual)`` with each group of samples normalized by itself, and the groups' moments in rows.
 
     Args:
-        sizes: Samples per group; their sum is N, and each has two values per channel (or there is one group).
-        state: For its eps; the running moments are left alone.
+        sizes: Samples per group, the same but for the last; their sum is N, and each has two values per channel (or
+            there is one group).
+        state: Where its ``update`` says so, the native operators let the groups enter the running moments.
+        pooled: Let the groups enter the running moments merged, as one batch; else one by one.
+
+    Returns:
+        y, and the moments of the groups, or None where they have entered the running ones.
     """
-    plain = type(x) in fused.PLAIN and not torch.compiler.is_compiling() and not fused.transformed()
-    if not plain or len(sizes) == 1 or x.numel() == 0:
-        xs = x.split(sizes)
-        residuals = [None] * len(xs) if residual is None else residual.split(sizes)
-        ys = [fused.batch_norm(*each, weight, bias, state, act) for each in zip(xs, residuals, strict=True)]
-        parts = [moments_of(each.detach()) for each in xs]
-        stacked = [torch.stack(values) for values in zip(*((m.count, m.mean, m.m2) for m in parts), strict=True)]
-        return ys[0] if len(ys) == 1 else torch.cat(ys), Moments(stacked[0][:, None], *stacked[1:])
-    y, mean, var = _Groups.apply(dense(x), residual, weight, bias, sizes, state, act)
-    count = (mean.new_tensor(sizes) * x[0, 0].numel())[:, None]
-    return y, Moments(count, mean, var * count)
+    if len(sizes) > 1 and _native(x):
+        try:
+            y, saved = _apply(dense(x), residual, weight, bias, len(sizes), sizes[0], state, act, pooled)
+        except RuntimeError as error:
+            if not fused.declined(error):
+                raise
+            fused.announce_declined(error)
+        else:
+            return y, None if state.update else _rows(saved, sizes, x)
+    xs = x.split(sizes)
+    residuals = [None] * len(xs) if residual is None else residual.split(sizes)
+    alone = state._replace(update=False)
+    ys = [fused.batch_norm(*each, weight, bias, alone, act) for each in zip(xs, residuals, strict=True)]
+    parts = [moments_of(each.detach()) for each in xs]
+    stacked = [torch.stack(values) for values in zip(*((m.count, m.mean, m.m2) for m in parts), strict=True)]
+    if len(ys) == 1:
+        y = ys[0]
+    else:  # in x's layout
+        y = torch.cat([y.movedim(1, -1) for y in ys]).movedim(-1, 1) if is_channels_last(x) else torch.cat(ys)
+    return y, Moments(stacked[0][:, None], *stacked[1:])
+
+
+def _rows(saved: Tensor, sizes: list[int], x: Tensor) -> Moments:
+    mean, var, _ = saved.view(len(sizes), 3, -1).unbind(1)
+    count = mean.new_tensor(sizes)[:, None] * x[0, 0].numel()
+    return Moments(count, mean, var * count)
+
+
+def _native(x: Tensor) -> bool:
+    return (
+        type(x) in fused.PLAIN
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not fused.transformed()
+        and kernels.native_takes(x)
+    )
 
 
 class _Groups(torch.autograd.Function):
@@ -76,155 +100,51 @@ class _Groups(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        sizes: list[int],
+        groups: int,
+        size: int,
         state: State,
         act: Activation,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        by_rows = _in_rows(x, residual, act)
-        ctx.kind = _by_rows if by_rows else _by_groups
-        y, saved = (_forward_rows if by_rows else _forward_groups)(x, residual, weight, bias, sizes, state, act)
+        pooled: bool,
+    ) -> tuple[Tensor, Tensor]:
+        y, saved = torch.ops.evenkeel.forward_groups_(
+            x, residual, weight, bias, state.running_mean, state.running_var, state.num_batches_tracked, groups, size,
+            pooled, state.update, state.momentum, state.eps, act.code, act.a, act.b, state.skipped,
+        )  # fmt: skip
+        fused.mark_updated(state)
         ctx.save_for_backward(x, weight, saved, *ops.gate_needs(act.code, residual, bias, y))
-        ctx.options = sizes, state.eps, act, None if residual is None else residual.dtype
-        mean, var = saved[:, 0].clone(), saved[:, 1].clone()
-        ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
+        ctx.mark_non_differentiable(saved)
+        ctx.options = groups, size, state.eps, act, None if residual is None else residual.dtype
+        return y, saved
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         x, weight, saved, bias, y, residual = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
-        sizes, eps, act, residual_dtype = ctx.options
+        groups, size, eps, act, residual_dtype = ctx.options
+        write_residual = needs[1] and act.code != 0
         if torch.is_grad_enabled() or fused.transformed():  # create_graph=True, or a derivative of the backward
-            given = ([None] * len(sizes) if t is None else t.split(sizes) for t in (dy, x, y, residual))
+            sizes = [size] * (groups - 1) + [x.shape[0] - size * (groups - 1)]
+            given = ([None] * groups if t is None else t.split(sizes) for t in (dy, x, y, residual))
             parts = [
                 composite.backward(dy_g, x_g, weight, bias, None, y_g, residual_g, eps, act)
                 for dy_g, x_g, y_g, residual_g in zip(*given, strict=True)
             ]
             dxs, dresiduals, dweights, dbiases = zip(*parts, strict=True)
-            grads = (torch.cat(dxs), torch.cat(dresiduals), sum(dweights), sum(dbiases))
+            grads = [torch.cat(dxs), torch.cat(dresiduals), sum(dweights), sum(dbiases)]
         else:
-            grads = ctx.kind(dy, x, saved, weight, bias, y, residual, sizes, act, needs)
+            grads = list(
+                torch.ops.evenkeel.backward_groups(
+                    dy, x, saved, weight, bias, y, residual, groups, size, act.code, act.a, act.b, needs[0],
+                    write_residual, *needs[2:],
+                )
+            )  # fmt: skip
+            if needs[1] and not write_residual:
+                grads[1] = dy
         found = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         if found[1] is not None:
             found[1] = found[1].to(residual_dtype)
-        return (*found, None, None, None)
+        return (*found, None, None, None, None, None)
 
 
-# ---- group by group
-
-
-def _forward_groups(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, sizes: list[int], state: State,
-    act: Activation,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y, and mean, var and rstd of each group as one (G, 3, C) tensor."""
-    y = torch.empty_like(x, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
-    saved = []
-    residuals = [None] * len(sizes) if residual is None else residual.split(sizes)
-    for x_g, residual_g, y_g in zip(x.split(sizes), residuals, y.split(sizes), strict=True):
-        if residual_g is None:
-            saved.append(inplace._forward(y_g.copy_(x_g), weight, bias, state, act))
-        else:
-            result, moments = fused._forward(x_g, residual_g, weight, bias, state, act)
-            y_g.copy_(result)
-            saved.append(moments)
-    return y, torch.stack(saved)
-
-
-def _by_groups(
-    dy: Tensor, x: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None,
-    residual: Tensor | None, sizes: list[int], act: Activation, needs: tuple[bool, ...],
-) -> tuple[Any, ...]:  # fmt: skip
-    need_x, need_residual, need_weight, need_bias = needs
-    write_residual = need_residual and act.code != 0
-    dx = torch.empty_like(x) if need_x else None
-    dresidual = torch.empty_like(dy) if write_residual else dy
-    dweight = dbias = None
-    given = ([None] * len(sizes) if t is None else t.split(sizes) for t in (dy, x, y, residual, dx, dresidual))
-    for (dy_g, x_g, y_g, residual_g, dx_g, dresidual_g), saved_g in zip(zip(*given, strict=True), saved, strict=True):
-        if need_x and residual_g is None and y_g is None and not write_residual:
-            found_x, found_weight, found_bias = inplace._backward(
-                dy_g, dx_g.copy_(x_g), saved_g, weight, bias, True, act, True, need_weight, need_bias
-            )
-        else:
-            found_x, found_residual, found_weight, found_bias = fused.backward(
-                dy_g, x_g, saved_g, weight, bias, y_g, residual_g, True, act, need_x, write_residual, need_weight,
-                need_bias,
-            )  # fmt: skip
-        if need_x and found_x is not dx_g:
-            dx_g.copy_(found_x)
-        if write_residual:
-            dresidual_g.copy_(found_residual)
-        if need_weight:
-            dweight = found_weight if dweight is None else dweight + found_weight
-        if need_bias:
-            dbias = found_bias if dbias is None else dbias + found_bias
-    return dx, dresidual, dweight, dbias
-
-
-# ---- all at once, a row of S values being a channel
-
-
-def _in_rows(x: Tensor, residual: Tensor | None, act: Activation) -> bool:
-    return (
-        kernels.native_takes(x)
-        and x.is_contiguous()
-        and x[0, 0].numel() >= LEAST_ROW
-        # The residual's gradient is then dy, or dy where y is positive, without another look at x.
-        and (residual is None or (residual.dtype == x.dtype and act.code in (0, _RELU)))
-    )
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(1, -1, x[0, 0].numel())
-
-
-def _of_samples(values: Tensor, sizes: list[int]) -> Tensor:
-    """Values of the groups (G, C) as those of the rows (N·C,)."""
-    return values.repeat_interleave(torch.tensor(sizes, device=values.device), 0).flatten()
-
-
-def _affine_rows(x: Tensor, vector: Tensor | None) -> Tensor | None:
-    return (
-        None
-        if vector is None
-        else vector.to(torch.promote_types(vector.dtype, compute_dtype(x))).expand(x.shape[0], -1).reshape(-1)
-    )
-
-
-def _forward_rows(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, sizes: list[int], state: State,
-    act: Activation,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    values, length = _rows(x), x[0, 0].numel()
-    mean, var = torch.ops.evenkeel.stats(values, None).view(2, *x.shape[:2])
-    rows = Moments(mean.new_full((len(mean), 1), length), mean, var * length)
-    index = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    moments = merge_rows(rows, index, len(sizes))
-    rstd = (moments.var + state.eps).rsqrt()
-    y = torch.ops.evenkeel.apply(
-        values, _of_samples(moments.mean, sizes), _of_samples(rstd, sizes), _affine_rows(x, weight),
-        _affine_rows(x, bias), None if residual is None else _rows(residual), act.code, act.a, act.b,
-    )  # fmt: skip
-    return y.view(x.shape), torch.stack((moments.mean, moments.var, rstd), 1)
-
-
-def _by_rows(
-    dy: Tensor, x: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None,
-    residual: Tensor | None, sizes: list[int], act: Activation, needs: tuple[bool, ...],
-) -> tuple[Any, ...]:  # fmt: skip
-    if y is not None:  # ReLU after a residual
-        dy, act = act.gradient(dy, y), NAMED[None]
-    mean, _, rstd = (_of_samples(values, sizes) for values in saved.unbind(1))
-    given = (_rows(dy), _rows(x), mean, rstd, _affine_rows(x, weight), _affine_rows(x, bias), None, None)
-    options = act.code, act.a, act.b
-    sums = torch.ops.evenkeel.grad_stats(*given, *options).view(2, *x.shape[:2])
-    index = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    of_groups = sums.new_zeros(2, len(sizes), x.shape[1]).index_add(1, index, sums)
-    dx = None
-    if needs[0]:
-        count = sums.new_tensor(sizes)[:, None] * x[0, 0].numel()
-        means = torch.stack([_of_samples(values, sizes) for values in of_groups / count])
-        dx = torch.ops.evenkeel.grad_input(*given, means, *options).view(x.shape)
-    dbias, dweight = of_groups.sum(1)
-    return dx, dy, dweight, dbias
+# See fused: without Function.apply's preparations for torch.func, which has been ruled out.
+_apply = super(torch.autograd.Function, _Groups).apply

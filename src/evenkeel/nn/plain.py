@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from evenkeel import functional, fused
@@ -38,8 +37,3 @@ def by_batch(
     var = moments.m2 / moments.count.clamp(min=1)  # 0 where the mask leaves no value
     detached = Moments(moments.count, moments.mean.detach(), moments.m2.detach())
     return normalize(x, moments.mean, var, weight, bias, eps, residual, act), detached
-
-
-def clean(values: Tensor, mask: Tensor) -> Tensor:
-    """The values that count, and 0 for the others: NaN times a gradient of 0 would be NaN."""
-    return torch.where(mask, values, 0)

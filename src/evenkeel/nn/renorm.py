@@ -16,6 +16,7 @@ from evenkeel.errors import describe
 from evenkeel.functional import moments as moments_of
 from evenkeel.moments import Moments, compute_dtype
 from evenkeel.nn.variant import Variant
+from evenkeel.running import averaged
 
 #: A bound, or what gives it from the number of batches so far (an integer tensor of shape ()).
 Bound = float | Callable[[Tensor], Tensor]
@@ -183,11 +184,11 @@ class BatchRenorm(Variant):
             return bound(self.num_batches_tracked).to(like)
         return torch.full((), bound, dtype=like.dtype, device=like.device)
 
-    def averaged_var(self, var: Tensor, moments: Moments, momentum: float | Tensor) -> Tensor:
+    def averaged_var(self, running: Tensor, biased: Tensor, unbiased: Tensor, momentum: float | Tensor) -> Tensor:
         if self.running == "variance":
-            return super().averaged_var(var, moments, momentum)
-        sigma = (var + self.eps).sqrt()
-        return (sigma + ((moments.var + self.eps).sqrt() - sigma) * momentum).square() - self.eps
+            return super().averaged_var(running, biased, unbiased, momentum)
+        old, new = ((var + self.eps).sqrt() for var in (running, biased))
+        return averaged(old, new, momentum).square() - self.eps
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}, running={self.running!r}"

@@ -203,6 +203,9 @@ class SyncBatchNorm(Variant):
             new.weight, new.bias = layer.weight, layer.bias
             new.running_mean, new.running_var = layer.running_mean, layer.running_var
             new.num_batches_tracked = layer.num_batches_tracked
+            new.register_buffer("skipped_updates", layer._buffers.get("skipped_updates"), persistent=False)
+            if new._buffers["skipped_updates"] is None:
+                new.count_skipped()
             return new.train(layer.training)
         raise ValueError(
             f"convert_sync_batchnorm: {name!r}, a {type(layer).__name__}, {reason}, which a synchronized layer would "

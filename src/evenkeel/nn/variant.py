@@ -6,18 +6,19 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from evenkeel import fused
 from evenkeel.activations import Activation, resolve
 from evenkeel.arguments import State, check_arguments
 from evenkeel.functional import refuse_jit
-from evenkeel.layout import per_channel
+from evenkeel.layout import counted, per_channel
 from evenkeel.moments import Moments, broadcast_mask, compute_dtype
 from evenkeel.nn.batch_norm import refuse_script
+from evenkeel.nn.skipped import CountsSkipped, counter_beside
+from evenkeel.running import averaged, update_running
 
 
-class Variant(_BatchNorm):
+class Variant(CountsSkipped):
     """A batch normalization whose training forward is its own; constructor, state and evaluation are ``torch.nn``'s.
 
     A subclass supplies :meth:`normalize_batch`, and buffers or arguments of its own where it has any. In evaluation the
@@ -56,13 +57,13 @@ class Variant(_BatchNorm):
                 raise ValueError(f"{what}: a mask has no meaning for this layer; leave it out, or use ek.BatchNorm")
             mask = broadcast_mask(mask, x)
             # NaN in what is masked would reach the parameters' gradients, as 0·NaN.
-            x = torch.where(mask, x, 0)
-            residual = None if residual is None else torch.where(mask, residual, 0)
+            x = counted(mask, x)
+            residual = None if residual is None else counted(mask, residual)
         if self.uses_batch():
             y = self.normalize_batch(x, residual, act, mask)
         else:
             y = self.normalize_running(x, residual, act)
-        return y if mask is None else torch.where(mask, y, 0)
+        return y if mask is None else counted(mask, y)
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
         """The forward where the batch normalizes: in training, and without running moments always.
@@ -88,37 +89,22 @@ class Variant(_BatchNorm):
         return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 
     def update_running(self, moments: Moments) -> None:
-        """Let a batch's moments enter the running ones, once; channels that are not finite, or of fewer than two
-        values, stay as they are.
+        """Let a batch's moments enter the running ones, once; see :func:`evenkeel.running.update_running`.
 
         Moments and running moments may have a row per domain, (D, C), each with its own count.
         """
-        if not self.counts() or self.running_mean is None or self.running_var is None:
-            return
-        with torch.no_grad():
-            assert self.num_batches_tracked is not None
-            known = moments.count > 0
-            self.num_batches_tracked.add_(known.any(-1))
-            momentum: float | Tensor
-            if self.momentum is None:
-                momentum = 1 / self.num_batches_tracked.clamp(min=1).to(moments.mean.dtype)[..., None]
-            else:
-                momentum = self.momentum
-            good = moments.mean.isfinite() & moments.var_unbiased.isfinite()
-            mean, var = (running.to(moments.mean.dtype) for running in (self.running_mean, self.running_var))
-            new_mean = mean + (moments.mean - mean) * momentum
-            new_var = self.averaged_var(var, moments, momentum)
-            self.running_mean.copy_(torch.where(good, new_mean, mean))
-            self.running_var.copy_(torch.where(good, new_var, var))
+        if self.counts():
+            var = moments.m2.detach() / moments.count.clamp(min=1)
+            update_running(self._state(), moments.mean, var, moments.count, self.averaged_var)
 
-    def averaged_var(self, var: Tensor, moments: Moments, momentum: float | Tensor) -> Tensor:
-        """The running variance after ``var`` when a batch's moments enter it with the weight ``momentum``."""
-        return var + (moments.var_unbiased - var) * momentum
+    def averaged_var(self, running: Tensor, biased: Tensor, unbiased: Tensor, momentum: float | Tensor) -> Tensor:
+        """The running variance after ``running`` when a batch's enters it with the weight ``momentum``."""
+        return averaged(running, unbiased, momentum)
 
     def _state(self) -> State:
         return State(
             self.running_mean, self.running_var, self.num_batches_tracked, self.uses_batch(), False, self.momentum,
-            self.eps, type(self).__name__,
+            self.eps, type(self).__name__, counter_beside(self.running_mean, self._buffers.get("skipped_updates")),
         )  # fmt: skip
 
     def _check_input_dim(self, input: Tensor) -> None:

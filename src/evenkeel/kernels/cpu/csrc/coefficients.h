@@ -10,6 +10,7 @@
 #include "loops.h"
 #include "parallel.h"
 #include "problem.h"
+#include "running.h"
 
 namespace {
 
@@ -122,18 +123,7 @@ inline bool streams(const Problem& p) {
 // What follows from mean and var: rstd, and the running moments when the batch's are in use.
 inline void finish_moments(const Problem& p, int64_t begin, int64_t end) {
   for (int64_t c = begin; c < end; ++c) p.rstd[c] = 1.0 / __builtin_sqrt(p.var[c] + p.eps);
-  if (!p.training || !p.running_mean) return;
-  const double count = p.mask ? p.count : (double)p.per_channel();
-  if (count < 2) return;  // no variance to learn from
-  const double unbiased = count / (count - 1), keep = 1.0 - p.momentum;
-  for (int64_t c = begin; c < end; ++c) {
-    if (!(p.mean[c] - p.mean[c] == 0 && p.var[c] - p.var[c] == 0)) {  // infinite or NaN
-      if (p.skipped) ++p.skipped[c];
-      continue;
-    }
-    p.running_mean[c] = keep * p.running_mean[c] + p.momentum * p.mean[c];
-    p.running_var[c] = keep * p.running_var[c] + p.momentum * p.var[c] * unbiased;
-  }
+  if (p.training && p.running_mean) update_running(p, p.mask ? p.count : (double)p.per_channel(), begin, end);
 }
 
 }  // namespace

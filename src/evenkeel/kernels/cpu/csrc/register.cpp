@@ -1,133 +1,16 @@
-// torch's side of the operators: checks tensors, allocates results, calls the kernels. With tensors.h the only file
-// that knows torch, through LibTorch's stable ABI, so that one binary serves several versions. The schemas are in
-// evenkeel/ops.py.
+// torch's side of the operators: checks tensors, allocates results, calls the kernels. With operands.h and tensors.h
+// the only file that knows torch, through LibTorch's stable ABI, so that one binary serves several versions. The
+// schemas are in evenkeel/ops.py.
 //
 // A case that the native kernels do not cover raises an error that begins with "evenkeel: unsupported" before anything
 // was written; Python then takes the reference back end.
 #include <tuple>
 
-#include "memory.h"
-#include "tensors.h"
+#include "groups.h"
+#include "operands.h"
+#include "running.h"
 
 namespace {
-
-using Body = void (*)(void*, int64_t, int64_t);
-
-void run_serially(int64_t tasks, Body body, void* context) { body(context, 0, tasks); }
-
-void run_in_parallel(int64_t tasks, Body body, void* context) {
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-
-// What the activation is called, with its parameters.
-struct Act {
-  int64_t code;
-  double a, b;
-};
-
-Problem problem_of(const Tensor& x, Act activation) {
-  static const int64_t core_cache = cache_bytes(2, 512 * 1024);
-  REQUIRE(x.is_cpu() && x.dim() >= 2 && x.numel() > 0, "x");
-  REQUIRE(activation.code >= 0 && activation.code < kActivations, "activation");
-  Problem p;
-  p.dtype = dtype_of(x, "x");
-  p.samples = x.size(0);
-  p.channels = x.size(1);
-  p.positions = x.numel() / (p.samples * p.channels);
-  // With one position per channel the two layouts coincide, and rows are the longer runs.
-  p.layout = p.positions > 1 && is_dense(x, false) ? Layout::contiguous : Layout::channels_last;
-  p.activation = static_cast<Activation>(activation.code);
-  p.a = activation.a;
-  p.b = activation.b;
-  p.x = x.data_ptr();
-  p.core_cache = core_cache;
-  return p;
-}
-
-using Operator = void (*Kernels::*)(const Problem&, Parallel);
-
-void run(Problem& p, Operator op) {
-  // What is written stays in cache for whoever reads it next, if all that is touched fits.
-  static const int64_t last_cache = cache_bytes(3, 32 * 1024 * 1024);
-  int64_t tensors = 0;
-  for (const void* t : {p.x, p.residual, (const void*)p.y, p.dy, (const void*)p.dx, (const void*)p.dresidual})
-    tensors += t != nullptr;
-  const int64_t bytes = p.channels * p.per_channel() * bytes_of(p.dtype);
-  const void* const written = p.dx ? p.dx : p.dresidual ? p.dresidual : p.y;
-  p.large = tensors * bytes > last_cache / 2;
-  p.streaming = p.large && written && has_pages(written, bytes);
-  const Kernels& kernels = active_kernels(p.dtype);
-  Doubles scratch(op == &Kernels::transpose ? 0 : kernels.scratch_doubles(p));
-  p.scratch = scratch.data();
-  (kernels.*op)(p, {p.is_small() ? run_serially : run_in_parallel});
-}
-
-// A contiguous copy of x unless it already lies as one of the two layouts.
-Tensor dense(const Tensor& x) { return is_dense(x, false) || is_dense(x, true) ? x : torch::stable::contiguous(x); }
-
-// t laid out as x, copied where it is not: gradients often arrive in another memory format, or expanded.
-Tensor laid_out_as(const Tensor& t, const Tensor& x, const char* name) {
-  REQUIRE(dtype_code(t) == dtype_code(x) && t.is_cpu(), name);
-  REQUIRE(same_shape(t, x), name);
-  const bool channels_last = !is_dense(x, false);
-  if (is_dense(t, channels_last)) return t;
-  Tensor copy = empty_as(x);
-  if (is_dense(t, !channels_last)) {
-    Problem p = problem_of(t, {});
-    p.y = copy.data_ptr();
-    run(p, &Kernels::transpose);
-  } else {
-    torch::stable::copy_(copy, t);
-  }
-  return copy;
-}
-
-// Tensors that live as long as an operator runs, laid out as x.
-struct Operands {
-  const Tensor x;
-  Problem p;
-  Vectors vectors;
-  Optional dy, y, residual;
-
-  Operands(const Tensor& given, Act activation) : x(dense(given)), p(problem_of(x, activation)), vectors(p.channels) {}
-
-  void take_affine(const Optional& weight, const Optional& bias) {
-    p.weight = vectors.take(weight, "weight");
-    p.bias = vectors.take(bias, "bias");
-  }
-
-  void take_residual(const Optional& given) {
-    if (given) residual = laid_out_as(*given, x, "residual"), p.residual = residual->data_ptr();
-  }
-
-  void take_gradient(const Tensor& given, const Optional& given_y, const Optional& given_residual) {
-    dy = laid_out_as(given, x, "dy"), p.dy = dy->data_ptr();
-    if (given_y) y = laid_out_as(*given_y, x, "y"), p.y = y->data_ptr();
-    take_residual(given_residual);
-  }
-
-  // Which values count, and what the others come out as: what `padding` has there, or 0.
-  void take_mask(const Optional& mask, const Tensor* padding) {
-    p.count = static_cast<double>(p.per_channel());
-    if (!mask) return;
-    REQUIRE(dtype_code(*mask) == aoti_torch_dtype_bool() && mask->is_cpu() && mask->is_contiguous(), "mask");
-    REQUIRE(mask->numel() == p.per_channel(), "mask");
-    p.mask = static_cast<const bool*>(mask->data_ptr());
-    int64_t count = 0;
-    for (int64_t i = 0; i < p.per_channel(); ++i) count += p.mask[i];
-    p.count = static_cast<double>(count);
-    if (padding) p.padding = padding->data_ptr();
-  }
-
-  double* rows(const Tensor& t, int64_t count, const char* name) const {
-    REQUIRE(dtype_code(t) == aoti_torch_dtype_float64() && t.is_cpu() && t.is_contiguous(), name);
-    REQUIRE(t.numel() == count * p.channels, name);
-    return doubles(t);
-  }
-
-  void take_moments(const Tensor& saved) { set_moments(rows(saved, 3, "saved")); }
-  void set_moments(double* saved) { p.mean = saved, p.var = saved + p.channels, p.rstd = saved + 2 * p.channels; }
-};
 
 // ---- the four operators
 
@@ -201,37 +84,59 @@ struct Buffers {
   double eps;
 };
 
-Tensor run_forward(Operands& o, const Buffers& buffers) {
+// The buffers as doubles, from which they are written back.
+struct Running {
+  double *mean, *var;
+  int64_t* batches;  // where they are counted
+  bool update;
+};
+
+Running take_running(Operands& o, const Buffers& buffers) {
   Problem& p = o.p;
-  double* const mean = o.vectors.take(buffers.mean, "running_mean");
-  double* const var = o.vectors.take(buffers.var, "running_var");
-  REQUIRE((mean == nullptr) == (var == nullptr) && (buffers.training || mean), "running moments");
-  const bool update = buffers.training && buffers.update;
-  int64_t* batches = nullptr;
-  if (buffers.batches && update) {
+  Running running{o.vectors.take(buffers.mean, "running_mean"), o.vectors.take(buffers.var, "running_var"), nullptr,
+                  buffers.training && buffers.update};
+  const bool has_moments = running.mean;
+  REQUIRE(has_moments == (running.var != nullptr) && (buffers.training || has_moments), "running moments");
+  if (buffers.batches && running.update) {
     const Tensor& t = *buffers.batches;
     REQUIRE(dtype_code(t) == aoti_torch_dtype_int64() && t.numel() == 1 && t.is_cpu(), "num_batches_tracked");
-    batches = static_cast<int64_t*>(t.data_ptr());
+    running.batches = static_cast<int64_t*>(t.data_ptr());
   }
-  REQUIRE(!update || !mean || buffers.momentum || batches, "momentum None without num_batches_tracked");
-  if (buffers.skipped && update) {
+  REQUIRE(!running.update || !has_moments || buffers.momentum || running.batches,
+          "momentum None without num_batches_tracked");
+  if (buffers.skipped && running.update) {
     const Tensor& t = *buffers.skipped;
     REQUIRE(dtype_code(t) == aoti_torch_dtype_int64() && t.numel() == p.channels && t.is_cpu() && t.is_contiguous(),
             "skipped_updates");
     p.skipped = static_cast<int64_t*>(t.data_ptr());
   }
-  p.momentum = buffers.momentum ? *buffers.momentum : batches ? 1.0 / static_cast<double>(*batches + 1) : 0;
   p.training = buffers.training;
   p.eps = buffers.eps;
+  if (running.update) p.running_mean = running.mean, p.running_var = running.var;
+  return running;
+}
 
+// The weight of the next batch.
+double momentum_of(const Buffers& buffers, const Running& running) {
+  if (buffers.momentum) return *buffers.momentum;
+  return running.batches ? 1.0 / static_cast<double>(*running.batches + 1) : 0;
+}
+
+void put_running(const Buffers& buffers, const Running& running) {
+  if (running.update && running.mean) put(*buffers.mean, running.mean), put(*buffers.var, running.var);
+}
+
+Tensor run_forward(Operands& o, const Buffers& buffers) {
+  Problem& p = o.p;
+  const Running running = take_running(o, buffers);
+  p.momentum = momentum_of(buffers, running);
   Tensor saved = empty_rows(3, p.channels);
   o.set_moments(doubles(saved));
-  if (update) p.running_mean = mean, p.running_var = var;
   if (!p.training)
-    for (int64_t c = 0; c < p.channels; ++c) p.mean[c] = mean[c], p.var[c] = var[c];
+    for (int64_t c = 0; c < p.channels; ++c) p.mean[c] = running.mean[c], p.var[c] = running.var[c];
   run(p, &Kernels::forward);
-  if (update && mean) put(*buffers.mean, mean), put(*buffers.var, var);
-  if (batches && p.count > 1) ++*batches;
+  put_running(buffers, running);
+  if (running.batches && p.count > 1) ++*running.batches;
   return saved;
 }
 
@@ -248,6 +153,43 @@ std::tuple<Tensor, Tensor> forward_(const Tensor& x, const Optional& residual, c
   o.p.y = y.data_ptr();
   Tensor saved =
       run_forward(o, {running_mean, running_var, num_batches_tracked, skipped, training, update, momentum, eps});
+  return {y, saved};
+}
+
+// In training alone. The running moments take the groups in merged, as one batch, or one after the other.
+std::tuple<Tensor, Tensor> forward_groups_(const Tensor& x, const Optional& residual, const Optional& weight,
+                                           const Optional& bias, const Optional& running_mean,
+                                           const Optional& running_var, const Optional& num_batches_tracked,
+                                           int64_t group_count, int64_t group_size, bool pooled, bool update,
+                                           std::optional<double> momentum, double eps, int64_t activation, double a,
+                                           double b, const Optional& skipped) {
+  Operands o(x, {activation, a, b});
+  Problem& p = o.p;
+  const Groups groups = groups_of(p, group_count, group_size);
+  o.take_affine(weight, bias);
+  o.take_residual(residual);
+  const Buffers buffers{running_mean, running_var, num_batches_tracked, skipped, true, update, momentum, eps};
+  const Running running = take_running(o, buffers);
+  Tensor y = empty_as(o.x);
+  p.y = y.data_ptr();
+  Tensor saved = empty_rows(groups.count * 3, p.channels);
+  o.set_moments(doubles(saved));
+  Doubles merged(pooled ? 2 * p.channels : 0);
+  for (int64_t g = 0; g < groups.count; ++g) {
+    Problem part = groups.part(p, g);
+    part.momentum = momentum_of(buffers, running);
+    if (pooled) part.running_mean = part.running_var = nullptr;
+    run(part, &Kernels::forward);
+    if (!pooled && running.batches) ++*running.batches;
+  }
+  if (pooled && p.running_mean) {
+    merge(groups, p, merged.data(), merged.data() + p.channels);
+    p.mean = merged.data(), p.var = p.mean + p.channels;
+    p.momentum = momentum_of(buffers, running);
+    evenkeel::update_running(p, static_cast<double>(p.per_channel()), 0, p.channels);
+  }
+  put_running(buffers, running);
+  if (pooled && running.batches) ++*running.batches;
   return {y, saved};
 }
 
@@ -294,39 +236,54 @@ Tensor rounded(const double* values, int64_t size, Dtype dtype) {
   return result;
 }
 
-// Runs the backward of all that p asks for; returns the gradients of weight and bias, where they are wanted.
-std::tuple<Tensor, Tensor> run_backward(Operands& o, bool need_weight, bool need_bias) {
+// Runs the backward of all that p asks for, group by group; returns the gradients of weight and bias, where they are
+// wanted.
+std::tuple<Tensor, Tensor> run_backward(Operands& o, const Groups& groups, bool need_weight, bool need_bias) {
   Problem& p = o.p;
   // The sums' pass is also what writes the residual's gradient, but for ReLU's in the second one.
   const bool pass = p.dresidual && (!p.dx || p.activation != Activation::relu);
   const bool need_sums = need_weight || need_bias || pass || (p.training && p.dx);
-  Doubles sums(need_sums ? 2 * p.channels : 0);
-  if (need_sums) p.sum_g = sums.data(), p.sum_gxhat = p.sum_g + p.channels;
-  if (need_sums || p.dx) run(p, &Kernels::backward);
-  return {need_weight ? rounded(p.sum_gxhat, p.channels, p.dtype) : undefined(),
-          need_bias ? rounded(p.sum_g, p.channels, p.dtype) : undefined()};
+  Doubles totals(need_sums ? 2 * p.channels : 0), sums(need_sums && groups.count > 1 ? 2 * p.channels : 0);
+  for (int64_t g = 0; (need_sums || p.dx) && g < groups.count; ++g) {
+    Problem part = groups.count > 1 ? groups.part(p, g) : p;
+    if (need_sums) part.sum_g = (g ? sums : totals).data(), part.sum_gxhat = part.sum_g + p.channels;
+    run(part, &Kernels::backward);
+    for (int64_t i = 0; need_sums && g && i < 2 * p.channels; ++i) totals.data()[i] += sums.data()[i];
+  }
+  return {need_weight ? rounded(totals.data() + p.channels, p.channels, p.dtype) : undefined(),
+          need_bias ? rounded(totals.data(), p.channels, p.dtype) : undefined()};
 }
 
 // dx, dresidual, dweight, dbias; those that are not asked for come back undefined (None in Python).
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(Operands& o, const Groups& groups, const Tensor& saved,
+                                                       const Tensor& dy, const Optional& weight, const Optional& bias,
+                                                       const Optional& y, const Optional& residual, bool need_input,
+                                                       bool need_residual, bool need_weight, bool need_bias,
+                                                       const Optional& mask, bool keep) {
+  // Without an activation the residual's gradient is dy itself: nothing to compute.
+  REQUIRE(!need_residual || ((y || residual) && o.p.activation != Activation::none),
+          "the gradient of a residual without its activation");
+  o.take_affine(weight, bias);
+  o.set_moments(o.rows(saved, 3 * groups.count, "saved"));
+  o.take_gradient(dy, y, residual);
+  o.take_mask(mask, keep ? &*o.dy : nullptr);
+  Tensor dx = need_input ? empty_as(o.x) : undefined();
+  Tensor dresidual = need_residual ? empty_as(o.x) : undefined();
+  if (need_input) o.p.dx = dx.data_ptr();
+  if (need_residual) o.p.dresidual = dresidual.data_ptr();
+  auto [dweight, dbias] = run_backward(o, groups, need_weight, need_bias);
+  return {dx, dresidual, dweight, dbias};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& saved,
                                                     const Optional& weight, const Optional& bias, const Optional& y,
                                                     const Optional& residual, bool training, int64_t activation,
                                                     double a, double b, bool need_input, bool need_residual,
                                                     bool need_weight, bool need_bias, const Optional& mask, bool keep) {
-  // Without an activation the residual's gradient is dy itself: nothing to compute.
-  REQUIRE(!need_residual || ((y || residual) && activation != 0), "the gradient of a residual without its activation");
   Operands o(x, {activation, a, b});
-  o.take_affine(weight, bias);
-  o.take_moments(saved);
-  o.take_gradient(dy, y, residual);
-  o.take_mask(mask, keep ? &*o.dy : nullptr);
   o.p.training = training;
-  Tensor dx = need_input ? empty_as(o.x) : undefined();
-  Tensor dresidual = need_residual ? empty_as(o.x) : undefined();
-  if (need_input) o.p.dx = dx.data_ptr();
-  if (need_residual) o.p.dresidual = dresidual.data_ptr();
-  auto [dweight, dbias] = run_backward(o, need_weight, need_bias);
-  return {dx, dresidual, dweight, dbias};
+  return backward_of(o, {}, saved, dy, weight, bias, y, residual, need_input, need_residual, need_weight, need_bias,
+                     mask, keep);
 }
 
 // x's memory becomes dx.
@@ -341,7 +298,18 @@ std::tuple<Tensor, Tensor> backward_(const Tensor& dy, const Tensor& x, const Te
   o.take_mask({}, nullptr);
   o.p.training = training;
   o.p.dx = x.data_ptr();
-  return run_backward(o, need_weight, need_bias);
+  return run_backward(o, {}, need_weight, need_bias);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_groups(const Tensor& dy, const Tensor& x, const Tensor& saved,
+                                                           const Optional& weight, const Optional& bias,
+                                                           const Optional& y, const Optional& residual,
+                                                           int64_t group_count, int64_t group_size, int64_t activation,
+                                                           double a, double b, bool need_input, bool need_residual,
+                                                           bool need_weight, bool need_bias) {
+  Operands o(x, {activation, a, b});
+  return backward_of(o, groups_of(o.p, group_count, group_size), saved, dy, weight, bias, y, residual, need_input,
+                     need_residual, need_weight, need_bias, {}, false);
 }
 
 }  // namespace
@@ -357,4 +325,6 @@ STABLE_TORCH_LIBRARY_IMPL(evenkeel, CPU, m) {
   m.impl("invert", TORCH_BOX(&invert));
   m.impl("backward", TORCH_BOX(&backward));
   m.impl("backward_", TORCH_BOX(&backward_));
+  m.impl("forward_groups_", TORCH_BOX(&forward_groups_));
+  m.impl("backward_groups", TORCH_BOX(&backward_groups));
 }

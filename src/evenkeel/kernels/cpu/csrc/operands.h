@@ -1,0 +1,127 @@
+// What the operators take from torch: checked, laid out alike, and put into a Problem, which then runs on the kernels.
+#pragma once
+
+#include "memory.h"
+#include "tensors.h"
+
+namespace {
+
+using Body = void (*)(void*, int64_t, int64_t);
+
+void run_serially(int64_t tasks, Body body, void* context) { body(context, 0, tasks); }
+
+void run_in_parallel(int64_t tasks, Body body, void* context) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+// What the activation is called, with its parameters.
+struct Act {
+  int64_t code;
+  double a, b;
+};
+
+Problem problem_of(const Tensor& x, Act activation) {
+  static const int64_t core_cache = cache_bytes(2, 512 * 1024);
+  REQUIRE(x.is_cpu() && x.dim() >= 2 && x.numel() > 0, "x");
+  REQUIRE(activation.code >= 0 && activation.code < kActivations, "activation");
+  Problem p;
+  p.dtype = dtype_of(x, "x");
+  p.samples = x.size(0);
+  p.channels = x.size(1);
+  p.positions = x.numel() / (p.samples * p.channels);
+  // With one position per channel the two layouts coincide, and rows are the longer runs.
+  p.layout = p.positions > 1 && is_dense(x, false) ? Layout::contiguous : Layout::channels_last;
+  p.activation = static_cast<Activation>(activation.code);
+  p.a = activation.a;
+  p.b = activation.b;
+  p.x = x.data_ptr();
+  p.core_cache = core_cache;
+  return p;
+}
+
+using Operator = void (*Kernels::*)(const Problem&, Parallel);
+
+void run(Problem& p, Operator op) {
+  // What is written stays in cache for whoever reads it next, if all that is touched fits.
+  static const int64_t last_cache = cache_bytes(3, 32 * 1024 * 1024);
+  int64_t tensors = 0;
+  for (const void* t : {p.x, p.residual, (const void*)p.y, p.dy, (const void*)p.dx, (const void*)p.dresidual})
+    tensors += t != nullptr;
+  const int64_t bytes = p.channels * p.per_channel() * bytes_of(p.dtype);
+  const void* const written = p.dx ? p.dx : p.dresidual ? p.dresidual : p.y;
+  p.large = tensors * bytes > last_cache / 2;
+  p.streaming = p.large && written && has_pages(written, bytes);
+  const Kernels& kernels = active_kernels(p.dtype);
+  Doubles scratch(op == &Kernels::transpose ? 0 : kernels.scratch_doubles(p));
+  p.scratch = scratch.data();
+  (kernels.*op)(p, {p.is_small() ? run_serially : run_in_parallel});
+}
+
+// A contiguous copy of x unless it already lies as one of the two layouts.
+Tensor dense(const Tensor& x) { return is_dense(x, false) || is_dense(x, true) ? x : torch::stable::contiguous(x); }
+
+// t laid out as x, copied where it is not: gradients often arrive in another memory format, or expanded.
+Tensor laid_out_as(const Tensor& t, const Tensor& x, const char* name) {
+  REQUIRE(dtype_code(t) == dtype_code(x) && t.is_cpu(), name);
+  REQUIRE(same_shape(t, x), name);
+  const bool channels_last = !is_dense(x, false);
+  if (is_dense(t, channels_last)) return t;
+  Tensor copy = empty_as(x);
+  if (is_dense(t, !channels_last)) {
+    Problem p = problem_of(t, {});
+    p.y = copy.data_ptr();
+    run(p, &Kernels::transpose);
+  } else {
+    torch::stable::copy_(copy, t);
+  }
+  return copy;
+}
+
+// Tensors that live as long as an operator runs, laid out as x.
+struct Operands {
+  const Tensor x;
+  Problem p;
+  Vectors vectors;
+  Optional dy, y, residual;
+
+  Operands(const Tensor& given, Act activation) : x(dense(given)), p(problem_of(x, activation)), vectors(p.channels) {}
+
+  void take_affine(const Optional& weight, const Optional& bias) {
+    p.weight = vectors.take(weight, "weight");
+    p.bias = vectors.take(bias, "bias");
+  }
+
+  void take_residual(const Optional& given) {
+    if (given) residual = laid_out_as(*given, x, "residual"), p.residual = residual->data_ptr();
+  }
+
+  void take_gradient(const Tensor& given, const Optional& given_y, const Optional& given_residual) {
+    dy = laid_out_as(given, x, "dy"), p.dy = dy->data_ptr();
+    if (given_y) y = laid_out_as(*given_y, x, "y"), p.y = y->data_ptr();
+    take_residual(given_residual);
+  }
+
+  // Which values count, and what the others come out as: what `padding` has there, or 0.
+  void take_mask(const Optional& mask, const Tensor* padding) {
+    p.count = static_cast<double>(p.per_channel());
+    if (!mask) return;
+    REQUIRE(dtype_code(*mask) == aoti_torch_dtype_bool() && mask->is_cpu() && mask->is_contiguous(), "mask");
+    REQUIRE(mask->numel() == p.per_channel(), "mask");
+    p.mask = static_cast<const bool*>(mask->data_ptr());
+    int64_t count = 0;
+    for (int64_t i = 0; i < p.per_channel(); ++i) count += p.mask[i];
+    p.count = static_cast<double>(count);
+    if (padding) p.padding = padding->data_ptr();
+  }
+
+  double* rows(const Tensor& t, int64_t count, const char* name) const {
+    REQUIRE(dtype_code(t) == aoti_torch_dtype_float64() && t.is_cpu() && t.is_contiguous(), name);
+    REQUIRE(t.numel() == count * p.channels, name);
+    return doubles(t);
+  }
+
+  void take_moments(const Tensor& saved) { set_moments(rows(saved, 3, "saved")); }
+  void set_moments(double* saved) { p.mean = saved, p.var = saved + p.channels, p.rstd = saved + 2 * p.channels; }
+};
+
+}  // namespace
