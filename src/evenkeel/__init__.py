@@ -1,5 +1,7 @@
 """Batch normalization for PyTorch: fast, right where it usually goes wrong, and shown by evidence."""
 
+from typing import TYPE_CHECKING, Any
+
 from evenkeel import control, distributed, functional, kernels, nn, schedule
 from evenkeel.control import (
     accumulate_statistics,
@@ -16,6 +18,10 @@ from evenkeel.memory import reuse_memory
 from evenkeel.moments import Moments
 from evenkeel.nn import *  # noqa: F403  (its __all__ says which)
 from evenkeel.schedule import MomentumSchedule
+
+if TYPE_CHECKING:
+    from evenkeel import surgery
+    from evenkeel.surgery import *  # noqa: F403
 
 __version__ = "0.1.0"
 
@@ -41,3 +47,15 @@ __all__ = [
     "unfreeze",
 ]
 __all__ += nn.__all__
+#: What evenkeel.surgery has; it is imported when one of these is asked for.
+_SURGERY = ("Report",)
+__all__ += ["surgery", *_SURGERY]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "surgery" or name in _SURGERY:
+        from importlib import import_module
+
+        surgery = import_module("evenkeel.surgery")
+        return surgery if name == "surgery" else getattr(surgery, name)
+    raise AttributeError(f"module 'evenkeel' has no attribute {name!r}")

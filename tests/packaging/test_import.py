@@ -12,6 +12,7 @@ HEAVY = (
     "triton",
     "torch._dynamo",
     "torch._inductor",
+    "torch.fx.experimental",
     "typer",
     "rich",
     "plotly",
@@ -20,7 +21,7 @@ HEAVY = (
     "scipy",
     "joblib",
 )
-OUTER = tuple(f"evenkeel.{name}" for name in ("cli", "info", "lab", "report", "bench"))
+OUTER = tuple(f"evenkeel.{name}" for name in ("cli", "info", "lab", "report", "bench", "surgery"))
 
 
 def test_version_is_that_of_the_distribution() -> None:

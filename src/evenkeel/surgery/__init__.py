@@ -1,0 +1,8 @@
+"""Operations on the batch norms of any model: each returns the model and a report of what was done.
+
+Imported when the first of them is asked for, as ``ek.convert`` and so on: ``import evenkeel`` stays light.
+"""
+
+from evenkeel.surgery.report import Report
+
+__all__ = ["Report"]
