@@ -165,11 +165,13 @@ def resolve(what: str, activation: Any) -> Activation:
     Args:
         what: What was called, the first words of an error.
         activation: None, a name of ``NAMED``, or a module of ``MODULES``, whose parameters are taken over; its
-            ``inplace`` has no effect.
+            ``inplace`` has no effect. Or an :class:`Activation` itself.
 
     Raises:
         ValueError: it is none of these, or a module that has a hook or a forward of its own.
     """
+    if type(activation) is Activation:
+        return activation
     named = activation is None or isinstance(activation, str)
     found = NAMED.get(activation) if named else of_module(activation)
     if found is None:

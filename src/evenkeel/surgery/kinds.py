@@ -1,0 +1,91 @@
+"""Which of evenkeel's layers stands in for which batch norm, and how a layer changes its class in place.
+
+The layer stays the same object: parameters, buffers, hooks, mode, name and every reference to it are what they were.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from evenkeel import nn as layers
+from evenkeel.nn.batch_norm import FusedBatchNorm
+from evenkeel.nn.skipped import CountsSkipped
+from evenkeel.nn.variant import Variant
+
+#: torch.nn's classes and their drop-ins.
+TWINS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: layers.BatchNorm1d,
+    nn.BatchNorm2d: layers.BatchNorm2d,
+    nn.BatchNorm3d: layers.BatchNorm3d,
+    nn.SyncBatchNorm: layers.SyncBatchNorm,
+    nn.LazyBatchNorm1d: layers.LazyBatchNorm1d,
+    nn.LazyBatchNorm2d: layers.LazyBatchNorm2d,
+    nn.LazyBatchNorm3d: layers.LazyBatchNorm3d,
+}
+_DROP_INS = (*TWINS, layers.BatchNorm, layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d, layers.SyncBatchNorm)
+_SYNC = (nn.SyncBatchNorm, layers.SyncBatchNorm)
+#: Where a converted layer remembers what it was.
+_WAS = "_converted_from"
+
+
+def target_of(layer: _BatchNorm, sync: bool | None) -> type[nn.Module] | str:
+    """The class that a layer gets, or why it keeps its own.
+
+    Args:
+        sync: Whether layers are to be synchronized; None leaves that as it is.
+    """
+    kind = type(layer)
+    if kind not in _DROP_INS:
+        if isinstance(layer, CountsSkipped):
+            return "is evenkeel's already"
+        return f"is a {kind.__name__}, whose own forward or state an evenkeel layer would not have"
+    if any(name in layer.__dict__ for name in ("forward", "__call__")):
+        return "has a forward of its own"
+    if nn.utils.parametrize.is_parametrized(layer):
+        return "is parametrized"
+    lazy = isinstance(layer, nn.modules.lazy.LazyModuleMixin)
+    if sync is True and kind not in _SYNC:
+        return "does not know its channels yet: run the model once first" if lazy else layers.SyncBatchNorm
+    if sync is False and kind in _SYNC:
+        return layers.BatchNorm
+    return TWINS.get(kind) or "is evenkeel's already"
+
+
+def change_class(layer: _BatchNorm, kind: type[nn.Module], process_group: Any) -> None:
+    """Make a layer one of another class; :func:`change_back` undoes it."""
+    attributes = layer.__dict__
+    counted, grouped = "skipped_updates" in layer._buffers, "process_group" in attributes
+    group = attributes.get("process_group")
+    attributes.setdefault(_WAS, (type(layer), counted, (group,) if grouped else None))
+    if kind is layers.SyncBatchNorm:
+        attributes["process_group"] = group if process_group is None else process_group
+    layer.__class__ = kind  # type: ignore[assignment]
+    if not counted and not isinstance(
+        layer, nn.modules.lazy.LazyModuleMixin
+    ):  # which does so when it knows its channels
+        layer.count_skipped()  # type: ignore[operator]
+
+
+def is_changed(layer: nn.Module) -> bool:
+    return _WAS in layer.__dict__
+
+
+def change_back(layer: nn.Module) -> None:
+    kind, counted, group = layer.__dict__.pop(_WAS)
+    layer.__class__ = kind
+    if not counted:
+        layer._buffers.pop("skipped_updates", None)
+        layer._non_persistent_buffers_set.discard("skipped_updates")
+    layer.__dict__.pop("process_group", None)
+    if group is not None:
+        layer.__dict__["process_group"] = group[0]
+
+
+def will_fuse(layer: nn.Module, sync: bool | None) -> bool:
+    """Whether the layer takes a residual and an activation, now or after :func:`convert`'s change of class."""
+    return isinstance(layer, FusedBatchNorm | Variant) or (
+        isinstance(layer, _BatchNorm) and isinstance(target_of(layer, sync), type)
+    )

@@ -1,0 +1,217 @@
+"""Small models whose forwards fuse in every way that convert knows, and some that must not."""
+
+from __future__ import annotations
+
+import operator
+import random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class OneLayer(nn.Module):
+    """conv, bn, and what a function makes of the output and the input."""
+
+    def __init__(self, then, layer=None):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(3) if layer is None else layer
+        self.then = then
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.then(self.bn(self.conv(x)), x)
+
+
+#: What follows the batch norm, and what then runs with it: (activation, residual).
+FORMS = {
+    "F.relu": (lambda y, x: F.relu(y), "relu", False),
+    "F.relu in place": (lambda y, x: F.relu(y, inplace=True), "relu", False),
+    "F.relu in place by position": (lambda y, x: F.relu(y, True), "relu", False),
+    "torch.relu": (lambda y, x: torch.relu(y), "relu", False),
+    "method relu": (lambda y, x: y.relu(), "relu", False),
+    "method relu_": (lambda y, x: y.relu_(), "relu", False),
+    "F.relu6": (lambda y, x: F.relu6(y), "relu6", False),
+    "F.leaky_relu": (lambda y, x: F.leaky_relu(y, 0.2), "leaky_relu", False),
+    "F.leaky_relu by name": (lambda y, x: F.leaky_relu(y, negative_slope=0.3, inplace=True), "leaky_relu", False),
+    "F.elu": (lambda y, x: F.elu(y, 0.7), "elu", False),
+    "F.silu": (lambda y, x: F.silu(y), "silu", False),
+    "swish": (lambda y, x: y * torch.sigmoid(y), "silu", False),
+    "swish the other way": (lambda y, x: y.sigmoid() * y, "silu", False),
+    "F.gelu": (lambda y, x: F.gelu(y), "gelu", False),
+    "F.gelu tanh": (lambda y, x: F.gelu(y, approximate="tanh"), "gelu_tanh", False),
+    "F.hardswish": (lambda y, x: F.hardswish(y), "hardswish", False),
+    "F.hardsigmoid": (lambda y, x: F.hardsigmoid(y), "hardsigmoid", False),
+    "torch.sigmoid": (lambda y, x: torch.sigmoid(y), "sigmoid", False),
+    "method tanh": (lambda y, x: y.tanh(), "tanh", False),
+    "F.mish": (lambda y, x: F.mish(y), "mish", False),
+    "F.softplus": (lambda y, x: F.softplus(y, 2.0, 15.0), "softplus", False),
+    "a gate for another": (lambda y, x: x * torch.sigmoid(y), "sigmoid", False),
+    "+": (lambda y, x: y + x, "none", True),
+    "+, relu": (lambda y, x: F.relu(y + x), "relu", True),
+    "the other way": (lambda y, x: F.relu(x + y), "relu", True),
+    "+=": (lambda y, x: operator.iadd(y, x).relu(), "relu", True),
+    "torch.add": (lambda y, x: torch.add(y, x).relu_(), "relu", True),
+    "method add": (lambda y, x: F.silu(y.add(x)), "silu", True),
+    "method add_": (lambda y, x: F.gelu(y.add_(x)), "gelu", True),
+    "+ something": (lambda y, x: F.relu(y + x.abs()), "relu", True),
+    "+ of one value": (lambda y, x: F.relu(y + x.mean((2, 3), keepdim=True)), "relu", True),
+}
+#: What stays as it is.
+UNFUSED = {
+    "nothing": lambda y, x: y,
+    "read twice": lambda y, x: F.relu(y) + y.mean(),
+    "multiplied": lambda y, x: F.relu(y * x),
+    "torch.add with alpha": lambda y, x: torch.add(y, x, alpha=2.0),
+    "added to itself": lambda y, x: y + y,
+    "a number added": lambda y, x: F.relu(y + 1),
+    "an unknown activation": lambda y, x: F.celu(y),
+    "transposed in between": lambda y, x: F.relu(y.transpose(2, 3)),
+}
+
+
+class Swish(nn.Module):
+    """An activation of someone's own."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+class HardSwish(nn.Module):
+    def forward(self, x):
+        return x * F.relu6(x + 3.0, inplace=True) / 6.0
+
+
+class NotSwish(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.001 * x)
+
+
+class Block(nn.Module):
+    """A residual block whose second batch norm ends a Sequential, as its shortcut's does."""
+
+    def __init__(self, channels=4, down=False):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels),
+        )  # fmt: skip
+        self.down = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels)) if down else None
+        self.act = nn.ReLU()
+
+    def forward(self, x, scale=None):
+        identity = x if self.down is None else self.down(x)
+        out = self.body(x)
+        out += identity
+        if scale is not None:
+            out = out * scale
+        return self.act(out)
+
+
+def a_net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), Block(), Block(down=True), nn.Flatten())
+
+
+class _Refused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.count, self.seen = nn.BatchNorm2d(3), 0, []
+        self.register_buffer("scale", torch.ones(()))
+
+
+class ByShape(_Refused):
+    def forward(self, x):
+        y = self.bn(x)
+        return F.relu(y) if x.shape[0] > 2 else F.gelu(y)
+
+
+class ByType(_Refused):
+    def forward(self, x):
+        return F.relu(self.bn(x)) if isinstance(x, Tensor) else x
+
+
+class Random(_Refused):
+    def forward(self, x):
+        return F.relu(self.bn(x)) if random.random() < 2 else x
+
+
+class TorchRandom(_Refused):
+    def forward(self, x):
+        return F.relu(self.bn(x)) if torch.rand(()) < 2 else x
+
+
+class Counting(_Refused):
+    def forward(self, x):
+        self.count += 1
+        return F.relu(self.bn(x))
+
+
+class Collecting(_Refused):
+    def forward(self, x):
+        self.seen.append(None)
+        return F.relu(self.bn(x))
+
+
+class Tensors(_Refused):
+    def forward(self, x):
+        return F.relu(self.bn(x)) + torch.ones(3, 1, 1)
+
+
+class WithoutGradients(_Refused):
+    def forward(self, x):
+        with torch.no_grad():
+            y = self.bn(x)
+        return F.relu(y) + x
+
+
+class ByGradients(_Refused):
+    def forward(self, x):
+        return F.relu(self.bn(x)) if torch.is_grad_enabled() else F.gelu(self.bn(x))
+
+
+class Autocast(_Refused):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return F.relu(self.bn(x))
+
+
+class Checkpointing(_Refused):
+    def forward(self, x):
+        return checkpoint(lambda x: F.relu(self.bn(x)), x, use_reentrant=False)
+
+
+class Checked(nn.Module):
+    """Looks at its input before it does anything."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        if x.shape[1] != 3:
+            raise KeyError(f"{x.shape[1]} channels")
+        assert x.dim() == 4, "four dimensions"
+        return F.relu(self.bn(x))
+
+
+class AnyNumber(_Refused):
+    def forward(self, *xs):
+        return F.relu(self.bn(xs[0]))
+
+
+#: Classes whose forward is not to be trusted to a graph, and words of the reason.
+REFUSED = {
+    ByShape: "control flow",
+    ByType: "type of a value",
+    Random: "random numbers",
+    TorchRandom: "random numbers",
+    Counting: "sets attributes",
+    Collecting: "changes its 'seen'",
+    Tensors: "makes a tensor",
+    WithoutGradients: "recording of gradients",
+    ByGradients: "whether gradients are recorded",
+    Autocast: "autocast",
+    Checkpointing: "checkpoints",
+    AnyNumber: "any number of arguments",
+}
