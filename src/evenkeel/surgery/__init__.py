@@ -3,6 +3,7 @@
 Imported when the first of them is asked for, as ``ek.convert`` and so on: ``import evenkeel`` stays light.
 """
 
+from evenkeel.surgery.folding import fold
 from evenkeel.surgery.report import Report
 
-__all__ = ["Report"]
+__all__ = ["Report", "fold"]
