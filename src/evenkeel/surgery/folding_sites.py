@@ -119,6 +119,8 @@ def moved(call: FunctionCall, axis: int) -> int | None:
     x, y = call.args[0] if call.args else None, call.result
     if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.dtype != y.dtype or x.device != y.device:
         return None
+    if call.function is F.pad and (*call.args[2:], call.kwargs.get("mode", "constant"))[0] == "constant":
+        return None  # though it may pad by nothing on the example, for other sizes it need not
     constants = torch.arange(1, x.shape[axis] + 1, dtype=torch.float64).sqrt()  # no mean of some is another
     found = again(call, _spread(constants, axis, x.shape))
     if found.dtype != constants.dtype:

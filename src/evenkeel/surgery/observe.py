@@ -33,6 +33,8 @@ _METADATA = frozenset(
         "zeros_like",
     )]
 )  # fmt: skip
+#: Functions that take the shape or dtype of their second tensor, and nothing else of it.
+_LIKE_ANOTHER = frozenset((Tensor.expand_as, Tensor.reshape_as, Tensor.type_as, Tensor.view_as))
 
 
 def has_hooks(module: Module) -> bool:
@@ -53,9 +55,11 @@ class _Recorder(TorchFunctionMode):
         if function in _METADATA:
             return function(*args, **kwargs)
         inside = self.inside[-1] if self.inside else None
-        call = FunctionCall(args, kwargs, inside, self.trace.values((args, dict(kwargs))), function=function)
+        given = self.trace.values((args, dict(kwargs)))
+        read = self.trace.values(args[:1]) if function in _LIKE_ANOTHER else given
+        call = FunctionCall(args, kwargs, inside, read, function=function)
         call.result = function(*args, **kwargs)
-        self.trace._finish(call)
+        self.trace._finish(call, given)
         if call.inputs or call.outputs:
             self.trace.functions.append(call)
         return call.result
@@ -74,7 +78,7 @@ class _Recorder(TorchFunctionMode):
         def leave(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
             call = self.inside.pop()
             call.result = result
-            self.trace._finish(call)
+            self.trace._finish(call, call.inputs)
 
         yield module.register_forward_pre_hook(enter, with_kwargs=True)
         yield module.register_forward_hook(leave, with_kwargs=True, always_call=True)

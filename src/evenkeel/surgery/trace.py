@@ -130,11 +130,10 @@ class Trace:
         with torch._C.DisableTorchFunction():
             return tuple(dict.fromkeys(Value(id(tensor), version_of(tensor)) for tensor in tensors))
 
-    def _finish(self, call: Call) -> None:
+    def _finish(self, call: Call, given: tuple[Value, ...]) -> None:
         """Take down what a call that has ended made: its arguments' tensors have a new version where it wrote."""
-        inputs = set(call.inputs)
         after = (*self.values(call.result), *self.values((call.args, dict(call.kwargs))))
-        call.outputs = tuple(dict.fromkeys(value for value in after if value not in inputs))
+        call.outputs = tuple(dict.fromkeys(value for value in after if value not in given))
 
     def _index(self, model: Module, paths: Mapping[Module, str]) -> None:
         for function in self.functions:
