@@ -126,18 +126,26 @@ def revert(model: Model) -> tuple[Model, Report]:
         True
     """
     layers = select("revert", model, None)
-    rows = []
-    for path, layer in layers.items():
-        if is_changed(layer):
-            was = _named(type(layer))
-            change_back(layer)
-            rows.append({"path": path, "was": was, "is": _named(type(layer))})
+    kinds = {path: _named(type(layer)) for path, layer in layers.items() if is_changed(layer)}
+    with ExitStack() as undo:
+        forwards = take_back(model, undo)
+        undo.pop_all()
+    rows = [{"path": path, "was": was, "is": _named(type(layers[path]))} for path, was in kinds.items()]
+    return model, Report("revert", {"layers": len(rows), "forwards": forwards}, rows)
+
+
+def take_back(model: nn.Module, undo: ExitStack) -> int:
+    """Undo what convert did to a model, in a way that ``undo`` undoes; gives the number of forwards."""
     forwards = 0
     for module in model.modules():
+        if is_changed(module):
+            undo.callback(_restore, module, module.__class__, dict(vars(module)), dict(module._buffers))
+            change_back(module)
         if isinstance(module.__dict__.get("forward"), FusedForward):
+            undo.callback(_put_forward, module, module.__dict__["forward"])
             del module.__dict__["forward"]
             forwards += 1
-    return model, Report("revert", {"layers": len(rows), "forwards": forwards}, rows)
+    return forwards
 
 
 def _cells(outcome: Outcome) -> dict[str, Any]:
@@ -165,7 +173,7 @@ def _put_forward(module: nn.Module, forward: Any) -> None:
         module.__dict__["forward"] = forward
 
 
-def _restore(layer: _BatchNorm, kind: type, attributes: dict[str, Any], buffers: dict[str, Any]) -> None:
+def _restore(layer: nn.Module, kind: type, attributes: dict[str, Any], buffers: dict[str, Any]) -> None:
     layer.__class__ = kind
     vars(layer).clear()
     vars(layer).update(attributes)

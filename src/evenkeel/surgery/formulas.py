@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from evenkeel.activations import NAMED, Activation, is_untouched, of_module
-from evenkeel.surgery.tracing import trace
+from evenkeel.surgery.forward_graph import trace
 from evenkeel.surgery.unchanged import UntraceableError
 
 #: Functions and methods whose one argument is the value.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from evenkeel.surgery.tracing import INTERNAL, Reads
+from evenkeel.surgery.forward_graph import INTERNAL, Reads
 
 _MISSING = object()
 #: Values that are compared; all others have to be the same object.

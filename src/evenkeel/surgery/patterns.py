@@ -12,7 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from evenkeel.activations import NAMED, Activation, is_untouched, resolve
 from evenkeel.surgery.formulas import argument_of, of_node
-from evenkeel.surgery.tracing import Reads
+from evenkeel.surgery.forward_graph import Reads
 
 _ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 

@@ -1,0 +1,119 @@
+"""The published architectures that operations on models are measured on, with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One of them.
+
+    Args:
+        name: Ours.
+        package: That has it.
+        make: Makes it, with random weights.
+        shape: Of one sample.
+    """
+
+    name: str
+    package: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+
+    @property
+    def is_there(self) -> bool:
+        """Whether its package is installed."""
+        return find_spec(self.package) is not None
+
+    def build(self) -> nn.Module:
+        """The network, equal at every call: dropout off, batch norms as after some training."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = self.make()
+            for module in model.modules():
+                if isinstance(module, nn.modules.dropout._DropoutNd):
+                    module.p = 0.0
+                if isinstance(module, _BatchNorm):
+                    _train_a_little(module)
+        return model
+
+    def batch(self, samples: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Inputs, equal at every call."""
+        return torch.randn(samples, *self.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def _train_a_little(layer: _BatchNorm) -> None:
+    assert layer.running_mean is not None and layer.running_var is not None
+    layer.running_mean.normal_(0, 0.1)
+    layer.running_var.uniform_(0.7, 1.3)
+    if layer.affine:
+        with torch.no_grad():
+            layer.weight.uniform_(0.7, 1.3)
+            layer.bias.normal_(0, 0.1)
+
+
+def _cv(name: str) -> Callable[[], nn.Module]:
+    return lambda: import_module("pytorchcv.model_provider").get_model(name)  # type: ignore[no-any-return]
+
+
+def _hf(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        package = import_module("transformers")
+        return getattr(package, model)(getattr(package, config)(**options))  # type: ignore[no-any-return]
+
+    return make
+
+
+def _monai(name: str, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: getattr(import_module("monai.networks.nets"), name)(**options)  # type: ignore[no-any-return]
+
+
+_IMAGE, _LARGE, _SMALL, _VOLUME = (3, 224, 224), (3, 299, 299), (1, 96, 96), (1, 32, 32, 32)
+_FROM_PYTORCHCV = {
+    "ResNet-18": "resnet18", "ResNet-50": "resnet50", "PreResNet-18": "preresnet18", "ResNeXt-50": "resnext50_32x4d",
+    "SE-ResNet-50": "seresnet50", "SKNet-50": "sknet50", "DenseNet-121": "densenet121", "DPN-68": "dpn68",
+    "VGG-16 with BN": "bn_vgg16", "MobileNet": "mobilenet_w1", "MobileNetV2": "mobilenetv2_w1",
+    "MobileNetV3 large": "mobilenetv3_large_w1", "MnasNet-B1": "mnasnet_b1", "FBNet-Cb": "fbnet_cb",
+    "GhostNet": "ghostnet", "EfficientNet-B0": "efficientnet_b0", "ShuffleNet": "shufflenet_g1_w1",
+    "ShuffleNetV2": "shufflenetv2_w1", "DarkNet-53": "darknet53", "DLA-34": "dla34", "HRNet-W18 small": "hrnet_w18_small_v1",
+    "VoVNet-27 slim": "vovnet27s", "NASNet-A mobile": "nasnet_4a1056",
+}  # fmt: skip
+_FROM_PYTORCHCV_LARGE = {"Inception-V3": "inceptionv3", "Xception": "xception"}
+
+ARCHITECTURES: dict[str, Architecture] = {
+    one.name: one
+    for one in (
+        *(Architecture(name, "pytorchcv", _cv(theirs), _IMAGE) for name, theirs in _FROM_PYTORCHCV.items()),
+        *(Architecture(name, "pytorchcv", _cv(theirs), _LARGE) for name, theirs in _FROM_PYTORCHCV_LARGE.items()),
+        Architecture("RegNet-X", "transformers", _hf("RegNetModel", "RegNetConfig", layer_type="x", depths=[1, 1, 4, 7],
+                     hidden_sizes=[24, 56, 152, 368], groups_width=8), _IMAGE),
+        Architecture("RegNet-Y", "transformers", _hf("RegNetModel", "RegNetConfig", layer_type="y", depths=[1, 1, 4, 7],
+                     hidden_sizes=[24, 56, 152, 368], groups_width=8), _IMAGE),
+        Architecture("ResNet-50 of transformers", "transformers", _hf("ResNetModel", "ResNetConfig"), _IMAGE),
+        Architecture("MobileNetV2 of transformers", "transformers", _hf("MobileNetV2Model", "MobileNetV2Config"), _IMAGE),
+        Architecture("LeViT", "transformers", _hf("LevitModel", "LevitConfig"), _IMAGE),
+        Architecture("Wav2Vec2-Conformer (speech)", "transformers", _hf("Wav2Vec2ConformerModel", "Wav2Vec2ConformerConfig",
+                     hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
+                     apply_spec_augment=False, layerdrop=0.0), (8000,)),
+        Architecture("U-Net", "monai", _monai("BasicUNet", spatial_dims=2, norm="batch"), _SMALL),
+        Architecture("U-Net, 3-D, residual", "monai", _monai("UNet", spatial_dims=3, in_channels=1, out_channels=2,
+                     channels=(8, 16, 32), strides=(2, 2), num_res_units=2, norm="batch", act="relu"), _VOLUME),
+        Architecture("DynUNet", "monai", _monai("DynUNet", spatial_dims=2, in_channels=1, out_channels=2,
+                     kernel_size=[3, 3, 3], strides=[1, 2, 2], upsample_kernel_size=[2, 2], norm_name="batch"), _SMALL),
+        Architecture("V-Net, 3-D", "monai", _monai("VNet"), _VOLUME),
+        Architecture("SegResNet, 3-D", "monai", _monai("SegResNet", norm="batch"), _VOLUME),
+        Architecture("DenseNet-121, 3-D", "monai", _monai("DenseNet121", spatial_dims=3, in_channels=1, out_channels=2),
+                     (1, 64, 64, 64)),
+        Architecture("ResNet-18, 3-D", "monai", _monai("resnet18", spatial_dims=3, n_input_channels=1, num_classes=2),
+                     (1, 48, 48, 48)),
+    )
+}  # fmt: skip
