@@ -14,7 +14,8 @@ _ACTIVATIONS = {
     "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "silu", "gelu", "hardswish", "hardsigmoid",
     "sigmoid", "sigmoid_", "tanh", "tanh_", "mish", "softplus",
 }  # fmt: skip
-_OWN = ("swish", "sigmoid", "mish", "silu", "gelu", "relu")
+#: Ends of the names of modules that are activations, whatever functions they call.
+_OWN = ("swish", "sigmoid", "mish", "silu", "gelu", "relu", "relu6")
 _ADDITIONS = {"add", "add_", "iadd", "radd", "__add__", "__iadd__"}
 _PRODUCERS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"}
 
@@ -35,6 +36,8 @@ def count(model: nn.Module, x: Any) -> tuple[int, int]:
     for call in calls:
         foldable += _is_behind_a_producer(trace, call)
         (value,) = call.outputs or (None,)
+        while value is not None and not trace.holders(value) and (dropout := _only_reader(trace, value, {"dropout"})):
+            (value,) = dropout.outputs or (None,)
         if value is None or trace.holders(value):
             continue
         addition = _only_reader(trace, value, _ADDITIONS)

@@ -84,8 +84,8 @@ _FROM_PYTORCHCV = {
     "VGG-16 with BN": "bn_vgg16", "MobileNet": "mobilenet_w1", "MobileNetV2": "mobilenetv2_w1",
     "MobileNetV3 large": "mobilenetv3_large_w1", "MnasNet-B1": "mnasnet_b1", "FBNet-Cb": "fbnet_cb",
     "GhostNet": "ghostnet", "EfficientNet-B0": "efficientnet_b0", "ShuffleNet": "shufflenet_g1_w1",
-    "ShuffleNetV2": "shufflenetv2_w1", "DarkNet-53": "darknet53", "DLA-34": "dla34", "HRNet-W18 small": "hrnet_w18_small_v1",
-    "VoVNet-27 slim": "vovnet27s", "NASNet-A mobile": "nasnet_4a1056",
+    "ShuffleNetV2": "shufflenetv2_w1", "DarkNet-53": "darknet53", "DLA-34": "dla34",
+    "HRNet-W18 small": "hrnet_w18_small_v1", "VoVNet-27 slim": "vovnet27s", "NASNet-A mobile": "nasnet_4a1056",
 }  # fmt: skip
 _FROM_PYTORCHCV_LARGE = {"Inception-V3": "inceptionv3", "Xception": "xception"}
 
@@ -99,10 +99,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("RegNet-Y", "transformers", _hf("RegNetModel", "RegNetConfig", layer_type="y", depths=[1, 1, 4, 7],
                      hidden_sizes=[24, 56, 152, 368], groups_width=8), _IMAGE),
         Architecture("ResNet-50 of transformers", "transformers", _hf("ResNetModel", "ResNetConfig"), _IMAGE),
-        Architecture("MobileNetV2 of transformers", "transformers", _hf("MobileNetV2Model", "MobileNetV2Config"), _IMAGE),
+        Architecture("MobileNetV2 of transformers", "transformers", _hf("MobileNetV2Model", "MobileNetV2Config"),
+                     _IMAGE),
         Architecture("LeViT", "transformers", _hf("LevitModel", "LevitConfig"), _IMAGE),
-        Architecture("Wav2Vec2-Conformer (speech)", "transformers", _hf("Wav2Vec2ConformerModel", "Wav2Vec2ConformerConfig",
-                     hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
+        Architecture("Wav2Vec2-Conformer (speech)", "transformers", _hf("Wav2Vec2ConformerModel",
+                     "Wav2Vec2ConformerConfig", hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
                      apply_spec_augment=False, layerdrop=0.0), (8000,)),
         Architecture("U-Net", "monai", _monai("BasicUNet", spatial_dims=2, norm="batch"), _SMALL),
         Architecture("U-Net, 3-D, residual", "monai", _monai("UNet", spatial_dims=3, in_channels=1, out_channels=2,

@@ -1,0 +1,107 @@
+"""Whether a converted and a folded model compute what the original does, in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import evenkeel as ek
+from evenkeel.nn import batch_norm
+from evenkeel.surgery.nested import tensors_in
+
+from .model_patterns import count
+from .model_zoo import Architecture
+
+#: Gradients smaller than this part of the largest of the model are compared with that: those of a bias in front of a
+#: batch norm are 0 but for rounding.
+LEAST_GRADIENT = 1e-3
+
+
+def check(one: Architecture, samples: int) -> dict[str, Any]:
+    """Counts and errors of one architecture.
+
+    Returns:
+        batch_norms, fusible, fused, foldable, folded: numbers; the first two and ``foldable`` are seen from a run of the
+        original, ``fused`` from a run of the converted model. ``same_state``: whether the state_dicts have equal keys
+        and, after a step in training mode, values equal as far as the errors say. ``converted_error``: largest
+        difference of output or gradient, in training and in evaluation, relative to the tensor's largest value.
+        ``folded_error``: of the output. ``left``: the reasons for what was not fused or folded, with their numbers.
+    """
+    original = one.build().double()
+    x = one.batch(samples, torch.float64)
+    fusible, foldable = count(copy.deepcopy(original).eval(), x)
+    converted, report = ek.convert(copy.deepcopy(original))
+    errors = []
+    for training in (True, False):
+        found, wanted = (results(model.train(training), x) for model in (converted, original))
+        errors.append(_difference(found, wanted))
+    state = original.state_dict()
+    same_state = list(converted.state_dict()) == list(state)
+    errors.append(max((_relative(a, b) for a, b in _moments(converted.state_dict(), state)), default=0.0))
+    with counted_fusions() as seen, torch.no_grad():
+        converted.eval()(x)
+    fresh = one.build().double().eval()
+    folded, folding = ek.fold(fresh, x[:1], verify=False)
+    with torch.no_grad():
+        pairs = zip(tensors_in(folded(x)), tensors_in(fresh(x)), strict=True)
+        folded_error = max(_relative(a, b) for a, b in pairs)
+    return {
+        "batch_norms": len(report.rows),
+        "fusible": fusible,
+        "fused": len(seen),
+        "foldable": foldable,
+        "folded": folding.summary["folded"],
+        "same_state": same_state,
+        "converted_error": max(errors),
+        "folded_error": folded_error,
+        "left": sorted({row["reason"] for row in report.rows if row["reason"]}),
+    }
+
+
+def results(model: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Outputs and gradients, each with the value that its errors are relative to."""
+    outputs = [t for t in tensors_in(model(x)) if t.requires_grad]
+    loss = sum((y.square().mean() for y in outputs), torch.zeros((), dtype=x.dtype))
+    parameters = list(model.parameters())
+    gradients = [g for g in torch.autograd.grad(loss, parameters, allow_unused=True) if g is not None]
+    largest = max(g.abs().max() for g in gradients)
+    values = [(y.detach(), y.detach().abs().max()) for y in outputs]
+    return values + [(g, torch.maximum(g.abs().max(), LEAST_GRADIENT * largest)) for g in gradients]
+
+
+def _difference(found: list[tuple[Tensor, Tensor]], wanted: list[tuple[Tensor, Tensor]]) -> float:
+    return max(float((a - b).abs().max() / scale) for (a, _), (b, scale) in zip(found, wanted, strict=True))
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-300))
+
+
+def _moments(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    for name, value in wanted.items():
+        if name.endswith(("running_mean", "running_var")):
+            yield found[name], value
+
+
+@contextmanager
+def counted_fusions() -> Iterator[list[str]]:
+    """Inside, every call of a layer with a residual or an activation is taken down."""
+    seen: list[str] = []
+    plain = batch_norm.layer_batch_norm
+
+    def spy(x: Tensor, residual: Tensor | None, *others: Any) -> Tensor:
+        options = others[3]
+        if residual is not None or options.activation is not None:
+            seen.append(str(options.activation))
+        return plain(x, residual, *others)
+
+    batch_norm.layer_batch_norm = spy  # type: ignore[assignment]
+    try:
+        yield seen
+    finally:
+        batch_norm.layer_batch_norm = plain
