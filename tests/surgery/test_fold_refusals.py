@@ -152,6 +152,10 @@ REFUSED = {
     "in place": (lambda: Model(lambda m, x: F.relu(m.norm(m.conv(x).mul_(2)))), "its input comes from mul"),
     "changed by a view": (lambda: Model(lambda m, x: change_view(m, x)), "its input has an unknown origin"),
     "of a recurrence": (lambda: Model(norm=nn.BatchNorm1d(6), conv=nn.GRU(6, 6), forward=recurrent), "comes from gru"),
+    "changed later": (lambda: Model(changed_later, conv=nn.Conv2d(3, 3, 1)), "its input is changed in place later"),
+    "changed later by a view": (
+        lambda: Model(lambda m, x: changed_later(m, x, ...), conv=nn.Conv2d(3, 3, 1)), "is changed in place later"
+    ),
     "shift before zeros": (
         lambda: Model(lambda m, x: F.relu(m.conv(m.norm(x)))), "'conv' pads with zeros, which would have to be shifted"
     ),
@@ -164,6 +168,13 @@ REFUSED = {
     "with modules": (lambda: unusual(lambda m: m.conv.add_module("a", nn.ReLU())), "'conv' has modules of its own"),
     "groups of a norm": (lambda: Model(norm=nn.BatchNorm1d(6), forward=rows), "its channels are not those of Conv2d"),
 }  # fmt: skip
+
+
+def changed_later(m, x, part=None):
+    x = x * 2
+    y = m.norm(x)
+    (x if part is None else x[part]).relu_()  # an Identity in the place of the batch norm would hand on this x
+    return m.conv(y) + x
 
 
 def recurrent(m, x):

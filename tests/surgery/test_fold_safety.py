@@ -160,6 +160,11 @@ def test_integers_in_the_output():
     assert report.notes == ["Integers or booleans in the output changed on the example, as rounding can make them."]
 
 
+def test_an_output_in_which_nothing_can_be_compared():
+    _, report = ek.fold(Model(lambda m, x: (y for y in [m.head(F.relu(m.norm(m.conv(x))))])), X)
+    assert "so the whole model was not compared" in report.notes[0]
+
+
 def test_the_example_is_left_alone_and_may_be_changed_by_the_model():
     model, x = Model(lambda m, x: m.head(F.relu(m.norm(m.conv(x.mul_(2)))))), X.clone()
     _, report = ek.fold(model, x)

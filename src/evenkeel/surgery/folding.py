@@ -21,6 +21,8 @@ from evenkeel.surgery.report import Report
 #: The largest difference of a whole model's output in float64: rounding that many layers may have enlarged.
 _WHOLE_FLOAT64 = 1e-8
 
+_NOTHING_TO_COMPARE = "No floating-point tensor was found in the model's output, so the whole model was not compared."
+
 
 def fold(
     model: nn.Module,
@@ -98,7 +100,7 @@ def fold(
     with preserved(model):
         plan = Planner(model, trace, tolerance).run(norms)
     del trace  # and with it every tensor of the run
-    notes: list[str] = []
+    notes = [] if any(map(torch.is_floating_point, expected)) else [_NOTHING_TO_COMPARE]
     wide = _difference_in_float64(model, plan, args, kwargs, notes) if verify else None
     with ExitStack() as undo:
         apply_plan(model, plan, undo)

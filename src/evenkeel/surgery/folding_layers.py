@@ -89,10 +89,13 @@ class Layers:
 
     def _call_refusal(self, layer: _BatchNorm) -> str | None:
         call = self.trace.calls_of(layer)[0]
-        if input_of(call) is None:
+        x = input_of(call)
+        if x is None:
             return f"is called with more than its input ({', '.join(_extra(call)) or 'no tensor'})"
         if len(call.inputs) != 1 or len(call.outputs) != 1 or not isinstance(call.result, torch.Tensor):
             return "does not make one tensor from one"
+        if call.result.dtype != x.dtype:
+            return f"makes {call.result.dtype} of {x.dtype}"
         return None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from evenkeel.surgery.folding_layers import LINEAR, WHOLE, input_of
 from evenkeel.surgery.folding_weights import channels
-from evenkeel.surgery.trace import Call, FunctionCall, ModuleCall, Trace, Value
+from evenkeel.surgery.trace import Call, FunctionCall, ModuleCall, Trace, Value, version_of
 
 #: Functions that are linear in their first argument. Which of their calls commute with x·scale + shift per channel, as
 #: means and copies do, and where the channels then lie, is found by trying: see ``moved``.
@@ -78,6 +78,10 @@ def site_before(trace: Trace, norm: ModuleCall, gone: set[Call]) -> Site | str:
 
 def site_after(trace: Trace, norm: ModuleCall) -> Site | str:
     """The layer that alone reads the batch norm's output; or in words what else there is."""
+    x = input_of(norm)
+    assert x is not None
+    if version_of(x) != norm.inputs[0].version:  # what reads the output will read this very tensor
+        return "its input is changed in place later"
     value, axis = norm.outputs[0], 1
     chain: list[FunctionCall] = []
     while True:
