@@ -92,7 +92,7 @@ def test_a_model_of_transformers():
     )
     model = randomize(transformers.ResNetForImageClassification(config))
     norms = sum(isinstance(module, _BatchNorm) for module in model.modules())
-    example = {"pixel_values": image(32).float(), "output_hidden_states": True}
+    example = transformers.BatchFeature({"pixel_values": image(32).float(), "output_hidden_states": True})
     before = bits(model)
     new, report = ek.fold(model, example)
     assert bits(model) == before

@@ -251,6 +251,13 @@ def test_a_layer_by_itself():
     assert reason(layer, X) == "is the model itself"
 
 
+def test_a_lazy_layer_that_has_not_run():
+    model = Model()
+    model.lazy = ek.LazyBatchNorm2d().eval()
+    _, report = ek.fold(model, X, inplace=True)
+    assert [row["reason"] for row in report.rows] == ["", "was not called on the example"]
+
+
 def test_a_difference_that_is_too_large():
     model, x = Model(conv=nn.Conv2d(3, 3, 3, bias=False)).float(), X.float() + 1e5
     with torch.no_grad():

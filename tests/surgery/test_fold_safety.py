@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+import torch.fx
 import torch.nn.functional as F
 from folded import bits, output, randomize, relative
 from torch import nn
@@ -51,6 +52,19 @@ def test_other_arguments():
     check_raises(Model(), ValueError, "matches no batch norm", where="nothing")
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         ek.fold("model", X)
+
+
+def test_a_model_without_numbers():
+    with pytest.raises(ValueError, match="on the meta device"):
+        ek.fold(Model().to("meta"), X.to("meta"))
+
+
+def test_inside_inference_mode():
+    model = Model()
+    with torch.inference_mode():
+        new, report = ek.fold(model, X * 1)
+    assert report.summary["folded"] == 1
+    assert not any(value.is_inference() for value in new.parameters())
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
@@ -119,6 +133,14 @@ def test_a_reader_that_cannot_be_seen():
 
 def test_a_model_that_gives_another_output_each_time():
     check_raises(Model(lambda m, x: m.head(F.relu(m.norm(m.conv(x)))) * m.calls), RuntimeError, "the same output twice")
+
+
+def test_graph_modules_and_wrappers():
+    layers = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+    for model in (torch.fx.symbolic_trace(layers), nn.DataParallel(layers).eval()):
+        new, report = ek.fold(model, X)
+        assert report.summary["folded"] == 1
+        assert relative(output(new, X), output(model, X)) < 1e-6
 
 
 def test_another_number_of_outputs():

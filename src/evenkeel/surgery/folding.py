@@ -24,6 +24,7 @@ _WHOLE_FLOAT64 = 1e-8
 _NOTHING_TO_COMPARE = "No floating-point tensor was found in the model's output, so the whole model was not compared."
 
 
+@torch.inference_mode(False)  # whose tensors do not say when they are changed
 def fold(
     model: nn.Module,
     example: Any,
@@ -91,7 +92,7 @@ def fold(
     _check_model(model)
     if tolerance is not None and not (isinstance(tolerance, int | float) and tolerance >= 0):
         raise ValueError(f"fold: tolerance is None or a number of at least 0; got {describe(tolerance)}")
-    args, kwargs = call_of("fold", example)
+    args, kwargs = call_of("fold", map_tensors(_ordinary, example))
     model = _plain(model if inplace else copy.deepcopy(model))
     norms = select("fold", model, where)
 
@@ -129,6 +130,8 @@ def _check_model(model: nn.Module) -> None:
                 f"fold: {path or 'the model'} is {'compiled' if compiled else 'a ScriptModule'}, so what it runs can't "
                 "be changed; fold the model that it was made from, and compile or script that"
             )
+    if any(value.is_meta for value in (*model.parameters(), *model.buffers())):
+        raise ValueError("fold: parts of the model are on the meta device, without numbers to fold; load them first")
     if model.training:
         raise ValueError(
             "fold: the model is in training mode, where batch norms use the batch's moments; folding is for inference: "
@@ -152,6 +155,10 @@ def _difference_in_float64(
     apply_plan(twin, plan, ExitStack())
     with preserved(twin):
         return _difference(expected, tensors_in(twin(*args, **kwargs)))
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _to_double(tensor: Tensor) -> Tensor:
