@@ -110,7 +110,9 @@ def test_a_forward_that_asks_the_batch_norm():
     def asks(m, x):
         return m.head(F.relu(m.norm(m.conv(x)) * m.norm.num_features))
 
-    check_raises(Model(asks), AttributeError, "num_features")
+    match = r"does not run on the example \(AttributeError: 'Identity' .*'num_features'\); the model is as it was"
+    check_raises(Model(asks), RuntimeError, match)
+    check_raises(Model(asks), RuntimeError, match, verify=False)
 
 
 def test_a_batch_norm_in_a_list():
@@ -146,6 +148,14 @@ def test_graph_modules_and_wrappers():
 def test_another_number_of_outputs():
     model = Model(lambda m, x: [m.head(F.relu(m.norm(m.conv(x))))] * m.calls)
     check_raises(model, RuntimeError, "would differ by inf")
+    assert ek.fold(model, X, verify=False)[1].summary["difference"] == torch.inf
+
+
+def test_complex_outputs():
+    model = Model(lambda m, x: torch.fft.fft(m.head(F.relu(m.norm(m.conv(x))))))
+    _, report = ek.fold(model, X)
+    assert report.summary["float64"] < 1e-12
+    assert report.notes == []
 
 
 def test_a_model_that_does_not_run_in_float64():

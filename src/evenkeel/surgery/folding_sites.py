@@ -140,9 +140,10 @@ def moved(call: FunctionCall, axis: int) -> int | None:
 def _moved_back(call: FunctionCall, axis: int) -> int | None:
     """Where the channels lay before a function after which they lie at ``axis``."""
     x = call.args[0] if call.args else None
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or not isinstance(call.result, Tensor):
         return None
-    dims = sorted(range(x.dim()), key=lambda i: i != axis)
+    size = call.result.shape[axis]
+    dims = sorted((i for i in range(x.dim()) if x.shape[i] == size), key=lambda i: i != axis)
     return next((i for i in dims if moved(call, i) == axis), None)
 
 
