@@ -14,6 +14,11 @@ from torch import nn
 import evenkeel as ek
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)  # restored after each test; several would wait for each other where tests share cores
+
+
 @st.composite
 def layers(draw, kind: str, transposed: bool | None = None) -> tuple[nn.Module, torch.Tensor]:
     """A layer of a kind with random arguments, and an input for it."""

@@ -14,6 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import evenkeel as ek
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)  # restored after each test; several would wait for each other where tests share cores
+
+
 def check(model, *args, folded: int, left: int):
     """Folds a float64 model exactly, and a float32 one up to rounding; gives the reasons."""
     randomize(model)
@@ -87,7 +92,7 @@ def test_a_model_of_transformers():
     )
     model = randomize(transformers.ResNetForImageClassification(config))
     norms = sum(isinstance(module, _BatchNorm) for module in model.modules())
-    example = {"pixel_values": image(32).float(), "output_hidden_states": True}
+    example = transformers.BatchFeature({"pixel_values": image(32).float(), "output_hidden_states": True})
     before = bits(model)
     new, report = ek.fold(model, example)
     assert bits(model) == before

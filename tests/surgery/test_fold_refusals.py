@@ -152,6 +152,10 @@ REFUSED = {
     "in place": (lambda: Model(lambda m, x: F.relu(m.norm(m.conv(x).mul_(2)))), "its input comes from mul"),
     "changed by a view": (lambda: Model(lambda m, x: change_view(m, x)), "its input has an unknown origin"),
     "of a recurrence": (lambda: Model(norm=nn.BatchNorm1d(6), conv=nn.GRU(6, 6), forward=recurrent), "comes from gru"),
+    "changed later": (lambda: Model(changed_later, conv=nn.Conv2d(3, 3, 1)), "its input is changed in place later"),
+    "changed later by a view": (
+        lambda: Model(lambda m, x: changed_later(m, x, ...), conv=nn.Conv2d(3, 3, 1)), "is changed in place later"
+    ),
     "shift before zeros": (
         lambda: Model(lambda m, x: F.relu(m.conv(m.norm(x)))), "'conv' pads with zeros, which would have to be shifted"
     ),
@@ -164,6 +168,13 @@ REFUSED = {
     "with modules": (lambda: unusual(lambda m: m.conv.add_module("a", nn.ReLU())), "'conv' has modules of its own"),
     "groups of a norm": (lambda: Model(norm=nn.BatchNorm1d(6), forward=rows), "its channels are not those of Conv2d"),
 }  # fmt: skip
+
+
+def changed_later(m, x, part=None):
+    x = x * 2
+    y = m.norm(x)
+    (x if part is None else x[part]).relu_()  # an Identity in the place of the batch norm would hand on this x
+    return m.conv(y) + x
 
 
 def recurrent(m, x):
@@ -238,6 +249,13 @@ def test_variants_whose_evaluation_is_their_own(name):
 def test_a_layer_by_itself():
     layer = randomize(nn.BatchNorm2d(3)).double()
     assert reason(layer, X) == "is the model itself"
+
+
+def test_a_lazy_layer_that_has_not_run():
+    model = Model()
+    model.lazy = ek.LazyBatchNorm2d().eval()
+    _, report = ek.fold(model, X, inplace=True)
+    assert [row["reason"] for row in report.rows] == ["", "was not called on the example"]
 
 
 def test_a_difference_that_is_too_large():

@@ -7,9 +7,11 @@ import json
 
 import pytest
 import torch
+import torch.fx
 import torch.nn.functional as F
 from folded import bits, output, randomize, relative
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 import evenkeel as ek
 from evenkeel.surgery import folding, folding_plan
@@ -50,6 +52,19 @@ def test_other_arguments():
     check_raises(Model(), ValueError, "matches no batch norm", where="nothing")
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         ek.fold("model", X)
+
+
+def test_a_model_without_numbers():
+    with pytest.raises(ValueError, match="on the meta device"):
+        ek.fold(Model().to("meta"), X.to("meta"))
+
+
+def test_inside_inference_mode():
+    model = Model()
+    with torch.inference_mode():
+        new, report = ek.fold(model, X * 1)
+    assert report.summary["folded"] == 1
+    assert not any(value.is_inference() for value in new.parameters())
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
@@ -95,7 +110,9 @@ def test_a_forward_that_asks_the_batch_norm():
     def asks(m, x):
         return m.head(F.relu(m.norm(m.conv(x)) * m.norm.num_features))
 
-    check_raises(Model(asks), AttributeError, "num_features")
+    match = r"does not run on the example \(AttributeError: 'Identity' .*'num_features'\); the model is as it was"
+    check_raises(Model(asks), RuntimeError, match)
+    check_raises(Model(asks), RuntimeError, match, verify=False)
 
 
 def test_a_batch_norm_in_a_list():
@@ -107,7 +124,7 @@ def test_a_batch_norm_in_a_list():
 def test_a_reader_that_cannot_be_seen():
     def hidden(m, x):
         y = m.conv(x)
-        with torch._C.DisableTorchFunction():  # as a kernel that is no operator of torch
+        with torch._C.DisableTorchFunction(), _disable_current_modes():  # as a kernel that is no operator of torch
             z = y * 2
         return F.relu(m.norm(y)) + z
 
@@ -120,9 +137,25 @@ def test_a_model_that_gives_another_output_each_time():
     check_raises(Model(lambda m, x: m.head(F.relu(m.norm(m.conv(x)))) * m.calls), RuntimeError, "the same output twice")
 
 
+def test_graph_modules_and_wrappers():
+    layers = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+    for model in (torch.fx.symbolic_trace(layers), nn.DataParallel(layers).eval()):
+        new, report = ek.fold(model, X)
+        assert report.summary["folded"] == 1
+        assert relative(output(new, X), output(model, X)) < 1e-6
+
+
 def test_another_number_of_outputs():
     model = Model(lambda m, x: [m.head(F.relu(m.norm(m.conv(x))))] * m.calls)
     check_raises(model, RuntimeError, "would differ by inf")
+    assert ek.fold(model, X, verify=False)[1].summary["difference"] == torch.inf
+
+
+def test_complex_outputs():
+    model = Model(lambda m, x: torch.fft.fft(m.head(F.relu(m.norm(m.conv(x))))))
+    _, report = ek.fold(model, X)
+    assert report.summary["float64"] < 1e-12
+    assert report.notes == []
 
 
 def test_a_model_that_does_not_run_in_float64():
@@ -159,6 +192,11 @@ def test_integers_in_the_output():
     assert report.notes == ["Integers or booleans in the output changed on the example, as rounding can make them."]
 
 
+def test_an_output_in_which_nothing_can_be_compared():
+    _, report = ek.fold(Model(lambda m, x: (y for y in [m.head(F.relu(m.norm(m.conv(x))))])), X)
+    assert "so the whole model was not compared" in report.notes[0]
+
+
 def test_the_example_is_left_alone_and_may_be_changed_by_the_model():
     model, x = Model(lambda m, x: m.head(F.relu(m.norm(m.conv(x.mul_(2)))))), X.clone()
     _, report = ek.fold(model, x)
@@ -193,3 +231,21 @@ def test_a_model_without_batch_norms():
     new, report = ek.fold(model, X)
     assert report.summary == {"folded": 0, "left": 0, "difference": 0.0, "float64": 0.0}
     assert torch.equal(output(new, X), output(model, X))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_converted_model(inplace):
+    """Its calls are taken apart again, in what is folded; and put back where folding fails."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()).eval()
+    x = torch.randn(2, 3, 6, 6)
+    expected = model(x)
+    model, _ = ek.convert(model)
+    attributes = [dict(vars(module)) for module in model.modules()]
+    with pytest.raises(RuntimeError, match="expected input"):
+        ek.fold(model, torch.randn(2, 5, 6, 6), inplace=inplace)
+    assert [dict(vars(module)) for module in model.modules()] == attributes
+    assert type(model[1]) is ek.BatchNorm2d
+    folded, report = ek.fold(model, x, inplace=inplace)
+    assert report.summary["folded"] == 1
+    assert (folded is model) == inplace
+    torch.testing.assert_close(folded(x), expected)

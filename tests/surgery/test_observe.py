@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from folded import bits
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 import evenkeel as ek
 from evenkeel.surgery.nested import call_of, map_tensors, tensors_in
@@ -122,10 +123,22 @@ def test_hooks_see_what_enters_and_leaves_their_module():
 def test_a_module_in_which_nothing_is_seen_is_a_reader():
     class Opaque(nn.Module):
         def forward(self, x):
-            with torch._C.DisableTorchFunction():  # as a kernel that is no operator of torch
+            with torch._C.DisableTorchFunction(), _disable_current_modes():  # as a kernel that is no operator of torch
                 return x * 2
 
     assert readers(lambda m, x: m.opaque(m.first(x)), opaque=Opaque()) == (["Opaque 'opaque'"], [])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
+def test_operators_of_scripted_functions_and_of_autograds_are_seen():
+    class Clamp(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clamp(min=0)
+
+    scripted = torch.jit.trace(lambda x: x * torch.sigmoid(x), torch.ones(2, 4))
+    assert readers(lambda m, x: scripted(m.first(x))) == (["sigmoid", "mul"], [])
+    assert readers(lambda m, x: Clamp.apply(m.first(x))) == (["clamp"], [])
 
 
 def test_a_change_in_place_makes_another_value():

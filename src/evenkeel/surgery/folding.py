@@ -22,7 +22,10 @@ from evenkeel.surgery.report import Report
 #: The largest difference of a whole model's output in float64: rounding that many layers may have enlarged.
 _WHOLE_FLOAT64 = 1e-8
 
+_NOTHING_TO_COMPARE = "No floating-point tensor was found in the model's output, so the whole model was not compared."
 
+
+@torch.inference_mode(False)  # whose tensors do not say when they are changed
 def fold(
     model: nn.Module,
     example: Any,
@@ -74,7 +77,7 @@ def fold(
     Raises:
         TypeError: ``model`` is no module, scripted or compiled; ``example`` is none of the three.
         ValueError: The model is in training mode; ``where`` matches nothing; ``tolerance`` is negative.
-        RuntimeError: The whole model differs after all. After any error the model is as it was.
+        RuntimeError: The whole model differs after all, or does not run any more. After any error it is as it was.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
@@ -90,11 +93,11 @@ def fold(
     _check_model(model)
     if tolerance is not None and not (isinstance(tolerance, int | float) and tolerance >= 0):
         raise ValueError(f"fold: tolerance is None or a number of at least 0; got {describe(tolerance)}")
-    args, kwargs = call_of("fold", example)
+    args, kwargs = call_of("fold", map_tensors(_ordinary, example))
     model = model if inplace else copy.deepcopy(model)
     with ExitStack() as undo:
-        take_back(model, undo)  # calls that convert has fused hide the layers beside each other
-        result = _fold(model, args, kwargs, verify, tolerance, where, undo)
+        take_back(model, undo)  # calls that convert has fused hide which layers are beside each other
+        result = _fold(model, args, kwargs, verify, tolerance, select("fold", model, where), undo)
         undo.pop_all()
     return result
 
@@ -105,24 +108,22 @@ def _fold(
     kwargs: Mapping[str, Any],
     verify: bool,
     tolerance: float | None,
-    where: Where,
+    norms: dict[str, Any],
     undo: ExitStack,
 ) -> tuple[nn.Module, Report]:
-    norms = select("fold", model, where)
     trace = observe(model, args, kwargs)
     expected = [tensor.clone() for tensor in tensors_in(trace.output)]
     with preserved(model):
         plan = Planner(model, trace, tolerance).run(norms)
     del trace  # and with it every tensor of the run
-    notes: list[str] = []
+    notes = [] if any(each.is_floating_point() or each.is_complex() for each in expected) else [_NOTHING_TO_COMPARE]
     wide = _difference_in_float64(model, plan, args, kwargs, notes) if verify else None
     apply_plan(model, plan, undo)
-    with preserved(model, (args, kwargs)):
-        found = tensors_in(model(*args, **kwargs))
+    found = _run_folded(model, args, kwargs)
     own = _difference(expected, found)
     if verify:
         _check_whole(model, plan, own, wide)
-    if any(not torch.equal(a, b) for a, b in zip(expected, found, strict=True) if not a.is_floating_point()):
+    if _integers_changed(expected, found):
         notes.append("Integers or booleans in the output changed on the example, as rounding can make them.")
     summary = {"folded": len(plan.gone), "left": len(norms) - len(plan.gone), "difference": own, "float64": wide}
     return model, Report("fold", {k: v for k, v in summary.items() if v is not None}, list(plan.rows.values()), notes)
@@ -136,6 +137,8 @@ def _check_model(model: nn.Module) -> None:
                 f"fold: {path or 'the model'} is {'compiled' if compiled else 'a ScriptModule'}, so what it runs can't "
                 "be changed; fold the model that it was made from, and compile or script that"
             )
+    if any(value.is_meta for value in (*model.parameters(), *model.buffers())):
+        raise ValueError("fold: parts of the model are on the meta device, without numbers to fold; load them first")
     if model.training:
         raise ValueError(
             "fold: the model is in training mode, where batch norms use the batch's moments; folding is for inference: "
@@ -157,8 +160,22 @@ def _difference_in_float64(
         notes.append(f"Not compared in float64, in which the model does not run: {type(error).__name__}: {said}")
         return None
     apply_plan(twin, plan, ExitStack())
-    with preserved(twin):
-        return _difference(expected, tensors_in(twin(*args, **kwargs)))
+    return _difference(expected, _run_folded(twin, args, kwargs))
+
+
+def _run_folded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    try:
+        with preserved(model, (args, kwargs)):
+            return tensors_in(model(*args, **kwargs))
+    except Exception as error:
+        raise RuntimeError(
+            f"fold: the folded model does not run on the example ({type(error).__name__}: {error}); the model is as it "
+            "was. Its code may ask a batch norm for what an Identity does not have: leave that one out by where="
+        ) from error
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _to_double(tensor: Tensor) -> Tensor:
@@ -167,6 +184,11 @@ def _to_double(tensor: Tensor) -> Tensor:
 
 def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
     return difference(expected, found) if len(expected) == len(found) else torch.inf
+
+
+def _integers_changed(expected: list[Tensor], found: list[Tensor]) -> bool:
+    pairs = zip(expected, found, strict=False)  # where their numbers differ, so do the outputs altogether
+    return any(not (a.is_floating_point() or a.is_complex() or torch.equal(a, b)) for a, b in pairs)
 
 
 def _check_whole(model: nn.Module, plan: Plan, own: float, wide: float | None) -> None:

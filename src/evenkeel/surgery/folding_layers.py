@@ -62,6 +62,9 @@ class Layers:
         return self._refusal(module) or _unfit_weight(module)
 
     def _refusal(self, module: nn.Module) -> str | None:
+        calls = self.trace.calls_of(module)
+        if not calls:
+            return "was not called on the example"
         if is_parametrized(module):
             return "has a parametrization (torch.nn.utils.parametrize.remove_parametrizations takes it away)"
         if has_hooks(module):
@@ -72,9 +75,6 @@ class Layers:
             return "has modules of its own"
         if len(self.paths[module]) > 1:
             return f"is one module at several paths ({', '.join(self.paths[module])})"
-        calls = self.trace.calls_of(module)
-        if not calls:
-            return "was not called on the example"
         if len(calls) > 1:
             return f"is called {len(calls)} times"
         for name, parameter in module._parameters.items():
@@ -89,10 +89,13 @@ class Layers:
 
     def _call_refusal(self, layer: _BatchNorm) -> str | None:
         call = self.trace.calls_of(layer)[0]
-        if input_of(call) is None:
+        x = input_of(call)
+        if x is None:
             return f"is called with more than its input ({', '.join(_extra(call)) or 'no tensor'})"
         if len(call.inputs) != 1 or len(call.outputs) != 1 or not isinstance(call.result, torch.Tensor):
             return "does not make one tensor from one"
+        if call.result.dtype != x.dtype:
+            return f"makes {call.result.dtype} of {x.dtype}"
         return None
 
 

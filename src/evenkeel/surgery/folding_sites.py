@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from evenkeel.surgery.folding_layers import LINEAR, WHOLE, input_of
 from evenkeel.surgery.folding_weights import channels
-from evenkeel.surgery.trace import Call, FunctionCall, ModuleCall, Trace, Value
+from evenkeel.surgery.trace import Call, FunctionCall, ModuleCall, Trace, Value, version_of
 
 #: Functions that are linear in their first argument. Which of their calls commute with x·scale + shift per channel, as
 #: means and copies do, and where the channels then lie, is found by trying: see ``moved``.
@@ -78,6 +78,10 @@ def site_before(trace: Trace, norm: ModuleCall, gone: set[Call]) -> Site | str:
 
 def site_after(trace: Trace, norm: ModuleCall) -> Site | str:
     """The layer that alone reads the batch norm's output; or in words what else there is."""
+    x = input_of(norm)
+    assert x is not None
+    if version_of(x) != norm.inputs[0].version:  # what reads the output will read this very tensor
+        return "its input is changed in place later"
     value, axis = norm.outputs[0], 1
     chain: list[FunctionCall] = []
     while True:
@@ -136,9 +140,10 @@ def moved(call: FunctionCall, axis: int) -> int | None:
 def _moved_back(call: FunctionCall, axis: int) -> int | None:
     """Where the channels lay before a function after which they lie at ``axis``."""
     x = call.args[0] if call.args else None
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or not isinstance(call.result, Tensor):
         return None
-    dims = sorted(range(x.dim()), key=lambda i: i != axis)
+    size = call.result.shape[axis]
+    dims = sorted((i for i in range(x.dim()) if x.shape[i] == size), key=lambda i: i != axis)
     return next((i for i in dims if moved(call, i) == axis), None)
 
 

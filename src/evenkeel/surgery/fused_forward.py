@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from evenkeel.surgery.checks import NotAsTracedError
+from evenkeel.surgery.forward_graph import Reads, required_names, trace
 from evenkeel.surgery.guard import Guard
 from evenkeel.surgery.kinds import will_fuse
 from evenkeel.surgery.patterns import Fused, Refused, fuse
-from evenkeel.surgery.forward_graph import Reads, required_names, trace
 from evenkeel.surgery.unchanged import UntraceableError
 
 _log = logging.getLogger("evenkeel")

@@ -12,6 +12,7 @@ from torch.nn import Module
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from evenkeel.surgery.nested import tensors_in
 from evenkeel.surgery.trace import FunctionCall, ModuleCall, Trace, version_of
@@ -43,22 +44,33 @@ def has_hooks(module: Module) -> bool:
 
 
 class _Recorder(TorchFunctionMode):
+    """Takes down calls of functions, and the modules' that it watches."""
+
     def __init__(self, trace: Trace) -> None:
         super().__init__()
         self.trace = trace
         self.inside: list[ModuleCall] = []
+        self._running = False
 
     def __torch_function__(
         self, function: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if function in _METADATA:
+        return self.run(function, args, kwargs or {})
+
+    def run(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call it; take it down unless it runs within another one, or only asks about a tensor."""
+        if self._running:
             return function(*args, **kwargs)
-        inside = self.inside[-1] if self.inside else None
-        given = self.trace.values((args, dict(kwargs)))
-        read = self.trace.values(args[:1]) if function in _LIKE_ANOTHER else given
-        call = FunctionCall(args, kwargs, inside, read, function=function)
-        call.result = function(*args, **kwargs)
+        self._running = True
+        try:
+            if function in _METADATA:
+                return function(*args, **kwargs)
+            given = self.trace.values((args, dict(kwargs)))
+            read = self.trace.values(args[:1]) if function in _LIKE_ANOTHER else given
+            call = FunctionCall(args, kwargs, self.inside[-1] if self.inside else None, read, function=function)
+            call.result = function(*args, **kwargs)
+        finally:
+            self._running = False
         self.trace._finish(call, given)
         if call.inputs or call.outputs:
             self.trace.functions.append(call)
@@ -84,11 +96,24 @@ class _Recorder(TorchFunctionMode):
         yield module.register_forward_hook(leave, with_kwargs=True, always_call=True)
 
 
+class _Below(TorchDispatchMode):
+    """Takes down the operators that run unseen by a ``TorchFunctionMode``: those of scripted functions, say."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_dispatch__(
+        self, function: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return self.recorder.run(function, args, kwargs or {})
+
+
 def observe(model: Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Trace:
     """Run a model once, without gradients and in the mode it has, and note who makes and who reads each tensor.
 
-    Modules are watched by hooks, functions by a ``TorchFunctionMode``. Afterwards hooks, buffers, random generators and
-    the arguments' tensors are as before.
+    Modules are watched by hooks, functions by a ``TorchFunctionMode``, and by a ``TorchDispatchMode`` those that run
+    where that does not see. Afterwards hooks, buffers, random generators and the arguments' tensors are as before.
 
     Args:
         model: Any module.
@@ -122,7 +147,7 @@ def observe(model: Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any]
         for module, path in paths.items():
             for handle in recorder.watch(module, path):
                 stack.callback(handle.remove)
-        with recorder:
+        with recorder, _Below(recorder):
             trace.output = model(*args, **kwargs)
         trace._index(model, paths)
     return trace

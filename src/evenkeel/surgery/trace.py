@@ -76,7 +76,7 @@ class FunctionCall(Call):
         name = getattr(self.function, "__name__", str(self.function))
         if name == "__get__":  # an attribute, such as Tensor.mT
             name = getattr(getattr(self.function, "__self__", None), "__name__", name)
-        return name.strip("_")
+        return name.partition(".")[0].strip("_")  # operators have an overload's name too
 
 
 class Trace:
