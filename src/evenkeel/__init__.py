@@ -48,7 +48,7 @@ __all__ = [
 ]
 __all__ += nn.__all__
 #: What evenkeel.surgery has; it is imported when one of these is asked for.
-_SURGERY = ("Report", "convert", "fold", "revert")
+_SURGERY = ("Report", "convert", "fold", "recalibrate", "revert")
 __all__ += ["surgery", *_SURGERY]
 
 

@@ -102,7 +102,8 @@ def counted_fusions() -> Iterator[list[str]]:
         options = others[3]
         if residual is not None or options.activation is not None:
             seen.append(str(options.activation))
-        return plain(x, residual, *others)
+        y: Tensor = plain(x, residual, *others)
+        return y
 
     vars(batch_norm)["layer_batch_norm"] = spy
     try:

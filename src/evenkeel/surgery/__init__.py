@@ -5,6 +5,7 @@ Imported when the first of them is asked for, as ``ek.convert`` and so on: ``imp
 
 from evenkeel.surgery.convert import convert, revert
 from evenkeel.surgery.folding import fold
+from evenkeel.surgery.recalibrate import recalibrate
 from evenkeel.surgery.report import Report
 
-__all__ = ["Report", "convert", "fold", "revert"]
+__all__ = ["Report", "convert", "fold", "recalibrate", "revert"]
