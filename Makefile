@@ -30,7 +30,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench native sanitize arm format clean FORCE
+.PHONY: help demo test check bench models native sanitize arm format clean FORCE
 CHECKS := check-format check-lint check-types check-layers check-kernels
 .PHONY: $(CHECKS)
 
@@ -39,6 +39,7 @@ help:
 	@echo 'make test     run the tests'
 	@echo 'make check    format, lint, types, layers of imports'
 	@echo 'make bench    time the layers and whole networks: tables, and bench-results/bench.html'
+	@echo 'make models   convert and fold published architectures: a table, and docs/models.md'
 	@echo 'make native   check the kernels without torch, on everything that the driver has'
 	@echo 'make sanitize check them with address and undefined-behaviour sanitizers, without torch and with it'
 	@echo 'make arm      check them on an emulated ARM'
@@ -63,6 +64,9 @@ bench: $(VENV)/.built
 	$(BIN)/evenkeel bench page bench-results/kernels.json bench-results/networks.json --out bench-results/bench.html \
 		|| status=1; \
 	exit $$status
+
+models: $(VENV)/.built
+	@$(BIN)/evenkeel bench models --out bench-results/models.json --page docs/models.md $(ARGS)
 
 # tests/native/build_driver.py says what is built, and how.
 native: $(VENV)/.installed

@@ -48,7 +48,7 @@ __all__ = [
 ]
 __all__ += nn.__all__
 #: What evenkeel.surgery has; it is imported when one of these is asked for.
-_SURGERY = ("Report", "convert", "fold", "recalibrate", "revert")
+_SURGERY = ("Report", "adapt", "convert", "fold", "recalibrate", "reset_adaptation", "revert")
 __all__ += ["surgery", *_SURGERY]
 
 

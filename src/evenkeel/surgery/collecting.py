@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from evenkeel.control.holding import is_held
 from evenkeel.control.pausing import held_off
 from evenkeel.functional import moments as moments_of
 from evenkeel.moments import Moments
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: Variants whose running moments are not the mean and variance of their input.
 _OTHER_MOMENTS = (
@@ -71,6 +74,10 @@ class Seen:
         mean_error = (factor * (weights * off).square().sum(0)).sqrt() / var.sqrt()
         var_error = (factor * (weights * (variances + off.square() - var)).square().sum(0)).sqrt() / var
         return float(torch.maximum(mean_error, var_error).max())
+
+
+#: Starts a pass over the batches.
+Begin = Callable[[], Iterable[Any]]
 
 
 class Collector:
@@ -186,3 +193,58 @@ def by_the_batch(targets: Iterable[_BatchNorm]) -> Iterator[None]:
         finally:
             for layer in targets:
                 layer.training = False
+
+
+def in_one_pass(
+    targets: list[_BatchNorm],
+    call: Callable[[Any], Any],
+    begin: Begin,
+    put: Callable[[_BatchNorm, Seen], None],
+    tolerance: float | None = None,
+    group: ProcessGroup | None = None,
+) -> dict[_BatchNorm, Seen]:
+    """What goes into layers that normalize with the batch's moments; ``put`` is called for each at the end."""
+    collector = Collector(targets, keep=tolerance is not None)
+    with by_the_batch(targets), collector.listening():
+        _run_over(begin(), call, collector, tolerance)
+    for layer, seen in collector.seen.items():
+        _merge_ranks(seen, group)
+        put(layer, seen)
+    return collector.seen
+
+
+def layer_by_layer(
+    targets: list[_BatchNorm],
+    call: Callable[[Any], Any],
+    begin: Begin,
+    put: Callable[[_BatchNorm, Seen], None],
+    tolerance: float | None = None,
+    group: ProcessGroup | None = None,
+) -> dict[_BatchNorm, Seen]:
+    """What goes into each layer of the network in evaluation, after ``put`` was called for all that run before it."""
+    first = next(iter(begin()), None)
+    calls = {} if first is None else order_of(targets, call, first)
+    found: dict[_BatchNorm, Seen] = {}
+    for layer in [*calls, *(layer for layer in targets if layer not in calls)]:
+        collector = Collector([layer], tolerance is not None, stop if calls.get(layer, 1) == 1 else lambda: None)
+        with collector.listening():
+            _run_over(begin(), call, collector, tolerance)
+        seen = found[layer] = collector.seen[layer]
+        _merge_ranks(seen, group)
+        put(layer, seen)
+    return found
+
+
+def _run_over(
+    batches: Iterable[Any], call: Callable[[Any], Any], collector: Collector, tolerance: float | None
+) -> None:
+    for index, batch in enumerate(batches):
+        run_quietly(call, batch, collector)
+        if tolerance is None or index < 2:
+            continue
+        if all(seen.standard_error() <= tolerance for seen in collector.seen.values()):
+            break
+
+
+def _merge_ranks(seen: Seen, group: ProcessGroup | None) -> None:
+    seen.moments = seen.moments.all_reduce(group, what="recalibrate")

@@ -50,15 +50,15 @@ class Plan:
             for reader in reads.run:
                 self.reads.names.setdefault(reader, {}).update(reads.names.get(reader, {}))
             before = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-            ends.append(_ends_with(graph, modules, lambda m: will_fuse(m, sync)))
+            ends.append(_end_of(graph, modules, lambda m: will_fuse(m, sync)))
             self.fused[training], refused = fuse(graph, modules, lambda m: will_fuse(m, sync), training, self.reads)
             self.refused += [r for r in refused if r not in self.refused]
             after = {str(node.target) for node in graph.nodes if node.op == "call_module"}
             # What is no longer called by itself, and what is called with more than its input.
             called |= (before - after) | {one.layer for one in self.fused[training]}
             self.graphs[training] = graph
-        #: Whether the module's output is a batch norm's, which a caller may fuse with what it does next.
-        self.is_open = all(ends)
+        #: The batch norm whose output the module returns, which a caller may fuse with what it does next; or None.
+        self.end = ends[0] if ends[0] == ends[1] else None
         self.inlined = [module, *(m for m in module.modules() if m in inlined and m in self.reads.names)]
         self.called = list(dict.fromkeys(modules[path] for path in sorted(called)))
 
@@ -66,14 +66,11 @@ class Plan:
         return bool(self.fused[True] or self.fused[False])
 
 
-def _ends_with(graph: fx.Graph, modules: dict[str, nn.Module], fusible: Callable[[nn.Module], bool]) -> bool:
+def _end_of(graph: fx.Graph, modules: dict[str, nn.Module], fusible: Callable[[nn.Module], bool]) -> str | None:
     (value,) = next(node for node in graph.nodes if node.op == "output").args
-    return (
-        isinstance(value, fx.Node)
-        and value.op == "call_module"
-        and fusible(modules[str(value.target)])
-        and len(value.users) == 1
-    )
+    if not isinstance(value, fx.Node) or value.op != "call_module" or len(value.users) != 1:
+        return None
+    return str(value.target) if fusible(modules[str(value.target)]) else None
 
 
 class FusedForward:

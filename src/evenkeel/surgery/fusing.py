@@ -30,7 +30,7 @@ class Outcome(NamedTuple):
 def plan_all(model: nn.Module, sync: bool | None = None) -> tuple[dict[str, Plan], dict[str, Outcome]]:
     """The forwards to fuse, by module path, and what becomes of each batch norm, by its path."""
     plans: dict[nn.Module, Plan] = {}
-    opened: set[nn.Module] = set()
+    opened: dict[nn.Module, str] = {}
     found: dict[str, Plan] = {}
     outcomes: dict[str, Outcome] = {}
     modules = dict(model.named_modules())
@@ -40,15 +40,14 @@ def plan_all(model: nn.Module, sync: bool | None = None) -> tuple[dict[str, Plan
         if not own and not any(part in opened for part in module.modules() if part is not module):
             continue
         try:
-            plan = Plan(module, opened & set(module.modules()) - {module}, sync)
+            plan = Plan(module, opened.keys() & set(module.modules()) - {module}, sync)
         except UntraceableError as error:
-            for layer in own:
-                name = type(module).__name__
-                where = f"{path!r}, a {name}," if path else f"the {name}"
+            where = f"{path!r}, a {type(module).__name__}," if path else f"the {type(module).__name__}"
+            for layer in (*own, *_open_ends(module, opened)):
                 _put(outcomes, path, layer, Outcome(path, reason=f"the forward of {where} can't be traced: {error}"))
             continue
-        if plan.is_open and not _has_hooks(module):
-            opened.add(module)
+        if plan.end is not None and not _has_hooks(module):
+            opened[module] = plan.end
         for refused in plan.refused:
             _put(outcomes, path, refused.layer, Outcome(path, reason=refused.reason))
         if plan.fuses():
@@ -57,6 +56,15 @@ def plan_all(model: nn.Module, sync: bool | None = None) -> tuple[dict[str, Plan
                 by = ".".join(filter(None, (path, one.by))) if one.by and not one.by.endswith("()") else one.by
                 _put(outcomes, path, one.layer, Outcome(path, one.activation, by, one.residual))
     return found, outcomes
+
+
+def _open_ends(module: nn.Module, opened: dict[nn.Module, str]) -> list[str]:
+    """The batch norms that the module's children end with, which it may have fused with what it does next."""
+    children = [(name, child) for name, child in module.named_modules() if child in opened and child is not module]
+    outer = [
+        (name, child) for name, child in children if not any(name.startswith(f"{other}.") for other, _ in children)
+    ]
+    return [f"{name}.{opened[child]}" for name, child in outer]
 
 
 def _put(outcomes: dict[str, Outcome], path: str, layer: str, outcome: Outcome) -> None:

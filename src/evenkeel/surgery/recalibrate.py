@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,23 +13,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from evenkeel.control.selection import Where, select
 from evenkeel.errors import describe
 from evenkeel.surgery.batches import Forward, check_loader, passes_over, run_batch
-from evenkeel.surgery.collecting import (
-    Collector,
-    Seen,
-    by_the_batch,
-    modes_kept,
-    order_of,
-    reason_to_leave,
-    run_quietly,
-    stop,
-)
+from evenkeel.surgery.collecting import Seen, in_one_pass, layer_by_layer, modes_kept, reason_to_leave
 from evenkeel.surgery.report import Report
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Model = TypeVar("Model", bound=nn.Module)
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def recalibrate(
@@ -107,70 +97,24 @@ def recalibrate(
     targets = {path: layer for path, layer in chosen.items() if left[path] is None}
     passes = len(targets) if sequential else 1
     check_loader("recalibrate", loader, passes)
-    before = {layer: {name: layer._buffers[name] for name in _BUFFERS} for layer in targets.values()}
-    copies = {layer: {n: None if b is None else b.clone() for n, b in found.items()} for layer, found in before.items()}
+    before = {layer: buffers_of(layer) for layer in targets.values()}
 
     def call(batch: Any) -> Any:
         return (forward or run_batch)(model, batch)
 
     with ExitStack() as undo:
-        undo.callback(_put_back, before, copies)
+        undo.callback(put_back, before)
         with modes_kept(model), passes_over(loader, max_batches, progress, "recalibrate", passes) as begin:
-            if sequential:
-                seen = _layer_by_layer(list(targets.values()), call, begin, tolerance, group)
-            else:
-                seen = _in_one_pass(list(targets.values()), call, begin, tolerance)
-                seen = {layer: _merged(one, group) for layer, one in seen.items()}
-                for layer, one in seen.items():
-                    set_moments(layer, one)
+            collect = layer_by_layer if sequential else in_one_pass
+            seen = collect(list(targets.values()), call, begin, set_moments, tolerance, group)
         undo.pop_all()
-    rows = [_row(path, layer, seen.get(layer), copies.get(layer), left[path]) for path, layer in chosen.items()]
+    rows = [_row(path, layer, seen.get(layer), before.get(layer), left[path]) for path, layer in chosen.items()]
     batches = max((one.batches for one in seen.values()), default=0)
     summary = {"layers": len(targets), "left": len(chosen) - len(targets), "batches": batches}
     notes = []
     if sequential and any(one.calls > 1 for one in seen.values()):
         notes.append("Layers that run several times in a forward were settled with their own old moments in between.")
     return model, Report("recalibrate", summary, rows, notes)
-
-
-def _in_one_pass(targets: list[_BatchNorm], call: Any, begin: Any, tolerance: float | None) -> dict[_BatchNorm, Seen]:
-    collector = Collector(targets, keep=tolerance is not None)
-    with by_the_batch(targets), collector.listening():
-        _run_over(begin(), call, collector, tolerance)
-    return collector.seen
-
-
-def _layer_by_layer(
-    targets: list[_BatchNorm], call: Any, begin: Any, tolerance: float | None, group: ProcessGroup | None
-) -> dict[_BatchNorm, Seen]:
-    first = next(iter(begin()), None)
-    calls = {} if first is None else order_of(targets, call, first)
-    order = [*calls, *(layer for layer in targets if layer not in calls)]
-    seen: dict[_BatchNorm, Seen] = {}
-    for layer in order:
-        once = calls.get(layer, 1) == 1
-        collector = Collector([layer], tolerance is not None, stop if once else lambda: None)
-        with collector.listening():
-            _run_over(begin(), call, collector, tolerance)
-        seen[layer] = _merged(collector.seen[layer], group)
-        set_moments(layer, seen[layer])
-    return seen
-
-
-def _run_over(batches: Iterable[Any], call: Any, collector: Collector, tolerance: float | None) -> None:
-    for index, batch in enumerate(batches):
-        run_quietly(call, batch, collector)
-        if (
-            tolerance is not None
-            and index >= 2
-            and all(s.standard_error() <= tolerance for s in collector.seen.values())
-        ):
-            break
-
-
-def _merged(seen: Seen, group: ProcessGroup | None) -> Seen:
-    seen.moments = seen.moments.all_reduce(group, what="recalibrate")
-    return seen
 
 
 def set_moments(layer: _BatchNorm, seen: Seen) -> None:
@@ -195,12 +139,18 @@ def _what(layer: _BatchNorm) -> str:
     return f"a {type(layer).__name__} of {layer.num_features} channels"
 
 
-def _put_back(before: dict[_BatchNorm, dict[str, Any]], copies: dict[_BatchNorm, dict[str, Any]]) -> None:
+def buffers_of(layer: _BatchNorm) -> dict[str, Tensor]:
+    """Copies of the buffers that a state_dict has."""
+    found = {name: layer._buffers.get(name) for name in ("running_mean", "running_var", "num_batches_tracked")}
+    return {name: buffer.clone() for name, buffer in found.items() if buffer is not None}
+
+
+def put_back(copies: Mapping[_BatchNorm, Mapping[str, Tensor]]) -> None:
+    """Give layers the values of their buffers, and of their parameters, that were kept."""
     with torch.no_grad():
-        for layer, buffers in before.items():
-            for name, buffer in buffers.items():
-                if buffer is not None:
-                    buffer.copy_(copies[layer][name])
+        for layer, values in copies.items():
+            for name, value in values.items():
+                getattr(layer, name).copy_(value)
 
 
 def drift(mean: Tensor, var: Tensor, old_mean: Tensor, old_var: Tensor) -> dict[str, float]:
@@ -212,7 +162,7 @@ def drift(mean: Tensor, var: Tensor, old_mean: Tensor, old_var: Tensor) -> dict[
 
 
 def _row(
-    path: str, layer: _BatchNorm, seen: Seen | None, old: dict[str, Any] | None, reason: str | None
+    path: str, layer: _BatchNorm, seen: Seen | None, old: Mapping[str, Tensor] | None, reason: str | None
 ) -> dict[str, Any]:
     row: dict[str, Any] = {
         "path": path, "kind": type(layer).__name__, "values": None, "mean drift": None, "variance ratio": None,

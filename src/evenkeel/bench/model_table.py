@@ -1,0 +1,116 @@
+"""What was found of published architectures, as a table in a terminal and as a page."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console
+from rich.table import Table
+
+from .model_run import ModelReport, ModelRow
+
+_COLUMNS = (
+    "architecture", "batch norms", "fused / fusible", "folded / foldable", "error, converted", "error, folded",
+    "inference, converted", "inference, folded", "training, converted",
+)  # fmt: skip
+
+
+def print_models(report: ModelReport, console: Console | None = None) -> None:
+    """One line for each; what is wrong last."""
+    console = console or Console()
+    table = Table(title="Published architectures, converted and folded", title_style="bold")
+    for index, name in enumerate(_COLUMNS):
+        table.add_column(name, justify="right" if index else "left")
+    for row in report.rows:
+        table.add_row(*_cells(row))
+    console.print(table)
+    for row in report.rows:
+        if not row.is_right:
+            console.print(f"{row.name}: {row.error or 'is not right'}", style="red", markup=False)
+    console.print(_shares(report), markup=False)
+
+
+def page(report: ModelReport) -> str:
+    """The page docs/models.md."""
+    lines = [
+        "# Published architectures",
+        "",
+        "What [convert](convert.md) and [fold](fold.md) make of architectures as people publish them, with random weights. The",
+        "table is made by `make models`, which writes this page.",
+        "",
+        "- **fused / fusible**: calls of batch norms that run with an addition or an activation, seen while the converted model",
+        "  runs; and how many could, seen in a run of the original by other code (`evenkeel.bench.model_patterns`).",
+        "- **folded / foldable**: batch norms folded; and how many lie behind a convolution or linear layer that nobody else reads,",
+        "  seen in the same way. More are folded where they lie behind a pooling or in front of a layer.",
+        "- **error**: the largest difference of outputs, every gradient and running moments, in training and in evaluation, in",
+        "  float64, relative to each tensor's largest value (gradients below a thousandth of the model's largest, to that).",
+        "  What is above 10⁻¹⁰ has, beside it in brackets, how far the original's own results move when its input changes by",
+        "  half a unit in the last place.",
+        f"- **times faster** than the original (`torch.nn`, eager) at batch {report.samples}, float32, contiguous: medians of",
+        f"  {report.rounds} interleaved rounds on {report.machine.cpu}, {report.machine.threads} threads, torch",
+        f"  {report.machine.torch}. Ratios on your machine will differ; single ones vary by several percent from run to run.",
+        "",
+        "| architecture | from | batch norms | fused / fusible | folded / foldable | error, converted | error, folded |"
+        " inference, converted | inference, folded | training, converted |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report.rows:
+        name, *rest = _cells(row)
+        lines.append(f"| {name} | {row.package} | " + " | ".join(rest) + " |")
+    lines += ["", _shares(report), "", *_reasons(report)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cells(row: ModelRow) -> list[str]:
+    counts = row.counts
+    if not counts:
+        return [row.name, *[""] * 8]
+    error = f"{counts['converted_error']:.0e}"
+    if counts["converted_error"] > 1e-10:
+        error += f" ({counts['rounding']:.0e})"
+    return [
+        row.name,
+        str(counts["batch_norms"]),
+        f"{counts['fused']} / {counts['fusible']}",
+        f"{counts['folded']} / {counts['foldable']}",
+        error,
+        f"{counts['folded_error']:.0e}",
+        *("" if value is None else f"{value:.2f}"
+          for value in (row.converted_inference, row.folded_inference, row.training)),
+    ]  # fmt: skip
+
+
+def _shares(report: ModelReport) -> str:
+    found = [row.counts for row in report.rows if row.counts]
+    fused, fusible = (sum(counts[name] for counts in found) for name in ("fused", "fusible"))
+    foldable = sum(counts["foldable"] for counts in found)
+    folded = sum(min(counts["folded"], counts["foldable"]) for counts in found)
+    right = sum(row.is_right for row in report.rows)
+    text = (
+        f"{right} of {len(report.rows)} architectures are right. Of {fusible} fusible calls {fused} are fused "
+        f"({100 * fused / max(1, fusible):.1f} %), of {foldable} foldable batch norms {folded} are folded "
+        f"({100 * folded / max(1, foldable):.1f} %)."
+    )
+    timed = [row for row in report.rows if row.training]
+    if timed:
+        means = [
+            math.exp(sum(math.log(value or 1) for value in values) / len(timed))
+            for values in zip(
+                *((row.converted_inference, row.folded_inference, row.training) for row in timed), strict=True
+            )
+        ]
+        text += (
+            f" Geometric means: inference {means[0]:.2f} times faster converted and {means[1]:.2f} folded, a training "
+            f"step {means[2]:.2f} converted."
+        )
+    return text
+
+
+def _reasons(report: ModelReport) -> list[str]:
+    """Why something that could be fused is not."""
+    lines = []
+    for row in report.rows:
+        counts = row.counts
+        if counts and (counts["fused"] < counts["fusible"] or counts["folded"] < counts["foldable"]):
+            lines += [f"- {row.name}: {'; '.join(counts['left']) or 'no reason is given'}"]
+    return ["What is missing, and why:", "", *lines] if lines else []
