@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,8 +23,12 @@ from .model_zoo import Architecture
 LEAST_GRADIENT = 1e-3
 
 
-def check(one: Architecture, samples: int) -> dict[str, Any]:
+def check(one: Architecture, samples: int, small: bool = False) -> dict[str, Any]:
     """Counts and errors of one architecture.
+
+    Args:
+        samples: In the batch.
+        small: Whether images are small.
 
     Returns:
         batch_norms, fusible, fused, foldable, folded: numbers; ``fusible`` and ``foldable`` are seen from a run of the
@@ -32,8 +37,8 @@ def check(one: Architecture, samples: int) -> dict[str, Any]:
         evaluation, relative to the tensor's largest value. ``rounding``: that of the original itself, when its input
         changes by roundings. ``folded_error``: of the output. ``left``: the reasons for what was not fused.
     """
-    original = one.build().double()
-    x = one.batch(samples, torch.float64)
+    original = one.build(small).double()
+    x = one.batch(samples, torch.float64, small)
     fusible, foldable = count(copy.deepcopy(original).eval(), x)
     converted, report = ek.convert(copy.deepcopy(original))
     errors, rounding = [], []
@@ -48,7 +53,7 @@ def check(one: Architecture, samples: int) -> dict[str, Any]:
     errors.append(max((_relative(a, b) for a, b in _moments(converted.state_dict(), state)), default=0.0))
     with counted_fusions() as seen, torch.no_grad():
         converted.eval()(x)
-    fresh = one.build().double().eval()
+    fresh = one.build(small).double().eval()
     folded, folding = ek.fold(fresh, x[:1], verify=False)
     with torch.no_grad():
         pairs = zip(tensors_in(folded(x)), tensors_in(fresh(x)), strict=True)
@@ -63,8 +68,12 @@ def check(one: Architecture, samples: int) -> dict[str, Any]:
         "converted_error": max(errors),
         "rounding": max(rounding),
         "folded_error": folded_error,
-        "left": sorted({row["reason"] for row in report.rows if row["reason"]}),
+        "left": sorted({_without_path(row["reason"]) for row in report.rows if row["reason"]}),
     }
+
+
+def _without_path(reason: str) -> str:
+    return re.sub(r"of '[^']*', (an? \w+),", r"of \1", reason)
 
 
 def results(model: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from torch import nn
@@ -31,13 +32,13 @@ def count(model: nn.Module, x: Any) -> tuple[int, int]:
     trace = observe(model, (x,))
     calls = [call for call in trace.modules if isinstance(call.module, _BatchNorm)]
     outputs = {value for call in calls for value in call.outputs}
+    # One module under several names is left alone by folding.
+    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     additions: set[int] = set()
     fusible = foldable = 0
     for call in calls:
-        foldable += _is_behind_a_producer(trace, call)
+        foldable += names[id(call.module)] == 1 and _is_behind_a_producer(trace, call)
         (value,) = call.outputs or (None,)
-        while value is not None and not trace.holders(value) and (dropout := _only_reader(trace, value, {"dropout"})):
-            (value,) = dropout.outputs or (None,)
         if value is None or trace.holders(value):
             continue
         addition = _only_reader(trace, value, _ADDITIONS)
@@ -64,7 +65,7 @@ def _is_behind_a_producer(trace: Trace, call: ModuleCall) -> bool:
 def _has_activation(trace: Trace, value: Value) -> bool:
     if _only_reader(trace, value, _ACTIVATIONS) is not None:
         return True
-    readers = trace.readers(value)
+    readers = _readers(trace, value)
     insides = {reader.inside for reader in readers}
     if {_name(reader) for reader in readers} == {"sigmoid", "mul"}:
         return True
@@ -75,10 +76,15 @@ def _has_activation(trace: Trace, value: Value) -> bool:
 
 
 def _only_reader(trace: Trace, value: Value, names: set[str]) -> FunctionCall | None:
-    readers = trace.readers(value)
+    readers = _readers(trace, value)
     if len(readers) != 1 or not isinstance(readers[0], FunctionCall) or _name(readers[0]) not in names:
         return None
     return readers[0]
+
+
+def _readers(trace: Trace, value: Value) -> list[Call]:
+    """Who reads a value, apart from dropout, which in evaluation hands it on."""
+    return [reader for reader in trace.readers(value) if _name(reader) != "dropout"]
 
 
 def _same_shape(call: FunctionCall) -> bool:

@@ -17,9 +17,10 @@ import evenkeel as ek
 from evenkeel.surgery.nested import tensors_in
 
 from . import timing
-from .machine import Machine, describe
+from .machine import describe
 from .model_check import check
 from .model_zoo import ARCHITECTURES, Architecture
+from .results import Machine
 from .run import bar, keep_threads
 
 #: The largest error of a right result; or several times what rounding the input does to the original.

@@ -14,10 +14,34 @@ _COLUMNS = (
     "inference, converted", "inference, folded", "training, converted",
 )  # fmt: skip
 
+_ELSEWHERE = (
+    "an activation is called in another module than the batch norm in front of it, so that no one forward has both"
+)
+_HEAD = """\
+# Published architectures
+
+What [convert](convert.md) and [fold](fold.md) make of architectures as people publish them, with random weights.
+The table is made by `make models`, which writes this page.
+
+- **fused / fusible**: calls of batch norms that run with an addition or an activation, seen while the converted model
+  runs; and how many could, seen in a run of the original by other code (`evenkeel.bench.model_patterns`).
+- **folded / foldable**: batch norms folded; and how many lie behind a convolution or linear layer that nobody else
+  reads, seen in the same way. More are folded where they lie behind a pooling or in front of a layer.
+- **error**: the largest difference of outputs, every gradient and running moments, in training and in evaluation, in
+  float64, relative to each tensor's largest value (of gradients below a thousandth of the model's largest, to that).
+  Beside what is above 10⁻¹⁰ stands how far the original's own results move when its input changes by roundings.
+- **inference, training**: times faster than the original (`torch.nn`, eager) at batch {samples}, float32, contiguous:
+  medians of {rounds} interleaved rounds on {cpu}, {threads} threads, torch {torch}.
+  Ratios on your machine will differ; single ones vary by several percent from run to run.
+"""
+
 
 def print_models(report: ModelReport, console: Console | None = None) -> None:
     """One line for each; what is wrong last."""
-    console = console or Console()
+    if console is None:
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=160)
     table = Table(title="Published architectures, converted and folded", title_style="bold")
     for index, name in enumerate(_COLUMNS):
         table.add_column(name, justify="right" if index else "left")
@@ -32,27 +56,13 @@ def print_models(report: ModelReport, console: Console | None = None) -> None:
 
 def page(report: ModelReport) -> str:
     """The page docs/models.md."""
+    machine = report.machine
     lines = [
-        "# Published architectures",
-        "",
-        "What [convert](convert.md) and [fold](fold.md) make of architectures as people publish them, with random weights. The",
-        "table is made by `make models`, which writes this page.",
-        "",
-        "- **fused / fusible**: calls of batch norms that run with an addition or an activation, seen while the converted model",
-        "  runs; and how many could, seen in a run of the original by other code (`evenkeel.bench.model_patterns`).",
-        "- **folded / foldable**: batch norms folded; and how many lie behind a convolution or linear layer that nobody else reads,",
-        "  seen in the same way. More are folded where they lie behind a pooling or in front of a layer.",
-        "- **error**: the largest difference of outputs, every gradient and running moments, in training and in evaluation, in",
-        "  float64, relative to each tensor's largest value (gradients below a thousandth of the model's largest, to that).",
-        "  What is above 10⁻¹⁰ has, beside it in brackets, how far the original's own results move when its input changes by",
-        "  half a unit in the last place.",
-        f"- **times faster** than the original (`torch.nn`, eager) at batch {report.samples}, float32, contiguous: medians of",
-        f"  {report.rounds} interleaved rounds on {report.machine.cpu}, {report.machine.threads} threads, torch",
-        f"  {report.machine.torch}. Ratios on your machine will differ; single ones vary by several percent from run to run.",
-        "",
-        "| architecture | from | batch norms | fused / fusible | folded / foldable | error, converted | error, folded |"
-        " inference, converted | inference, folded | training, converted |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        _HEAD.format(
+            samples=report.samples, rounds=report.rounds, cpu=machine.cpu, threads=machine.threads, torch=machine.torch
+        ),
+        f"| {' | '.join((_COLUMNS[0], 'from', *_COLUMNS[1:]))} |",
+        "|---" * (len(_COLUMNS) + 1) + "|",
     ]
     for row in report.rows:
         name, *rest = _cells(row)
@@ -112,5 +122,5 @@ def _reasons(report: ModelReport) -> list[str]:
     for row in report.rows:
         counts = row.counts
         if counts and (counts["fused"] < counts["fusible"] or counts["folded"] < counts["foldable"]):
-            lines += [f"- {row.name}: {'; '.join(counts['left']) or 'no reason is given'}"]
+            lines += [f"- {row.name}: {'; '.join(counts['left']) or _ELSEWHERE}"]
     return ["What is missing, and why:", "", *lines] if lines else []

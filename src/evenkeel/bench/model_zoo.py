@@ -12,6 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+#: What takes the place of large images where only the result is looked at.
+_SMALLER: dict[tuple[int, ...], tuple[int, ...]] = {
+    (224, 224): (96, 96), (299, 299): (139, 139), (32,) * 3: (16,) * 3, (48,) * 3: (32,) * 3, (64,) * 3: (32,) * 3,
+}  # fmt: skip
+#: Windows of average pooling that pytorchcv's networks end with.
+_WHOLE_IMAGE = (7, 8, 10)
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -22,20 +29,26 @@ class Architecture:
         package: That has it.
         make: Makes it, with random weights.
         shape: Of one sample.
+        is_fixed: Whether it takes images of no other size.
     """
 
     name: str
     package: str
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
+    is_fixed: bool = False
 
     @property
     def is_there(self) -> bool:
         """Whether its package is installed."""
         return find_spec(self.package) is not None
 
-    def build(self) -> nn.Module:
-        """The network, equal at every call: dropout off, batch norms as after some training."""
+    def build(self, small: bool = False) -> nn.Module:
+        """The network, equal at every call: dropout off, batch norms as after some training.
+
+        Args:
+            small: Make it take the small images of :meth:`batch`: pooling at the end over whatever is left.
+        """
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = self.make()
@@ -44,11 +57,17 @@ class Architecture:
                     module.p = 0.0
                 if isinstance(module, _BatchNorm):
                     _train_a_little(module)
+        if small and not self.is_fixed:
+            for path, module in list(model.named_modules()):
+                if isinstance(module, nn.AvgPool2d) and module.kernel_size in _WHOLE_IMAGE:
+                    model.set_submodule(path, nn.AdaptiveAvgPool2d(1))
         return model
 
-    def batch(self, samples: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def batch(self, samples: int, dtype: torch.dtype = torch.float32, small: bool = False) -> Tensor:
         """Inputs, equal at every call."""
-        return torch.randn(samples, *self.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        channels, *size = self.shape
+        shape = (channels, *(_SMALLER.get(tuple(size), size) if small and not self.is_fixed else size))
+        return torch.randn(samples, *shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def _train_a_little(layer: _BatchNorm) -> None:
@@ -87,12 +106,14 @@ _FROM_PYTORCHCV = {
     "ShuffleNetV2": "shufflenetv2_w1", "DarkNet-53": "darknet53", "DLA-34": "dla34",
     "HRNet-W18 small": "hrnet_w18_small_v1", "VoVNet-27 slim": "vovnet27s", "NASNet-A mobile": "nasnet_4a1056",
 }  # fmt: skip
+_FIXED = ("bn_vgg16", "dpn68")
 _FROM_PYTORCHCV_LARGE = {"Inception-V3": "inceptionv3", "Xception": "xception"}
 
 ARCHITECTURES: dict[str, Architecture] = {
     one.name: one
     for one in (
-        *(Architecture(name, "pytorchcv", _cv(theirs), _IMAGE) for name, theirs in _FROM_PYTORCHCV.items()),
+        *(Architecture(name, "pytorchcv", _cv(theirs), _IMAGE, theirs in _FIXED)
+          for name, theirs in _FROM_PYTORCHCV.items()),
         *(Architecture(name, "pytorchcv", _cv(theirs), _LARGE) for name, theirs in _FROM_PYTORCHCV_LARGE.items()),
         Architecture("RegNet-X", "transformers", _hf("RegNetModel", "RegNetConfig", layer_type="x", depths=[1, 1, 4, 7],
                      hidden_sizes=[24, 56, 152, 368], groups_width=8), _IMAGE),
@@ -101,7 +122,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("ResNet-50 of transformers", "transformers", _hf("ResNetModel", "ResNetConfig"), _IMAGE),
         Architecture("MobileNetV2 of transformers", "transformers", _hf("MobileNetV2Model", "MobileNetV2Config"),
                      _IMAGE),
-        Architecture("LeViT", "transformers", _hf("LevitModel", "LevitConfig"), _IMAGE),
+        Architecture("LeViT", "transformers", _hf("LevitModel", "LevitConfig"), _IMAGE, is_fixed=True),
         Architecture("Wav2Vec2-Conformer (speech)", "transformers", _hf("Wav2Vec2ConformerModel",
                      "Wav2Vec2ConformerConfig", hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
                      intermediate_size=128, apply_spec_augment=False, layerdrop=0.0), (8000,)),

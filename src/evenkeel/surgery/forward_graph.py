@@ -120,7 +120,8 @@ def _trace_twice(
             except UntraceableError:
                 raise
             except Exception as error:
-                raise UntraceableError(str(error).partition("\n")[0].strip().rstrip(".") or repr(error)) from error
+                words = str(error).partition("\n")[0].partition(". ")[0].strip().rstrip(".")
+                raise UntraceableError(words or repr(error)) from error
     return graphs
 
 
