@@ -96,7 +96,7 @@ def test_inspect_says_what_the_model_says(model: nn.Module) -> None:
     assert (first["path"], first["kind"], first["channels"], first["eps"]) == ("1", "BatchNorm2d", 6, 1e-5)
     assert (first["mode"], first["moments"], first["batches"], first["dead"]) == ("train", "finite", 0, 2)
     assert first["running var"] == [float(model[1].running_var.min()), float(model[1].running_var.max())]
-    assert first["|γ|"] == [0.0, float(model[1].weight.max())]
+    assert first["|weight|"] == [0.0, float(model[1].weight.max())]
     assert (first["comes after"], first["goes to"]) == ("Conv2d '0'", "ReLU '2'")
     assert (first["fuses with"], first["folds into"]) == ("relu (2)", "0")
     assert second["moments"] == "not finite"
@@ -263,8 +263,8 @@ def test_recalibrate_takes_batches_of_a_callable(recalibrated: list[Any]) -> Non
 @pytest.mark.parametrize(
     ("data", "answer"),
     [
-        ("nets:one_tensor", "must return an iterable of batches; it returned a Tensor"),
-        ("nets:answer", "must return an iterable of batches; it returned a int"),
+        ("nets:one_tensor", "must return an iterable of batches; it gave a float32 tensor of shape (3,)"),
+        ("nets:answer", "must return an iterable of batches; it gave 42 (int)"),
         ("gone.npy", "there is no file gone.npy"),
         ("data.csv", "must be a .safetensors, .npy or .npz file, or package.module:callable; got data.csv"),
         ("two.npz", "must have one array, the inputs (N, ...); it has a, b"),
@@ -321,9 +321,9 @@ def test_weights_that_do_not_fit_are_listed(model: nn.Module) -> None:
     ("words", "answer"),
     [
         (["nets"], "expected package.module:callable, such as torchvision.models:resnet50; got 'nets'"),
-        (["nets:"], "expected package.module:callable"),
         (["gone.nets:small"], "gone.nets:small: no module named 'gone'"),
         (["nets:gone"], "nets:gone: there is no 'gone' in nets; it has Block, Pair, batches, fails"),
+        (["nets:answer.deep"], "nets:answer.deep: there is no 'deep' in nets"),
         (["nets:answer"], "nets:answer must be a callable; it is 42 (int)"),
         (["nets:one_tensor"], "nets:one_tensor must return a torch.nn.Module; it returned a float32 tensor"),
         (["nets:fails"], "nets:fails() raised KeyError: 'no such size'"),

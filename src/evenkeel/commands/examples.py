@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.commands.errors import CommandError
-from evenkeel.commands.model import call, find
+from evenkeel.commands.model import call, described, find
 from evenkeel.commands.weights import read_tensors
 
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool")
@@ -21,7 +21,7 @@ _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8
 def example_of(model: nn.Module, inputs: list[str] | None, file: Path | None) -> Any:
     """The example that --input or --example names; None for neither.
 
-    Floating-point numbers have the model's dtype, unless --input says another.
+    It is on the model's device. Floating-point numbers have its dtype, unless --input says another.
 
     Raises:
         CommandError: Both are given, or what is given is none.
@@ -30,12 +30,12 @@ def example_of(model: nn.Module, inputs: list[str] | None, file: Path | None) ->
         raise CommandError("--input and --example exclude each other")
     if file is not None:
         if file.suffix == ".safetensors":
-            return {name: _like(model, tensor) for name, tensor in read_tensors(file).items()}
+            return {name: _beside(model, _in_dtype(model, tensor)) for name, tensor in read_tensors(file).items()}
         if file.suffix == ".npy":
-            return _like(model, _read_arrays(file)[file.stem])
+            return _beside(model, _in_dtype(model, _read_arrays(file)[file.stem]))
         raise CommandError(f"--example must be a .safetensors or .npy file; got {file}")
     generator = torch.Generator().manual_seed(0)
-    return tuple(_random(model, text, generator) for text in inputs) if inputs else None
+    return tuple(_beside(model, _random(model, text, generator)) for text in inputs) if inputs else None
 
 
 def batches_of(model: nn.Module, data: str, batch_size: int) -> Iterable[Any]:
@@ -48,7 +48,7 @@ def batches_of(model: nn.Module, data: str, batch_size: int) -> Iterable[Any]:
         found = find(data)
         batches: Any = call(data, found, {}) if callable(found) else found
         if isinstance(batches, Tensor | np.ndarray | str | bytes | dict) or not isinstance(batches, Iterable):
-            raise CommandError(f"{data} must return an iterable of batches; it returned a {type(batches).__name__}")
+            raise CommandError(f"{data} must return an iterable of batches; it gave {described(batches)}")
         return batches
     path = Path(data)
     if path.suffix not in (".safetensors", ".npy", ".npz"):
@@ -59,7 +59,7 @@ def batches_of(model: nn.Module, data: str, batch_size: int) -> Iterable[Any]:
     [inputs] = arrays.values()
     if not (inputs.ndim and inputs.numel()):
         raise CommandError(f"{path} must have an array of inputs (N, ...); it has one of shape {tuple(inputs.shape)}")
-    return list(_like(model, inputs).split(batch_size))
+    return list(_in_dtype(model, inputs).split(batch_size))
 
 
 def _random(model: nn.Module, text: str, generator: torch.Generator) -> Tensor:
@@ -98,6 +98,11 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
     return next((value.dtype for value in values), torch.get_default_dtype())
 
 
-def _like(model: nn.Module, tensor: Tensor) -> Tensor:
+def _in_dtype(model: nn.Module, tensor: Tensor) -> Tensor:
     """In the model's dtype, if both are floating-point: numpy's default is another than torch's."""
     return tensor.to(_dtype_of(model)) if tensor.is_floating_point() else tensor
+
+
+def _beside(model: nn.Module, tensor: Tensor) -> Tensor:
+    """On the device of the model."""
+    return next((tensor.to(value.device) for value in model.parameters()), tensor)

@@ -31,7 +31,7 @@ class Range(NamedTuple):
     largest: float
 
     def __str__(self) -> str:
-        return " … ".join(dict.fromkeys(f"{value:.3g}" for value in self))
+        return " to ".join(dict.fromkeys(f"{value:.3g}" for value in self))
 
 
 def inspect_model(model: nn.Module, example: Any, *, where: Where = None, evaluation: bool = True) -> Report:
@@ -84,7 +84,8 @@ def without_constants(report: Report) -> Report:
 
 def _facts(path: str, layer: _BatchNorm, held: bool) -> dict[str, Any]:
     kind = type(layer)
-    weight = layer.weight if isinstance(layer.weight, Tensor) and not is_lazy(layer.weight) else None
+    weight = _numbers(layer.weight)
+    gains = None if weight is None else weight.abs()
     return {
         "path": path,
         "kind": f"ek.{kind.__name__}" if kind.__module__.partition(".")[0] == "evenkeel" else kind.__name__,
@@ -94,9 +95,9 @@ def _facts(path: str, layer: _BatchNorm, held: bool) -> dict[str, Any]:
         "mode": "frozen" if held else "train" if layer.training else "eval",
         "moments": _moments(layer),
         "batches": _number_of_batches(layer),
-        "running var": _range(layer.running_var),
-        "|γ|": None if weight is None else _range(weight.detach().abs()),
-        "dead": None if weight is None else int((weight.abs() < DEAD).sum()),
+        "running var": _range(_numbers(layer.running_var)),
+        "|weight|": _range(gains),
+        "dead": None if gains is None else int((gains < DEAD).sum()),
         "comes after": None,
         "goes to": None,
         "fuses with": None,
@@ -105,23 +106,32 @@ def _facts(path: str, layer: _BatchNorm, held: bool) -> dict[str, Any]:
 
 
 def _moments(layer: _BatchNorm) -> str:
-    moments = [moment for moment in (layer.running_mean, layer.running_var) if moment is not None]
-    if len(moments) < 2:
+    if layer.running_mean is None or layer.running_var is None:
         return "none"
-    if any(is_lazy(moment) for moment in moments):
+    moments = [_numbers(layer.running_mean), _numbers(layer.running_var)]
+    if any(moment is None for moment in moments):
         return "not there yet"
-    return "finite" if all(bool(torch.isfinite(moment).all()) for moment in moments) else "not finite"
+    return (
+        "finite"
+        if all(bool(torch.isfinite(moment).all()) for moment in moments if moment is not None)
+        else "not finite"
+    )
 
 
 def _number_of_batches(layer: _BatchNorm) -> int | None:
-    count = layer.num_batches_tracked
-    return None if count is None or is_lazy(count) or count.is_meta or count.numel() != 1 else int(count)
+    count = _numbers(layer.num_batches_tracked)
+    return int(count) if count is not None and count.numel() == 1 else None
 
 
-def _range(values: Any) -> Range | None:
-    if not isinstance(values, Tensor) or is_lazy(values) or not values.numel():
+def _range(values: Tensor | None) -> Range | None:
+    return None if values is None else Range(float(values.min()), float(values.max()))
+
+
+def _numbers(values: Any) -> Tensor | None:
+    """A tensor that has some, which those of lazy layers and on the meta device have not."""
+    if not isinstance(values, Tensor) or is_lazy(values) or values.is_meta or not values.numel():
         return None
-    return Range(float(values.min()), float(values.max()))
+    return values.detach()
 
 
 def _neighbours(trace: Trace, layer: _BatchNorm) -> dict[str, Any]:

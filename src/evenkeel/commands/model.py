@@ -37,7 +37,7 @@ def load_model(name: str, arguments: str | None, weights: Path | None) -> tuple[
     else:
         model = call(name, found, keywords)
     if not isinstance(model, nn.Module):
-        raise CommandError(f"{name} must return a torch.nn.Module; it returned {_described(model)}")
+        raise CommandError(f"{name} must return a torch.nn.Module; it returned {described(model)}")
     if weights is None:
         return model, []
     from evenkeel.commands.weights import load_weights
@@ -64,7 +64,8 @@ def find(name: str) -> Any:
         raise CommandError(f"{name}: importing {module_name} raised {one_line(error)}") from None
     for part in attribute.split("."):
         if not hasattr(found, part):
-            names = sorted(key for key, value in vars(found).items() if callable(value) and not key.startswith("_"))
+            own = getattr(found, "__dict__", {})
+            names = sorted(key for key, value in own.items() if callable(value) and not key.startswith("_"))
             has = f"; it has {_shortened(names)}" if names else ""
             raise CommandError(f"{name}: there is no {part!r} in {module_name}{has}")
         found = getattr(found, part)
@@ -74,7 +75,7 @@ def find(name: str) -> Any:
 def call(name: str, found: Any, keywords: dict[str, Any]) -> Any:
     """Call what was found; what goes wrong in it is said with its name."""
     if not callable(found):
-        raise CommandError(f"{name} must be a callable; it is {_described(found)}")
+        raise CommandError(f"{name} must be a callable; it is {described(found)}")
     try:
         return found(**keywords)
     except Exception as error:  # its code may raise anything
@@ -94,7 +95,8 @@ def _keywords(text: str | None) -> dict[str, Any]:
     return found
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """What a value is, in a few words."""
     from evenkeel.errors import describe
 
     said = " ".join(describe(value).split())

@@ -37,7 +37,7 @@ def write_onnx(model: nn.Module, example: Any, path: Path) -> float:
     args, kwargs = call_of("fold", example)
     _export(model, args, kwargs, path)
     with torch.no_grad():
-        expected = tensors_in(model(*args, **kwargs))
+        expected = [tensor.cpu() for tensor in tensors_in(model(*args, **kwargs))]
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     off = difference(expected, _run(path, given, tensors_in((args, kwargs))))
     if not off <= _LARGEST:
@@ -48,10 +48,15 @@ def write_onnx(model: nn.Module, example: Any, path: Path) -> float:
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of the exporter's own parts on each other
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        torch.onnx.export(model, args, path, kwargs=kwargs, dynamo=True, external_data=False, verbose=False)
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as is what the logger says, these are about the exporter's own parts
+            torch.onnx.export(model, args, path, kwargs=kwargs, dynamo=True, external_data=False, verbose=False)
+    finally:
+        logger.setLevel(level)
 
 
 def _run(path: Path, given: dict[str, Any], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -64,5 +69,5 @@ def _run(path: Path, given: dict[str, Any], inputs: list[torch.Tensor]) -> list[
         raise CommandError(f"the ONNX file takes {', '.join(names)}; the example has {len(inputs)} tensors")
     if all(isinstance(given.get(name), torch.Tensor) for name in names):
         inputs = [given[name] for name in names]
-    feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+    feed = {name: tensor.cpu().numpy() for name, tensor in zip(names, inputs, strict=True)}
     return [torch.from_numpy(array) for array in session.run(None, feed)]

@@ -66,7 +66,7 @@ class Output:
 
     def tell(self, report: Report, shown: Report | None = None) -> None:
         """Write and print the report; as a table, ``shown`` in its place if there is one."""
-        text = json.dumps(_plain(report.to_dict()), allow_nan=False, ensure_ascii=False)
+        text = json.dumps(_plain(report.to_dict()), allow_nan=False)
         if self.report is not None:
             with replacing(self.report) as temporary:
                 temporary.write_text(text + "\n", encoding="utf-8")
