@@ -45,7 +45,7 @@ def inspect_model(model: nn.Module, example: Any, *, where: Where = None, evalua
         evaluation: The mode of that run.
     """
     layers = select("inspect", model, where)
-    held = frozen(model)
+    held = frozen(model, where=where)
     rows = {path: _facts(path, layer, held[path].statistics) for path, layer in layers.items()}
     notes: list[str] = []
     summary = {"batch norms": len(rows), "channels": sum(row["channels"] or 0 for row in rows.values())}
