@@ -14,6 +14,10 @@ try:
     from rich.console import Console
 
     from evenkeel.bench.group import bench_app, read_report
+    from evenkeel.commands.convert import convert_command
+    from evenkeel.commands.fold import fold_command
+    from evenkeel.commands.inspect import inspect_command
+    from evenkeel.commands.recalibrate import recalibrate_command
     from evenkeel.info import info_command
 except ModuleNotFoundError as error:
     raise SystemExit(f"the evenkeel command needs the package {error.name}: pip install 'evenkeel[cli]'") from None
@@ -172,6 +176,10 @@ def bench_page(
 
 
 app.command("info")(info_command)
+app.command("inspect")(inspect_command)
+app.command("convert")(convert_command)
+app.command("fold")(fold_command)
+app.command("recalibrate")(recalibrate_command)
 app.add_typer(bench_app, name="bench")
 
 

@@ -21,7 +21,7 @@ HEAVY = (
     "scipy",
     "joblib",
 )
-OUTER = tuple(f"evenkeel.{name}" for name in ("cli", "info", "lab", "report", "bench", "surgery"))
+OUTER = tuple(f"evenkeel.{name}" for name in ("cli", "commands", "info", "lab", "report", "bench", "surgery"))
 
 
 def test_version_is_that_of_the_distribution() -> None:

@@ -1,0 +1,67 @@
+"""The command `evenkeel fold`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from evenkeel.commands import options
+from evenkeel.commands.errors import CommandError, aside, told_in_one_line
+
+
+@told_in_one_line("fold")
+def fold_command(
+    model: options.Model,
+    args: options.Args = None,
+    weights: options.Weights = None,
+    inputs: options.Input = None,
+    example_file: options.Example = None,
+    where: options.Where = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0.0, help="A layer that would differ by more, relative to its output, is left.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="Write the folded model: its state_dict to a .safetensors file, or all of it to an .onnx file, which "
+            "is compared with it in onnxruntime.",
+        ),
+    ] = None,
+    as_json: options.AsJson = False,
+    report_file: options.ReportFile = None,
+    force: options.Force = False,
+) -> None:
+    """Fold a model's batch norms into the layers beside them, for inference, and check each.
+
+    The model is put in evaluation mode, and run on the example that --input or --example gives.
+    """
+    from evenkeel.commands.examples import example_of
+    from evenkeel.commands.model import load_model
+    from evenkeel.commands.onnx import check_packages, write_onnx
+    from evenkeel.commands.output import Output, replacing
+    from evenkeel.surgery import fold
+
+    output = Output(as_json, report_file, out, force, (".safetensors", ".onnx"))
+    to_onnx = out is not None and out.suffix == ".onnx"
+    if to_onnx:
+        check_packages()
+    if not inputs and example_file is None:
+        raise CommandError("fold runs the model on an example: give --input 1,3,224,224 or --example FILE")
+    with aside():
+        network, notes = load_model(model, args, weights)
+        example = example_of(network, inputs, example_file)
+        network, report = fold(network.eval(), example, inplace=True, tolerance=tolerance, where=where or None)
+        report.notes[:0] = notes
+        if out is not None and to_onnx:
+            with replacing(out) as temporary:
+                difference = write_onnx(network, example, temporary)
+            report = replace(report, summary={**report.summary, "in onnxruntime": difference})
+            report.notes.append(f"The folded model was written to {out}.")
+        else:
+            output.save(network, report)
+    output.tell(report)
