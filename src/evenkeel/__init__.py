@@ -48,7 +48,18 @@ __all__ = [
 ]
 __all__ += nn.__all__
 #: What evenkeel.surgery has; it is imported when one of these is asked for.
-_SURGERY = ("Report", "convert", "fold", "revert")
+_SURGERY = (
+    "Report",
+    "convert",
+    "fold",
+    "from_flax",
+    "from_keras",
+    "merge_statistics",
+    "param_groups",
+    "revert",
+    "to_flax",
+    "to_keras",
+)
 __all__ += ["surgery", *_SURGERY]
 
 
