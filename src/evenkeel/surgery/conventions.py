@@ -74,9 +74,13 @@ class Convention:
             ValueError: the layer has no running moments, or state that the other library has no place for.
         """
         state = layer.state_dict()
+        if any(map(nn.parameter.is_lazy, state.values())):
+            raise ValueError(
+                f"{what}: {named(path)!r} ({type(layer).__name__}) has no shape yet; give the lazy model a batch first"
+            )
         state.pop("num_batches_tracked", None)
         plain = all(isinstance(value, Tensor) and value.dim() == 1 for value in state.values())
-        if any(map(nn.parameter.is_lazy, state.values())) or not plain or state.keys() - set(OURS):
+        if not plain or state.keys() - set(OURS):
             shapes = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
             raise ValueError(
                 f"{what}: {named(path)!r} ({type(layer).__name__}) keeps {shapes}; {self.name} has a place for "
@@ -118,10 +122,12 @@ def import_layers(
     what: str, layers: Mapping[str, Mapping[str, Tensor]], eps: float, momentum: float, prefix: str | None
 ) -> BatchNorm | dict[str, Tensor]:
     """An :class:`ek.BatchNorm` if a single layer is all there is, and no prefix; else a state_dict."""
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"{what}: momentum is the weight that the old moments keep, from 0 to 1; got {momentum!r}")
-    if not eps >= 0:
-        raise ValueError(f"{what}: epsilon is added to the variance, a number from 0 on; got {eps!r}")
+    if not (isinstance(momentum, int | float) and 0 <= momentum <= 1):
+        raise ValueError(
+            f"{what}: momentum is the weight that the old moments keep, from 0 to 1; got {describe(momentum)}"
+        )
+    if not (isinstance(eps, int | float) and 0 <= eps < float("inf")):
+        raise ValueError(f"{what}: epsilon is added to the variance, a number from 0 on; got {describe(eps)}")
     if set(layers) == {""} and prefix is None:
         state = layers[""]
         mean = state["running_mean"]

@@ -52,8 +52,8 @@ def from_keras(
 
     Example:
         >>> layer = from_keras({"beta": [0.5], "moving_mean": [2.0], "moving_variance": [4.0]}, epsilon=0.0)
-        >>> layer, layer.weight, layer.bias.tolist()
-        (BatchNorm(1, eps=0.0, momentum=0.010000000000000009, affine=True, track_running_stats=True), None, [0.5])
+        >>> layer.weight, layer.bias.tolist(), layer.running_var.tolist(), round(layer.momentum, 2)
+        (None, [0.5], [4.0], 0.01)
 
     Source:
         keras.layers.BatchNormalization of Keras 3, whose update is ``moving_variance · momentum + variance ·

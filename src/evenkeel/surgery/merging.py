@@ -85,7 +85,9 @@ def merge_statistics(
     for key, value in first.items():
         if local and _in_norm(key, paths):
             continue
-        result[key] = pooled[key].to(value) if key in pooled else _combine(key, [s[key] for s in states], weights)
+        result[key] = (
+            pooled[key].to(value, copy=True) if key in pooled else _combine(key, [s[key] for s in states], weights)
+        )
     if hasattr(first, "_metadata"):  # the layers' versions, which load_state_dict reads
         result._metadata = first._metadata.copy()  # type: ignore[attr-defined]
     left_out = len(paths) if local else 0
@@ -132,7 +134,11 @@ def _combine(key: str, values: list[Any], weights: Tensor) -> Any:
         unequal = [client for client, other in enumerate(others, 1) if first != other]
     else:
         others = [other.detach().to(first.device) for other in others]
-        unequal = [client for client, other in enumerate(others, 1) if not torch.equal(first, other)]
+        unequal = [
+            client
+            for client, other in enumerate(others, 1)
+            if first.dtype != other.dtype or not torch.equal(first, other)
+        ]
         if not unequal:
             return first.detach().clone()
         if first.is_floating_point() or first.is_complex():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 from torch import Tensor
 
 from evenkeel.errors import describe
@@ -42,13 +43,15 @@ def check_states(states: list[Mapping[str, Any]]) -> None:
 
 def per_norm(counts: Sequence[Counts], clients: int, norms: int, least: int) -> list[list[float]]:
     """Counts with a row for each client and a column for each batch norm; one column where there is none."""
-    if not isinstance(counts, Sequence | Tensor) or len(counts) != clients:
+    counts = counts.tolist() if isinstance(counts, Tensor | np.ndarray) else counts
+    if not isinstance(counts, Sequence) or isinstance(counts, str) or len(counts) != clients:
         raise ValueError(f"{WHAT}: counts needs an entry for each of the {clients} clients; got {describe(counts)}")
     table = []
     for client, given in enumerate(counts):
-        scalar = not isinstance(given, Sequence) and not (isinstance(given, Tensor) and given.dim() > 0)
-        row: list[Any] = [given] * max(norms, 1) if scalar else list(given)  # type: ignore[arg-type]
-        if not scalar and len(row) != norms:
+        values = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
+        several = isinstance(values, Sequence) and not isinstance(values, str)
+        row: list[Any] = list(values) if several else [values] * max(norms, 1)
+        if several and len(row) != max(norms, 1):
             raise ValueError(
                 f"{WHAT}: counts of client {client} must be a number or one for each of the {norms} batch norms; got "
                 f"{len(row)} values"
