@@ -48,7 +48,7 @@ def per_norm(counts: Sequence[Counts], clients: int, norms: int, least: int) -> 
         raise ValueError(f"{WHAT}: counts needs an entry for each of the {clients} clients; got {describe(counts)}")
     table = []
     for client, given in enumerate(counts):
-        values = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
+        values: Any = given.tolist() if isinstance(given, Tensor | np.ndarray) else given
         several = isinstance(values, Sequence) and not isinstance(values, str)
         row: list[Any] = list(values) if several else [values] * max(norms, 1)
         if several and len(row) != max(norms, 1):
