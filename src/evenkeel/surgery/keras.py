@@ -57,8 +57,8 @@ def from_keras(
 
     Source:
         keras.layers.BatchNormalization of Keras 3, whose update is ``moving_variance · momentum + variance ·
-        (1 − momentum)`` with the batch's biased variance. tf.keras 2 on inputs of four dimensions ran a fused kernel that
-        averages unbiased ones: give no ``count`` for these.
+        (1 − momentum)`` with the batch's biased variance. tf.keras 2 on inputs of four dimensions ran a fused kernel
+        that averages unbiased ones: give no ``count`` for these.
     """
     what = "from_keras"
     layers: dict[str, dict[str, Any]] = {}
