@@ -48,7 +48,21 @@ __all__ = [
 ]
 __all__ += nn.__all__
 #: What evenkeel.surgery has; it is imported when one of these is asked for.
-_SURGERY = ("Report", "adapt", "convert", "fold", "recalibrate", "reset_adaptation", "revert")
+_SURGERY = (
+    "Report",
+    "adapt",
+    "convert",
+    "fold",
+    "from_flax",
+    "from_keras",
+    "merge_statistics",
+    "param_groups",
+    "recalibrate",
+    "reset_adaptation",
+    "revert",
+    "to_flax",
+    "to_keras",
+)
 __all__ += ["surgery", *_SURGERY]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
 import re
@@ -250,6 +251,16 @@ def test_recalibrate_cuts_a_file_into_batches(suffix: str, recalibrated: list[An
     assert options == {"where": None, "sequential": False, "tolerance": None, "max_batches": None}
     assert load_file("o.safetensors")["1.running_mean"].tolist() == [7.0, 7.0]
     assert report["rows"] == [{"path": "1", "shift": None}]
+
+
+def test_recalibrate_sets_the_moments() -> None:
+    x = torch.randn(40, 3)
+    np.save("x.npy", x.numpy())
+    report = report_of("recalibrate", "nets:linear", "--data", "x.npy", "--out", "o.safetensors")
+    nets = importlib.import_module("nets")
+    mean = nets.linear[0](x).mean(0)
+    torch.testing.assert_close(load_file("o.safetensors")["1.running_mean"], mean.detach())
+    assert report["rows"][0]["values"] == 40
 
 
 def test_recalibrate_takes_batches_of_a_callable(recalibrated: list[Any]) -> None:

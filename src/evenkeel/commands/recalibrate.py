@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from evenkeel.commands import options
-from evenkeel.commands.errors import CommandError, aside, told_in_one_line
+from evenkeel.commands.errors import aside, told_in_one_line
 
 
 @told_in_one_line("recalibrate")
@@ -44,13 +44,10 @@ def recalibrate_command(
     from evenkeel.commands.model import load_model
     from evenkeel.commands.output import Output
 
-    recalibrate: Any = getattr(surgery, "recalibrate", None)
-    if recalibrate is None:
-        raise CommandError("evenkeel.surgery has no recalibrate in this version")
     output = Output(as_json, report_file, out, force)
     with aside():
         network, notes = load_model(model, args, weights)
-        network, report = recalibrate(
+        network, report = surgery.recalibrate(
             network,
             batches_of(network, data, batch_size),
             where=where or None,
