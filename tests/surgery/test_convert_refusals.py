@@ -181,6 +181,18 @@ class TestAfterwards:
         torch.testing.assert_close(model(X), plain(X))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_and_compiled_parts():
+    scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+    compiled = torch.compile(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), backend="aot_eager")
+    plain = nn.Sequential(scripted, compiled, nn.BatchNorm2d(3), nn.ReLU()).eval()
+    with torch.no_grad():
+        expected = plain(X)
+        model, report = ek.convert(plain)
+        torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-5)
+    assert [row["path"] for row in report.rows if row["runs with"]][-1] == "2"
+
+
 def test_a_check_of_the_input_still_raises():
     model, report = ek.convert(Checked())
     assert report.rows[0]["reason"] is None

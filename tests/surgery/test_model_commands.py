@@ -207,10 +207,10 @@ def test_onnx_of_keywords_in_another_order() -> None:
 def test_a_wrong_onnx_file_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    from evenkeel.commands import onnx
+    from evenkeel.surgery import onnx_export
 
-    monkeypatch.setattr(onnx, "_export", lambda model, args, kwargs, path: path.write_text("half"))
-    monkeypatch.setattr(onnx, "_run", lambda path, given, inputs: [torch.ones(2, 4)])
+    monkeypatch.setattr(onnx_export, "_write", lambda model, args, kwargs, path, *others: path.write_text("half"))
+    monkeypatch.setattr(onnx_export, "_run", lambda path, given, inputs: [torch.ones(2, 4)])
     said = refused("fold", "nets:small", "--input", "2,3,8,8", "--out", "f.onnx")
     assert "onnxruntime's output differs by" in said
     assert [path.name for path in Path().iterdir()] == ["nets.py"]

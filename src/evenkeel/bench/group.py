@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from .command import bench_command
+from .folding_command import folding_command
 from .model_command import models_command
 from .network_command import networks_command
 from .variant_command import variants_command
@@ -29,6 +30,7 @@ class RunByDefault(TyperGroup):
 bench_app = typer.Typer(cls=RunByDefault, help="Time batch norm and whole networks, compare results, draw them.")
 bench_app.command("run")(bench_command)
 bench_app.command("networks")(networks_command)
+bench_app.command("folding")(folding_command)
 bench_app.command("models")(models_command)
 bench_app.command("variants")(variants_command)
 

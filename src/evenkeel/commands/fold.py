@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from evenkeel.commands import options
-from evenkeel.commands.errors import CommandError, aside, told_in_one_line
+from evenkeel.commands.errors import CommandError, aside, need, told_in_one_line
 
 
 @told_in_one_line("fold")
@@ -42,14 +42,13 @@ def fold_command(
     """
     from evenkeel.commands.examples import example_of
     from evenkeel.commands.model import load_model
-    from evenkeel.commands.onnx import check_packages, write_onnx
     from evenkeel.commands.output import Output, replacing
-    from evenkeel.surgery import fold
+    from evenkeel.surgery import export_onnx, fold
 
     output = Output(as_json, report_file, out, force, (".safetensors", ".onnx"))
     to_onnx = out is not None and out.suffix == ".onnx"
     if to_onnx:
-        check_packages()
+        need("export", "onnx", "onnxscript", "onnxruntime")
     if not inputs and example_file is None:
         raise CommandError("fold runs the model on an example: give --input 1,3,224,224 or --example FILE")
     with aside():
@@ -59,8 +58,8 @@ def fold_command(
         report.notes[:0] = notes
         if out is not None and to_onnx:
             with replacing(out) as temporary:
-                difference = write_onnx(network, example, temporary)
-            report = replace(report, summary={**report.summary, "in onnxruntime": difference})
+                written = export_onnx(network, example, temporary, tolerance=1e-3)
+            report = replace(report, summary={**report.summary, "in onnxruntime": written.summary["difference"]})
             report.notes.append(f"The folded model was written to {out}.")
         else:
             output.save(network, report)

@@ -9,7 +9,9 @@ from evenkeel.surgery.flax import from_flax, to_flax
 from evenkeel.surgery.folding import fold
 from evenkeel.surgery.keras import from_keras, to_keras
 from evenkeel.surgery.merging import merge_statistics
+from evenkeel.surgery.onnx_export import export_onnx
 from evenkeel.surgery.parameters import param_groups
+from evenkeel.surgery.preparing import prepare_export
 from evenkeel.surgery.recalibrate import recalibrate
 from evenkeel.surgery.report import Report
 
@@ -17,11 +19,13 @@ __all__ = [
     "Report",
     "adapt",
     "convert",
+    "export_onnx",
     "fold",
     "from_flax",
     "from_keras",
     "merge_statistics",
     "param_groups",
+    "prepare_export",
     "recalibrate",
     "reset_adaptation",
     "revert",

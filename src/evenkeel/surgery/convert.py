@@ -83,7 +83,7 @@ def convert(
         plans, outcomes = plan_all(model, sync) if fuse else ({}, {})
         chosen = set(layers.values())
         for layer, target in targets.items():
-            undo.callback(_restore, layer, layer.__class__, dict(vars(layer)), dict(layer._buffers))
+            undo.callback(restore, layer, layer.__class__, dict(vars(layer)), dict(layer._buffers))
             change_class(layer, target, process_group)
         for path, plan in plans.items():
             if (
@@ -139,7 +139,7 @@ def take_back(model: nn.Module, undo: ExitStack) -> int:
     forwards = 0
     for module in model.modules():
         if is_changed(module):
-            undo.callback(_restore, module, module.__class__, dict(vars(module)), dict(module._buffers))
+            undo.callback(restore, module, module.__class__, dict(vars(module)), dict(module._buffers))
             change_back(module)
         if isinstance(module.__dict__.get("forward"), FusedForward):
             undo.callback(_put_forward, module, module.__dict__["forward"])
@@ -173,7 +173,7 @@ def _put_forward(module: nn.Module, forward: Any) -> None:
         module.__dict__["forward"] = forward
 
 
-def _restore(layer: nn.Module, kind: type, attributes: dict[str, Any], buffers: dict[str, Any]) -> None:
+def restore(layer: nn.Module, kind: type, attributes: dict[str, Any], buffers: dict[str, Any]) -> None:
     layer.__class__ = kind
     vars(layer).clear()
     vars(layer).update(attributes)

@@ -64,7 +64,11 @@ def required_names(module: nn.Module) -> list[str]:
         UntraceableError: it takes ``*args``, ``**kwargs`` or has keywords without a default.
     """
     names = []
-    for parameter in list(inspect.signature(type(module).forward).parameters.values())[1:]:
+    try:
+        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    except (TypeError, ValueError) as error:
+        raise UntraceableError("its signature can't be read") from error
+    for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise UntraceableError("it takes any number of arguments")
         if parameter.default is parameter.empty:
@@ -108,20 +112,20 @@ def _trace_twice(
     """With gradients recorded, and without."""
     graphs = []
     for grad in (True, False):
-        with (
-            _mode(inner, training),
-            torch.set_grad_enabled(grad),
-            unchanged(module),
-            reads.recorded(inner),
-            mock.patch.object(torch.autocast, "__enter__", _refuse_autocast),
-        ):
-            try:
+        try:
+            with (
+                _mode(inner, training),
+                torch.set_grad_enabled(grad),
+                unchanged(module),
+                reads.recorded(inner),
+                mock.patch.object(torch.autocast, "__enter__", _refuse_autocast),
+            ):
                 graphs.append(_Tracer(inner, functions, reads).trace(module))
-            except UntraceableError:
-                raise
-            except Exception as error:
-                words = str(error).partition("\n")[0].partition(". ")[0].strip().rstrip(".")
-                raise UntraceableError(words or repr(error)) from error
+        except UntraceableError:
+            raise
+        except Exception as error:  # a model's own code raises anything
+            words = str(error).partition("\n")[0].partition(". ")[0].strip().rstrip(".")
+            raise UntraceableError(words or repr(error)) from error
     return graphs
 
 

@@ -1,0 +1,140 @@
+"""A model as an ONNX file, compared with itself before the file is there."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import tempfile
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evenkeel.surgery.folding_check import difference
+from evenkeel.surgery.nested import call_of, map_tensors, tensors_in
+from evenkeel.surgery.preparing import prepare_export
+from evenkeel.surgery.report import Report
+
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def export_onnx(
+    model: nn.Module,
+    example: Any,
+    path: str | os.PathLike[str],
+    *,
+    tolerance: float = 1e-4,
+    dynamic_shapes: Any = None,
+    opset_version: int | None = None,
+) -> Report:
+    """Write a model as ONNX, for inference, and compare what onnxruntime makes of the file with the model.
+
+    The model goes through :func:`prepare_export` (as a copy) and ``torch.onnx.export``; the file is checked by
+    ``onnx.checker`` and run by onnxruntime on the example and on other values of its shapes. It is written beside
+    ``path`` and gets its name when all of that agrees.
+
+    Args:
+        model: In evaluation mode.
+        example: A tensor, the model's only argument; a tuple of its arguments; or a mapping of its keywords.
+        path: Of the file; one that is there is replaced.
+        tolerance: The largest difference of an output, relative to its largest value.
+        dynamic_shapes, opset_version: As ``torch.onnx.export`` takes them; by default the shapes are the example's.
+
+    Returns:
+        The report of :func:`prepare_export`, with the two differences in its summary.
+
+    Differs:
+        From ``torch.onnx.export``, which writes a model in training mode as if it were in evaluation, without a word:
+        there is no ONNX of batch norms that normalize with the batch to be had from it, so it is refused here.
+
+    Raises:
+        ModuleNotFoundError: onnx, onnxscript or onnxruntime is missing: ``pip install 'evenkeel[export]'`` brings them.
+        ValueError: layers normalize with the batch, see :func:`prepare_export`.
+        RuntimeError: the outputs differ by more than the tolerance. There is no new file then.
+        Whatever the exporter raises for a model that it can't write.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+        >>> report = export_onnx(model, torch.randn(1, 3, 8, 8), "model.onnx")  # doctest: +SKIP
+        >>> report.summary["difference"] < 1e-5  # doctest: +SKIP
+        True
+    """
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"export_onnx needs {', '.join(missing)}, which the extra [export] brings: pip install 'evenkeel[export]'"
+        )
+    args, kwargs = call_of("export_onnx", example)
+    prepared, report = prepare_export(model)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        file = Path(folder) / target.name
+        with torch.no_grad():
+            _write(prepared, args, kwargs, file, dynamic_shapes, opset_version)
+        others = map_tensors(_other_values, args), map_tensors(_other_values, kwargs)
+        found = [_difference(prepared, a, k, file) for a, k in ((args, kwargs), others)]
+        if not max(found) <= tolerance:
+            raise RuntimeError(
+                f"export_onnx: onnxruntime's output differs by {max(found):.2g} of its largest value, more than the "
+                f"tolerance of {tolerance:.2g}; nothing was written. A larger tolerance accepts it"
+            )
+        os.replace(file, target)
+    names = ("difference", "on other values")
+    return Report("export_onnx", {**report.summary, **dict(zip(names, found, strict=True))}, report.rows)
+
+
+def _write(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path, dynamic_shapes: Any, opset: int | None
+) -> None:
+    import onnx
+
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as is what the logger says, these are about the exporter's own parts
+            torch.onnx.export(
+                model, args, path, kwargs=kwargs, dynamo=True, external_data=False, verbose=False,
+                dynamic_shapes=dynamic_shapes, opset_version=opset,
+            )  # fmt: skip
+    finally:
+        logger.setLevel(level)
+    onnx.checker.check_model(path)
+
+
+def _other_values(value: Tensor) -> Tensor:
+    """Values of the same shape; integers, which may be indices, in another order."""
+    generator = torch.Generator().manual_seed(0)
+    if value.is_floating_point():
+        return torch.randn(value.shape, generator=generator).to(value)
+    return value.flatten()[torch.randperm(value.numel(), generator=generator)].view(value.shape)
+
+
+def _difference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> float:
+    with torch.no_grad():
+        expected = [tensor.cpu() for tensor in tensors_in(model(*args, **kwargs))]
+    given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    return difference(expected, _run(path, given, tensors_in((args, kwargs))))
+
+
+def _run(path: Path, given: dict[str, Any], inputs: list[Tensor]) -> list[Tensor]:
+    """What the file gives; its inputs have the names of forward's arguments, or else are in their order."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [one.name for one in session.get_inputs()]
+    if len(names) != len(inputs):
+        raise RuntimeError(
+            f"export_onnx: the file takes {', '.join(names)}, and the example has {len(inputs)} tensors: the exporter "
+            "has left out some that the output does not depend on"
+        )
+    if all(isinstance(given.get(name), Tensor) for name in names):
+        inputs = [given[name] for name in names]
+    feed = {name: tensor.cpu().numpy() for name, tensor in zip(names, inputs, strict=True)}
+    return [torch.from_numpy(array) for array in session.run(None, feed)]

@@ -1,0 +1,100 @@
+"""Models made ready for exporters: plain layers, in evaluation, with statistics."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from evenkeel import nn as layers
+from evenkeel.control.selection import named, select
+from evenkeel.errors import describe
+from evenkeel.surgery.convert import restore, take_back
+from evenkeel.surgery.kinds import TWINS
+from evenkeel.surgery.report import Report
+
+Model = TypeVar("Model", bound=nn.Module)
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours in TWINS.items()}
+
+
+def prepare_export(
+    model: Model, *, training: Literal["refuse", "allow"] = "refuse", inplace: bool = False
+) -> tuple[Model, Report]:
+    """Make a model ready for exporters, quantizers and other tools that look for ``torch.nn``'s layers.
+
+    Evenkeel's drop-in layers become ``torch.nn``'s of the same names, with the same parameters and buffers, calls that
+    :func:`convert` has fused are taken apart, and ``ek.Sequential`` becomes ``torch.nn.Sequential``. Evenkeel's other
+    layers stay: in evaluation they are made of torch's own operators, which ``torch.export`` takes.
+
+    Args:
+        model: Any module.
+        training: What layers in training mode, and layers without running moments, which both normalize with whatever
+            batch comes, are: "refuse" raises and names them all, before anything is changed; "allow" notes them.
+        inplace: Change the model itself; otherwise a copy.
+
+    Returns:
+        The model, and a report with a row for each batch norm.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: layers would normalize with the batch; a lazy layer does not know its channels, or a
+            ``VirtualBatchNorm`` has no reference. The model is as before.
+
+    Example:
+        >>> model = layers.Sequential(nn.Conv2d(3, 8, 3), layers.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> prepared, report = prepare_export(model)
+        >>> type(prepared[1]) is nn.BatchNorm2d, type(prepared) is nn.Sequential, report.rows[0]["was"]
+        (True, True, 'ek.BatchNorm2d')
+    """
+    if training not in ("refuse", "allow"):
+        raise ValueError(f"prepare_export: training must be 'refuse' or 'allow'; got {describe(training)}")
+    found = select("prepare_export", model, None)
+    notes = {path: _by_the_batch(layer) for path, layer in found.items()}
+    unready = [f"{named(path)} {why}" for path, layer in found.items() if (why := _not_ready(layer))]
+    if training == "refuse":
+        unready += [f"{named(path)} {why}" for path, why in notes.items() if why]
+    if unready:
+        raise ValueError(
+            f"prepare_export: {'; '.join(unready)}. Call model.eval(), give layers running moments (ek.recalibrate "
+            "sets them from data), or allow what normalizes with the batch by training='allow'; the model is as before"
+        )
+    model = model if inplace else copy.deepcopy(model)
+    kinds = {path: type(layer) for path, layer in select("prepare_export", model, None).items()}
+    with ExitStack() as undo:
+        take_back(model, undo)
+        for module in model.modules():
+            plain = nn.Sequential if type(module) is layers.Sequential else _PLAIN.get(type(module))
+            if plain is not None:
+                undo.callback(restore, module, module.__class__, dict(vars(module)), dict(module._buffers))
+                module.__class__ = plain
+                module._buffers.pop("skipped_updates", None)
+                module._non_persistent_buffers_set.discard("skipped_updates")
+        undo.pop_all()
+    rows: list[dict[str, Any]] = []
+    for path, layer in select("prepare_export", model, None).items():
+        is_now = type(layer)
+        rows.append({"path": path, "was": _name(kinds[path]), "is": _name(is_now), "note": notes[path]})
+    changed = sum(row["was"] != row["is"] for row in rows)
+    return model, Report("prepare_export", {"batch norms": len(rows), "made plain": changed}, rows)
+
+
+def _by_the_batch(layer: _BatchNorm) -> str | None:
+    """Why a layer normalizes with the batch, in words that follow its path."""
+    if layer.running_mean is None:
+        return "has no running moments"
+    return "is in training mode" if layer.training else None
+
+
+def _not_ready(layer: _BatchNorm) -> str | None:
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        return "does not know its channels yet: run the model once"
+    if isinstance(layer, layers.VirtualBatchNorm) and layer._reference is None:
+        return "has no reference batch: see ek.collect_reference"
+    return None
+
+
+def _name(kind: type) -> str:
+    return f"ek.{kind.__name__}" if kind.__module__.startswith("evenkeel.") else kind.__name__
