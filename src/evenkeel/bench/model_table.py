@@ -32,7 +32,8 @@ The table is made by `make models`, which writes this page.
   Beside what is above 10⁻¹⁰ stands how far the original's own results move when its input changes by roundings.
 - **inference, training**: times faster than the original (`torch.nn`, eager) at batch {samples}, float32, contiguous:
   medians of {rounds} interleaved rounds on {cpu}, {threads} threads, torch {torch}.
-  Ratios on your machine will differ; single ones vary by several percent from run to run.
+  Ratios on your machine will differ. The same model, built twice, is up to 5 % faster or slower, by where its weights
+  come to lie in memory: so little says nothing about a single row, only about the mean of all.
 """
 
 
