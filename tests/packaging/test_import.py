@@ -36,3 +36,10 @@ def test_import_is_light() -> None:
     assert "evenkeel.nn.batch_norm" in brought
     unwanted = [name for name in brought if f"{name}.".startswith(tuple(f"{heavy}." for heavy in HEAVY + OUTER))]
     assert not unwanted
+
+
+def test_operations_on_models_are_found() -> None:
+    """They are imported when they are asked for, so their names stand twice."""
+    assert sorted(evenkeel._SURGERY) == sorted(evenkeel.surgery.__all__)
+    assert all(getattr(evenkeel, name) is getattr(evenkeel.surgery, name) for name in evenkeel._SURGERY)
+    assert {"surgery", *evenkeel._SURGERY} <= set(evenkeel.__all__)
