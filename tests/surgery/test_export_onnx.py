@@ -52,15 +52,38 @@ def test_dynamic_shapes(tmp_path):
     torch.testing.assert_close(torch.from_numpy(y), model(other), rtol=1e-4, atol=1e-5)
 
 
-def test_training_mode_is_refused_because_the_exporter_loses_it(tmp_path):
-    """torch.onnx.export writes evaluation all the same: this is what the refusal is for."""
-    model = nn.Sequential(nn.BatchNorm2d(3)).train()
+def test_training_mode(tmp_path):
+    """The batch's moments normalize; a frozen layer and dropout are in evaluation; the model is as it was."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Flatten(),
+        nn.Linear(64, 5), ek.BatchNorm1d(5),
+    )  # fmt: skip
+    ek.freeze(model, where="4")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = X * 2 + 3
+    report = ek.export_onnx(model.train(), x, tmp_path / "m.onnx", training=True)
+    assert report.summary["difference"] < 1e-5
+    assert report.summary["on other values"] < 1e-5
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    nodes = [node for node in onnx.load(tmp_path / "m.onnx").graph.node if node.op_type == "BatchNormalization"]
+    modes = [sum(a.i for a in node.attribute if a.name == "training_mode") for node in nodes]
+    assert modes == [1, 0, 1]
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", options, providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    model[2].eval()
+    torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_what_can_not_be_in_training_mode(tmp_path):
     with pytest.raises(ValueError, match="0 is in training mode"):
-        ek.export_onnx(model, X, tmp_path / "m.onnx")
+        ek.export_onnx(nn.Sequential(nn.BatchNorm2d(3)).train(), X, tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match="the model is in training mode"):
+        ek.export_onnx(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)), X, tmp_path / "m.onnx")
+    with pytest.raises(RuntimeError, match="0 can't be written in training mode"):
+        ek.export_onnx(nn.Sequential(ek.RangeBatchNorm(3)).train(), X, tmp_path / "m.onnx", training=True)
     assert not list(tmp_path.iterdir())
-    onnx_export._write(nn.Sequential(nn.BatchNorm2d(3)).train(), (X + 5,), {}, tmp_path / "t.onnx", None, None)
-    y = run(tmp_path / "t.onnx", x=X + 5)[0]
-    assert abs(y.mean() - 5) < 0.5  # by the running moments, as they were made
 
 
 def test_a_difference_leaves_no_file(tmp_path, monkeypatch):

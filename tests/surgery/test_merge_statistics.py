@@ -210,3 +210,20 @@ def test_no_client_one_value_and_whitening():
         ek.merge_statistics([model(0).state_dict()], [1])
     with pytest.raises(ValueError, match=r"running_cov.*local=True"):
         ek.merge_statistics([ek.WhiteningBatchNorm(4).state_dict()], [5])
+
+
+def test_rows_that_a_client_never_used_count_nothing():
+    """Each client has seen one domain; the third row, which nobody has, stays as it is."""
+    torch.manual_seed(0)
+    data = [torch.randn(400, 3, dtype=torch.float64) * 2 + 10, torch.randn(400, 3, dtype=torch.float64) - 4]
+    layers = [ek.DomainBatchNorm(3, 3, momentum=1.0, dtype=torch.float64) for _ in data]
+    for domain, (layer, x) in enumerate(zip(layers, data, strict=True)):
+        layer(x, domain=domain)
+    merged, report = ek.merge_statistics([layer.state_dict() for layer in layers], [400, 400])
+    for domain, x in enumerate(data):
+        torch.testing.assert_close(merged["running_mean"][domain], x.mean(0))
+        torch.testing.assert_close(merged["running_var"][domain], x.var(0))
+    assert merged["running_mean"][2].tolist() == [0.0] * 3
+    assert merged["running_var"][2].tolist() == [1.0] * 3
+    assert merged["num_batches_tracked"].tolist() == [1, 1, 0]
+    assert report.rows[0]["spread"] == pytest.approx(0, abs=1e-6)

@@ -36,7 +36,7 @@ def merge_statistics(
         counts: For each client, how many values per channel its running moments are of (N·S for N samples with S
             positions): a number from 1 on, or a sequence with one for each batch norm, in the order of their keys. The
             other tensors are weighted with the sequence's mean. Layers with a row of moments per step or domain take
-            it for each row.
+            it for each row that a batch has entered (``num_batches_tracked``), and 0 for the others.
         local: Leave out every entry of a batch norm (FedBN): load the result with ``strict=False``, and each client
             keeps its own batch norms, parameters and moments. Counts are then weights, and need only be positive.
 
@@ -112,19 +112,34 @@ def _pool(states: list[Mapping[str, Any]], path: str, counts: list[float]) -> tu
                     f"{WHAT}: {path + name!r} of client {client} has {int(bad.sum())} channels of {bad.numel()} that "
                     "are not finite, or negative variances; leave the client out, or reset its statistics"
                 )
-        parts.append(Moments(mean.new_tensor(n), mean, var * (n - 1)))
-        within = within + n * var
+        count = _count(n, state.get(path + _BATCHES), mean)
+        known = count > 0
+        parts.append(Moments(count, torch.where(known, mean, 0), torch.where(known, var * (count - 1), 0)))
+        within = within + count * var
     total, n = Moments.merge_all(parts), sum(counts)
     between = sum(part.count * (part.mean - total.mean).square() for part in parts)
     if n <= 1:
         raise ValueError(f"{WHAT}: a variance needs more than one value, {path + _VAR!r} is given {n:g} in all")
     spread = torch.where(total.m2 > 0, between / total.m2, 0).mean().sqrt()
-    ratio = torch.where(total.m2 > 0, total.var_unbiased / (within / n), 1).mean()
-    merged = {path + _MEAN: total.mean, path + _VAR: total.var_unbiased}
+    ratio = torch.where(total.m2 > 0, total.var_unbiased * total.count.clamp(min=1) / within, 1).mean()
+    # A row that no client has used is as the first client has it.
+    mean, var = (states[0][path + name].to(total.mean) for name in (_MEAN, _VAR))
+    merged = {
+        path + _MEAN: torch.where(total.count > 0, total.mean, mean),
+        path + _VAR: torch.where(total.count > 1, total.var_unbiased, var),
+    }
     if path + _BATCHES in states[0]:
         merged[path + _BATCHES] = torch.stack([s[path + _BATCHES].to(device) for s in states]).sum(0)
     row = {"path": path.removesuffix("."), "spread": spread.item(), "variance ratio": ratio.item()}
     return merged, row
+
+
+def _count(n: float, batches: Any, mean: Tensor) -> Tensor:
+    """How many values moments are of; where they stand in rows, 0 in those that no batch has entered."""
+    count = mean.new_tensor(n)
+    if mean.dim() == 2 and isinstance(batches, Tensor) and batches.shape == mean.shape[:1]:
+        return count * (batches.to(mean.device) > 0)[:, None]
+    return count
 
 
 def _combine(key: str, values: list[Any], weights: Tensor) -> Any:

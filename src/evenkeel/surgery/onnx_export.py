@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 import warnings
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evenkeel.control.selection import select
+from evenkeel.nn.variant import Variant
 from evenkeel.surgery.folding_check import difference
 from evenkeel.surgery.nested import call_of, map_tensors, tensors_in
 from evenkeel.surgery.preparing import prepare_export
@@ -28,33 +31,39 @@ def export_onnx(
     path: str | os.PathLike[str],
     *,
     tolerance: float = 1e-4,
+    training: bool = False,
     dynamic_shapes: Any = None,
     opset_version: int | None = None,
 ) -> Report:
-    """Write a model as ONNX, for inference, and compare what onnxruntime makes of the file with the model.
+    """Write a model as ONNX, and compare what onnxruntime makes of the file with the model.
 
     The model goes through :func:`prepare_export` (as a copy) and ``torch.onnx.export``; the file is checked by
     ``onnx.checker`` and run by onnxruntime on the example and on other values of its shapes. It is written beside
     ``path`` and gets its name when all of that agrees.
 
     Args:
-        model: In evaluation mode.
+        model: In evaluation mode, unless ``training``.
         example: A tensor, the model's only argument; a tuple of its arguments; or a mapping of its keywords.
         path: Of the file; one that is there is replaced.
         tolerance: The largest difference of an output, relative to its largest value.
+        training: Let the batch norms that are in training mode normalize with the batch in the file too (ONNX's
+            ``training_mode``); all else is written as in evaluation, dropout too.
         dynamic_shapes, opset_version: As ``torch.onnx.export`` takes them; by default the shapes are the example's.
 
     Returns:
         The report of :func:`prepare_export`, with the two differences in its summary.
 
     Differs:
-        From ``torch.onnx.export``, which writes a model in training mode as if it were in evaluation, without a word:
-        there is no ONNX of batch norms that normalize with the batch to be had from it, so it is refused here.
+        From ``torch.onnx.export``, which writes a model in training mode as if it were in evaluation, without a word;
+        here that is an error, or with ``training`` what it says. onnxruntime fuses a convolution and a batch norm as
+        if it were in evaluation, whatever the file says: run such a file with its optimizations disabled
+        (``GraphOptimizationLevel.ORT_DISABLE_ALL``), as the comparison does.
 
     Raises:
         ModuleNotFoundError: onnx, onnxscript or onnxruntime is missing: ``pip install 'evenkeel[export]'`` brings them.
         ValueError: layers normalize with the batch, see :func:`prepare_export`.
-        RuntimeError: the outputs differ by more than the tolerance. There is no new file then.
+        RuntimeError: the outputs differ by more than the tolerance, or a batch norm in training mode is none of ONNX's.
+            There is no new file then.
         Whatever the exporter raises for a model that it can't write.
 
     Example:
@@ -69,15 +78,26 @@ def export_onnx(
             f"export_onnx needs {', '.join(missing)}, which the extra [export] brings: pip install 'evenkeel[export]'"
         )
     args, kwargs = call_of("export_onnx", example)
-    prepared, report = prepare_export(model)
+    prepared, report = prepare_export(model, training="allow" if training else "refuse")
+    if model.training and not training:
+        raise ValueError(
+            "export_onnx: the model is in training mode, and the file would be as in evaluation; call model.eval() "
+            "first, or give training=True to keep batch norms in training mode"
+        )
+    layers = select("export_onnx", prepared, None)
+    by_batch = [path for path, layer in layers.items() if training and layer.training]
+    _refuse(path for path in by_batch if isinstance(layers[path], Variant))
+    prepared.eval()
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         file = Path(folder) / target.name
         with torch.no_grad():
-            _write(prepared, args, kwargs, file, dynamic_shapes, opset_version)
+            _write(prepared, args, kwargs, file, dynamic_shapes, opset_version, by_batch)
+        for layer in by_batch:
+            prepared.get_submodule(layer).train()
         others = map_tensors(_other_values, args), map_tensors(_other_values, kwargs)
-        found = [_difference(prepared, a, k, file) for a, k in ((args, kwargs), others)]
+        found = [_difference(prepared, a, k, file, bool(by_batch)) for a, k in ((args, kwargs), others)]
         if not max(found) <= tolerance:
             raise RuntimeError(
                 f"export_onnx: onnxruntime's output differs by {max(found):.2g} of its largest value, more than the "
@@ -89,7 +109,13 @@ def export_onnx(
 
 
 def _write(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path, dynamic_shapes: Any, opset: int | None
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    path: Path,
+    dynamic_shapes: Any,
+    opset: int | None,
+    by_batch: list[str],
 ) -> None:
     import onnx
 
@@ -101,11 +127,39 @@ def _write(
             warnings.simplefilter("ignore")  # as is what the logger says, these are about the exporter's own parts
             torch.onnx.export(
                 model, args, path, kwargs=kwargs, dynamo=True, external_data=False, verbose=False,
-                dynamic_shapes=dynamic_shapes, opset_version=opset,
+                dynamic_shapes=dynamic_shapes, opset_version=opset, optimize=not by_batch,
             )  # fmt: skip
     finally:
         logger.setLevel(level)
+    if by_batch:
+        onnx.save(_in_training(onnx.load(path), by_batch), path)
     onnx.checker.check_model(path)
+
+
+def _in_training(proto: Any, layers: list[str]) -> Any:
+    """The batch norms at these paths in training mode, which is an attribute in ONNX; found by their buffers' names."""
+    import onnx
+
+    left = set(layers)
+    for node in proto.graph.node:
+        path = node.input[3].removesuffix(".running_mean") if node.op_type == "BatchNormalization" else None
+        if path in left:
+            left.discard(path)
+            kept = [attribute for attribute in node.attribute if attribute.name != "training_mode"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx.helper.make_attribute("training_mode", 1)])
+            node.output.extend(f"{path}.new_{name}" for name in ("running_mean", "running_var"))
+    _refuse(left)
+    return proto
+
+
+def _refuse(paths: Iterable[str]) -> None:
+    named = ", ".join(sorted(paths))
+    if named:
+        raise RuntimeError(
+            f"export_onnx: {named} can't be written in training mode, because it is no BatchNormalization of ONNX; "
+            "freeze it (ek.freeze), or put it in evaluation mode"
+        )
 
 
 def _other_values(value: Tensor) -> Tensor:
@@ -116,18 +170,21 @@ def _other_values(value: Tensor) -> Tensor:
     return value.flatten()[torch.randperm(value.numel(), generator=generator)].view(value.shape)
 
 
-def _difference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path) -> float:
+def _difference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path, as_written: bool) -> float:
     with torch.no_grad():
         expected = [tensor.cpu() for tensor in tensors_in(model(*args, **kwargs))]
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    return difference(expected, _run(path, given, tensors_in((args, kwargs))))
+    return difference(expected, _run(path, given, tensors_in((args, kwargs)), as_written))
 
 
-def _run(path: Path, given: dict[str, Any], inputs: list[Tensor]) -> list[Tensor]:
+def _run(path: Path, given: dict[str, Any], inputs: list[Tensor], as_written: bool) -> list[Tensor]:
     """What the file gives; its inputs have the names of forward's arguments, or else are in their order."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    if as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]
     if len(names) != len(inputs):
         raise RuntimeError(
