@@ -30,15 +30,17 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench models native sanitize arm format clean FORCE
+.PHONY: help demo lab claims test check bench models native sanitize arm format clean FORCE
 CHECKS := check-format check-lint check-types check-layers check-kernels
 .PHONY: $(CHECKS)
 
 help:
-	@echo 'make demo     what batch normalization does, on real data: a table, and evenkeel-demo.html'
+	@echo 'make demo     some claims about batch normalization, on real data: verdicts, and evenkeel-demo.html'
+	@echo 'make lab      all claims in quick form: verdicts, and evenkeel-lab.html'
 	@echo 'make test     run the tests'
 	@echo 'make check    format, lint, types, layers of imports'
 	@echo 'make bench    time the layers and whole networks: tables, and bench-results/bench.html'
+	@echo 'make claims   measure all claims in full form, alone on the machine: the pages in docs/claims'
 	@echo 'make models   convert and fold published architectures: a table, and docs/models.md'
 	@echo 'make native   check the kernels without torch, on everything that the driver has'
 	@echo 'make sanitize check them with address and undefined-behaviour sanitizers, without torch and with it'
@@ -46,11 +48,20 @@ help:
 	@echo 'make format   format the sources, and mend what the linter can'
 	@echo 'make clean    remove what was built (the virtual environment stays)'
 	@echo
-	@echo 'ARGS="..." is passed on by demo, test, bench, native, sanitize and arm: make test ARGS="tests/docs -x"'
+	@echo 'ARGS="..." is passed on by demo, lab, claims, test, bench, native, sanitize and arm: make test ARGS="tests/docs -x"'
 	@echo 'PYTHON ($(PYTHON)), VENV ($(VENV)) and TORCH ($(TORCH)) can be set in the same way.'
 
 demo: $(VENV)/.built
 	@$(BIN)/evenkeel demo $(ARGS)
+
+lab: $(VENV)/.built
+	@$(BIN)/evenkeel lab run $(ARGS)
+
+# A run that was stopped goes on. The pages are made from what it stored.
+claims: $(VENV)/.built
+	@mkdir -p bench-results
+	@$(BIN)/evenkeel lab run --full --out bench-results/lab.html --json $(ARGS) > bench-results/lab.json
+	@$(BIN)/python -m evenkeel.lab.pages bench-results/lab.json docs/claims
 
 # Two processes of torch's own threads: waiting ones are not to keep a core busy. ARGS="-n 0" runs all in one process.
 test: $(VENV)/.built

@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +70,7 @@ class Text:
 
     def __init__(self, seed: int, size: Size) -> None:
         self.seed, self.size = seed, size
-        self.train, *self.held_out = stdlib()
+        self.train, *self.held_out = data.characters()
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         draw = generator(draw="windows", seed=self.seed, step=step)
@@ -120,18 +118,6 @@ class Rows:
 
 TASKS: dict[str, type[Text] | type[Rows]] = {"text": Text, "rows": Rows}
 VALIDATION, TEST = 0, 1
-
-
-@cache
-def stdlib() -> tuple[Tensor, Tensor, Tensor]:
-    """ASCII codes of the standard library's modules: for training, validation and test."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    texts = [file.read_text(encoding="utf-8", errors="replace").encode("ascii", "replace") for file in files]
-    parts = [
-        b"".join(t for i, t in enumerate(texts) if which(i % 10)) for which in (lambda i: i > 1, (0).__eq__, (1).__eq__)
-    ]
-    train, validation, test = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts)
-    return train, validation, test
 
 
 def run(task: Text | Rows, arm: str, rate: float, part: int) -> float:

@@ -1,19 +1,14 @@
 """Results in, a page out: what loses is listed, what is data is escaped, and a browser finds nothing wrong."""
 
-import sys
-from pathlib import Path
-
 import pytest
 from bench_results import kernel_rows, network_rows, report_of
+from support import browser
 from typer.testing import CliRunner
 
 from evenkeel.bench.figures import against
 from evenkeel.bench.page import bench_document, losses
 from evenkeel.cli import app
 from evenkeel.report.page import page, write_page
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "lab"))
-import chromium
 
 
 @pytest.fixture
@@ -68,20 +63,19 @@ def test_the_command_writes_the_page(tmp_path):
     assert out.exists()
 
 
-@pytest.mark.skipif(chromium.find() is None, reason="no Chromium is installed on this machine")
+@pytest.mark.skipif(browser.EXECUTABLE is None, reason=browser.MISSING)
 @pytest.mark.parametrize("width", [1200, 390])
 def test_a_browser_draws_it_without_a_complaint(document, tmp_path, width):
     path = tmp_path / "page.html"
     write_page(document, path, template="bench.html")
-    with chromium.Browser(chromium.find(), tmp_path / "profile") as browser:
+    with browser.opened() as view:
         for theme in ("light", "dark"):
-            browser.view(width, 900, theme)
-            browser.open(path)
-            drawn = browser.evaluate(
+            view.open(path, width, theme)
+            drawn = view.evaluate(
                 "[...document.querySelectorAll('.plot')].map(p => p.querySelectorAll('.point').length)"
             )
             assert drawn
             assert all(drawn)
-            assert browser.evaluate("document.documentElement.scrollWidth") <= width
-        assert browser.problems == []
-        assert set(browser.requests) <= {path.as_uri()}
+            assert view.evaluate("document.documentElement.scrollWidth") <= width
+        assert view.problems == []
+        assert set(view.requests) <= {path.as_uri()}

@@ -19,7 +19,7 @@ OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 # What a reader has after following a page's commands, made here by the shortest run that gives a file of the kind.
 FILES = {
     "bench.json": "bench --quick --shape 4x --mode inference --rounds 1 --min-time 0.1 --json",
-    "results.json": "demo --quick --only hidden_moments --seeds 2 --jobs 1 --json",
+    "results.json": "lab run gradients --quick --seeds 2 --jobs 1 --json",
 }
 
 

@@ -1,95 +1,114 @@
-"""Made-up results for every cell of the demo, so that what is read from results can be tested at once."""
+"""Made-up claims whose results are known, so that runner, document, page and terminal can be tested at once."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from evenkeel.lab.cell import Cell
+from evenkeel.lab.cell import Cell, Failure, Result, Results
+from evenkeel.lab.claim import Claim, Reading, Source
 from evenkeel.lab.document import document
-from evenkeel.lab.experiment import Experiment, Plan, experiments
-from evenkeel.lab.runner import Failure, Outcome
+from evenkeel.lab.figures import Axis, Figure, Series, Table
+from evenkeel.lab.plan import Plan
+from evenkeel.lab.reading import Runs
+from evenkeel.lab.runner import Outcome
+from evenkeel.lab.statistics import difference, mean
+from evenkeel.lab.verdicts import Finding
 
-SPEED = {"none": 1.0, "torch": 3.0, "evenkeel": 3.0}
-"""How fast an arm learns: its accuracy after n steps follows from n times this."""
+
+def accuracy(*, arm: str, seed: int) -> Result:
+    return {"accuracy": 90.0 + (5.0 if arm == "bn" else 0.0) + random.Random(f"{arm} {seed}").random()}
 
 
-def result_of(cell: Cell, speed: Mapping[str, float] = SPEED) -> dict[str, Any]:
-    """A plausible result of a cell. The arm's speed decides it, with a little noise by seed."""
-    rng = random.Random(f"{cell.axes['seed']} {cell.axes.get('arm')}")
-    makers: dict[str, Callable[..., dict[str, Any]]] = {
-        "curves": _curves,
-        "moments": _moments,
-        "step_times": _step_times,
+def cells(plan: Plan) -> Sequence[Cell]:
+    return [
+        Cell(accuracy, {"arm": arm, "seed": seed})
+        for arm in ("none", "bn")
+        for seed in plan.seed_range(quick=3, full=5)
+    ]
+
+
+def read(plan: Plan, results: Results) -> Reading:
+    runs = Runs(cells(plan), results)
+    by_arm = {arm: [result["accuracy"] for result in runs.of(arm)] for arm in ("none", "bn")}
+    gain = difference(by_arm["bn"], by_arm["none"])
+    bars = Axis("arm", categories=["first, one", "second"])
+    return Reading(
+        f"Batch norm gains {gain.text()} points.",
+        [
+            Finding("accuracy, batch norm − none", "made up", gain, 0.0),
+            Finding("accuracy of batch norm", "aside", mean(by_arm["bn"]), 99.0, unit="%", decisive=False),
+        ],
+        [
+            Figure("Lines", Axis("steps", scale="log"), Axis("accuracy"), _lines(), "Lines.", reference=(2.0, "two")),
+            Figure("Logarithmic", Axis("x"), Axis("y", scale="log"), _lines(), "Log.", reference=(2.0, "two")),
+            Figure(
+                "Bars", bars, Axis("value"), [_bars("none"), _bars("bn")], "Bars.", kind="bars", reference=(1.5, "r")
+            ),
+            Figure("Boxes", bars, Axis("value"), [_boxes("none"), _boxes("bn")], "Boxes.", kind="boxes"),
+            Figure(
+                "Heat",
+                Axis("rate", categories=["0.1", "1"]),
+                Axis("scale"),
+                [Series("small", "bn", [0, 1], [10.0, None]), Series("large", "bn", [0, 1], [90.0, 95.0])],
+                "Heat.",
+                kind="heatmap",
+                value=Axis("accuracy, %", limits=(0.0, 100.0)),
+            ),
+        ],
+        [Table("Numbers", ["arm", "accuracy"], [[arm, mean(values).text()] for arm, values in by_arm.items()])],
+        setup=[("Data", "made up")],
+        notes=["A note."],
+    )
+
+
+def _lines() -> list[Series]:
+    x = [1.0, 2.0, 4.0]
+    return [
+        Series(style, style, x, [1.0, 2.0 + place, 3.0], [0.5, 1.5, 2.5], [1.5, 3.5, 3.5])
+        for place, style in enumerate(("none", "torch", "bn"))
+    ]
+
+
+def _bars(style: str) -> Series:
+    return Series(style, style, [0, 1], [1.0, 2.0], [0.5, 1.5], [1.5, 2.5])
+
+
+def _boxes(style: str) -> Series:
+    return Series(style, style, [0, 0, 0, 1, 1, 1], [1.0, 2.0, 3.0, 2.0, 3.0, 4.0])
+
+
+def fake_claim(**other: Any) -> Claim:
+    """A claim of this module; named after it."""
+    parts: dict[str, Any] = {
+        "number": 1,
+        "title": "A title",
+        "statement": "It is better.",
+        "question": "Is it better?",
+        "literature": "Some say so.",
+        "sources": [Source("Somebody 2020", "https://example.org/paper")],
+        "criterion": "Holds if it is.",
+        "data": ("digits",),
+        "cells": cells,
+        "read": read,
     }
-    return makers[cell.task.__name__](cell.axes, rng, speed)
+    return Claim(**parts | other)
 
 
-def _curves(axes: Mapping[str, Any], rng: random.Random, speed: Mapping[str, float]) -> dict[str, Any]:
-    pace = speed[axes["arm"]] * (1 + 0.2 * rng.random())
-    replicas = [(scale, rate) for scale in axes["scales"] for rate in axes["rates"]]
-
-    def accuracy(steps: int) -> list[float]:
-        good = [0.05 <= rate <= pace and scale * pace >= 0.3 for scale, rate in replicas]
-        return [min(10 + 5 * pace * steps, 97.5) if fine else 10.0 for fine in good]
-
-    curve = [accuracy(steps) for steps in axes["evaluate_at"]]
-    loss = [[] if steps == 0 else [2.3 / (1 + pace * steps)] * len(replicas) for steps in axes["evaluate_at"]]
-    return {
-        "steps": list(axes["evaluate_at"]),
-        "loss": loss,
-        "validation": curve,
-        "test": curve,
-        "test_batch": curve,
-    }
-
-
-def _moments(axes: Mapping[str, Any], rng: random.Random, speed: Mapping[str, float]) -> dict[str, Any]:
-    steps = list(axes["evaluate_at"])
-    shift = [(0.01 + 0.001 * n) * (1 + rng.random()) / max(speed[axes["arm"]], 0.1) for n in steps]
-    ones = [1.0] * len(steps)
-    return {
-        "steps": steps,
-        "shift": shift,
-        "shift_before": shift,
-        "spread": ones,
-        "unit_mean": shift,
-        "unit_deviation": ones,
-        "test": [90.0] * len(steps),
-    }
-
-
-def _step_times(axes: Mapping[str, Any], rng: random.Random, speed: Mapping[str, float]) -> dict[str, Any]:
-    times = {"none": 1.0, "torch": 1.3 + 0.1 * rng.random(), "evenkeel": 1.1 + 0.1 * rng.random()}
-    return {
-        "milliseconds": times,
-        "to_none": times,
-        "to_torch": times["evenkeel"] / times["torch"],
-        "disagreement": 1e-6,
-        "rounds": 6,
-    }
-
-
-def outcome_of(
-    plan: Plan,
-    selected: list[Experiment],
-    speed: Mapping[str, float] = SPEED,
-    fails: Callable[[Cell], bool] = lambda cell: False,
-) -> Outcome:
+def outcome_of(plan: Plan, claims: Sequence[Claim], fails: Callable[[Cell], bool] = lambda cell: False) -> Outcome:
     """Results of all cells, except of those that fail."""
     outcome = Outcome()
-    for cell in (cell for experiment in selected for cell in experiment.cells(plan)):
+    for cell in (cell for claim in claims for cell in claim.cells(plan)):
         if fails(cell):
             outcome.failures.append(Failure(cell, "ValueError: made to fail", "Traceback ..."))
         else:
-            outcome.results[cell.key] = result_of(cell, speed)
+            outcome.results[cell.key], outcome.seconds[cell.key] = cell.task(**cell.axes), 0.5
     return outcome
 
 
-def fake_document(plan: Plan | None = None, **how: Any) -> dict[str, Any]:
-    """A whole document of made-up results."""
-    plan = plan or Plan.quickly()
-    selected = list(experiments().values())
-    outcome = outcome_of(plan, selected, **how)
-    return document("A title", selected, plan, outcome, command="evenkeel demo", seconds=1.0)
+def fake_document(plan: Plan | None = None, fails: Callable[[Cell], bool] = lambda cell: False) -> dict[str, Any]:
+    """A whole document of made-up results, of two claims."""
+    plan = plan or Plan()
+    claims = [fake_claim()]
+    return document("A title", claims, plan, outcome_of(plan, claims, fails), command="evenkeel lab run --quick")

@@ -4,10 +4,12 @@ import subprocess
 import sys
 
 import pytest
+from fakes import fake_claim
 from typer.testing import CliRunner
 
 import evenkeel
 from evenkeel import cli
+from evenkeel.lab import claim as claim_module
 
 runner = CliRunner()
 
@@ -17,61 +19,85 @@ def said(result):
     return re.sub(r"[\s│╭╮╰╯─]+", " ", result.output)
 
 
-def test_quick_demo_end_to_end(tmp_path):
-    page = tmp_path / "demo.html"
-    command = [sys.executable, "-m", "evenkeel.cli", "demo", "--quick", "--seeds", "2", "--json", "--out", str(page)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    document = json.loads(ended.stdout)
-    assert document["files"] == {"page": str(page), "results": str(tmp_path / "demo.jsonl")}
-    assert document["run"]["failed"] == 0
-    assert document["plan"] == {"seeds": 2, "quick": True}
-    assert len(document["sections"]) == 5
-    for section in document["sections"]:
-        assert not section["answer"].startswith("No answer")
-        assert section["title"] in page.read_text()
-    steps = document["sections"][-1]
-    assert all(measure["values"]["evenkeel"]["value"] > 0 for measure in steps["measures"])
-
-    again = runner.invoke(cli.app, command[3:])
-    repeated = json.loads(again.stdout)
-    assert repeated["run"]["reused"] == repeated["run"]["cells"]
-    assert repeated["sections"] == document["sections"]
-
-
-def test_one_experiment_in_words(tmp_path, monkeypatch):
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """A laboratory with one claim, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    result = runner.invoke(cli.app, ["demo", "--quick", "--seeds", "2", "--only", "hidden_moments", "--jobs", "1"])
-    assert result.exit_code == 0, result.output
-    assert "Does batch normalization hold a hidden layer's input still?" in result.stdout
-    assert "page: evenkeel-demo.html" in result.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["evenkeel-demo.html", "evenkeel-demo.jsonl"]
+    made = fake_claim()
+    monkeypatch.setattr(claim_module, "claims", lambda: {made.name: made})
+    return made
 
 
-def test_a_failing_cell_ends_with_an_error_and_a_page(tmp_path, monkeypatch):
-    from evenkeel.lab.experiments import hidden_moments
+def test_run_then_report_then_show(fake, tmp_path):
+    ran = runner.invoke(cli.app, ["lab", "run", "--jobs", "1", "--json"])
+    assert ran.exit_code == 0, ran.output
+    document = json.loads(ran.stdout)
+    assert document["files"] == {"page": "evenkeel-lab.html", "results": "evenkeel-lab.jsonl"}
+    assert document["plan"] == {"quick": True, "seeds": None, "data": []}
+    assert document["run"]["failed"] == document["run"]["missing"] == 0
+    assert document["sections"][0]["verdict"] == "holds"
+    page = (tmp_path / "evenkeel-lab.html").read_text()
 
-    def fails(**axes):
+    again = runner.invoke(cli.app, ["lab", "run", "--jobs", "1", "--json"])
+    assert json.loads(again.stdout) == document
+    (tmp_path / "evenkeel-lab.html").unlink()
+    reported = runner.invoke(cli.app, ["lab", "report", "--json"])
+    assert json.loads(reported.stdout) == document
+    assert (tmp_path / "evenkeel-lab.html").read_text() == page
+
+    shown = runner.invoke(cli.app, ["lab", "show", "1"])
+    assert "It is better. holds" in said(shown)
+    assert "Somebody 2020" in said(shown)
+    assert json.loads(runner.invoke(cli.app, ["lab", "show", "fakes", "--json"]).stdout) == document["sections"]
+
+
+def test_full_has_more_seeds_and_seeds_override(fake):
+    full = json.loads(runner.invoke(cli.app, ["lab", "run", "--full", "--jobs", "1", "--json"]).stdout)
+    assert full["run"]["cells"] == 10
+    assert full["command"] == "evenkeel lab run --full"
+    own = json.loads(runner.invoke(cli.app, ["lab", "run", "fakes", "--seeds", "2", "--jobs", "1", "--json"]).stdout)
+    assert own["run"]["cells"] == 4
+    assert own["sections"][0]["command"] == "evenkeel lab run fakes --quick --seeds 2"
+    # A report is on what the last run was asked for.
+    assert json.loads(runner.invoke(cli.app, ["lab", "report", "--json"]).stdout)["run"]["cells"] == 4
+
+
+def test_list(fake):
+    assert "fakes" in runner.invoke(cli.app, ["lab", "list"]).stdout
+    (row,) = json.loads(runner.invoke(cli.app, ["lab", "list", "--json"]).stdout)
+    assert row == {"number": 1, "name": "fakes", "title": "A title", "statement": "It is better.", "data": ["digits"]}
+
+
+def test_a_report_without_results_says_how_to_get_them(fake):
+    for command in ("report", "show"):
+        result = runner.invoke(cli.app, ["lab", command, "--out", "other.html"])
+        assert result.exit_code == 1
+        assert "other.jsonl has no results" in said(result)
+        assert "evenkeel lab run --out other.html" in said(result)
+
+
+def test_a_failing_cell_ends_with_an_error_and_a_page(fake, tmp_path, monkeypatch):
+    def fails(*, arm, seed):
         raise RuntimeError("made to fail")
 
-    monkeypatch.setattr(hidden_moments, "moments", fails)
-    page = tmp_path / "demo.html"
-    options = ["--quick", "--seeds", "2", "--only", "hidden_moments", "--jobs", "1", "--out", str(page)]
-    result = runner.invoke(cli.app, ["demo", *options])
+    import fakes
+
+    monkeypatch.setattr(fakes, "accuracy", fails)
+    result = runner.invoke(cli.app, ["lab", "run", "--jobs", "1"])
     assert result.exit_code == 1
-    assert "12 of 12 cells failed" in result.stderr
-    assert "RuntimeError: made to fail" in result.stdout
-    assert "No answer" in page.read_text()
+    assert "6 of 6 cells failed" in result.stderr
+    assert "RuntimeError: made to fail" in said(result)
+    assert "No answer" in (tmp_path / "evenkeel-lab.html").read_text()
 
 
-def test_being_stopped_says_how_to_go_on(tmp_path, monkeypatch):
-    from evenkeel.lab import demo
+def test_being_stopped_says_how_to_go_on(fake, monkeypatch):
+    from evenkeel.lab import laboratory
 
     def stopped(*args, **how):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "run_demo", stopped)
-    result = runner.invoke(cli.app, ["demo", "--out", str(tmp_path / "demo.html")])
+    monkeypatch.setattr(laboratory, "run_order", stopped)
+    result = runner.invoke(cli.app, ["lab", "run"])
     assert result.exit_code == 130
     assert "the same command goes on" in said(result)
 
@@ -82,26 +108,31 @@ def test_being_stopped_says_how_to_go_on(tmp_path, monkeypatch):
         (["--seeds", "1"], "2"),
         (["--seeds", "many"], "--seeds"),
         (["--jobs", "0"], "--jobs"),
-        (["--only", "speed"], "no experiment is named 'speed'; there are convergence, learning_rate"),
+        (["speed"], "no claim is named 'speed'; there are 1 fakes"),
+        (["--quick", "--full"], "choose one of --quick and --full"),
         (["--out", "page.pdf"], "has to end in .html"),
         (["--out", "."], "is a directory"),
         (["--out", "file/page.html"], "nothing can be written"),
+        (["--data-dir", "nowhere"], "nowhere"),
+        (["--cluster", "localhost"], "tcp://host:8786"),
         (["--colour"], "--colour"),
     ],
 )
-def test_options_are_checked_before_anything_runs(options, answer, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_options_are_checked_before_anything_runs(options, answer, tmp_path, fake):
     (tmp_path / "file").write_text("")
-    result = runner.invoke(cli.app, ["demo", *options])
+    result = runner.invoke(cli.app, ["lab", "run", *options])
     assert result.exit_code == 2
     assert answer in said(result)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
-    found = cli.find_spec
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "plotly" else found(name))
-    result = runner.invoke(cli.app, ["demo"])
+@pytest.mark.parametrize("command", [["demo"], ["lab", "run"], ["lab", "list"]])
+def test_a_missing_package_is_named_with_what_to_install(monkeypatch, command):
+    from evenkeel.cli import options
+
+    found = options.find_spec
+    monkeypatch.setattr(options, "find_spec", lambda name: None if name == "plotly" else found(name))
+    result = runner.invoke(cli.app, command)
     assert result.exit_code == 1
     assert "this command needs plotly" in said(result)
     assert "pip install 'evenkeel[lab]'" in said(result)
@@ -118,14 +149,17 @@ def test_version_and_help():
     assert runner.invoke(cli.app, ["--version"]).stdout == f"evenkeel {evenkeel.__version__}\n"
     shown = said(runner.invoke(cli.app, ["--help"]))
     assert "demo" in shown
-    for option in ("--out", "--seeds", "--quick", "--only", "--jobs", "--fresh", "--json"):
+    assert "lab" in shown
+    for option in ("--out", "--seeds", "--jobs", "--fresh", "--json"):
         assert option in said(runner.invoke(cli.app, ["demo", "--help"]))
+    for option in ("--quick", "--full", "--seeds", "--data-dir", "--out", "--jobs", "--cluster", "--fresh", "--json"):
+        assert option in said(runner.invoke(cli.app, ["lab", "run", "--help"]))
 
 
 def test_help_imports_nothing_heavy_of_its_own():
     code = (
         "import sys, evenkeel; before = set(sys.modules); import evenkeel.cli; "
-        "print([name for name in ('sklearn', 'joblib', 'plotly', 'scipy', 'jinja2', 'evenkeel.lab') "
+        "print([name for name in ('sklearn', 'joblib', 'plotly', 'scipy', 'jinja2', 'PIL', 'evenkeel.lab') "
         "if name in set(sys.modules) - before])"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,110 +1,179 @@
+"""A stack of replicas is the same as its replicas apart."""
+
+import math
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-import evenkeel as ek
-from evenkeel.lab import networks
-from evenkeel.lab.arms import ARMS, arm_named
-from evenkeel.lab.networks import cnn, mlp, stack
+from evenkeel.lab.arms import ARMS, GROUPS, arm_named
+from evenkeel.lab.networks import ACTIVATIONS, StackedCNN, StackedMLP, draw_weight
 from evenkeel.lab.seeds import generator
-from evenkeel.lab.training import descend, losses
+from evenkeel.lab.training import Descent, losses
 
-ALONE = {"mlp": mlp, "cnn": cnn}
 RATES = torch.tensor([0.02, 0.1, 0.3])
 SCALES = torch.tensor([0.5, 1.0, 2.0])
+WIDTHS = (12, 8)
+CHANNELS, STRIDES = (4, 8), (1, 2)
 
 
-def replica_of(whole, network, arm, number):
-    """The replica `number` of a stack as a network of its own."""
-    alone = ALONE[network](arm)
-    trained = [module for module in alone if isinstance(module, (nn.Linear, nn.Conv2d))]
+class LayerNorm(nn.Module):
+    """Layer normalization with a weight and bias for each channel, as torch's for (n, C)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        return F.layer_norm(x, x.shape[1:]) * self.weight.view(shape) + self.bias.view(shape)
+
+
+def normalization(name, channels, spatial):
+    """What the arm is, in torch's own layers, for one network."""
+    batch_norm = nn.BatchNorm2d if spatial else nn.BatchNorm1d
+    return {
+        "none": lambda: None,
+        "bn": lambda: batch_norm(channels),
+        "torch": lambda: batch_norm(channels),
+        "ln": lambda: LayerNorm(channels),
+        "gn": lambda: nn.GroupNorm(GROUPS, channels),
+    }[name]()
+
+
+def alone(kind, name, place, activation):
+    """One replica as a user would write it, in torch's own layers."""
+    modules = [nn.Flatten()] if kind == "mlp" else []
+    sizes = [(64, *WIDTHS, 10), (1, *CHANNELS)][kind == "cnn"]
+    bias = place != "before" or name == "none"
+    hidden = len(WIDTHS) if kind == "mlp" else len(CHANNELS)
+    for layer in range(hidden):
+        into, out = sizes[layer], sizes[layer + 1]
+        if place == "input" and name != "none":
+            modules.append(normalization(name, into, kind == "cnn"))
+        if kind == "mlp":
+            modules.append(nn.Linear(into, out, bias=bias))
+        else:
+            modules.append(nn.Conv2d(into, out, 3, stride=STRIDES[layer], padding=1, bias=bias))
+        norm, act = normalization(name, out, kind == "cnn"), ACTIVATIONS[activation]()
+        modules += {"before": [norm, act], "after": [act, norm], "input": [act]}[place]
+    if place == "input" and name != "none":
+        modules.append(normalization(name, sizes[hidden], kind == "cnn"))
+    modules += [nn.Linear(WIDTHS[-1], 10)] if kind == "mlp" else [nn.Flatten(), nn.Linear(CHANNELS[-1] * 16, 10)]
+    return nn.Sequential(*(module for module in modules if module is not None))
+
+
+def stacked(kind, name, place="before", activation="relu", **how):
+    draw = generator(draw="test")
+    if kind == "mlp":
+        return StackedMLP(64, WIDTHS, 10, arm_named(name), draw, SCALES, place=place, activation=activation, **how)
+    return StackedCNN(
+        1, 8, CHANNELS, STRIDES, 10, arm_named(name), draw, SCALES, place=place, activation=activation, **how
+    )
+
+
+def copied(whole, network, number):
+    """The weights of a replica, in a network of its own."""
+    layers = [module for module in network if isinstance(module, (nn.Linear, nn.Conv2d))]
     with torch.no_grad():
-        for layer, module in enumerate(trained):
-            rows = whole.weights[layer].view(whole.replicas, *module.weight.shape)
-            module.weight.copy_(rows[number])
+        for layer, module in enumerate(layers):
+            module.weight.copy_(whole.weights[layer].view(whole.replicas, *module.weight.shape)[number])
             if module.bias is not None:
-                bias = whole._bias(layer).view(whole.replicas, -1)
-                module.bias.copy_(bias[number])
-    return alone
+                module.bias.copy_(whole.biases[layer].view(whole.replicas, -1)[number])
+    return network
 
 
-@pytest.mark.parametrize("initialization", ["he", "torch"])
-@pytest.mark.parametrize("arm_name", list(ARMS))
-@pytest.mark.parametrize("network", list(ALONE))
-def test_a_stack_is_its_replicas_trained_apart(network, arm_name, initialization):
-    arm = arm_named(arm_name)
-    whole = stack(network, arm, SCALES, generator(draw="test"), initialization)
-    alone = [replica_of(whole, network, arm, number) for number in range(3)]
-    optimizers = [torch.optim.SGD(each.parameters(), lr=rate) for each, rate in zip(alone, RATES.tolist(), strict=True)]
+CASES = [
+    ("mlp", name, place, "tanh" if place == "after" else "relu")
+    for name in ARMS
+    for place in ("before", "after", "input")
+] + [("cnn", name, place, "relu") for name in ARMS for place in ("before", "after")]
+
+
+@pytest.mark.parametrize(("kind", "name", "place", "activation"), CASES)
+def test_a_stack_is_its_replicas_trained_apart(kind, name, place, activation):
+    whole = stacked(kind, name, place, activation).double()
+    apart = [copied(whole, alone(kind, name, place, activation).double(), number) for number in range(3)]
+    descent = Descent(
+        RATES.double(),
+        momentum=torch.tensor([0.0, 0.5, 0.9], dtype=torch.float64),
+        weight_decay=0.01,
+        decay_affine=True,
+    )
+    optimizers = [
+        torch.optim.SGD(each.parameters(), lr=rate, momentum=momentum, weight_decay=0.01)
+        for each, rate, momentum in zip(apart, RATES.double().tolist(), (0.0, 0.5, 0.9), strict=True)
+    ]
     for _ in range(4):
-        images, labels = torch.randn(20, 1, 8, 8), torch.randint(0, 10, (20,))
-        together = losses(whole, images, labels)
+        x, y = torch.randn(20, 1, 8, 8, dtype=torch.float64), torch.randint(0, 10, (20,))
+        together = losses(whole, x, y)
         together.sum().backward()
-        descend(whole, RATES)
-        apart = []
-        for each, optimizer in zip(alone, optimizers, strict=True):
+        descent.step(whole)
+        separate = []
+        for each, optimizer in zip(apart, optimizers, strict=True):
             optimizer.zero_grad()
-            loss = F.cross_entropy(each(images), labels)
+            loss = F.cross_entropy(each(x), y)
             loss.backward()
             optimizer.step()
-            apart.append(loss.detach())
-        torch.testing.assert_close(together.detach(), torch.stack(apart), rtol=2e-4, atol=1e-5)
+            separate.append(loss.detach())
+        torch.testing.assert_close(together.detach(), torch.stack(separate), rtol=1e-7, atol=1e-9)
     whole.eval()
-    images = torch.randn(20, 1, 8, 8)
-    expected = torch.stack([each.eval()(images).t() for each in alone])
-    torch.testing.assert_close(whole(images), expected, rtol=2e-3, atol=2e-4)
+    x = torch.randn(20, 1, 8, 8, dtype=torch.float64)
+    expected = torch.stack([each.eval()(x) for each in apart])
+    torch.testing.assert_close(whole(x), expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("network", list(ALONE))
-def test_a_lost_replica_leaves_the_others_alone(network):
-    arm = arm_named("torch")
-    lost, kept = (
-        stack(network, arm, torch.tensor([first, 1.0]), generator(draw="test")) for first in (float("inf"), 1.0)
-    )
-    images, labels = torch.randn(20, 1, 8, 8), torch.randint(0, 10, (20,))
+def test_decay_spares_the_affine_parameters_and_biases_unless_asked():
+    whole = stacked("mlp", "bn")
+    before = {name: value.detach().clone() for name, value in whole.named_parameters()}
+    for parameter in whole.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    Descent(torch.full((3,), 0.1), weight_decay=0.5).step(whole)
+    for name, value in whole.named_parameters():
+        factor = 0.95 if name.startswith("weights") else 1.0
+        torch.testing.assert_close(value.detach(), before[name] * factor)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_a_lost_replica_leaves_the_others_alone(kind):
+    kept, lost = stacked(kind, "bn"), stacked(kind, "bn")
+    with torch.no_grad():
+        lost.weights[0].view(3, -1)[0] = float("inf")
+    x, y = torch.randn(20, 1, 8, 8), torch.randint(0, 10, (20,))
     for whole in (lost, kept):
-        losses(whole, images, labels).sum().backward()
-        descend(whole, torch.tensor([0.1, 0.1]))
-    after = [losses(whole, images, labels).detach() for whole in (lost, kept)]
+        losses(whole, x, y).sum().backward()
+        Descent(torch.full((3,), 0.1)).step(whole)
+    after = [losses(whole, x, y).detach() for whole in (lost, kept)]
     assert torch.isnan(after[0][0])
-    torch.testing.assert_close(after[0][1], after[1][1])
+    torch.testing.assert_close(after[0][1:], after[1][1:])
 
 
-@pytest.mark.parametrize("network", list(ALONE))
-def test_all_arms_start_from_the_same_weights(network):
-    starts = [stack(network, arm, torch.ones(1), generator(draw="test")) for arm in ARMS.values()]
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_all_arms_start_from_the_same_weights(kind):
+    starts = [stacked(kind, name) for name in ARMS]
     for other in starts[1:]:
         for first, second in zip(starts[0].weights, other.weights, strict=True):
             assert torch.equal(first, second)
 
 
-def test_torchs_own_initialization_has_its_range():
-    ours = stack("mlp", arm_named("none"), torch.ones(1), generator(draw="test"), "torch")
-    for weight, bias, theirs in zip(
-        ours.weights, ours.biases, [m for m in mlp(arm_named("none")) if isinstance(m, nn.Linear)], strict=True
-    ):
-        bound = theirs.in_features**-0.5
-        for drawn, built in ((weight, theirs.weight), (bias, theirs.bias)):
-            assert drawn.abs().max() <= bound
-            assert built.abs().max() <= bound
-        assert weight.std().item() == pytest.approx(theirs.weight.std().item(), rel=0.1)
+@pytest.mark.parametrize(
+    ("initialization", "deviation"),
+    [("he", math.sqrt(2 / 64)), ("xavier", math.sqrt(2 / (64 + 200))), ("torch", 1 / math.sqrt(3 * 64))],
+)
+def test_initial_weights_have_the_deviation_of_their_rule(initialization, deviation):
+    drawn = draw_weight((200, 64), initialization, generator(draw="test"))
+    assert drawn.std().item() == pytest.approx(deviation, rel=0.03)
 
 
-def test_each_arm_has_the_layers_it_is_named_for():
-    for build in (mlp, cnn):
-        kinds = {name: [type(module) for module in build(arm)] for name, arm in ARMS.items()}
-        assert not [kind for kind in kinds["none"] if issubclass(kind, nn.modules.batchnorm._BatchNorm)]
-        assert sum(kind in (nn.BatchNorm1d, nn.BatchNorm2d) for kind in kinds["torch"]) == 3
-        assert sum(kind in (ek.BatchNorm1d, ek.BatchNorm2d) for kind in kinds["evenkeel"]) == 3
-        assert isinstance(build(arm_named("evenkeel")), ek.Sequential)
+def test_dropout_drops_in_training_alone():
+    whole = stacked("mlp", "none", dropout=0.5)
+    x = torch.randn(20, 1, 8, 8)
+    assert not torch.equal(whole(x), whole(x))
+    whole.eval()
+    assert torch.equal(whole(x), whole(x))
 
 
-@pytest.mark.parametrize("find", [arm_named, lambda name: stack(name, arm_named("none"), torch.ones(1), None)])
-def test_an_unknown_name_is_answered_with_the_known_ones(find):
-    with pytest.raises(KeyError, match="there are"):
-        find("transformer")
-
-
-def test_strides_fit_the_channels():
-    assert len(networks.CNN_CHANNELS) == len(networks.CNN_STRIDES)
+def test_an_unknown_arm_is_answered_with_the_known_ones():
+    with pytest.raises(KeyError, match="there are none, bn"):
+        arm_named("transformer")

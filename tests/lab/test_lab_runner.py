@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from evenkeel.lab.cell import Cell, Results
-from evenkeel.lab.runner import run
+from evenkeel.lab.parallel import cluster
+from evenkeel.lab.runner import run, stored
 from evenkeel.lab.store import Store
 
 
@@ -73,12 +74,53 @@ def test_a_cell_that_fails_is_not_stored_and_runs_again(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # joblib's own, about the worker it has lost
-def test_a_worker_that_dies_leaves_a_report_and_what_was_done(tmp_path):
+def test_a_worker_that_dies_takes_its_own_cell_alone(tmp_path):
     outcome = run(cells(dies_on_two), Store(None), jobs=2)
-    assert outcome.failures
-    assert all("worker process died" in failure.reason for failure in outcome.failures)
-    assert {2} <= {failure.cell.axes["seed"] for failure in outcome.failures}
-    assert len(outcome.results) + len(outcome.failures) == 5
+    (failure,) = outcome.failures
+    assert failure.cell.axes == {"seed": 2}
+    assert "its worker process died" in failure.reason
+    assert sorted(result["value"] for result in outcome.results.values()) == [0, 1, 3, 4]
+
+
+@pytest.fixture
+def _own_environment():
+    """distributed sets variables of the process when it is imported, which other tests are not to see."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.usefixtures("_own_environment")
+def test_a_dask_cluster_runs_the_cells(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    made = distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, local_directory=str(tmp_path)
+    )
+    with made, cluster(made.scheduler_address):
+        outcome = run(cells(fails_on_two, 8), Store(tmp_path / "results.jsonl"))
+        where = run(cells(square, 8), Store(None))
+    assert [failure.cell.axes["seed"] for failure in outcome.failures] == [2]
+    assert sorted(result["value"] for result in outcome.results.values()) == [0, 1, 3, 4, 5, 6, 7]
+    assert Store(tmp_path / "results.jsonl").get(cells(fails_on_two)[1])[0] == {"value": 1}
+    processes = {result["process"] for result in where.results.values()}
+    assert len(processes) == 2
+    assert os.getpid() not in processes
+    assert {result["threads"] for result in where.results.values()} == {1}
+
+
+@pytest.mark.parametrize("address", ["localhost:8786", "http://localhost", "dask"])
+def test_an_address_of_no_kind_of_cluster_is_refused(address):
+    with pytest.raises(ValueError, match=r"tcp://host:8786.*ray://host:10001.*got"):
+        cluster(address)
+
+
+def test_what_is_stored_is_reported_without_running(tmp_path):
+    store = Store(tmp_path / "results.jsonl")
+    run(cells(square, 2), store, jobs=1)
+    known = stored(cells(square, 3), store)
+    assert [result["value"] for result in known.results.values()] == [0, 1]
+    assert known.seconds.keys() == known.results.keys()
 
 
 def test_exclusive_cells_run_afterwards_in_this_process():
@@ -109,3 +151,12 @@ def test_results_are_read_in_the_order_of_the_cells_without_the_missing():
         ({"seed": 0}, {"value": 1}),
         ({"seed": 2}, {"value": 3}),
     ]
+
+
+@pytest.mark.parametrize(("address", "package"), [("tcp://127.0.0.1:1", "distributed"), ("ray://127.0.0.1:1", "ray")])
+def test_a_cluster_without_its_package_says_what_to_install(monkeypatch, address, package):
+    from evenkeel.lab import parallel
+
+    monkeypatch.setattr(parallel, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=f"needs the package {package}: pip install"):
+        cluster(address)

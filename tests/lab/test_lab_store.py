@@ -1,13 +1,16 @@
+import importlib
 import json
 import multiprocessing
 import os
 import signal
+import sys
 import time
 
 import pytest
 
 from evenkeel.lab import store as store_module
 from evenkeel.lab.cell import Cell
+from evenkeel.lab.environment import source_used
 from evenkeel.lab.runner import run
 from evenkeel.lab.store import Store
 
@@ -34,9 +37,9 @@ def test_what_is_put_is_got_again_after_reopening(tmp_path):
     store = Store(path, environment=HERE)
     assert store.get(first) is None
     store.put(first, {"value": 7}, 0.5)
-    assert store.get(first) == {"value": 7}
+    assert store.get(first) == ({"value": 7}, 0.5)
     again = Store(path, environment=HERE)
-    assert again.get(first) == {"value": 7}
+    assert again.get(first)[0] == {"value": 7}
     assert again.get(second) is None
     assert again.warnings == []
 
@@ -64,15 +67,15 @@ def test_a_torn_line_costs_its_own_cell_only(tmp_path, kept):
     path.write_bytes(whole + line[:kept].rstrip(b"\n"))
     torn = Store(path, environment=HERE)
     if kept == -1:  # all but the line's end: nothing is lost
-        assert torn.get(second) == {"value": 2}
+        assert torn.get(second)[0] == {"value": 2}
     else:
         assert torn.get(second) is None
         assert len(torn.warnings) == 1
         assert "line 3" in torn.warnings[0]
     torn.put(third, {"value": 3}, 0.0)
     after = Store(path, environment=HERE)
-    assert after.get(first) == {"value": 1}
-    assert after.get(third) == {"value": 3}
+    assert after.get(first)[0] == {"value": 1}
+    assert after.get(third)[0] == {"value": 3}
 
 
 @pytest.mark.parametrize("line", [b"not json", b"\xff\xfe", b"{}", b"[1]", b"3", b'{"cell": "x"}'])
@@ -84,7 +87,7 @@ def test_a_line_that_is_no_result_is_named_and_left_out(tmp_path, line):
     assert "line 1" in store.warnings[0]
     assert path.name in store.warnings[0]
     store.put(cell, {"value": 1}, 0.0)
-    assert Store(path, environment=HERE).get(cell) == {"value": 1}
+    assert Store(path, environment=HERE).get(cell)[0] == {"value": 1}
 
 
 def test_other_machines_and_other_code_do_not_answer(tmp_path, monkeypatch):
@@ -92,7 +95,7 @@ def test_other_machines_and_other_code_do_not_answer(tmp_path, monkeypatch):
     (cell,) = cells(1)
     Store(path, environment=HERE).put(cell, {"value": 1}, 0.0)
     assert Store(path, environment={"machine": "elsewhere"}).get(cell) is None
-    monkeypatch.setattr(store_module, "code_fingerprint", lambda module: "edited")
+    monkeypatch.setattr(store_module, "code_fingerprint", lambda task: "edited")
     assert Store(path, environment=HERE).get(cell) is None
 
 
@@ -103,7 +106,7 @@ def test_without_reuse_nothing_is_read_and_the_later_result_counts(tmp_path):
     fresh = Store(path, reuse=False, environment=HERE)
     assert fresh.get(cell) is None
     fresh.put(cell, {"value": 2}, 0.0)
-    assert Store(path, environment=HERE).get(cell) == {"value": 2}
+    assert Store(path, environment=HERE).get(cell)[0] == {"value": 2}
 
 
 def test_a_result_that_is_not_a_number_is_refused_and_leaves_no_line(tmp_path):
@@ -132,3 +135,49 @@ def test_a_killed_run_goes_on_and_loses_the_cell_in_hand_only(tmp_path, monkeypa
     outcome = run(cells(4, slow), Store(path, environment=HERE), jobs=1)
     assert outcome.reused == 2
     assert [outcome.results[cell.key]["value"] for cell in cells(4, slow)] == [0, 1, 2, 3]
+
+
+def test_what_was_asked_for_is_remembered(tmp_path):
+    path = tmp_path / "results.jsonl"
+    store = Store(path, environment=HERE)
+    assert store.order is None
+    store.remember({"claims": ["convergence"]})
+    store.remember({"claims": ["convergence"]})
+    assert path.read_text().count("order") == 1
+    store.remember({"claims": ["gradients"]})
+    assert Store(path, environment=HERE).order == {"claims": ["gradients"]}
+
+
+MODULE = """
+LIMIT = 3
+OTHER = 4
+def helper(x):
+    return x + LIMIT
+def task(*, seed):
+    return {"value": helper(seed)}
+def read(results):
+    return OTHER
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "same"),
+    [
+        ("return OTHER", "return OTHER + 1", True),
+        ("OTHER = 4", "OTHER = 5", True),
+        ("LIMIT = 3", "LIMIT = 4", False),
+        ("x + LIMIT", "x - LIMIT", False),
+        ('{"value": helper(seed)}', '{"values": helper(seed)}', False),
+        ("def helper(x):", "# a remark\ndef helper(x):", True),
+    ],
+)
+def test_a_result_is_stale_when_what_its_task_uses_was_edited_and_only_then(tmp_path, monkeypatch, before, after, same):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    kept = []
+    for text in (MODULE, MODULE.replace(before, after)):
+        assert before in MODULE
+        (tmp_path / "some_claim.py").write_text(text)
+        sys.modules.pop("some_claim", None)
+        importlib.invalidate_caches()
+        kept.append(source_used(importlib.import_module("some_claim").task))
+    assert (kept[0] == kept[1]) == same

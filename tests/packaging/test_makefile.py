@@ -144,5 +144,5 @@ def test_data_beside_the_project_are_named_to_the_tests(project: Project) -> Non
 def test_help_is_the_default_and_names_every_target(project: Project) -> None:
     said = project.run()
     assert not project.asked.exists()
-    for target in ("demo", "test", "check", "bench", "native", "sanitize", "arm", "format", "clean"):
+    for target in ("demo", "lab", "claims", "test", "check", "bench", "native", "sanitize", "arm", "format", "clean"):
         assert f"make {target} " in said

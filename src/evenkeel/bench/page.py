@@ -47,7 +47,6 @@ def bench_document(reports: Sequence[Report]) -> Plain:
         section["command"] = "evenkeel bench networks" if section["name"].startswith("net") else "evenkeel bench run"
     return {
         "title": "evenkeel: benchmarks",
-        "arms": [{"name": "evenkeel"}, {"name": "none"}, {"name": "torch"}],
         "environment": _machine(reports),
         "seconds": round(sum(report.seconds for report in reports)),
         "failures": _failures(rows, networks),

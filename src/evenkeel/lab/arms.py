@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-Normalization = Callable[[int, int], nn.Module]
-"""Builds the layer for inputs with `spatial` position axes (0, 1 or 2) and `channels` channels."""
+Normalization = Callable[[int, int, int], nn.Module]
+"""(position axes: 0, 1 or 2; channels of a replica; replicas) -> the layer for replicas * channels channels."""
+
+GROUPS = 4
+"""Groups of channels in group normalization; widths are multiples of it."""
 
 
 @dataclass(frozen=True)
@@ -16,47 +19,49 @@ class Arm:
     """How one arm normalizes.
 
     Args:
-        name: the key under which results are stored.
+        name: the key under which results are stored, and which fixes how the arm is drawn.
         label: what a reader sees.
         normalization: builds a layer; None for the arm without normalization.
-        sequential: the container a user of this arm would write.
     """
 
     name: str
     label: str
     normalization: Normalization | None = None
-    sequential: Callable[..., nn.Sequential] = nn.Sequential
 
-    def block(self, spatial: int, channels: int, activation: nn.Module) -> nn.Sequential:
-        """The normalization, where the arm has one, and the activation, in the arm's container."""
+    def layer(self, spatial: int, channels: int, replicas: int = 1) -> nn.Module:
+        """The normalization of `replicas` networks side by side, each with `channels` channels."""
         if self.normalization is None:
-            return self.sequential(activation)
-        return self.sequential(self.normalization(spatial, channels), activation)
+            return nn.Identity()
+        return self.normalization(spatial, channels, replicas)
 
 
-def _torch(spatial: int, channels: int) -> nn.Module:
-    return nn.BatchNorm2d(channels) if spatial == 2 else nn.BatchNorm1d(channels)
-
-
-def _evenkeel(spatial: int, channels: int) -> nn.Module:
+def _batch(spatial: int, channels: int, replicas: int) -> nn.Module:
     import evenkeel as ek
 
-    layer: nn.Module = ek.BatchNorm2d(channels) if spatial == 2 else ek.BatchNorm1d(channels)
+    layer: nn.Module = (ek.BatchNorm2d if spatial == 2 else ek.BatchNorm1d)(replicas * channels)
     return layer
 
 
-def _evenkeel_sequential(*modules: nn.Module) -> nn.Sequential:
-    import evenkeel as ek
+def _torch(spatial: int, channels: int, replicas: int) -> nn.Module:
+    return (nn.BatchNorm2d if spatial == 2 else nn.BatchNorm1d)(replicas * channels)
 
-    container: nn.Sequential = ek.Sequential(*modules)
-    return container
+
+def _layer(spatial: int, channels: int, replicas: int) -> nn.Module:
+    # One group a replica: its channels and positions together, which is layer normalization of each.
+    return nn.GroupNorm(replicas, replicas * channels)
+
+
+def _group(spatial: int, channels: int, replicas: int) -> nn.Module:
+    return nn.GroupNorm(replicas * GROUPS, replicas * channels)
 
 
 NONE = Arm("none", "no normalization")
-TORCH = Arm("torch", "torch.nn", _torch)
-EVENKEEL = Arm("evenkeel", "evenkeel", _evenkeel, _evenkeel_sequential)
+BN = Arm("bn", "batch norm", _batch)
+TORCH = Arm("torch", "torch.nn's batch norm", _torch)
+LN = Arm("ln", "layer norm", _layer)
+GN = Arm("gn", "group norm", _group)
 
-ARMS: dict[str, Arm] = {arm.name: arm for arm in (NONE, TORCH, EVENKEEL)}
+ARMS: dict[str, Arm] = {arm.name: arm for arm in (NONE, BN, TORCH, LN, GN)}
 
 
 def arm_named(name: str) -> Arm:

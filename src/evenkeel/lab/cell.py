@@ -61,3 +61,16 @@ class Results:
             result = self._by_key.get(cell.key)
             if result is not None:
                 yield cell.axes, result
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell that raised: which, why in a line, and the whole traceback."""
+
+    cell: Cell
+    reason: str
+    traceback: str
+
+
+Ended = tuple[Cell, Result | Failure, float]
+"""A cell that has run: what it gave, or why it failed, and the seconds of processor time it took."""

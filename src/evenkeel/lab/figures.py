@@ -1,16 +1,14 @@
-"""What an experiment says, as plain data: figures, tables, measures, and the sentence they support.
+"""Figures and tables as plain data.
 
-Nothing here knows how a page is drawn. `dataclasses.asdict` of a `Section` is what `--json` prints and
-what the page is drawn from, so that whoever reads the one can check the other.
+Nothing here knows how a page is drawn. `dataclasses.asdict` is what `--json` prints and what the page is drawn from, so
+that whoever reads the one can check the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
-
-from evenkeel.lab.statistics import Interval
 
 
 @dataclass(frozen=True)
@@ -25,13 +23,13 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """One curve, or one colour of bars.
+    """One curve, one colour of bars, one row of boxes, or one row of a heat map.
 
     Args:
         label: its name in the legend.
-        style: an arm's name, which fixes colour, dash and marker all over the page.
-        x: positions; for bars, indices into the axis' categories.
-        y: values; None leaves a gap.
+        style: an arm's name (`evenkeel.lab.arms`), which fixes colour, dash and marker all over the page.
+        x: positions; for bars and boxes, indices into the axis' categories.
+        y: values; None leaves a gap. For boxes one value a seed, and `x` repeats its category.
         low, high: the 95 % interval, drawn as a band or as error bars; None: none is drawn.
         faint: whether it only accompanies another one of the same style.
     """
@@ -49,8 +47,15 @@ class Series:
 class Figure:
     """A plot.
 
-    `description` is its text alternative: what is drawn against what, and what is to be seen.
-    `reference` is a value of y at which a line is drawn, with its name.
+    Args:
+        title: what is drawn, and for what.
+        x, y: the axes.
+        series: what is drawn; for a heat map a row each, from the bottom up, whose `label` names the row.
+        description: the text alternative: what is drawn against what, and what is to be seen, with numbers.
+        kind: "lines"; "bars", which lie down; "boxes", one a series and category over the seeds; "heatmap", where
+            `y.title` names what the rows are and `value` what the colour is.
+        reference: a value of y at which a line is drawn, with its name.
+        value: of a heat map, the axis of the colour.
     """
 
     title: str
@@ -58,8 +63,9 @@ class Figure:
     y: Axis
     series: Sequence[Series]
     description: str
-    kind: Literal["lines", "bars"] = "lines"
+    kind: Literal["lines", "bars", "boxes", "heatmap"] = "lines"
     reference: tuple[float, str] | None = None
+    value: Axis | None = None
 
 
 @dataclass(frozen=True)
@@ -69,40 +75,3 @@ class Table:
     caption: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A headline figure: one line of the summary.
-
-    Args:
-        quantity: what was measured; the lines of a section that share it stand under it.
-        where: on what, as on which network.
-        values: by arm, the number with its interval; None: it has none.
-        texts: by arm, how it is printed.
-        comparison: evenkeel against no normalization, in a few words.
-        numbers: the comparison in numbers, by name, for a program that reads them.
-    """
-
-    quantity: str
-    where: str
-    values: Mapping[str, Interval | None]
-    texts: Mapping[str, str]
-    comparison: str
-    numbers: Mapping[str, Interval | float | str | None] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Section:
-    """All that an experiment has to say. `answer` is made from the figures, never written before."""
-
-    name: str
-    title: str
-    question: str
-    answer: str
-    setup: Sequence[tuple[str, str]]
-    measures: Sequence[Measure] = ()
-    figures: Sequence[Figure] = ()
-    tables: Sequence[Table] = ()
-    notes: Sequence[str] = ()
-    failures: Sequence[str] = ()

@@ -33,9 +33,10 @@ def steps(speedup: Speedup) -> str:
     return words if speedup.bound == "exact" else f"{speedup.bound} {words}"
 
 
-def signed(difference: Interval) -> str:
+def signed(difference: Interval, digits: int = 0) -> str:
     """A difference of percentages, with its sign."""
-    return f"{difference.value:+.0f} [{difference.low:+.0f}, {difference.high:+.0f}] points"
+    low, high = (f"{end:+.{digits}f}" for end in (difference.low, difference.high))
+    return f"{difference.value:+.{digits}f} [{low}, {high}] points"
 
 
 def _number(ratio: Interval) -> str:

@@ -14,8 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from evenkeel.lab.cell import Cell
-from evenkeel.lab.runner import Failure
+from evenkeel.lab.cell import Cell, Failure
 
 
 class ProgressBar:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from evenkeel.lab.cell import Cell, Result, Results
@@ -16,33 +16,53 @@ BySeed = list[T]
 
 
 class Runs:
-    """Results of cells with the axes network, arm and seed.
+    """Results by group and seed.
 
-    Only seeds for which every arm has a result count: a comparison is paired or it is none.
+    Args:
+        cells: cells that all have the axis "seed" and the axes below.
+        results: what they gave.
+        arms: the axes that name what is compared; only seeds for which every arm has a result count: a comparison is
+            paired or it is none.
+        where: the axes that name the conditions, each of which has a comparison of its own.
     """
 
-    def __init__(self, cells: Iterable[Cell], results: Results) -> None:
+    def __init__(
+        self, cells: Iterable[Cell], results: Results, arms: Sequence[str] = ("arm",), where: Sequence[str] = ()
+    ) -> None:
         cells = list(cells)
-        self._arms = {cell.axes["arm"] for cell in cells}
-        self._results: dict[tuple[Axis, Axis, Axis], Result] = {
-            (axes["network"], axes["arm"], axes["seed"]): result for axes, result in results.of(cells)
+        self._arms: dict[Key, set[Key]] = {}
+        for cell in cells:
+            self._arms.setdefault(_key(cell.axes, where), set()).add(_key(cell.axes, arms))
+        self._results = {
+            (_key(axes, where), _key(axes, arms), axes["seed"]): result for axes, result in results.of(cells)
         }
 
-    def seeds(self, network: str) -> list[Axis]:
-        """The seeds that are complete for this network.
+    def seeds(self, *where: Axis) -> list[Axis]:
+        """The seeds that are complete under this condition.
 
         Raises:
             ValueError: when there is none.
         """
-        found = dict.fromkeys(seed for name, _, seed in self._results if name == network)
-        complete = [seed for seed in found if all((network, arm, seed) in self._results for arm in self._arms)]
+        found = dict.fromkeys(seed for place, _, seed in self._results if place == where)
+        complete = [
+            seed for seed in found if all((where, arm, seed) in self._results for arm in self._arms.get(where, ()))
+        ]
         if not complete:
-            raise ValueError(f"no seed of the network {network!r} has a result for every arm")
+            under = f" under {', '.join(map(str, where))}" if where else ""
+            raise ValueError(f"no seed has a result for every arm{under}")
         return complete
 
-    def of(self, network: str, arm: str) -> BySeed[Result]:
-        """The results of an arm, by seed."""
-        return [self._results[network, arm, seed] for seed in self.seeds(network)]
+    def of(self, arm: Axis | Key, *where: Axis) -> BySeed[Result]:
+        """The results of an arm under a condition, by seed; several arm axes are given as a tuple."""
+        key = arm if isinstance(arm, tuple) else (arm,)
+        return [self._results[where, key, seed] for seed in self.seeds(*where)]
+
+
+Key = tuple[Axis, ...]
+
+
+def _key(axes: Mapping[str, Axis], names: Sequence[str]) -> Key:
+    return tuple(axes[name] for name in names)
 
 
 def column(rows: Sequence[Sequence[T]], index: int) -> list[T]:

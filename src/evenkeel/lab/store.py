@@ -20,13 +20,16 @@ from evenkeel.lab.cell import Cell, Result
 from evenkeel.lab.environment import code_fingerprint, describe
 
 FORMAT = 1
+Order = dict[str, Any]
+"""What a run was asked for, as plain data."""
 
 
 class Store:
     """Results of cells, in the file `path`, or in memory alone where it is None.
 
     Without `reuse` nothing is read, and what is measured is added to the file; of two results of a cell
-    the later one counts. `warnings` tells what was found wrong in the file, a sentence each.
+    the later one counts. `warnings` tells what was found wrong in the file, a sentence each; `order` is
+    what the last run was asked for.
     """
 
     def __init__(
@@ -39,19 +42,26 @@ class Store:
         self.path = path
         self.environment = describe() if environment is None else environment
         self.warnings: list[str] = []
+        self.order: Order | None = None
         self._id = _digest(self.environment)
-        self._results: dict[tuple[str, str], Result] = {}
+        self._results: dict[tuple[str, str], tuple[Result, float]] = {}
         self._described = False
         if reuse and path is not None and path.exists():
             self._read(path)
 
-    def get(self, cell: Cell) -> Result | None:
-        """The stored result of a cell, where there is one that still holds."""
-        return self._results.get((cell.key, code_fingerprint(cell.module)))
+    def get(self, cell: Cell) -> tuple[Result, float] | None:
+        """The stored result of a cell and how many seconds it took, where there is one that still holds."""
+        return self._results.get((cell.key, code_fingerprint(cell.task)))
+
+    def remember(self, order: Order) -> None:
+        """Keep what was asked for, for whoever reports on it later."""
+        if order != self.order:
+            self._append({"order": order})
+            self.order = order
 
     def put(self, cell: Cell, result: Result, seconds: float) -> None:
         """Keep the result of a cell."""
-        code = code_fingerprint(cell.module)
+        code = code_fingerprint(cell.task)
         if not self._described:
             self._append({"environment": self._id, "is": self.environment, "format": FORMAT})
             self._described = True
@@ -65,16 +75,21 @@ class Store:
                 "result": result,
             }
         )
-        self._results[cell.key, code] = result
+        self._results[cell.key, code] = json.loads(json.dumps(result)), round(seconds, 3)
 
     def _read(self, path: Path) -> None:
         for number, line in enumerate(path.read_bytes().splitlines(), start=1):
             try:
                 record = json.loads(line)
-                if "is" in record:
+                if "order" in record:
+                    self.order = record["order"]
+                elif "is" in record:
                     self._described |= record["environment"] == self._id
                 elif record["environment"] == self._id:
-                    self._results[record["cell"], record["code"]] = record["result"]
+                    self._results[record["cell"], record["code"]] = (
+                        record["result"],
+                        record["seconds"],
+                    )
             except (ValueError, KeyError, TypeError):
                 self.warnings.append(
                     f"{path.name}, line {number}, is not a whole result (a run may have been stopped "

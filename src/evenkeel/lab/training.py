@@ -1,4 +1,4 @@
-"""Training a stack: plain SGD, one learning rate a replica, evaluated along the way."""
+"""Training a stack: gradient descent, a learning rate for each replica, evaluated along the way."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from evenkeel.lab.data import Split
 from evenkeel.lab.networks import Stack
 
 Probe = Callable[[int, Stack], None]
-"""Called with the number of steps taken and the stack, at every evaluation."""
+"""Called with the number of steps taken and the stack."""
+CHUNK = 1000
+"""Samples that are evaluated at a time."""
 
 
 @dataclass
@@ -46,30 +48,68 @@ def batches(count: int, size: int, steps: int, generator: torch.Generator) -> It
         taken += size
 
 
-def losses(stack: Stack, images: Tensor, labels: Tensor) -> Tensor:
+def losses(stack: Stack, x: Tensor, y: Tensor) -> Tensor:
     """The mean cross-entropy of each replica, (R,)."""
-    each = F.cross_entropy(stack(images), labels.expand(stack.replicas, -1), reduction="none")
-    return each.mean(dim=1)
+    logits: Tensor = stack(x)
+    each = F.cross_entropy(logits.flatten(0, 1), y.repeat(stack.replicas), reduction="none")
+    return each.view(stack.replicas, -1).mean(dim=1)
 
 
-def right(stack: Stack, images: Tensor, labels: Tensor) -> Tensor:
-    """Whether each replica names each image's class, (R, n), in the stack's present mode.
+def right(stack: Stack, x: Tensor, y: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Whether each replica names each sample's class, (R, n), in the stack's present mode.
 
-    A replica that has diverged gives NaN for every class, and scores what a constant answer scores.
+    A replica that has diverged gives NaN for every class, and scores what a constant answer scores. `chunk` samples go
+    through at a time: in training mode it is the batch whose moments normalize.
     """
-    logits: Tensor = stack(images)
-    return logits.argmax(dim=1) == labels
+    parts = [
+        stack(samples).argmax(dim=2) == labels for samples, labels in zip(x.split(chunk), y.split(chunk), strict=True)
+    ]
+    return torch.cat(parts, dim=1)
 
 
-@torch.no_grad()
-def descend(stack: Stack, rates: Tensor) -> None:
-    """One step of gradient descent, each replica with its own rate; clears the gradients."""
-    for parameter in stack.parameters():
-        if parameter.grad is None:
-            continue
-        rows = parameter.view(stack.replicas, -1)
-        rows.addcmul_(parameter.grad.view_as(rows), rates.view(-1, 1), value=-1.0)
-        parameter.grad = None
+@dataclass
+class Descent:
+    """Gradient descent on a stack, each replica with numbers of its own: SGD as in `torch.optim.SGD`.
+
+    Args:
+        rates: (R,), the learning rates.
+        momentum: (R,) or one for all; 0 without.
+        weight_decay: (R,) or one for all, added to the gradient (L2); of the weights alone, or of γ and β with them
+            where `decay_affine`.
+    """
+
+    rates: Tensor
+    momentum: Tensor | float = 0.0
+    weight_decay: Tensor | float = 0.0
+    decay_affine: bool = False
+    _velocity: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def step(self, stack: Stack) -> None:
+        """One step with the gradients that are there; clears them."""
+        weights = set(stack.weights)
+        for parameter in stack.parameters():
+            if parameter.grad is None:
+                continue
+            rows = parameter.view(stack.replicas, -1)
+            move = parameter.grad.view_as(rows)
+            decays = self.decay_affine or parameter in weights
+            if decays and _used(self.weight_decay):
+                move = move + _column(self.weight_decay) * rows
+            if _used(self.momentum):
+                before = self._velocity.get(parameter)
+                move = move.clone() if before is None else before * _column(self.momentum) + move
+                self._velocity[parameter] = move
+            rows.addcmul_(move, self.rates.view(-1, 1), value=-1.0)
+            parameter.grad = None
+
+
+def _used(amount: Tensor | float) -> bool:
+    return isinstance(amount, Tensor) or amount != 0.0
+
+
+def _column(amount: Tensor | float) -> Tensor | float:
+    return amount.view(-1, 1) if isinstance(amount, Tensor) else amount
 
 
 @contextmanager
@@ -98,45 +138,49 @@ def plain(values: Tensor, digits: int) -> list[float | None]:
 
 @torch.no_grad()
 def _evaluate(stack: Stack, split: Split, history: History) -> None:
-    images = torch.cat([split.validation_x, split.test_x])
-    labels = torch.cat([split.validation_y, split.test_y])
+    x = torch.cat([split.validation_x, split.test_x])
+    y = torch.cat([split.validation_y, split.test_y])
     stack.eval()
-    validation, test = right(stack, images, labels).split([len(split.validation_y), len(split.test_y)], dim=1)
+    validation, test = right(stack, x, y).split([len(split.validation_y), len(split.test_y)], dim=1)
     stack.train()
-    history.validation.append(_percent(validation))
-    history.test.append(_percent(test))
+    history.validation.append(percent(validation))
+    history.test.append(percent(test))
     if next(stack.buffers(), None) is None:  # nothing depends on the batch
         history.test_batch.append(history.test[-1])
         return
     with batch_moments(stack):
-        history.test_batch.append(_percent(right(stack, split.test_x, split.test_y)))
+        history.test_batch.append(percent(right(stack, split.test_x, split.test_y)))
 
 
-def _percent(hits: Tensor) -> list[float | None]:
+def percent(hits: Tensor) -> list[float | None]:
+    """(R, n) of right and wrong -> the accuracy of each replica in percent."""
     return plain(hits.float().mean(dim=1) * 100.0, 3)
 
 
 def train(
     stack: Stack,
     split: Split,
-    rates: Tensor,
+    descent: Descent | Tensor,
     *,
     batch: int,
     evaluate_at: Sequence[int],
     generator: torch.Generator,
     probe: Probe | None = None,
+    after_step: Probe | None = None,
 ) -> History:
     """Train a stack and return what was seen.
 
     Args:
         stack: R replicas, in place.
         split: the data; all replicas see the same batches in the same order.
-        rates: (R,), each replica's learning rate.
+        descent: how a step is made; a tensor (R,) of learning rates is plain gradient descent.
         batch: samples in a batch.
         evaluate_at: numbers of steps after which to evaluate, ascending; the last ends the training.
         generator: draws the order of the samples.
         probe: called at each evaluation, to look at more.
+        after_step: called after each step.
     """
+    descent = Descent(descent) if isinstance(descent, Tensor) else descent
     history = History()
     marks = set(evaluate_at)
     steps = max(marks)
@@ -160,9 +204,11 @@ def train(
     for step, chosen in enumerate(order, start=1):
         loss = losses(stack, split.train_x[chosen], split.train_y[chosen])
         loss.sum().backward()
-        descend(stack, rates)
+        descent.step(stack)
         total += loss.detach()
         since += 1
+        if after_step is not None:
+            after_step(step, stack)
         if step in marks:
             look(step)
     return history

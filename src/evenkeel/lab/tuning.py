@@ -58,3 +58,33 @@ def tune(results: Sequence[Result], tried: Sequence[float], target: float) -> Tu
 def steps_to(target: float, result: Result, curve: str, index: int) -> float | None:
     """Steps to the target on a curve of one replica, or None."""
     return first_crossing(result["steps"], column(result[curve], index), target)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The setting that suits an arm best by its validation accuracy, and its test accuracy by seed.
+
+    `row` holds the mean final validation accuracy of every setting that was tried.
+    """
+
+    index: int
+    rate: float
+    at_edge: bool
+    row: list[float]
+    test: list[float]
+
+
+def best(results: Sequence[Result], tried: Sequence[float], curve: str = "test") -> Best:
+    """Choose the learning rate with the highest final validation accuracy, on average over seeds.
+
+    Args:
+        results: histories (`evenkeel.lab.training.History`) by seed, a replica for each rate.
+        tried: the rates, ascending.
+        curve: what is reported at the chosen rate.
+    """
+    row = [
+        math.fsum(result["validation"][-1][index] for result in results) / len(results) for index in range(len(tried))
+    ]
+    index = max(range(len(tried)), key=lambda each: row[each])
+    test = [result[curve][-1][index] for result in results]
+    return Best(index, tried[index], index in (0, len(tried) - 1), row, test)

@@ -24,6 +24,21 @@
         error_x: trace.error_x && { ...trace.error_x, color: colour("ink"), thickness: 1.5 },
       };
     }
+    if (trace.meta.role === "heatmap") {
+      return {
+        ...trace,
+        colorscale: [[0, colour("low")], [1, colour("high")]],
+        colorbar: { ...trace.colorbar, outlinecolor: colour("rule") },
+      };
+    }
+    if (trace.meta.role === "box") {
+      return {
+        ...trace,
+        line: { ...trace.line, color: own },
+        fillcolor: withAlpha(own, 0.2),
+        marker: { ...trace.marker, color: own },
+      };
+    }
     return {
       ...trace,
       line: { ...trace.line, color: own },
@@ -64,10 +79,33 @@
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "sendChartToCloud"],
   };
 
-  const draw = () => {
-    for (const [id, figure] of Object.entries(figures)) {
-      Plotly.react(id, figure.data.map(paintTrace), paintLayout(figure.layout), config);
+  const drawOne = ([id, figure]) => {
+    Plotly.react(id, figure.data.map(paintTrace), paintLayout(figure.layout), config);
+  };
+
+  let waiting = [];
+  const finish = () => {
+    waiting.forEach(drawOne);
+    waiting = [];
+    root.dataset.drawn = "all";
+  };
+
+  // One plot after another, so that the page can be read and scrolled while there are plots to come.
+  const next = () => {
+    const first = waiting.shift();
+    if (first) {
+      drawOne(first);
+      setTimeout(next, 0);
+    } else {
+      root.dataset.drawn = "all";
     }
+  };
+
+  const draw = () => {
+    const idle = waiting.length === 0;
+    root.dataset.drawn = "no";
+    waiting = Object.entries(figures);
+    if (idle) setTimeout(next, 0);
   };
 
   const remembered = () => {
@@ -101,7 +139,8 @@
       each.dataset.wasOpen = each.open;
       each.open = true;
     });
-    draw();
+    waiting = Object.entries(figures);
+    finish();
   });
   window.addEventListener("afterprint", () => {
     document.querySelectorAll("details").forEach((each) => {

@@ -28,9 +28,8 @@ def page(document: Mapping[str, Any], template: str = "page.html") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    arms = [arm["name"] for arm in document["arms"]]
     figures = {
-        f"{section['name']}-{number}": plotly_figure(figure, arms)
+        f"{section['name']}-{number}": plotly_figure(figure)
         for section in document["sections"]
         for number, figure in enumerate(section["figures"])
     }

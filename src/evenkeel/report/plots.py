@@ -4,42 +4,27 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from evenkeel.report.heatmaps import heatmap, heatmap_axis
+from evenkeel.report.looks import look
 
 Plain = Mapping[str, Any]
 
-# Arms differ in dash, width and marker too, so that no colour is needed to tell them apart. torch.nn is a
-# broad pale line, because what should coincide with it is drawn on top of it.
-STYLES: dict[str, dict[str, Any]] = {
-    "none": {"dash": "dot", "width": 2.5, "symbol": "circle-open", "pattern": "."},
-    "torch": {"dash": "solid", "width": 7, "symbol": "square", "pattern": "/"},
-    "evenkeel": {"dash": "solid", "width": 2, "symbol": "diamond", "pattern": ""},
-}
-OTHERS = (
-    {"dash": "dashdot", "width": 2.5, "symbol": "triangle-up", "pattern": "x"},
-    {"dash": "longdash", "width": 2.5, "symbol": "cross", "pattern": "-"},
-    {"dash": "longdashdot", "width": 2.5, "symbol": "star", "pattern": "|"},
-)
 MARKED = 20
 """Up to so many points of a curve are marked."""
 
 
-def plotly_figure(figure: Plain, arms: Sequence[str]) -> dict[str, Any]:
+def plotly_figure(figure: Plain) -> dict[str, Any]:
     """A figure's traces and layout. Each trace's `meta` tells the page which colour it takes."""
-    draw = _bars if figure["kind"] == "bars" else _lines
+    if figure["kind"] == "heatmap":
+        return {"data": [heatmap(figure)], "layout": _layout(figure)}
+    draw = {"bars": _bars, "boxes": _boxes, "lines": _lines}[figure["kind"]]
     traces: list[dict[str, Any]] = []
     for series in figure["series"]:
-        traces += draw(figure, series, _style(series["style"], arms))
+        traces += draw(figure, series, look(series["style"]))
     return {"data": traces, "layout": _layout(figure)}
-
-
-def _style(name: str, arms: Sequence[str]) -> dict[str, Any]:
-    if name in STYLES:
-        return STYLES[name] | {"colour": name}
-    place = [arm for arm in arms if arm not in STYLES].index(name) if name in arms else 0
-    place %= len(OTHERS)
-    return OTHERS[place] | {"colour": f"other-{place}"}
 
 
 def _text(text: str) -> str:
@@ -148,6 +133,26 @@ def _bars(figure: Plain, series: Plain, style: Plain) -> list[dict[str, Any]]:
     return [trace]
 
 
+def _boxes(figure: Plain, series: Plain, style: Plain) -> list[dict[str, Any]]:
+    """A box a category over the seeds, lying down like the bars, with every seed as a point."""
+    return [
+        {
+            "type": "box",
+            "orientation": "h",
+            "name": _text(series["label"]),
+            "x": list(series["y"]),
+            "y": [_broken(figure["x"]["categories"][int(x)]) for x in series["x"]],
+            "boxpoints": "all",
+            "jitter": 0.5,
+            "pointpos": 0,
+            "marker": {"symbol": style["symbol"], "size": 5},
+            "line": {"width": 1.5},
+            "hovertemplate": "%{x:.4g}",
+            "meta": {"colour": style["colour"], "role": "box"},
+        }
+    ]
+
+
 def _gap(upper: float | None, lower: float | None) -> float:
     return 0.0 if upper is None or lower is None else upper - lower
 
@@ -157,7 +162,7 @@ def _broken(name: str) -> str:
 
 
 def _layout(figure: Plain) -> dict[str, Any]:
-    lying = figure["kind"] == "bars"
+    lying = figure["kind"] in ("bars", "boxes")
     value_axis, other_axis = ("xaxis", "yaxis") if lying else ("yaxis", "xaxis")
     layout: dict[str, Any] = {
         "margin": {"l": 56, "r": 12, "t": 30, "b": 44},
@@ -173,19 +178,31 @@ def _layout(figure: Plain) -> dict[str, Any]:
         other_axis: _axis(figure["x"]),
         "height": figure.get("height", 380),
     }
+    if figure["kind"] == "heatmap":
+        layout |= {"yaxis": heatmap_axis([_text(each["label"]) for each in figure["series"]], figure["y"]["title"])}
+        layout["xaxis"] |= {"type": "category"}
+        layout |= {"hovermode": "closest"}
     if lying:
         # Series that share no bar need no room beside each other.
-        layout |= {"barmode": "overlay" if figure.get("apart") else "group", "bargap": 0.3}
+        mode = "overlay" if figure.get("apart") else "group"
+        layout |= {"boxmode": "group", "boxgap": 0.2} if figure["kind"] == "boxes" else {"barmode": mode, "bargap": 0.3}
         layout[other_axis] |= {"automargin": True, "autorange": "reversed", "type": "category"}
         layout[other_axis] |= {
             "categoryorder": "array",
             "categoryarray": [_broken(name) for name in figure["x"]["categories"]],
         }
-        layout[value_axis]["rangemode"] = "tozero"
+        if figure["kind"] == "bars" and figure["y"]["scale"] == "linear" and figure["y"]["limits"] is None:
+            layout[value_axis]["rangemode"] = "tozero"
+        layout["height"] = max(layout["height"], 150 + 14 * _rows(figure))
     if figure["reference"] is not None:
         value, name = figure["reference"]
-        layout |= _reference(value, name, "x" if lying else "y")
+        layout |= _reference(value, name, "x" if lying else "y", log=figure["y"]["scale"] == "log")
     return layout
+
+
+def _rows(figure: Plain) -> int:
+    """Bars or boxes that lie below each other."""
+    return len(figure["x"]["categories"]) * (1 if figure.get("apart") else len(figure["series"]))
 
 
 def _axis(axis: Plain) -> dict[str, Any]:
@@ -200,8 +217,10 @@ def _axis(axis: Plain) -> dict[str, Any]:
     return made
 
 
-def _reference(value: float, name: str, axis: str) -> dict[str, Any]:
+def _reference(value: float, name: str, axis: str, *, log: bool) -> dict[str, Any]:
     along = "y" if axis == "x" else "x"
+    # Plotly places a shape by the value, an annotation by its logarithm where the axis is logarithmic.
+    at = math.log10(value) if log else value
     return {
         "shapes": [
             {
@@ -218,7 +237,7 @@ def _reference(value: float, name: str, axis: str) -> dict[str, Any]:
         "annotations": [
             {
                 "text": _text(name),
-                axis: value,
+                axis: at,
                 axis + "ref": axis,
                 along: 1 if axis == "x" else 0,
                 along + "ref": "paper",

@@ -1,62 +1,110 @@
-"""A document in a terminal: the summary table and one sentence for each experiment."""
+"""A laboratory's document in a terminal: verdicts first, then where there is more."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import groupby
-from operator import itemgetter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
-COMPARISON = "evenkeel against none"
+Plain = Mapping[str, Any]
+
+STYLES = {
+    "holds": "green",
+    "depends": "yellow",
+    "does not hold": "red",
+    "not resolved": "dim",
+    "no answer": "dim",
+}
+SIGNS = {"supports": "✓", "contradicts": "✗", "not resolved": "?"}
 
 
-def show(document: Mapping[str, Any], console: Console) -> None:
-    """Print the summary table, then each answer with what failed, then where there is more."""
+def show(document: Plain, console: Console) -> None:
+    """Print each claim's verdict and the effects that decide, then what failed, then where there is more."""
     console.print(Text(document["title"], style="bold"))
-    for line, style in _table(document):
-        console.print(Text(line, style=style))
     for section in document["sections"]:
         console.print()
-        console.print(Text(section["question"], style="bold"))
-        console.print(Padding(Text(section["answer"]), (0, 0, 0, 2)))
-        for failure in section["failures"]:
-            console.print(Padding(Text(f"failed: {failure}", style="red"), (0, 0, 0, 2)))
+        _head(section, console)
+        for finding in section["findings"]:
+            if finding["decisive"]:
+                console.print(Padding(_finding(finding), (0, 0, 0, 5)))
+        if not section["findings"]:
+            console.print(Padding(Text(section["answer"]), (0, 0, 0, 5)))
+        _failures(section, console)
     run = document["run"]
-    stored = f", {run['reused']} of them stored before" if run["reused"] else ""
     console.print()
-    console.print(Text(f"{run['cells']} cells in {run['seconds']:.0f} s{stored}; {document['plan']['seeds']} seeds"))
+    missing = f", {run['missing']} not run" if run["missing"] else ""
+    console.print(Text(f"{run['cells']} cells{missing}, {run['core_seconds']:.0f} core-seconds"))
     for name, path in document.get("files", {}).items():
         console.print(Text(f"{name}: {path}"), soft_wrap=True)
 
 
-def _table(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Lines and their styles. A quantity has a line of its own, so that 80 columns are enough."""
-    arms = [arm["name"] for arm in document["arms"]]
-    measures = [measure for section in document["sections"] for measure in section["measures"]]
-    head = ["", *("none" if arm["name"] == "none" else arm["label"] for arm in document["arms"]), COMPARISON]
-    body = {id(measure): _cells(measure, arms) for measure in measures}
-    rows = [head, *body.values()]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    yield _line(head, widths), "dim"
-    for quantity, group in groupby(measures, key=itemgetter("quantity")):
-        yield quantity, "bold"
-        for measure in group:
-            yield _line(body[id(measure)], widths), ""
+def show_section(section: Plain, console: Console) -> None:
+    """Print all of a claim but its plots."""
+    _head(section, console)
+    console.print(Padding(Text(section["answer"]), (0, 0, 0, 5)))
+    _failures(section, console)
+    for finding in section["findings"]:
+        console.print(Padding(_finding(finding), (0, 0, 0, 5)))
+    for table in section["tables"]:
+        console.print()
+        console.print(_table(table))
+    for note in section["notes"]:
+        console.print(Text(f"Note: {note}"))
+    console.print()
+    for term, text in section["setup"]:
+        console.print(Text.assemble((f"{term}: ", "bold"), text))
+    console.print(Text.assemble(("Criterion: ", "bold"), section["criterion"]))
+    console.print(Text.assemble(("Literature: ", "bold"), section["literature"]))
+    for source in section["sources"]:
+        console.print(Text(f"  {source['text']}  {source['url']}"), soft_wrap=True)
+    console.print(Text.assemble(("Run it: ", "bold"), section["command"]), soft_wrap=True)
+    console.print()
 
 
-def _cells(measure: Mapping[str, Any], arms: list[str]) -> list[str]:
-    # The arms' own intervals are on the page; here the comparison's is enough.
-    values = [measure["texts"].get(arm, "-").partition(" [")[0] for arm in arms]
-    return [f"  {measure['where']}", *values, measure["comparison"]]
+def show_claims(rows: Sequence[Plain], console: Console) -> None:
+    """Print the list of claims."""
+    table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
+    table.add_column("", justify="right", style="dim")
+    table.add_column("name", no_wrap=True, style="bold")
+    table.add_column("what is said", ratio=1)
+    table.add_column("data")
+    for row in rows:
+        table.add_row(str(row["number"]), row["name"], Text(row["statement"]), ", ".join(row["data"]))
+    console.print(table)
 
 
-def _line(cells: list[str], widths: list[int]) -> str:
-    first, *others = [
-        cell.ljust(width) if index == 0 else cell.rjust(width)
-        for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    ]
-    return "  ".join([first, *others])
+def _head(section: Plain, console: Console) -> None:
+    verdict = section["verdict"]
+    console.print(
+        Text.assemble(
+            (f"{section['number']:>3}  ", "dim"), f"{section['statement']}  ", (verdict, f"bold {STYLES[verdict]}")
+        )
+    )
+
+
+def _finding(finding: Plain) -> Text:
+    aside = "" if finding["decisive"] else " (aside)"
+    return Text.assemble(
+        f"{SIGNS[finding['outcome']]} ",
+        (finding["text"], "bold"),
+        (f"  {finding['quantity']}; {finding['where']}{aside}", "dim"),
+    )
+
+
+def _failures(section: Plain, console: Console) -> None:
+    for failure in section["failures"]:
+        console.print(Padding(Text(f"failed: {failure}", style="red"), (0, 0, 0, 5)))
+
+
+def _table(plain: Plain) -> Table:
+    table = Table(title=Text(plain["caption"], style="dim"), title_justify="left", box=box.SIMPLE, show_edge=False)
+    for name in plain["columns"]:
+        table.add_column(Text(name))
+    for row in plain["rows"]:
+        table.add_row(*(Text(cell) for cell in row))
+    return table

@@ -1,0 +1,86 @@
+"""The command line. What a command needs is imported when it runs, so that `--help` answers soon."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+
+    from evenkeel.bench.group import bench_app, read_report
+    from evenkeel.cli.demo import demo_command
+    from evenkeel.cli.lab import lab_app
+    from evenkeel.cli.options import fail, need, page_path
+    from evenkeel.commands.convert import convert_command
+    from evenkeel.commands.fold import fold_command
+    from evenkeel.commands.inspect import inspect_command
+    from evenkeel.commands.recalibrate import recalibrate_command
+    from evenkeel.info import info_command
+except ModuleNotFoundError as error:
+    raise SystemExit(f"the evenkeel command needs the package {error.name}: pip install 'evenkeel[cli]'") from None
+
+app = typer.Typer(
+    name="evenkeel",
+    help="Batch normalization for PyTorch: fast, right where it usually goes wrong, shown by evidence.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """The console entry."""
+    app()
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from evenkeel import __version__
+
+        typer.echo(f"evenkeel {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@bench_app.command("page")
+def bench_page(
+    results: Annotated[
+        list[Path], typer.Argument(exists=True, dir_okay=False, help="What the benchmarks wrote with --out.")
+    ],
+    out: Annotated[Path, typer.Option(help="The page to write.", callback=page_path)] = Path("evenkeel-bench.html"),
+) -> None:
+    """Draw results of kernels and networks on one HTML page that needs no network."""
+    need("bench", "plotly", "jinja2")
+    from evenkeel.bench.page import bench_document
+    from evenkeel.report.page import write_page
+
+    try:
+        document = bench_document([read_report(path) for path in results])
+    except ValueError as error:
+        raise fail(str(error)) from None
+    write_page(document, out, template="bench.html")
+    typer.echo(str(out))
+
+
+app.command("demo")(demo_command)
+app.add_typer(lab_app, name="lab")
+app.command("info")(info_command)
+app.command("inspect")(inspect_command)
+app.command("convert")(convert_command)
+app.command("fold")(fold_command)
+app.command("recalibrate")(recalibrate_command)
+app.add_typer(bench_app, name="bench")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+from evenkeel.cli import main
+
+main()

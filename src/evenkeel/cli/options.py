@@ -1,0 +1,62 @@
+"""Options that `evenkeel demo` and `evenkeel lab` share, and how a command ends when something is wrong."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+MOST_SEEDS = 1000
+
+
+def fail(message: str, code: int = 1) -> typer.Exit:
+    """Say what is wrong on the standard error stream; the caller raises what is returned."""
+    typer.echo(message, err=True)
+    return typer.Exit(code)
+
+
+def need(extra: str, *modules: str) -> None:
+    """End, saying what to install, when a package that a command needs is missing."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise fail(
+            f"this command needs {', '.join(missing)}, which the extra [{extra}] brings: "
+            f"pip install 'evenkeel[{extra}]'"
+        )
+
+
+def page_path(path: Path) -> Path:
+    """A path where a page can be written."""
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a directory; name a file in it, such as {path}/page.html")
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise typer.BadParameter(f"{path} is to be a page; its name has to end in .html")
+    for parent in path.absolute().parents:
+        if parent.exists():
+            if not parent.is_dir() or not os.access(parent, os.W_OK):
+                raise typer.BadParameter(f"nothing can be written to {parent}")
+            break
+    return path
+
+
+Page: TypeAlias = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        help="The page. Results are kept beside it, in a file that ends in .jsonl, and a run that was stopped goes on "
+        "from there.",
+        callback=page_path,
+    ),
+]
+Seeds: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        min=2, max=MOST_SEEDS, help="How many seeds, in place of each claim's own number; intervals run over them."
+    ),
+]
+Jobs: TypeAlias = Annotated[int | None, typer.Option(min=1, help="Processes beside each other; one a core by default.")]
+Fresh: TypeAlias = Annotated[bool, typer.Option("--fresh", help="Measure everything again, whatever is stored.")]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]

@@ -1,0 +1,287 @@
+"""Does batch normalization keep gradients from vanishing and from exploding?
+
+At initialization the gradient of the loss with respect to each layer's input is compared from layer to layer: in deep
+networks it changes by a factor a layer. Then a deep network is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from evenkeel.lab.arms import BN, NONE, arm_named
+from evenkeel.lab.cell import Cell, Result, Results
+from evenkeel.lab.claim import Claim, Reading, Source
+from evenkeel.lab.data import images
+from evenkeel.lab.figures import Axis, Figure, Table
+from evenkeel.lab.networks import Initialization, StackedMLP
+from evenkeel.lab.plan import Plan, kind_of, seeds_text
+from evenkeel.lab.reading import Runs, band
+from evenkeel.lab.seeds import generator
+from evenkeel.lab.statistics import Interval, difference, geometric_mean, mean
+from evenkeel.lab.training import batches, losses, plain, train
+from evenkeel.lab.tuning import Best, best
+from evenkeel.lab.verdicts import Finding
+
+ARMS = (NONE, BN)
+ACTIVATIONS: dict[str, Initialization] = {"sigmoid": "xavier", "tanh": "xavier", "relu": "he"}
+NAMES = {"sigmoid": "sigmoid", "tanh": "tanh", "relu": "ReLU"}
+DEPTH = 50
+SKIPPED = 5
+"""Layers at either end that are left out of the factor: the middle has settled."""
+WIDTH = 64
+BATCH = 128
+TRAINED_DEPTH = {"sigmoid": 30, "relu": 30}
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+QUICK_RATES = (0.03, 0.1, 0.3)
+THEORY = math.sqrt(math.pi / (math.pi - 1))
+"""Yang et al. (2019): the gradient's factor a layer with ReLU and batch norm, for wide layers and large batches."""
+MARGIN = 10 ** (1 / DEPTH)
+"""A factor a layer beyond 1/1.047 … 1.047 is called vanishing or exploding: tenfold in 50 layers."""
+
+
+def gradient_norms(*, data: str, activation: str, arm: str, seed: int) -> Result:
+    """The norm of the loss's gradient with respect to each hidden layer's input, at initialization."""
+    split = images(data, seed)
+    stack = StackedMLP(
+        split.train_x[0].numel(),
+        (WIDTH,) * DEPTH,
+        split.classes,
+        arm_named(arm),
+        generator(draw="initialization", data=data, seed=seed),
+        activation=activation,
+        initialization=ACTIVATIONS[activation],
+    )
+    kept: list[torch.Tensor] = []
+
+    def keep(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        inputs[0].retain_grad()
+        kept.append(inputs[0])
+
+    for block in stack.blocks:
+        block.register_forward_pre_hook(keep)
+    chosen = next(batches(len(split.train_y), BATCH, 1, generator(draw="order", data=data, seed=seed)))
+    # In float64: what vanishes is measured, not lost.
+    losses(stack.double(), split.train_x[chosen].double(), split.train_y[chosen]).sum().backward()
+    norms = torch.stack([x.grad.norm() for x in kept if x.grad is not None])
+    middle = norms[SKIPPED:-SKIPPED]
+    factor = (middle[0] / middle[-1]) ** (1 / (len(middle) - 1))
+    return {"log10": plain(norms.log10(), 4), "factor": plain(factor.view(1), 6)[0]}
+
+
+def deep_training(*, data: str, activation: str, arm: str, seed: int, steps: int, rates: tuple[float, ...]) -> Result:
+    """Train a deep network at every learning rate side by side, and return the curves."""
+    split = images(data, seed)
+    stack = StackedMLP(
+        split.train_x[0].numel(),
+        (WIDTH,) * TRAINED_DEPTH[activation],
+        split.classes,
+        arm_named(arm),
+        generator(draw="initialization", data=data, seed=seed),
+        torch.ones(len(rates)),
+        activation=activation,
+        initialization=ACTIVATIONS[activation],
+    )
+    order = generator(draw="order", data=data, seed=seed)
+    history = train(stack, split, torch.tensor(rates), batch=BATCH, evaluate_at=(0, steps), generator=order)
+    return dict(vars(history))
+
+
+def _norm_cells(plan: Plan, data: str) -> list[Cell]:
+    return [
+        Cell(gradient_norms, {"data": data, "activation": activation, "arm": arm.name, "seed": seed}, cost=0.1)
+        for activation in ACTIVATIONS
+        for seed in _seeds(plan)
+        for arm in ARMS
+    ]
+
+
+def _training_cells(plan: Plan, data: str) -> list[Cell]:
+    steps = 40 if plan.quick else 250
+    rates = QUICK_RATES if plan.quick else RATES
+    return [
+        Cell(
+            deep_training,
+            {"data": data, "activation": activation, "arm": arm.name, "seed": seed, "steps": steps, "rates": rates},
+            cost=steps * (1.2e-2 if arm is BN else 8e-3),
+        )
+        for activation in _trained_activations(plan)
+        for seed in _training_seeds(plan)
+        for arm in ARMS
+    ]
+
+
+def _trained_activations(plan: Plan) -> list[str]:
+    return ["sigmoid"] if plan.quick else list(TRAINED_DEPTH)
+
+
+def _seeds(plan: Plan) -> range:
+    return plan.seed_range(quick=5, full=20)
+
+
+def _training_seeds(plan: Plan) -> range:
+    return plan.seed_range(quick=3, full=5)
+
+
+def _sets(plan: Plan) -> list[str]:
+    return plan.sets("digits", "mnist")
+
+
+def cells(plan: Plan) -> Sequence[Cell]:
+    return [cell for data in _sets(plan) for cell in (*_norm_cells(plan, data), *_training_cells(plan, data))]
+
+
+def read(plan: Plan, results: Results) -> Reading:
+    findings: list[Finding] = []
+    figures: list[Figure] = []
+    rows: list[list[str]] = []
+    words: list[str] = []
+    notes: list[str] = []
+    for data in _sets(plan):
+        runs = Runs(_norm_cells(plan, data), results, where=("activation",))
+        for activation in ACTIVATIONS:
+            by_arm = {arm.name: runs.of(arm.name, activation) for arm in ARMS}
+            where = f"{kind_of(data)}, {NAMES[activation]}"
+            factors = {name: geometric_mean([r["factor"] for r in results_]) for name, results_ in by_arm.items()}
+            findings += _factor_findings(where, factors[BN.name], factors[NONE.name])
+            words.append(f"×{factors[NONE.name].value:.2f} → ×{factors[BN.name].value:.2f} with {NAMES[activation]}")
+            rows += [[where, arm.label, factors[arm.name].text(3)] for arm in ARMS]
+            figures.append(_norm_figure(where, by_arm, factors))
+        trained = Runs(_training_cells(plan, data), results, where=("activation",))
+        accuracies = []
+        for activation in _trained_activations(plan):
+            depth = TRAINED_DEPTH[activation]
+            where = f"{kind_of(data)}, {NAMES[activation]}, {depth} layers"
+            histories = {arm.name: trained.of(arm.name, activation) for arm in ARMS}
+            rates = _training_cells(plan, data)[0].axes["rates"]
+            assert isinstance(rates, tuple)
+            tuned = {name: best(each, [float(rate) for rate in rates]) for name, each in histories.items()}
+            gain = difference(tuned[BN.name].test, tuned[NONE.name].test)
+            findings.append(
+                Finding("test accuracy after training, batch norm − none", where, gain, 0.0, decisive=False)
+            )
+            accuracies.append(_trained(where, tuned))
+            notes += [
+                f"{where}: the best rate of {arm.label}, {tuned[arm.name].rate:g}, lies at the edge of the grid."
+                for arm in ARMS
+                if tuned[arm.name].at_edge
+            ]
+    return Reading(
+        f"Going back a layer multiplies the gradient by {', '.join(words)} (without → with batch norm): it cures "
+        f"vanishing, "
+        f"and makes deep plain ReLU networks explode (theory: ×{THEORY:.2f})."
+        if _cures(findings)
+        else f"Going back a layer multiplies the gradient by {', '.join(words)} (without → with batch norm).",
+        findings,
+        figures,
+        [
+            Table(
+                "Factor of the gradient for each layer that it goes back, at initialization",
+                ["where", "arm", "factor"],
+                rows,
+            ),
+            Table(
+                "Trained deep networks: test accuracy at the rate chosen on validation data",
+                ["where", *(arm.label for arm in ARMS)],
+                accuracies,
+            ),
+        ],
+        setup=[
+            (
+                "Network",
+                f"fully connected, {DEPTH} hidden layers of {WIDTH}; Xavier's initialization with sigmoid and tanh, "
+                f"He's with ReLU",
+            ),
+            (
+                "Factor",
+                f"the norm of the loss's gradient with respect to what a layer's activation block receives, over "
+                f"that one layer "
+                f"later; geometric mean without the first and last {SKIPPED} layers, on a batch of {BATCH}, in float64",
+            ),
+            (
+                "Vanishing, exploding",
+                f"a factor below 1/{MARGIN:.3f} or above {MARGIN:.3f}: tenfold over {DEPTH} layers",
+            ),
+            (
+                "Trained",
+                f"{' and '.join(f'{depth} layers with {NAMES[a]}' for a, depth in TRAINED_DEPTH.items())}, gradient "
+                f"descent, "
+                f"batches of {BATCH}, the rate with the highest validation accuracy for each arm",
+            ),
+            ("Seeds", seeds_text(_seeds(plan))),
+        ],
+        notes=[
+            *notes,
+            "A factor is measured at initialization. Training can start from exploding gradients where the rate is "
+            "small enough, and a "
+            "skip connection takes the growth away.",
+        ],
+    )
+
+
+def _factor_findings(where: str, bn: Interval, none: Interval) -> list[Finding]:
+    return [
+        Finding("factor a layer with batch norm: not vanishing", where, bn, 1 / MARGIN, unit="×", digits=3),
+        Finding("factor a layer with batch norm: not exploding", where, bn, MARGIN, larger=False, unit="×", digits=3),
+        Finding("factor a layer without: not vanishing", where, none, 1 / MARGIN, unit="×", digits=3, decisive=False),
+    ]
+
+
+def _cures(findings: Sequence[Finding]) -> bool:
+    """Whether the sentence about vanishing and exploding is what the findings say."""
+    decisive = [finding for finding in findings if finding.decisive]
+    vanishing = [finding.outcome for finding in decisive if finding.larger]
+    relu = [finding.outcome for finding in decisive if not finding.larger and "ReLU" in finding.where]
+    return set(vanishing) == {"supports"} and set(relu) == {"contradicts"}
+
+
+def _trained(where: str, tuned: dict[str, Best]) -> list[str]:
+    return [where, *(f"{mean(tuned[arm.name].test).text()} % (rate {tuned[arm.name].rate:g})" for arm in ARMS)]
+
+
+def _norm_figure(where: str, by_arm: dict[str, list[Result]], factors: dict[str, Interval]) -> Figure:
+    series = [
+        band(
+            arm.label,
+            arm.name,
+            list(range(1, DEPTH + 1)),
+            [[value - history["log10"][-1] for value in history["log10"]] for history in by_arm[arm.name]],
+        )
+        for arm in ARMS
+    ]
+    return Figure(
+        f"Gradient by layer: {where}",
+        Axis("layer, from the input"),
+        Axis("gradient over that of the last layer, powers of ten"),
+        series,
+        f"The gradient's norm at each layer relative to the last hidden layer, {where}, in powers of ten. For each "
+        f"layer that it goes "
+        f"back it is multiplied by {factors[NONE.name].text(2)} without batch norm and by {factors[BN.name].text(2)} "
+        f"with it.",
+        reference=(0.0, "unchanged"),
+    )
+
+
+CLAIM = Claim(
+    number=4,
+    title="Vanishing and exploding gradients",
+    statement="Batch normalization prevents vanishing and exploding gradients.",
+    question="Does batch norm keep the gradient's size from layer to layer?",
+    literature="Ioffe and Szegedy give it as a reason why higher rates work. Yang et al. compute the opposite for "
+    "deep plain "
+    "networks: with ReLU, batch norm multiplies the gradient by √(π/(π − 1)) ≈ 1.21 a layer at initialization, so "
+    "that it "
+    "explodes, unless there are skip connections.",
+    sources=[
+        Source("Ioffe, Szegedy 2015, section 3.3", "https://arxiv.org/abs/1502.03167"),
+        Source("Yang, Pennington, Rao, Sohl-Dickstein, Schoenholz 2019", "https://arxiv.org/abs/1902.08129"),
+    ],
+    criterion=f"Holds if, with each activation, the interval of the factor a layer with batch norm lies between "
+    f"1/{MARGIN:.3f} and "
+    f"{MARGIN:.3f}; depends if it leaves that range on one side with some activation.",
+    data=("digits", "mnist"),
+    cells=cells,
+    read=read,
+)

@@ -1,0 +1,34 @@
+"""Real data: what is bundled with the reader's Python, and what is in the reader's own folder.
+
+A data set has an identity: its kind alone where it is bundled ("digits"), its kind and a digest of its files where it
+is the reader's ("mnist@1f0c…"), so that a stored result is never taken for one of other data. `images`, `table`,
+`spoken` and `characters` load one by its identity; `discover` finds out what a folder has.
+"""
+
+from __future__ import annotations
+
+from evenkeel.lab.data.corruptions import CORRUPTIONS, corrupted
+from evenkeel.lab.data.errors import DataError
+from evenkeel.lab.data.folder import discover
+from evenkeel.lab.data.images import digits, images
+from evenkeel.lab.data.limits import limits
+from evenkeel.lab.data.split import Split
+from evenkeel.lab.data.spoken import Recordings, speakers_of, spoken
+from evenkeel.lab.data.tables import table
+from evenkeel.lab.data.text import characters
+
+__all__ = [
+    "CORRUPTIONS",
+    "DataError",
+    "Recordings",
+    "Split",
+    "characters",
+    "corrupted",
+    "digits",
+    "discover",
+    "images",
+    "limits",
+    "speakers_of",
+    "spoken",
+    "table",
+]

@@ -1,0 +1,89 @@
+"""The documentation's pages say what the stored run says, and the stored run says what the claims say."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from fakes import fake_document
+
+from evenkeel.lab.claim import claims
+from evenkeel.lab.guide import ADVICE
+from evenkeel.lab.pages import STORED, kept, main, pages, write_pages
+
+FOLDER = Path(__file__).parents[2] / "docs" / "claims"
+
+
+@pytest.fixture(scope="module")
+def run():
+    return json.loads((FOLDER / STORED).read_text(encoding="utf-8"))
+
+
+def test_every_page_is_made_from_the_stored_run(run):
+    made = pages(run)
+    assert {path.name for path in FOLDER.iterdir()} == {STORED, *made}
+    for name, text in made.items():
+        assert (FOLDER / name).read_text(encoding="utf-8") == text, f"{name}: make claims makes it again"
+
+
+def test_the_stored_run_is_a_full_one_of_every_claim_as_it_is(run):
+    assert run["plan"] == {"quick": False, "seeds": None, "data": []}
+    assert run["run"]["failed"] == run["run"]["missing"] == 0
+    assert [section["name"] for section in run["sections"]] == list(claims())
+    for section in run["sections"]:
+        claim = claims()[section["name"]]
+        for part in ("number", "title", "statement", "question", "literature", "criterion"):
+            assert section[part] == getattr(claim, part), f"{claim.name}: its {part} was edited; make claims"
+        assert section["sources"] == [vars(source) for source in claim.sources]
+
+
+def test_it_is_small(run):
+    assert (FOLDER / STORED).stat().st_size < 600_000
+    assert all("figures" not in section for section in run["sections"])
+
+
+def test_a_page_holds_verdict_findings_tables_and_command():
+    run = kept(fake_document())
+    text = pages(run)["fakes.md"]
+    (section,) = run["sections"]
+    for part in ("title", "statement", "answer", "criterion", "literature", "command"):
+        assert section[part] in text
+    for finding in section["findings"]:
+        assert f"| {finding['where']} | {finding['quantity']} | {finding['text']} |" in text
+    assert "**Holds.**" in text
+    assert "(aside)" in text
+    for row in section["tables"][0]["rows"]:
+        assert f"| {' | '.join(row)} |" in text
+
+
+def test_a_bar_in_a_cell_does_not_break_the_table():
+    run = copy.deepcopy(kept(fake_document()))
+    run["sections"][0]["tables"][0]["rows"][0][0] = "|x|"
+    assert "| \\|x\\| |" in pages(run)["fakes.md"]
+
+
+def test_pages_of_claims_that_are_no_more_go_away(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(fake_document()))
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "old.md").write_text("old")
+    main([str(tmp_path / "run.json"), str(tmp_path / "docs")])
+    assert {path.name for path in (tmp_path / "docs").iterdir()} == {
+        "README.md", "fakes.md", "run.json", "which_normalization.md"
+    }  # fmt: skip
+    again = json.loads((tmp_path / "docs" / "run.json").read_text())
+    assert write_pages(again, tmp_path / "other")
+    assert (tmp_path / "other" / "fakes.md").read_text() == (tmp_path / "docs" / "fakes.md").read_text()
+
+
+def test_the_command_says_how_it_is_called():
+    with pytest.raises(SystemExit, match=r"RUN\.json FOLDER"):
+        main([])
+
+
+def test_advice_rests_on_claims_that_exist(run):
+    assert {name for advice in ADVICE for name in advice.claims} <= claims().keys()
+    text = pages(run)["which_normalization.md"]
+    for advice in ADVICE:
+        assert advice.situation in text
+        for name in advice.claims:
+            assert next(section["answer"] for section in run["sections"] if section["name"] == name) in text
