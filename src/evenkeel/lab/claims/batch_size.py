@@ -70,9 +70,11 @@ def read(plan: Plan, results: Results) -> Reading:
     for data in _sets(plan):
         chosen: dict[int, dict[str, Best]] = {}
         lagless: dict[int, list[float]] = {}
+        # Sizes are compared with each other too: a seed counts where it has a result for every arm at every size.
+        every = [cell for size in sizes for cell in _cells(plan, data, size)]
+        runs = Runs(every, results, arms=("arm", "batch"))
         for size in sizes:
-            runs = Runs(_cells(plan, data, size), results)
-            by_arm = {arm.name: runs.of(arm.name) for arm in ARMS}
+            by_arm = {arm.name: runs.of((arm.name, size)) for arm in ARMS}
             chosen[size] = tuned(by_arm, _rates(plan))
             lagless[size] = _with_batch_moments(by_arm[BN.name], chosen[size][BN.name])
         where = where_text(data)

@@ -163,9 +163,11 @@ def read(plan: Plan, results: Results) -> Reading:
     large = sizes[-1]
     for data in _sets(plan):
         chosen: dict[int, dict[str, Best]] = {}
+        # Sizes are compared with each other too: a seed counts where it has a result for every arm at every size.
+        every = [cell for size in sizes for cell in _cells(plan, data, size)]
+        runs = Runs(every, results, arms=("arm", "batch"))
         for size in sizes:
-            runs = Runs(_cells(plan, data, size), results)
-            chosen[size] = tuned({arm: runs.of(arm) for arm in _arms(size)}, _rates(plan))
+            chosen[size] = tuned({arm: runs.of((arm, size)) for arm in _arms(size)}, _rates(plan))
         where = where_text(data)
         for size in (each for each in sizes if each <= 8):
             best = chosen[size]

@@ -1,0 +1,37 @@
+"""Batch sizes are compared seed by seed, also where cells have failed."""
+
+import pytest
+
+from evenkeel.lab.cell import Results
+from evenkeel.lab.claims import batch_size, small_batches
+from evenkeel.lab.plan import Plan
+
+PLAN = Plan(quick=True, seeds=4)
+
+
+def made_up(claim, failed):
+    """Accuracies that differ much from seed to seed, and by size in the same way for every seed."""
+    results = {}
+    for cell in claim.cells(PLAN):
+        axes = cell.axes
+        if (axes["seed"], axes["batch"]) in failed:
+            continue
+        accuracy = 40.0 + 10.0 * axes["seed"] + (5.0 if axes["batch"] > 2 else 0.0)
+        row = [accuracy] * len(axes["rates"])
+        results[cell.key] = {"validation": [row], "test": [row], "test_batch": [row]}
+    return Results(results)
+
+
+@pytest.mark.parametrize("failed", [set(), {(0, 2)}, {(0, 2), (1, 64)}])
+def test_an_effect_that_is_the_same_for_every_seed_has_no_spread(failed):
+    reading = batch_size.read(PLAN, made_up(batch_size.CLAIM, failed))
+    effect = next(finding.effect for finding in reading.findings if "batch 64 − batch 2" in finding.quantity)
+    assert (effect.low, effect.value, effect.high) == pytest.approx((5.0, 5.0, 5.0))
+    assert effect.n == 4 - len(failed)
+
+    reading = small_batches.read(PLAN, made_up(small_batches.CLAIM, failed))
+    left = [finding.effect for finding in reading.findings if finding.quantity.startswith("what is left")]
+    assert left
+    for effect in left:
+        assert (effect.low, effect.value, effect.high) == pytest.approx((-5.0, -5.0, -5.0))
+        assert effect.n == 4 - len(failed)
