@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn
@@ -57,6 +58,7 @@ class _BatchNormRNN(nn.Module):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         gamma: float | None = None,
+        initial_noise: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -68,11 +70,15 @@ class _BatchNormRNN(nn.Module):
             raise ValueError(f"{what}: normalize is 'recurrent' or 'input'; got {describe(normalize)}")
         if isinstance(dropout, bool) or not 0 <= dropout <= 1:
             raise ValueError(f"{what}: dropout is a probability, from 0 to 1; got {describe(dropout)}")
+        if isinstance(initial_noise, bool) or not 0 <= initial_noise < math.inf:
+            raise ValueError(
+                f"{what}: initial_noise is a standard deviation, 0 or more and finite; got {describe(initial_noise)}"
+            )
         if dropout > 0 and num_layers == 1:
             warnings.warn(f"{what}: dropout acts between layers, and there is one", UserWarning, stacklevel=3)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, dropout, bidirectional
-        self.normalize, self.max_length = normalize, max_length
+        self.normalize, self.max_length, self.initial_noise = normalize, max_length, initial_noise
         self.gamma = (0.1 if normalize == "recurrent" else 1.0) if gamma is None else gamma
         memory: dict[str, Any] = {"device": device, "dtype": dtype}
         for layer, suffix in self._suffixes():
@@ -114,6 +120,9 @@ class _BatchNormRNN(nn.Module):
         x, blocks = seqs.data, len(self._suffixes())
         shape = (blocks, seqs.batch, self.hidden_size) if batched else (blocks, self.hidden_size)
         initial = check_state(what, kind, hx, shape, x)
+        if hx is None and self.training and self.initial_noise > 0:
+            h, *rest = initial
+            initial = (h + self.initial_noise * torch.randn_like(h), *rest)
         if self.normalize == "recurrent":
             for _, suffix in self._suffixes():
                 for norm in normalizations(self, kind, suffix):
@@ -186,6 +195,7 @@ class _BatchNormRNN(nn.Module):
     def extra_repr(self) -> str:
         said = f"{self.input_size}, {self.hidden_size}, normalize={self.normalize!r}"
         usual = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
+        usual["initial_noise"] = 0.0
         return said + "".join(
             f", {name}={getattr(self, name)}" for name, value in usual.items() if getattr(self, name) != value
         )
@@ -234,6 +244,9 @@ class BatchNormLSTM(_BatchNormRNN):
             :class:`StepwiseBatchNorm`. For "recurrent" only. Default 100.
         eps, momentum: Of the normalizations.
         gamma: What γ is at the start; by default 0.1 for "recurrent" and 1 for "input".
+        initial_noise: In training, where no ``hx`` is given, h starts as normal noise of this standard deviation, drawn
+            anew each time, instead of 0 (the default). Against exploding gradients where the first steps of all
+            sequences are alike: their states are then alike too, and BN_t multiplies the gradient by γ/√ε a step.
         device, dtype: Of the parameters and buffers.
 
     Shape:

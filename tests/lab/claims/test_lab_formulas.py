@@ -10,7 +10,7 @@ from torch import nn
 
 import evenkeel as ek
 from evenkeel.lab.arms import BN, NONE
-from evenkeel.lab.claims import inference, loss_landscape, placement, scales, small_batches, weight_decay
+from evenkeel.lab.claims import _shifts, inference, loss_landscape, placement, scales, small_batches, weight_decay
 from evenkeel.lab.claims._shifts import ShiftingNoise, cosine_after_earlier_layers
 from evenkeel.lab.claims.gradients import THEORY, gradient_norms
 from evenkeel.lab.claims.hyperparameters import LEAST_MOMENTUM_LEFT, RATES, SCALES, settings
@@ -152,19 +152,31 @@ class TestShifts:
         stack = small().train()
         x, y = batch()
         losses(stack, x, y).sum().backward()
-        assert cosine_after_earlier_layers(stack, x, y, 0.0) == pytest.approx(1.0)
+        assert cosine_after_earlier_layers(stack, x, y, torch.zeros(1)).item() == pytest.approx(1.0)
         before = state(stack)
-        assert cosine_after_earlier_layers(stack, x, y, 10.0) < 0.99
+        assert cosine_after_earlier_layers(stack, x, y, torch.tensor([10.0])).item() < 0.99
         for name, value in stack.state_dict().items():
             assert torch.equal(value, before[name]), name
 
-    def test_noise_shifts_in_training_alone(self):
-        noise = ShiftingNoise()
-        x = torch.randn(100, 50)
+    def test_noise_shifts_in_training_alone_and_all_replicas_alike(self):
+        noise = ShiftingNoise(generator(draw="test"), replicas=2)
+        x = torch.randn(100, 50).repeat(1, 2)
         shifted = noise(x)
         assert (shifted.mean(0) - x.mean(0)).abs().mean() > 0.3
+        assert torch.equal(*shifted.chunk(2, dim=1))
         assert not torch.equal(shifted, noise(x))
         assert torch.equal(noise.eval()(x), x)
+
+    def test_every_layer_and_seed_has_noise_of_its_own(self):
+        def noises(seed):
+            stack = _shifts._network("digits", "sigmoid", "noisy", seed, (1.0,), 6, 3)
+            return [module for module in stack.modules() if isinstance(module, ShiftingNoise)]
+
+        x = torch.randn(20, 100)
+        seen = [noise(x) for seed in (0, 1) for noise in noises(seed)]
+        assert len(seen) == 6
+        assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+        assert torch.equal(noises(0)[1](x), seen[1])
 
 
 class TestGradients:

@@ -19,12 +19,18 @@ from evenkeel.lab.training import batch_moments
 from evenkeel.nn.recurrent import BatchNormLSTM
 
 EPS = 0.1
+NOISE = 0.1
 
 
 ARMS: dict[str, tuple[str, str, Callable[..., nn.Module]]] = {
     "lstm": ("LSTM", "none", nn.LSTM),
     "bn": ("batch-normalized LSTM", "bn", BatchNormLSTM),
     "eps": (f"batch-normalized LSTM, ε = {EPS:g}", "other-1", partial(BatchNormLSTM, eps=EPS)),
+    "noise": (
+        f"batch-normalized LSTM, initial noise {NOISE:g}",
+        "other-3",
+        partial(BatchNormLSTM, initial_noise=NOISE),
+    ),
     "input": ("batch norm on the input term only", "other-2", partial(BatchNormLSTM, normalize="input")),
 }
 
@@ -47,7 +53,7 @@ TASKS = {
     "rows": Task("rows of an image", ("lstm", "bn"), "points", 32, (60, 150), ((0.01,), (0.01, 0.03)), (4, 8)),
     "text": Task("characters of text", ("lstm", "bn"), "bits", 64, (40, 200), ((0.01,), (0.01, 0.03)), (3, 4)),
     "pixels": Task(
-        "pixel by pixel", ("lstm", "bn", "eps", "input"), "points", 32, (40, 300), ((0.01,), (0.01,)), (3, 4)
+        "pixel by pixel", ("lstm", "bn", "eps", "noise", "input"), "points", 32, (40, 300), ((0.01,), (0.01,)), (3, 4)
     ),
 }
 
@@ -62,6 +68,10 @@ WINDOW = 30
 
 
 LOOKS = 5
+
+
+MOST_SIDE = 10
+"""Larger images are averaged to this side before they are read pixel by pixel."""
 
 
 class Reader(nn.Module):
@@ -119,8 +129,8 @@ def sequences(task: str, data: str, seed: int) -> Sequences:
     split = images(data, seed)
 
     def read(x: Tensor) -> Tensor:
-        if x.shape[-1] > 14 and task == "pixels":
-            x = F.avg_pool2d(x, x.shape[-1] // 14)  # 196 pixels of MNIST's 784
+        if task == "pixels" and x.shape[-1] > MOST_SIDE:
+            x = F.adaptive_avg_pool2d(x, MOST_SIDE)  # 100 pixels of MNIST's 784
         rows = x.mean(dim=1)
         return rows if task == "rows" else rows.flatten(1).unsqueeze(2)
 
@@ -141,8 +151,11 @@ def sequences(task: str, data: str, seed: int) -> Sequences:
 def trained(*, task: str, data: str, arm: str, seed: int, rate: float, steps: int) -> Result:
     """Train one network with Adam at a rate that falls to zero, and look at it along the way.
 
+    A training that meets a gradient that is not finite ends there: clipping turns it into weights that are no numbers.
+
     Returns:
-        steps, validation, test, and test with the test batch's own moments.
+        steps, validation, test, and test with the test batch's own moments; the largest norm of the gradient before
+        clipping (`gradient`) and the step at which it was no longer finite (`broken`, 0 where it always was).
     """
     what = sequences(task, data, seed)
     x, y = what.test
@@ -150,15 +163,25 @@ def trained(*, task: str, data: str, arm: str, seed: int, rate: float, steps: in
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed_from(draw="initialization", task=task, data=data, seed=seed))
         network = Reader(arm, x.shape[2], TASKS[task].hidden, classes, x.shape[1])
+        return _fit(network, what, rate, steps)
+
+
+def _fit(network: nn.Module, what: Sequences, rate: float, steps: int) -> Result:
     optimizer = torch.optim.Adam(network.parameters(), rate)
     seen: dict[str, list[float]] = {"steps": [], "validation": [], "test": [], "test_batch": []}
+    largest, broken = 0.0, 0
     for step in range(1, steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * (1 - (step - 1) / steps)
-        optimizer.zero_grad()
-        what.loss(network.train(), *what.draw(step)).backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
+        if not broken:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (1 - (step - 1) / steps)
+            optimizer.zero_grad()
+            what.loss(network.train(), *what.draw(step)).backward()
+            norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0).item()
+            if math.isfinite(norm):
+                largest = max(largest, norm)
+                optimizer.step()
+            else:
+                broken = step
         if step % max(1, steps // LOOKS) == 0:
             network.eval()
             seen["steps"].append(step)
@@ -166,4 +189,4 @@ def trained(*, task: str, data: str, arm: str, seed: int, rate: float, steps: in
             seen["test"].append(round(what.score(network, what.test), 4))
             with batch_moments(network):
                 seen["test_batch"].append(round(what.score(network, what.test), 4))
-    return dict(seen)
+    return {**seen, "gradient": float(f"{largest:.4g}"), "broken": broken}

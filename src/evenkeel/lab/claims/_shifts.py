@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -17,175 +17,175 @@ from evenkeel.lab.training import Descent, batch_moments, batches, losses, perce
 from evenkeel.lab.wander import Wander, received_by
 
 WIDTHS = (100, 100, 100)
-
-
 BATCH = 60
-
-
-RATE = {"relu": 0.1, "sigmoid": 1.0}
-
-
-# name: (activation, whether pixels are centred and scaled)
+RATES = {"relu": (0.03, 0.1, 0.3), "sigmoid": (0.3, 1.0, 3.0)}
+DRIFT_RATES = (0.1, 0.3, 1.0, 3.0)
+TARGET = 90.0
+# name: (activation, whether pixels are centred and scaled). Without batch norm the sigmoid network does not learn from
+# raw pixels, so it gets centred ones.
 PREPARED = {
     "ReLU, raw pixels": ("relu", False),
     "ReLU, centred pixels": ("relu", True),
-    "sigmoid, raw pixels": ("sigmoid", False),
+    "sigmoid, centred pixels": ("sigmoid", True),
 }
-
-
 PROBED = 2
-
-
-"""The hidden layer whose gradient is watched while the layers ahead of it move."""
-
-
-NOISE_SCALE, NOISE_SHIFT = 0.5, 1.5
-
-
-RATES = (0.3, 1.0, 3.0)
-
-
-TARGET = 90.0
+"""The hidden layer whose gradient is watched while the layers ahead of it move: the last one."""
+NOISE_SCALE, NOISE_SHIFT = 0.5, 2.0
+LOOKS = 20
+"""How often the gradient is looked at in a training run."""
 
 
 class ShiftingNoise(nn.Module):
-    """In training (1 + a)·x + b with a and b drawn anew for every channel at every step: moments that jump about.
+    """In training (1 + a)·x + b, a and b drawn anew for every channel at every step: moments that jump about.
 
-    In evaluation nothing is changed.
+    In evaluation nothing is changed. All replicas share their noise.
+
+    Args:
+        draw: the generator of a and b.
+        replicas: networks side by side.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, draw: torch.Generator, replicas: int = 1) -> None:
         super().__init__()
-        self.draw = generator(draw="shifting noise")
+        self.draw, self.replicas = draw, replicas
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        factor = 1 + NOISE_SCALE * torch.randn(x.shape[1], generator=self.draw)
-        return factor * x + NOISE_SHIFT * torch.randn(x.shape[1], generator=self.draw)
+        a, b = torch.randn(2, x.shape[1] // self.replicas, generator=self.draw).repeat(1, self.replicas)
+        noisy: Tensor = (1 + NOISE_SCALE * a) * x + NOISE_SHIFT * b
+        return noisy
 
 
-def _noisy(spatial: int, channels: int, replicas: int) -> nn.Module:
-    return ek.Sequential(ek.BatchNorm1d(replicas * channels), ShiftingNoise())
-
-
-NOISY = Arm("noisy", "batch norm, then shifting noise", _noisy)
-
-
+NOISY = Arm("noisy", "batch norm, then shifting noise", lambda *_: nn.Identity())
+"""Named here; `_arm` builds its layers, since their noise belongs to a seed and a layer."""
 ARMS = (NONE, BN, NOISY)
 
 
-def drift(*, data: str, activation: str, arm: str, seed: int, steps: int) -> Result:
-    """Follow the moments of what the last hidden layer's activation receives, and of one unit the percentiles.
+def _arm(name: str, data: str, seed: int) -> Arm:
+    """The arm of that name; the noisy one draws from a generator for each layer of the seed."""
+    if name != NOISY.name:
+        return arm_named(name)
+    layers = count()
 
-    Returns:
-        steps; shift (see `evenkeel.lab.wander.Wander.shift`); percentiles 15, 50 and 85 of a unit; test accuracy at
-        the end.
-    """
-    split = images(data, seed)
-    layer = NOISY if arm == NOISY.name else arm_named(arm)
-    stack = StackedMLP(
-        split.train_x[0].numel(),
+    def normalization(spatial: int, channels: int, replicas: int) -> nn.Module:
+        draw = generator(draw="shifting noise", data=data, seed=seed, layer=next(layers))
+        return ek.Sequential(ek.BatchNorm1d(replicas * channels), ShiftingNoise(draw, replicas))
+
+    return Arm(NOISY.name, NOISY.label, normalization)
+
+
+def _network(
+    data: str, activation: str, arm: str, seed: int, rates: tuple[float, ...], features: int, classes: int
+) -> Stack:
+    """A network for each learning rate, side by side."""
+    return StackedMLP(
+        features,
         WIDTHS,
-        split.classes,
-        layer,
+        classes,
+        _arm(arm, data, seed),
         generator(draw="initialization", data=data, seed=seed),
+        torch.ones(len(rates)),
         activation=activation,
         initialization="xavier",
     )
-    wander = Wander()
-    percentiles: list[list[float | None]] = []
 
-    def probe(step: int, model: Stack) -> None:
+
+def drift(*, data: str, arm: str, seed: int, steps: int, rates: tuple[float, ...]) -> Result:
+    """Train a sigmoid network at every rate side by side, and follow what the last hidden layer's activation receives.
+
+    Returns:
+        The fields of `evenkeel.lab.training.History`; at each evaluation and for each replica, `shift` (see
+        `evenkeel.lab.wander.Wander.shift`) and the 15th, 50th and 85th percentile of one unit's input (`percentiles`).
+    """
+    split = images(data, seed)
+    stack = _network(data, "sigmoid", arm, seed, rates, split.train_x[0].numel(), split.classes)
+    wanders = [Wander() for _ in rates]
+    percentiles: list[list[list[float | None]]] = []
+    at = torch.tensor([0.15, 0.5, 0.85])
+
+    def probe(_: int, model: Stack) -> None:
         block = model.blocks[-1]
         assert isinstance(block, nn.Sequential)
         # Training mode, as the next layers see it: with the batch's moments, and with the noise where there is some.
         with batch_moments(model), received_by(block[-1]) as inside:
             model(split.validation_x)
-        wander.add(inside[0])
-        unit = inside[0][:, 0].double()
-        percentiles.append(plain(torch.quantile(unit, torch.tensor([0.15, 0.5, 0.85], dtype=torch.float64)), 4))
+        received = inside[0].chunk(len(rates), dim=1)
+        for wander, own in zip(wanders, received, strict=True):
+            wander.add(own)
+        percentiles.append([plain(torch.quantile(own[:, 0], at), 4) for own in received])
 
-    marks = tuple(sorted({round(steps * at / 15) for at in range(16)}))
     order = generator(draw="order", data=data, seed=seed)
     history = train(
-        stack, split, torch.tensor([RATE[activation]]), batch=BATCH, evaluate_at=marks, generator=order, probe=probe
+        stack, split, torch.tensor(rates), batch=BATCH, evaluate_at=marks(steps), generator=order, probe=probe
     )
-    return {
-        "steps": history.steps,
-        "shift": plain(wander.shift(), 5),
+    by_rate = [plain(wander.shift(), 5) for wander in wanders]
+    return dict(vars(history)) | {
+        "shift": [list(row) for row in zip(*by_rate, strict=True)],
         "percentiles": percentiles,
-        "accuracy": history.test[-1][0],
     }
 
 
-def gradient_change(*, data: str, activation: str, centred: bool, arm: str, seed: int, steps: int) -> Result:
-    """How a layer's gradient changes when the layers ahead of it make their step (Santurkar et al. 2018, definition
-    2.1).
+def marks(steps: int) -> tuple[int, ...]:
+    """Evaluations a quarter apart, from 0 on."""
+    found = [0]
+    while found[-1] < steps:
+        found.append(min(steps, max(found[-1] + 2, round(found[-1] * 1.25))))
+    return tuple(found)
+
+
+def gradient_change(
+    *, data: str, activation: str, centred: bool, arm: str, seed: int, steps: int, rates: tuple[float, ...]
+) -> Result:
+    """How a layer's gradient changes when the layers ahead of it make their step, at every rate side by side.
 
     Returns:
-        steps; cosine of the layer's gradient before and after, on the same batch; test accuracy at the end.
+        steps; at each of them and for each replica the `cosine` of `cosine_after_earlier_layers`; test accuracy at the
+        end (`accuracy`).
     """
     split = images(data, seed, centred=centred)
-    stack = StackedMLP(
-        split.train_x[0].numel(),
-        WIDTHS,
-        split.classes,
-        arm_named(arm),
-        generator(draw="initialization", data=data, seed=seed),
-        activation=activation,
-        initialization="xavier",
-    ).train()
-    descent = Descent(torch.tensor([RATE[activation]]))
-    seen: dict[str, list[float]] = {"steps": [], "cosine": []}
-    every = max(1, steps // 20)
+    stack = _network(data, activation, arm, seed, rates, split.train_x[0].numel(), split.classes).train()
+    descent = Descent(torch.tensor(rates))
+    at: list[int] = []
+    cosines: list[list[float | None]] = []
+    every = max(1, steps // LOOKS)
     order = generator(draw="order", data=data, seed=seed)
     for step, chosen in enumerate(batches(len(split.train_y), BATCH, steps, order)):
         x, y = split.train_x[chosen], split.train_y[chosen]
         losses(stack, x, y).sum().backward()
         if step % every == 0:
-            seen["steps"].append(step)
-            seen["cosine"].append(cosine_after_earlier_layers(stack, x, y, RATE[activation]))
+            at.append(step)
+            cosines.append(plain(cosine_after_earlier_layers(stack, x, y, descent.rates), 5))
         descent.step(stack)
     stack.eval()
     with torch.no_grad():
-        return {**seen, "accuracy": percent(right(stack, split.test_x, split.test_y))[0]}
+        accuracy = percent(right(stack, split.test_x, split.test_y))
+    return {"steps": at, "cosine": cosines, "accuracy": accuracy}
 
 
-def cosine_after_earlier_layers(stack: Stack, x: Tensor, y: Tensor, rate: float) -> float:
-    """Cosine of the probed layer's gradient, which is there, and that after the step of the layers ahead of it."""
-    moved = copy.deepcopy(stack)
-    before = stack.weights[PROBED].grad
+def cosine_after_earlier_layers(stack: Stack, x: Tensor, y: Tensor, rates: Tensor) -> Tensor:
+    """The cosine between the probed layer's gradient and the one after the step of the layers ahead of it, (R,).
+
+    The gradients are of the same batch, and those before are there; the stack is left as it was. Santurkar et al.
+    2018, definition 2.1 and figure 3.
+    """
+    replicas = stack.replicas
+    probed = stack.weights[PROBED]
+    ahead = [*stack.weights[:PROBED], *stack.biases[:PROBED], *stack.blocks[:PROBED].parameters()]
+    moving = [parameter for parameter in ahead if parameter is not None]
+    before = probed.grad
     assert before is not None
-    ahead = [*moved.weights[:PROBED], *moved.biases[:PROBED], *moved.blocks[:PROBED].parameters()]
-    own = [*stack.weights[:PROBED], *stack.biases[:PROBED], *stack.blocks[:PROBED].parameters()]
-    with torch.no_grad():
-        for parameter, source in zip(ahead, own, strict=True):
-            if parameter is not None and source.grad is not None:
-                parameter.sub_(rate * source.grad)
-    moved.zero_grad()
-    losses(moved, x, y).sum().backward()
-    after = moved.weights[PROBED].grad
-    assert after is not None
-    return round(torch.nn.functional.cosine_similarity(before.flatten(), after.flatten(), dim=0).item(), 5)
-
-
-def noisy_training(*, data: str, arm: str, seed: int, steps: int, rates: tuple[float, ...]) -> Result:
-    """Train with sigmoid at every rate side by side, for steps to a target."""
-    split = images(data, seed)
-    layer = NOISY if arm == NOISY.name else arm_named(arm)
-    stack = StackedMLP(
-        split.train_x[0].numel(),
-        WIDTHS,
-        split.classes,
-        layer,
-        generator(draw="initialization", data=data, seed=seed),
-        torch.ones(len(rates)),
-        activation="sigmoid",
-        initialization="xavier",
-    )
-    marks = [0]
-    while marks[-1] < steps:
-        marks.append(min(steps, max(marks[-1] + 2, round(marks[-1] * 1.25))))
-    order = generator(draw="order", data=data, seed=seed)
-    return dict(vars(train(stack, split, torch.tensor(rates), batch=BATCH, evaluate_at=marks, generator=order)))
+    kept = [parameter.detach().clone() for parameter in moving]
+    with ek.pause_statistics(stack):
+        try:
+            with torch.no_grad():
+                for parameter in moving:
+                    assert parameter.grad is not None
+                    rows, gradient = parameter.view(replicas, -1), parameter.grad.reshape(replicas, -1)
+                    rows.addcmul_(gradient, rates.view(-1, 1), value=-1.0)
+            (after,) = torch.autograd.grad(losses(stack, x, y).sum(), [probed])
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(moving, kept, strict=True):
+                    parameter.copy_(value)
+    return torch.nn.functional.cosine_similarity(before.reshape(replicas, -1), after.reshape(replicas, -1), dim=1)

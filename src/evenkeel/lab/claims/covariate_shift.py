@@ -7,51 +7,49 @@ the layers ahead of it move; and whether the gain is lost when noise behind the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from evenkeel.lab.arms import BN, NONE
-from evenkeel.lab.cell import Cell, Results
+from evenkeel.lab.cell import Cell, Result, Results
 from evenkeel.lab.claim import Claim, Reading, Source
+from evenkeel.lab.claims._shift_figures import cosine_figure, drift_figure, unit_figure
 from evenkeel.lab.claims._shifts import (
     ARMS,
+    DRIFT_RATES,
     NOISE_SCALE,
     NOISE_SHIFT,
     PREPARED,
     PROBED,
-    RATE,
     RATES,
     TARGET,
     WIDTHS,
     drift,
     gradient_change,
-    noisy_training,
 )
-from evenkeel.lab.figures import Axis, Figure, Series, Table
+from evenkeel.lab.figures import Figure, Table
 from evenkeel.lab.phrases import listed, steps
 from evenkeel.lab.plan import Plan, seeds_text
-from evenkeel.lab.reading import Runs, band
+from evenkeel.lab.reading import Runs
 from evenkeel.lab.statistics import Speedup, difference, geometric_mean, mean, ratio, speedup
 from evenkeel.lab.trials import where_text
-from evenkeel.lab.tuning import tune
+from evenkeel.lab.tuning import Tuned, tune
 from evenkeel.lab.verdicts import Finding, speedup_finding
 
-STYLES = {"none": "none", "bn": "bn", "noisy": "other-3"}
+LEAST = 1e-6
+"""Drifts below it count as this much, so that a ratio is defined."""
 
 
 def _seeds(plan: Plan) -> range:
     return plan.seed_range(quick=3, full=8)
 
 
-def _sets(plan: Plan) -> list[str]:
-    return plan.sets("digits", "mnist")
-
-
 def _drift_cells(plan: Plan, data: str) -> list[Cell]:
-    steps_ = 90 if plan.quick else 300
+    length = 200 if plan.quick else 500
     return [
         Cell(
             drift,
-            {"data": data, "activation": "relu", "arm": arm.name, "seed": seed, "steps": steps_},
-            cost=steps_ * 1e-3,
+            {"data": data, "arm": arm.name, "seed": seed, "steps": length, "rates": DRIFT_RATES},
+            cost=length * 2.5e-3,
         )
         for seed in _seeds(plan)
         for arm in ARMS
@@ -59,7 +57,7 @@ def _drift_cells(plan: Plan, data: str) -> list[Cell]:
 
 
 def _gradient_cells(plan: Plan, data: str) -> list[Cell]:
-    steps_ = 60 if plan.quick else 300
+    length = 60 if plan.quick else 300
     return [
         Cell(
             gradient_change,
@@ -69,9 +67,10 @@ def _gradient_cells(plan: Plan, data: str) -> list[Cell]:
                 "centred": centred,
                 "arm": arm.name,
                 "seed": seed,
-                "steps": steps_,
+                "steps": length,
+                "rates": RATES[activation],
             },
-            cost=steps_ * 1.2e-3,
+            cost=length * 2e-3,
         )
         for activation, centred in PREPARED.values()
         for seed in _seeds(plan)
@@ -79,219 +78,191 @@ def _gradient_cells(plan: Plan, data: str) -> list[Cell]:
     ]
 
 
-def _noise_cells(plan: Plan, data: str) -> list[Cell]:
-    steps_ = 250 if plan.quick else 700
-    return [
-        Cell(
-            noisy_training,
-            {"data": data, "arm": arm.name, "seed": seed, "steps": steps_, "rates": RATES},
-            cost=steps_ * 2e-3,
-        )
-        for seed in _seeds(plan)
-        for arm in ARMS
-    ]
-
-
 def cells(plan: Plan) -> Sequence[Cell]:
     return [
         cell
-        for data in _sets(plan)
-        for cell in (*_drift_cells(plan, data), *_gradient_cells(plan, data), *_noise_cells(plan, data))
+        for data in plan.sets("digits", "mnist")
+        for cell in (*_drift_cells(plan, data), *_gradient_cells(plan, data))
     ]
 
 
-def read(plan: Plan, results: Results) -> Reading:
-    findings, figures, rows, words, learnt = [], [], [], [], []
-    for data in _sets(plan):
-        where = where_text(data)
-        drifts = Runs(_drift_cells(plan, data), results)
-        shift = {arm.name: [each["shift"][-1] for each in drifts.of(arm.name)] for arm in ARMS}
-        held = ratio([max(v, 1e-6) for v in shift["none"]], [max(v, 1e-6) for v in shift["bn"]])
-        restored = difference(shift["noisy"], shift["none"])
-        findings += [
-            Finding("(a) drift of a hidden layer's input, none over batch norm", f"{where}, ReLU", held, 1.0, unit="×"),
-        ]
-        gradients = Runs(_gradient_cells(plan, data), results, where=("activation", "centred"))
-        cosines = {}
-        for name, prepared in PREPARED.items():
-            found = {
-                arm.name: [mean(each["cosine"]).value for each in gradients.of(arm.name, *prepared)]
-                for arm in (NONE, BN)
-            }
-            cosines[name] = found
-            ends = [mean([each["accuracy"] for each in gradients.of(arm.name, *prepared)]).value for arm in (NONE, BN)]
-            learnt.append(f"{where}, {name} {ends[0]:.0f} and {ends[1]:.0f} %")
-            findings.append(
-                Finding(
-                    "(b) cosine of a layer's gradient before and after earlier layers move, batch norm − none",
-                    f"{where}, {name}",
-                    difference(found["bn"], found["none"]),
-                    0.0,
-                    unit="",
-                    digits=3,
-                )
-            )
-            figures.append(_cosine_figure(where, name, gradients))
-        noise = Runs(_noise_cells(plan, data), results)
-        by_arm = {arm.name: noise.of(arm.name) for arm in ARMS}
-        tuned = {name: tune(histories, RATES, TARGET) for name, histories in by_arm.items()}
-        horizon = float(by_arm["bn"][0]["steps"][-1])
-        gains: dict[str, Speedup] = {
-            name: speedup(tuned[name].steps, tuned["none"].steps, horizon) for name in ("bn", "noisy")
+@dataclass(frozen=True)
+class Drifts:
+    """What the drifting networks tell, each arm at its own rate: histories, steps to the target, drift at the end."""
+
+    histories: dict[str, list[Result]]
+    tuned: dict[str, Tuned]
+    ends: dict[str, list[float]]
+    gains: dict[str, Speedup]
+
+    @classmethod
+    def of(cls, runs: Runs) -> Drifts:
+        histories = {arm.name: runs.of(arm.name) for arm in ARMS}
+        tuned = {name: tune(each, DRIFT_RATES, TARGET) for name, each in histories.items()}
+        ends = {name: [max(h["shift"][-1][tuned[name].index], LEAST) for h in each] for name, each in histories.items()}
+        horizon = float(histories["none"][0]["steps"][-1])
+        gains = {
+            name: speedup(tuned[name].steps, tuned[against].steps, horizon)
+            for name, against in (("bn", "none"), ("noisy", "none"))
         }
-        findings += [
+        gains["without noise"] = speedup(tuned["bn"].steps, tuned["noisy"].steps, horizon)
+        return cls(histories, tuned, ends, gains)
+
+    def findings(self, where: str) -> list[Finding]:
+        where = f"{where}, sigmoid"
+        drifts = ratio(self.ends["none"], self.ends["bn"])
+        restored = difference(self.ends["noisy"], self.ends["none"])
+        return [
+            Finding("(a) drift of a hidden layer's input, none over batch norm", where, drifts, 1.0, unit="×"),
             Finding(
                 "(c) drift with noise behind batch norm − without batch norm",
-                f"{where}, ReLU",
+                where,
                 restored,
                 0.0,
                 unit="deviations",
                 digits=2,
                 decisive=False,
             ),
+            speedup_finding("(c) steps to 90 %, none over batch norm", where, self.gains["bn"], decisive=False),
             speedup_finding(
-                "(c) steps to 90 %, none over batch norm", f"{where}, sigmoid", gains["bn"], decisive=False
+                "(c) what the shift costs: steps to 90 %, batch norm with noise over batch norm",
+                where,
+                self.gains["without noise"],
             ),
             speedup_finding(
-                "(c) steps to 90 %, none over batch norm with noise that restores the shift",
-                f"{where}, sigmoid",
-                gains["noisy"],
-                decisive=False,
+                "(c) what is gained with the shift put back: steps to 90 %, none over batch norm with noise",
+                where,
+                self.gains["noisy"],
+                larger=False,
             ),
         ]
-        turned = listed(
+
+    def rows(self, where: str) -> list[list[str]]:
+        return [
             [
-                f"{mean(each['none']).value:.2f} → {mean(each['bn']).value:.2f} with {name}"
-                for name, each in cosines.items()
+                where,
+                arm.label,
+                f"{self.tuned[arm.name].rate:g}",
+                mean(self.ends[arm.name]).text(3),
+                _steps_text(self.tuned[arm.name].steps),
+                mean([h["test"][-1][self.tuned[arm.name].index] for h in self.histories[arm.name]]).text(1),
             ]
-        )
-        words.append(
-            f"a hidden layer's input drifts {mean(shift['none']).value:.2f} → {mean(shift['bn']).value:.3f} "
-            f"deviations; the cosine of a layer's gradient "
-            f"goes {turned}; with noise that puts the drift at "
-            f"{mean(shift['noisy']).value:.2f}, batch norm still needs {steps(gains['noisy'])} than none "
-            f"({steps(gains['bn'])} without the noise; {where})"
-        )
-        figures[:0] = [_drift_figure(where, drifts), _unit_figure(where, drifts)]
-        for arm in ARMS:
-            rows.append(
-                [
-                    where,
-                    arm.label,
-                    mean(shift[arm.name]).text(3),
-                    *(mean(cosines[a][arm.name]).text(3) if arm.name in cosines[a] else "-" for a in PREPARED),
-                    _steps_text(tuned[arm.name].steps),
-                    mean([each["accuracy"] for each in drifts.of(arm.name)]).text(1),
-                ]
+            for arm in ARMS
+        ]
+
+
+def _cosines(where: str, runs: Runs) -> tuple[list[Finding], list[Figure], list[list[str]], list[str]]:
+    """What (b) tells: at the middle rate the findings, at every rate a row."""
+    findings, figures, rows, words = [], [], [], []
+    for name, prepared in PREPARED.items():
+        rates = RATES[prepared[0]]
+        by_arm = {arm.name: runs.of(arm.name, *prepared) for arm in (NONE, BN)}
+        for index, rate in enumerate(rates):
+            found = {
+                arm: [mean([row[index] for row in each["cosine"]]).value for each in runs_]
+                for arm, runs_ in by_arm.items()
+            }
+            ends = {arm: mean([each["accuracy"][index] for each in runs_]) for arm, runs_ in by_arm.items()}
+            middle = index == len(rates) // 2
+            findings.append(
+                Finding(
+                    "(b) cosine of a layer's gradient before and after earlier layers move, batch norm − none",
+                    f"{where}, {name}, rate {rate:g}",
+                    difference(found["bn"], found["none"]),
+                    0.0,
+                    unit="",
+                    digits=3,
+                    decisive=middle,
+                )
             )
+            rows += [
+                [where, name, f"{rate:g}", arm.label, mean(found[arm.name]).text(3), ends[arm.name].text(1)]
+                for arm in (NONE, BN)
+            ]
+            if middle:
+                words.append(f"{mean(found['none']).value:.2f} → {mean(found['bn']).value:.2f} with {name}")
+                figures.append(cosine_figure(where, name, index, rate, by_arm))
+    return findings, figures, rows, words
+
+
+def read(plan: Plan, results: Results) -> Reading:
+    findings, figures, drift_rows, cosine_rows, words, notes = [], [], [], [], [], []
+    for data in plan.sets("digits", "mnist"):
+        where = where_text(data)
+        drifts = Drifts.of(Runs(_drift_cells(plan, data), results))
+        gradients = Runs(_gradient_cells(plan, data), results, where=("activation", "centred"))
+        of_cosines, cosine_figures, rows, turned = _cosines(where, gradients)
+        of_drift = drifts.findings(where)
+        findings += [of_drift[0], *of_cosines, *of_drift[1:]]
+        drawn = {name: (histories, drifts.tuned[name].index) for name, histories in drifts.histories.items()}
+        figures += [drift_figure(where, drawn), unit_figure(where, drawn), *cosine_figures]
+        drift_rows += drifts.rows(where)
+        cosine_rows += rows
+        ends = {name: mean(each).value for name, each in drifts.ends.items()}
+        words.append(
+            f"a hidden layer's input drifts {ends['none']:.2f} → {ends['bn']:.3f} deviations; the cosine of a layer's "
+            f"gradient goes {listed(turned)}; with noise that puts the drift at {ends['noisy']:.2f}, batch norm needs "
+            f"{steps(drifts.gains['noisy'])} than none ({steps(drifts.gains['bn'])} without the noise; {where})"
+        )
+        notes += [
+            f"{where}: the best rate of {arm.label} in (a) and (c), {drifts.tuned[arm.name].rate:g}, lies at the edge "
+            "of the grid."
+            for arm in ARMS
+            if drifts.tuned[arm.name].at_edge
+        ]
     return Reading(
         f"From no normalization to batch norm, {listed(words)}.",
         findings,
         figures,
         [
             Table(
-                "Drift at the end (deviations), mean cosine of the gradient, steps to 90 % (sigmoid), and accuracy "
-                "of the drifting network",
-                ["where", "arm", "drift", *(f"cosine, {name}" for name in PREPARED), "steps to 90 %", "accuracy, %"],
-                rows,
-            )
+                "(a) and (c): drift at the end (deviations), steps to 90 % and accuracy, each arm at its rate; sigmoid",
+                ["where", "arm", "rate", "drift", "steps to 90 %", "accuracy, %"],
+                drift_rows,
+            ),
+            Table(
+                "(b): cosine of the gradient, mean over training, and accuracy at the end, by rate",
+                ["where", "network", "rate", "arm", "cosine", "accuracy, %"],
+                cosine_rows,
+            ),
         ],
-        setup=[
-            (
-                "Network",
-                f"fully connected, {' - '.join(map(str, WIDTHS))} hidden units, Xavier's initialization, centred "
-                f"pixels",
-            ),
-            (
-                "(a) Drift",
-                "distance of a unit's mean at the last activation's input from its mean before training, over its "
-                "deviation, averaged over "
-                f"units; in training mode on the validation images; gradient descent at {RATE['relu']:g} in all arms",
-            ),
-            (
-                "(b) Gradient",
-                f"of hidden layer {PROBED + 1}'s weights on the same batch, before and after the step of the layer "
-                f"ahead of it; the cosine's mean over "
-                f"training; rate {RATE['relu']:g} with ReLU, {RATE['sigmoid']:g} with sigmoid, in both arms",
-            ),
-            (
-                "(c) Noise",
-                f"behind every batch norm in training: times 1 + {NOISE_SCALE:g}·N(0, 1), plus {NOISE_SHIFT:g}·N(0, "
-                f"1), drawn for each channel and step; "
-                "sigmoid, each arm at the rate with the fewest steps on validation data",
-            ),
-            ("Seeds", seeds_text(_seeds(plan))),
-        ],
+        setup=_setup(plan),
         notes=[
-            "A layer that normalizes its own input is bound to hold that input's moments near (β, γ), so (a) is no "
+            *notes,
+            "Batch norm pins the moments of what it puts out near (β, γ), so (a), measured right behind it, is no "
             "surprise.",
-            f"Accuracy at the end of the networks of (b), without and with batch norm: {'; '.join(learnt)}. A cosine "
-            "in a network that does not learn says little.",
-            "In (c) drift and steps come from different networks (ReLU and sigmoid), and the noise is the same in "
-            "every layer: it shows that a gain is left under noise, not that the shift has no part in it.",
+            "A cosine in a network that does not learn says little: the accuracy stands beside it.",
+            "Noise does more than move the moments: what it costs in (c) is an upper bound on what the shift costs.",
         ],
     )
+
+
+def _setup(plan: Plan) -> list[tuple[str, str]]:
+    return [
+        ("Network", f"fully connected, {' - '.join(map(str, WIDTHS))} hidden units, Xavier's initialization"),
+        (
+            "(a) Drift",
+            "distance of a unit's mean at the last activation's input from its mean before training, over its "
+            "deviation, averaged over units; in training mode on the validation images; sigmoid, centred pixels",
+        ),
+        (
+            "(b) Gradient",
+            f"of hidden layer {PROBED + 1}'s weights on the same batch, before and after the step of the layers ahead "
+            "of it; the cosine's mean over training; the same rate in both arms, the middle one decides",
+        ),
+        (
+            "(c) Noise",
+            f"behind every batch norm in training: times 1 + {NOISE_SCALE:g}·N(0, 1), plus {NOISE_SHIFT:g}·N(0, 1), "
+            "drawn anew for each layer, channel and step; the networks of (a)",
+        ),
+        ("Learning rate", "in (a) and (c) for each arm the one with the fewest steps to 90 % on validation data"),
+        ("Seeds", seeds_text(_seeds(plan))),
+    ]
 
 
 def _steps_text(needed: Sequence[float | None]) -> str:
     known = [max(value, 1.0) for value in needed if value is not None]
     return f"{geometric_mean(known).text(0)} ({len(known)} of {len(needed)})" if known else "-"
-
-
-def _drift_figure(where: str, runs: Runs) -> Figure:
-    series = [
-        band(arm.label, STYLES[arm.name], runs.of(arm.name)[0]["steps"], [each["shift"] for each in runs.of(arm.name)])
-        for arm in ARMS
-    ]
-    ends = listed([f"{each.label} {each.y[-1]:.2f}" for each in series if each.y[-1] is not None])
-    return Figure(
-        f"Drift of a hidden layer's input: {where}, ReLU",
-        Axis("steps"),
-        Axis("drift since the start, deviations"),
-        series,
-        f"Distance of the units' means from their start, in deviations, over training. At the end: {ends}.",
-    )
-
-
-def _unit_figure(where: str, runs: Runs) -> Figure:
-    series = []
-    for arm in (NONE, BN):
-        first = runs.of(arm.name)[0]
-        low, middle, high = zip(*first["percentiles"], strict=True)
-        series.append(Series(arm.label, STYLES[arm.name], first["steps"], list(middle), list(low), list(high)))
-    travels = listed(
-        [f"{each.label} from {each.y[0]:.2f} to {each.y[-1]:.2f}" for each in series if each.y[0] is not None]
-    )
-    return Figure(
-        f"One unit's input, 15th, 50th and 85th percentile: {where}, ReLU",
-        Axis("steps"),
-        Axis("input of the activation"),
-        series,
-        "Percentiles of what one unit of the last hidden layer receives over training, first seed; the band lies "
-        "between the 15th and the 85th, and is "
-        f"no interval. The median goes, for {travels}.",
-    )
-
-
-def _cosine_figure(where: str, name: str, runs: Runs) -> Figure:
-    series = []
-    for arm in (NONE, BN):
-        found = runs.of(arm.name, *PREPARED[name])
-        series.append(band(arm.label, STYLES[arm.name], found[0]["steps"], [each["cosine"] for each in found]))
-    said = listed(
-        [
-            f"{each.label} {each.y[0]:.2f} at the start and {each.y[-1]:.2f} at the end"
-            for each in series
-            if each.y[0] is not None
-        ]
-    )
-    return Figure(
-        f"Gradient before and after earlier layers move: {where}, {name}",
-        Axis("steps"),
-        Axis("cosine", limits=(-0.2, 1.0)),
-        series,
-        f"Cosine of a layer's gradient before and after the layer ahead of it makes its step, over training: {said}.",
-    )
 
 
 CLAIM = Claim(
@@ -308,11 +279,9 @@ CLAIM = Claim(
         Source("Ioffe, Szegedy 2015, sections 1 and 4.1, figure 1", "https://arxiv.org/abs/1502.03167"),
         Source("Santurkar, Tsipras, Ilyas, Mądry 2018, sections 2.1 and 2.2", "https://arxiv.org/abs/1805.11604"),
     ],
-    criterion="Holds if with batch norm (a) the moments of a hidden layer's input drift less and (b) a layer's "
-    "gradient changes less when the layer ahead of it moves, "
-    "in every set-up; depends if some of these hold. Whether the gain needs it is shown beside (c): batch norm with "
-    "noise that restores the "
-    "shift, against none.",
+    criterion="Holds if with batch norm (a) the moments of a hidden layer's input drift less, (b) a layer's gradient "
+    "changes less when the layers ahead of it move, in every set-up, and (c) noise that puts the shift back takes the "
+    "gain away: it costs steps, and batch norm with it needs no fewer than none. Depends if some of these hold.",
     data=("digits", "mnist"),
     cells=cells,
     read=read,

@@ -147,7 +147,8 @@ QUANTITIES = {
     "smoothness": "change of the gradient over distance",
     "variation_relative": f"range of the loss over steps of {100 * SPAN:g} % of the weights' length",
 }
-DECISIVE = ("variation", "change")
+DECISIVE = ("variation", "change", "smoothness")
+"""Figure 4 (a), (b) and (c) of Santurkar et al."""
 
 
 def _typical(history: Result, name: str) -> float:
@@ -178,11 +179,10 @@ def read(plan: Plan, results: Results) -> Reading:
                 )
             )
         words.append(
-            f"{_less(ratios['variation'], 'the loss varies')} and {_less(ratios['change'], 'the gradient moves')} "
-            f"({where})"
+            f"{_less(ratios['variation'], 'the loss varies')}, {_less(ratios['change'], 'the gradient moves')} and "
+            f"{_less(ratios['smoothness'], 'it moves for the distance')} ({where})"
         )
-        figures.append(_figure(where, by_arm, "variation", ratios))
-        figures.append(_figure(where, by_arm, "change", ratios))
+        figures += [_figure(where, by_arm, name, ratios) for name in DECISIVE]
         rows += [_row(where, arm.label, by_arm[arm.name]) for arm in ARMS]
     return Reading(
         f"Along the gradient, with batch norm, {listed(words)}.",
@@ -204,7 +204,11 @@ def read(plan: Plan, results: Results) -> Reading:
                 f"{', '.join(f'{size:g}' for size in REACH)} times the gradient from them",
             ),
             ("Range of the loss", "the largest minus the smallest of these losses"),
-            ("Change of the gradient", "the largest distance of these gradients from the first one"),
+            (
+                "Change of the gradient",
+                "the largest distance of these gradients from the first one; over distance: the largest of these, "
+                "each over the length of its step",
+            ),
             ("Seeds", seeds_text(_seeds(plan))),
         ],
         notes=[
@@ -268,11 +272,9 @@ CLAIM = Claim(
         Source("van Laarhoven 2017", "https://arxiv.org/abs/1706.05350"),
         Source("Yang, Pennington, Rao, Sohl-Dickstein, Schoenholz 2019", "https://arxiv.org/abs/1902.08129"),
     ],
-    criterion="Holds if, with each activation, both the range of the loss and the change of the gradient along it "
-    "are larger "
-    "without batch norm (the interval of the ratio lies above 1); depends if some are; does not hold if some are "
-    "smaller and "
-    "none larger.",
+    criterion="Holds if, with each activation, the range of the loss, the change of the gradient along it and that "
+    "change over the distance (effective smoothness) are all larger without batch norm (the interval of the ratio lies "
+    "above 1); depends if some are; does not hold if some are smaller and none larger.",
     data=("digits", "mnist", "images"),
     cells=cells,
     read=read,

@@ -160,7 +160,8 @@ CLAIM = Claim(
     question="Does batch norm work best before the activation?",
     literature="Ioffe and Szegedy put it before, because a sum of many inputs is closer to a Gaussian than what an "
     "activation gives. "
-    "Mishkin, Sergievskiy and Matas find it slightly better after the activation on ImageNet. Before the activation "
+    "Mishkin, Sergievskiy and Matas find it better after the activation on ImageNet (49.3 % against 47.8 % before it, "
+    "with γ and β). Before the activation "
     "it can be folded "
     "into the weights ahead of it and fused with the activation, which is a practical reason.",
     sources=[
