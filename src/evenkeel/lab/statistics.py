@@ -100,8 +100,14 @@ class Speedup:
         return f"{prefix}×{self.ratio.text(1 if self.ratio.value >= 2 else 2)}"
 
 
-def speedup(steps: Sequence[float | None], baseline: Sequence[float | None], horizon: float) -> Speedup:
-    """Steps of the baseline over steps of the arm, paired by seed; None is "not reached"."""
+def speedup(
+    steps: Sequence[float | None], baseline: Sequence[float | None], horizon: float, own_horizon: float | None = None
+) -> Speedup:
+    """Steps of the baseline over steps of the arm, paired by seed; None is "not reached".
+
+    `horizon` is how long the baseline was trained, and the arm too where `own_horizon` does not say otherwise.
+    """
+    own_horizon = horizon if own_horizon is None else own_horizon
     late, late_baseline = steps.count(None), baseline.count(None)
     bound: Bound = "exact"
     if late and late_baseline:
@@ -110,7 +116,7 @@ def speedup(steps: Sequence[float | None], baseline: Sequence[float | None], hor
         bound = "at least"
     elif late:
         bound = "at most"
-    counted = [horizon if value is None else value for value in steps]
+    counted = [own_horizon if value is None else value for value in steps]
     counted_baseline = [horizon if value is None else value for value in baseline]
     return Speedup(
         ratio(counted_baseline, counted),

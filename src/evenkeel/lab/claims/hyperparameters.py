@@ -25,7 +25,7 @@ from evenkeel.lab.verdicts import Finding
 ARMS = (NONE, LN, BN)
 ACTIVATIONS = ("relu", "tanh")
 DEPTHS = (2, 4, 8)
-WIDTH = 48
+WIDTH = 32
 TARGET = 90.0
 RATES = (1e-3, 10.0)
 SCALES = (0.1, 10.0)
@@ -66,10 +66,10 @@ def _conditions(plan: Plan) -> list[tuple[str, str, int]]:
 
 
 def _cells(plan: Plan, data: str, activation: str, depth: int) -> Sequence[Cell]:
-    count, steps = (16, 50) if plan.quick else (32, 100)
+    count, steps = (16, 50) if plan.quick else (24, 100)
     return [
         trial_cell(
-            count * depth * 6e-5,
+            count * depth * 5e-5,
             data=data,
             arm=arm.name,
             seed=seed,

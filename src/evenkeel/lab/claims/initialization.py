@@ -21,7 +21,7 @@ TARGET = 90.0
 SCALES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 RATES = (0.03, 0.1, 0.3, 1.0)
 QUICK_SCALES = (0.01, 0.1, 1.0, 10.0)
-QUICK_RATES = (0.1, 0.3, 1.0)
+QUICK_RATES = (0.3, 1.0)
 
 
 def cells(plan: Plan) -> Sequence[Cell]:
@@ -37,7 +37,7 @@ def _grid(plan: Plan) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def _steps(plan: Plan) -> int:
-    return 60 if plan.quick else 150
+    return 70 if plan.quick else 150
 
 
 def _cells(plan: Plan, data: str, activation: str) -> Sequence[Cell]:
@@ -60,7 +60,7 @@ def _cells(plan: Plan, data: str, activation: str) -> Sequence[Cell]:
 
 
 def _seeds(plan: Plan) -> range:
-    return plan.seed_range(quick=3, full=6)
+    return plan.seed_range(quick=3, full=8)
 
 
 def share(history: Result) -> float:

@@ -180,7 +180,7 @@ def read(plan: Plan, results: Results) -> Reading:
             )
         words.append(
             f"{_less(ratios['variation'], 'the loss varies')}, {_less(ratios['change'], 'the gradient moves')} and "
-            f"{_less(ratios['smoothness'], 'it moves for the distance')} ({where})"
+            f"{_less(ratios['smoothness'], 'over the distance it moves')} ({where})"
         )
         figures += [_figure(where, by_arm, name, ratios) for name in DECISIVE]
         rows += [_row(where, arm.label, by_arm[arm.name]) for arm in ARMS]
