@@ -39,7 +39,7 @@ help:
 	@echo 'make lab      all claims in quick form: verdicts, and evenkeel-lab.html'
 	@echo 'make test     run the tests'
 	@echo 'make check    format, lint, types, layers of imports'
-	@echo 'make bench    time the layers and whole networks: tables, and bench-results/bench.html'
+	@echo 'make bench    time the layers and whole networks: tables, and bench-results/bench.html; what bench/gpu.py stored, too'
 	@echo 'make claims   measure all claims in full form, alone on the machine: the pages in docs/claims'
 	@echo 'make models   convert and fold published architectures: a table, and docs/models.md'
 	@echo 'make native   check the kernels without torch, on everything that the driver has'
@@ -74,6 +74,10 @@ bench: $(VENV)/.built
 	$(BIN)/evenkeel bench networks --batch 8 --rounds 3 --out bench-results/networks.json || status=1; \
 	$(BIN)/evenkeel bench page bench-results/kernels.json bench-results/networks.json --out bench-results/bench.html \
 		|| status=1; \
+	for result in bench/results/gpu-*.json; do \
+		[ ! -e "$$result" ] || $(BIN)/evenkeel bench page "$$result" --out "bench-results/$$(basename "$$result" .json).html" \
+			|| status=1; \
+	done; \
 	exit $$status
 
 models: $(VENV)/.built

@@ -143,13 +143,13 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
         type(x) is not Tensor
         or (x.requires_grad and torch.is_grad_enabled())
         or x.numel() == 0
-        or not kernels.native_takes(x)
-        or (mask is not None and (common is None or not common.any()))
+        or (fast := kernels.operators(x)) is None
+        or (mask is not None and (common is None or (common.is_cpu and not common.any())))
     ):
         return reference.stats(x, mask)
-    mean, var = torch.ops.evenkeel.stats(x, common)
+    mean, var = fast.stats(x, common)
     if common is None:
-        count = torch.tensor(x.numel() // x.shape[1], dtype=mean.dtype)
+        count = torch.full((), x.numel() // x.shape[1], dtype=mean.dtype, device=x.device)
     else:
         count = common.sum().to(mean.dtype).repeat(x.shape[1])
     return Moments(count, mean, var * count)

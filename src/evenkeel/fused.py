@@ -1,6 +1,6 @@
 """Batch normalization with residual and activation, on whatever answers the call rightly.
 
-:func:`batch_norm` takes the native operators where they apply, the reference back end elsewhere, and plain
+:func:`batch_norm` takes the fast operators where they apply, the reference back end elsewhere, and plain
 differentiable torch (``composite``) where a transform asks for more than a backward.
 """
 
@@ -23,7 +23,7 @@ from evenkeel.running import update_running
 
 _UNSUPPORTED = "evenkeel: unsupported: "
 _log = logging.getLogger("evenkeel")
-#: What the native operators have declined for in this process, and said so.
+#: What the fast operators have declined for in this process, and said so.
 _declined_for: set[str] = set()
 
 #: Tensors that are nothing but memory.
@@ -133,9 +133,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """y, and (mean, var, rstd) as one (3, C) tensor; the running moments are updated as ``state`` says."""
     running_mean, running_var, batches, training, update, momentum, eps, what, skipped, mask, keep = state
-    if kernels.native_takes(x):
+    fast = kernels.operators(x)
+    if fast is not None:
         try:
-            result = torch.ops.evenkeel.forward_(
+            result = fast.forward_(
                 x, residual, weight, bias, running_mean, running_var, batches, training, update, momentum, eps,
                 act.code, act.a, act.b, skipped, mask, keep,
             )  # fmt: skip
@@ -150,7 +151,7 @@ def _forward(
 
 
 def mark_updated(state: State, *others: Tensor) -> None:
-    """Tell autograd what a native operator has overwritten: the running moments where they were updated, and others."""
+    """Tell autograd what a fast operator has overwritten: the running moments where they were updated, and others."""
     changed = others
     if state.update and state.running_mean is not None:
         buffers = (state.running_mean, state.running_var, state.num_batches_tracked, state.skipped)
@@ -159,7 +160,7 @@ def mark_updated(state: State, *others: Tensor) -> None:
 
 
 def declined(error: RuntimeError) -> bool:
-    """Whether the native operators declined a case before they wrote anything."""
+    """Whether the fast operators declined a case before they wrote anything."""
     return _UNSUPPORTED in str(error) or isinstance(error, NotImplementedError)
 
 
@@ -169,7 +170,7 @@ def announce_declined(error: RuntimeError) -> None:
     if reason and reason != "x" and reason not in _declined_for:
         _declined_for.add(reason)
         _log.warning(
-            "the native kernels do not take this dtype or layout of %s: the reference back end runs, which is slower",
+            "the fast kernels do not take this dtype or layout of %s: the reference back end runs, which is slower",
             reason,
         )
 
@@ -206,9 +207,10 @@ def backward(
     need_bias: bool, mask: Tensor | None = None, keep: bool = False,
 ) -> tuple[Any, ...]:  # fmt: skip
     """dx, dresidual, dweight, dbias, as far as they are needed; from what ``ops.gate_needs`` left."""
-    if kernels.native_takes(x):
+    fast = kernels.operators(x)
+    if fast is not None:
         try:
-            return torch.ops.evenkeel.backward(  # type: ignore[no-any-return]
+            return fast.backward(  # type: ignore[no-any-return]
                 dy, x, saved, weight, bias, y, residual, training, act.code, act.a, act.b, need_input, need_residual,
                 need_weight, need_bias, mask, keep,
             )  # fmt: skip
@@ -237,22 +239,23 @@ def backward(
 def _traced(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
 ) -> Tensor:
-    """Under torch.compile: the native operators as they are; elsewhere, and in torch.export, torch's own operators."""
+    """Under torch.compile: the fast operators as they are; elsewhere, and in torch.export, torch's own operators."""
     vectors = (weight, bias, state.running_mean, state.running_var)
-    native = (
-        kernels.native_enabled
+    legal = kernels.DTYPES if x.device.type == "cpu" else kernels.triton.DTYPES
+    fast = (
+        kernels.in_compiled_code(x.device)
         and state.mask is None
         and not torch.compiler.is_exporting()
         and not torch._C._are_functorch_transforms_active()
-        and x.dtype in kernels.DTYPES
+        and x.dtype in legal
         and x.numel() > 0
         and (residual is None or residual.dtype is x.dtype)
-        and all(t is None or t.device.type == "cpu" for t in (x, residual, *vectors))
+        and all(t is None or t.device == x.device for t in (residual, *vectors))
         and all(
             t is None or (t.dtype in (torch.float32, torch.float64, x.dtype) and t.is_contiguous()) for t in vectors
         )
     )
-    if not native:
+    if not fast:
         return composite.torch_operators(x, residual, weight, bias, state, act)
     y, saved = torch.ops.evenkeel.forward(
         dense(x), residual, weight, bias, state.running_mean, state.running_var, state.training, state.eps,

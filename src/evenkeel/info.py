@@ -27,9 +27,18 @@ def gather() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "active": kernels.active(),
         "chosen_by": kernels.chosen_by(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "active_on_gpus": kernels.active("cuda"),
         "memory": memory.obstacle() or "can be reused",
         "kernels": [asdict(kernel) for kernel in kernels.available()],
     }
+
+
+def _on_gpus(facts: dict[str, Any]) -> str:
+    if not facts["gpus"]:
+        return "torch finds no GPU here."
+    takes = "float32, float16 and bfloat16" if facts["active_on_gpus"] == "triton" else "floating-point"
+    return f"{takes} on {', '.join(facts['gpus'])} runs on {facts['active_on_gpus']}."
 
 
 def info_command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, no table.")] = False) -> None:
@@ -58,7 +67,7 @@ def info_command(as_json: Annotated[bool, typer.Option("--json", help="Print JSO
         )
     console.print(table)
     console.print(
-        f"floating-point on the CPU runs on {facts['active']} ({facts['chosen_by']}); the rest runs on reference.\n"
+        f"floating-point on the CPU runs on {facts['active']} ({facts['chosen_by']}).\n{_on_gpus(facts)}\n"
         f"Memory of freed tensors (evenkeel.reuse_memory): {facts['memory']}.",
         markup=False,
         highlight=False,

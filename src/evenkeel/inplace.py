@@ -102,9 +102,10 @@ _apply = super(torch.autograd.Function, _InplaceBatchNorm).apply
 def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation) -> Tensor:
     """(mean, var, rstd) as one (3, C) tensor; x becomes y, and the running moments are updated."""
     running_mean, running_var, batches, training, update, momentum, eps, what, skipped, *_ = state
-    if kernels.native_takes(x):
+    fast = kernels.operators(x)
+    if fast is not None:
         try:
-            saved: Tensor = torch.ops.evenkeel.inplace_(
+            saved: Tensor = fast.inplace_(
                 x, weight, bias, running_mean, running_var, batches, training, update, momentum, eps,
                 act.code, act.a, act.b, skipped,
             )  # fmt: skip
@@ -122,9 +123,10 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State
 
 
 def _invert(y: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, act: Activation) -> Tensor:
-    if kernels.native_takes(y):
+    fast = kernels.operators(y)
+    if fast is not None:
         try:
-            return torch.ops.evenkeel.invert(y, saved, weight, bias, act.code, act.a, act.b)  # type: ignore[no-any-return]
+            return fast.invert(y, saved, weight, bias, act.code, act.a, act.b)  # type: ignore[no-any-return]
         except RuntimeError as error:
             if not fused.declined(error):
                 raise
@@ -137,9 +139,10 @@ def _backward(
     need_x: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dweight, dbias; dx in x's memory where kernels can."""
-    if need_x and kernels.native_takes(x):
+    fast = kernels.operators(x) if need_x else None
+    if fast is not None:
         try:
-            dweight, dbias = torch.ops.evenkeel.backward_(
+            dweight, dbias = fast.backward_(
                 dy, x, saved, weight, bias, training, act.code, act.a, act.b, need_weight, need_bias
             )
             return x, dweight, dbias
@@ -185,8 +188,9 @@ def _statistics(x: Tensor, state: State) -> tuple[Tensor, Tensor]:
         assert state.running_mean is not None and state.running_var is not None
         wide = wide_dtype(x.device)
         return state.running_mean.to(wide), (state.running_var.to(wide) + state.eps).rsqrt()
-    if kernels.native_takes(x):
-        mean, var = torch.ops.evenkeel.stats(x, None)
+    fast = kernels.operators(x)
+    if fast is not None:
+        mean, var = fast.stats(x, None)
     else:
         found = reference.stats(x)
         mean, var = found.mean, found.var

@@ -4,17 +4,20 @@
     backward:  of all of it in one go, from x (and y or the residual, where there is one in front of an activation)
     inplace_, invert, backward_:  the same in x's own memory: y overwrites x, which the backward rebuilds
 
-The native CPU library supplies the kernels. Everything above this module goes through ``fused``.
+The native CPU library supplies the kernels for the CPU, and Triton's are registered here for GPUs, where compiled code
+calls them by these names. Everything above this module goes through ``fused``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from evenkeel.activations import NAMED
+from evenkeel.kernels import triton
 from evenkeel.layout import is_dense
 from evenkeel.moments import compute_dtype
 
@@ -57,6 +60,24 @@ for _schema in (
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+#: What evenkeel.kernels.triton.operators has; groups are taken one by one there.
+ON_GPUS = (
+    "stats", "apply", "grad_stats", "grad_input", "forward", "forward_", "inplace_", "invert", "backward", "backward_"
+)  # fmt: skip
+
+
+def _on_gpus(name: str) -> Callable[..., Any]:
+    """The operator, which loads Triton when it is first called."""
+
+    def operator(*arguments: Any, **named: Any) -> Any:
+        return getattr(triton.load(), name)(*arguments, **named)
+
+    return operator
+
+
+for _name in ON_GPUS:
+    _library.impl(_name, _on_gpus(_name), "CUDA")
 
 _RELU = NAMED["relu"].code
 

@@ -111,10 +111,11 @@ def test_without_the_library_the_reference_runs_and_says_so_once(outcomes, name,
     assert category == "RuntimeWarning"
     assert reason in message
     assert "EVENKEEL_KERNELS=reference" in message
-    (reference, native) = report["available"]
+    (reference, native, triton) = report["available"]
     assert reference[:2] == ["reference", True]
     assert native[:2] == ["native", False]
     assert reason in native[2]
+    assert triton[0] == "triton"
 
 
 def test_without_the_library_a_choice_of_the_reference_is_silent(outcomes):

@@ -40,7 +40,7 @@ def test_available_lists_each_once_with_a_note():
     assert names[0] == "reference"
     assert len(set(names)) == len(names)
     assert all(kernel.note for kernel in ek.kernels.available())
-    assert set(names) <= {*KERNELS, *BFLOAT16_KERNELS, "native"}
+    assert set(names) <= {*KERNELS, *BFLOAT16_KERNELS, "native", "triton"}
 
 
 def test_as_a_call_it_lasts():

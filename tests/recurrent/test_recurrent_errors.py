@@ -21,6 +21,8 @@ X = torch.zeros(4, 2, 3)
         ({"normalize": "none"}, "normalize is 'recurrent' or 'input'; got 'none'"),
         ({"max_length": 0}, "max_length is the number of steps"),
         ({"dropout": 2.0}, "dropout is a probability"),
+        ({"initial_noise": -0.1}, "initial_noise is a standard deviation, 0 or more and finite"),
+        ({"initial_noise": float("inf")}, "initial_noise is a standard deviation, 0 or more and finite"),
     ],
 )
 def test_constructor(options: dict, words: str) -> None:

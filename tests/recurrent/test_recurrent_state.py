@@ -205,3 +205,44 @@ def test_compiles_with_lengths_and_a_break() -> None:
     torch.testing.assert_close(compiled(x, lengths=lengths), plain(x, lengths=lengths))
     for a, b in zip(layer.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_initial_noise_is_there_in_training_alone_and_where_no_state_is_given(make: type) -> None:
+    layer = make(3, 4, initial_noise=0.5)
+    given = torch.zeros(1, 6, 4)
+    state = (given, given) if make is BatchNormLSTM else given
+    x = torch.randn(5, 6, 3)
+    assert not torch.equal(layer(x)[0], layer(x)[0])
+    assert torch.equal(layer(x, state)[0], layer(x, state)[0])
+    assert torch.equal(layer.eval()(x)[0], layer(x)[0])
+    assert torch.equal(layer(x)[0], layer(x, state)[0])
+    assert "initial_noise=0.5" in repr(layer)
+    assert "initial_noise" not in repr(make(3, 4))
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_initial_noise_has_the_deviation_that_was_asked_for(make: type) -> None:
+    """What the layers are handed as their first state."""
+    layer = make(2, 3, initial_noise=0.7, normalize="input")
+    for parameter in layer.parameters():
+        torch.nn.init.zeros_(parameter)
+    seen: list[torch.Tensor] = []
+    layer._layers = lambda x, seqs, initial: (seen.append(initial[0]), type(layer)._layers(layer, x, seqs, initial))[1]
+    layer(torch.zeros(1, 20000, 2))
+    noise = seen[0].flatten()
+    assert noise.std().item() == pytest.approx(0.7, rel=0.02)
+    assert abs(noise.mean().item()) < 0.02
+
+
+def test_sequences_that_begin_alike_train_with_initial_noise() -> None:
+    """Without it the gradient grows by γ/√ε a step."""
+    x = torch.zeros(16, 40, 1)
+    x[:, 30:] = torch.randn(16, 10, 1)
+    norms = {}
+    for noise in (0.0, 0.1):
+        layer = BatchNormLSTM(1, 8, batch_first=True, initial_noise=noise)
+        layer(x)[0][:, -1].square().sum().backward()
+        norms[noise] = torch.nn.utils.get_total_norm([p.grad for p in layer.parameters()]).item()
+    assert norms[0.1] < 1e3
+    assert not norms[0.0] < 1e6

@@ -33,14 +33,14 @@ class Problem:
 
 
 @lru_cache(maxsize=1)
-def _draw(shape: Shape) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(zlib.crc32(shape.name.encode()))
+def _draw(shape: Shape, device: str) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    generator = torch.Generator(device).manual_seed(zlib.crc32(shape.name.encode()))
 
     def normal(*dims: int) -> Tensor:
-        return torch.randn(*dims, generator=generator)
+        return torch.randn(*dims, generator=generator, device=device)
 
     def between(low: float, high: float) -> Tensor:
-        return torch.rand(channels, generator=generator) * (high - low) + low
+        return torch.rand(channels, generator=generator, device=device) * (high - low) + low
 
     channels = shape.dims[1]
     per_channel = (1, channels, *(1 for _ in shape.dims[2:]))
@@ -51,7 +51,7 @@ def _draw(shape: Shape) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         "bias": between(-0.5, 0.5),
         "running_mean": between(-0.5, 0.5),
         "running_var": between(0.5, 1.5),
-        "num_batches_tracked": torch.tensor(0),
+        "num_batches_tracked": torch.tensor(0, device=device),
     }
     return x, normal(*shape.dims), normal(*shape.dims), state
 
@@ -63,9 +63,9 @@ def _gradient(case: Case, dy: Tensor, formats: tuple[torch.memory_format, torch.
     return dy.clone(memory_format=formats[case.gradient == "other"])
 
 
-def make_problem(case: Case) -> Problem:
-    """Draw a case's tensors; equal for every layout of a shape, and for every run."""
-    x, residual, dy, state = _draw(case.shape)
+def make_problem(case: Case, device: str = "cpu") -> Problem:
+    """Draw a case's tensors; equal for every layout of a shape, and for every run on a kind of device."""
+    x, residual, dy, state = _draw(case.shape, device)
     formats = (torch.contiguous_format, torch.channels_last)
     if case.layout == "channels_last":
         formats = formats[::-1]

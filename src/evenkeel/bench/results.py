@@ -32,6 +32,7 @@ class Machine:
     memory_bytes: int | None = None
     allocator: str = ""
     revision: str | None = None
+    gpu: str = ""
     environment: dict[str, str] = field(default_factory=dict)
 
 

@@ -1,8 +1,9 @@
 """Which kernels run: discovery, and forcing one.
 
-A back end supplies four operators (``stats``, ``apply``, ``grad_stats``, ``grad_input``); the native one adds a fused
+A back end supplies four operators (``stats``, ``apply``, ``grad_stats``, ``grad_input``); the fast ones add a fused
 forward and backward. ``reference`` is plain torch and runs everywhere. The native CPU back end comes in several
-instruction sets, of which the best that the machine supports is taken. ``EVENKEEL_KERNELS`` or :func:`use` force one.
+instruction sets, of which the best that the machine supports is taken. ``triton`` runs on GPUs. ``EVENKEEL_KERNELS`` or
+:func:`use` force one.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import os
 import warnings
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from evenkeel.kernels import cpu, reference
+from evenkeel.kernels import cpu, reference, triton
+from evenkeel.kernels.explaining import autotune, explain
 
-__all__ = ["Kernel", "active", "available", "calls", "chosen_by", "use"]
+__all__ = ["Kernel", "active", "autotune", "available", "calls", "chosen_by", "explain", "use"]
 
 ENVIRONMENT_VARIABLE = "EVENKEEL_KERNELS"
 
@@ -43,15 +46,18 @@ _NOTES = {
     "avx2": "native, AVX2 and FMA; floating-point on the CPU",
     "avx512": "native, AVX-512 (F, BW, DQ, VL); floating-point on the CPU",
     "avx512_bf16": "native, AVX-512 and its bfloat16 conversion; bfloat16 on the CPU, the rest as avx512",
+    "triton": "Triton; float32, float16 and bfloat16 on GPUs",
 }
 
 _unavailable = cpu.load()
 _forced: str | None = None
-_announced = False
+_announced: set[str] = set()
 #: What the native operators take, on the CPU.
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 #: Whether such tensors do take the native operators. Read on every call.
 native_enabled = False
+#: Whether they take those for GPUs, in the interpreter.
+_interpreting = False
 
 
 def available() -> list[Kernel]:
@@ -63,21 +69,32 @@ def available() -> list[Kernel]:
     """
     found = [Kernel("reference", True, _NOTES["reference"])]
     if _unavailable is not None:
-        return [*found, Kernel("native", False, f"the native CPU library is missing: {_unavailable}")]
+        found.append(Kernel("native", False, f"the native CPU library is missing: {_unavailable}"))
     for name, usable in cpu.instruction_sets().items():
         found.append(Kernel(name, usable, _NOTES[name] if usable else "this machine lacks the instructions"))
-    return found
+    lacking = triton.unusable()
+    return [*found, Kernel("triton", lacking is None, lacking or _NOTES["triton"])]
 
 
-def active() -> str:
-    """The kernels that floating-point tensors on the CPU run on; everything else runs on ``reference``."""
+def active(device: torch.device | str = "cpu") -> str:
+    """The kernels that floating-point tensors on a device run on, where they take the dtype; else ``reference``."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return "triton" if _forced != "reference" and triton.missing() is None else "reference"
+    if kind != "cpu":
+        return "reference"
+    if _interpreting:
+        return "triton"
     return (cpu.active() or "reference") if native_enabled else "reference"
 
 
-def chosen_by() -> str:
+def chosen_by(device: torch.device | str = "cpu") -> str:
     """Why :func:`active` is what it is, in a few words."""
-    if _forced is not None:
+    on_gpu = torch.device(device).type == "cuda"
+    if _forced == "reference" or (_forced is not None and (_forced == "triton") == (on_gpu or _interpreting)):
         return f"forced by ek.kernels.use or {ENVIRONMENT_VARIABLE}"
+    if on_gpu:
+        return triton.missing() or "what there is for GPUs"
     if _unavailable is not None:
         return f"the native CPU library is missing: {_unavailable}"
     return "the best that this machine supports"
@@ -91,14 +108,17 @@ def calls() -> dict[str, int]:
         >>> calls()["reference"] - before
         0
     """
-    return {"reference": reference.calls, **cpu.calls()}
+    return {"reference": reference.calls, **cpu.calls(), "triton": triton.calls()}
 
 
 class use:  # noqa: N801 - reads as a verb, with or without `with`
-    """Force the kernels of floating-point tensors on the CPU, at once and until the end of a ``with`` block, if any.
+    """Force kernels, at once and until the end of a ``with`` block, if any.
 
     Args:
-        name: One of :func:`available`, or ``"auto"`` for the best of this machine.
+        name: One of :func:`available`, or ``"auto"`` for the best of each device. An instruction set is forced for
+            tensors on the CPU. ``"triton"`` is what GPUs run anyway; forced, it is kept also in what torch.compile
+            makes of a model for them, see docs/gpu.md, and with TRITON_INTERPRET=1 it takes CPU tensors too.
+            ``"reference"`` is forced for all devices.
 
     Raises:
         ValueError: there are no such kernels, or they can't run here; nothing changes.
@@ -123,38 +143,60 @@ class use:  # noqa: N801 - reads as a verb, with or without `with`
 
 
 def _force(name: str) -> None:
-    global _forced, native_enabled
-    usable = [kernel.name for kernel in available() if kernel.usable]
-    if name != "auto" and name not in usable:
-        notes = {kernel.name: kernel.note for kernel in available()}
-        why = f" ({notes[name]})" if name in notes else ""
-        raise ValueError(f"kernels {name!r} can't be used{why}; this machine has {', '.join(usable)}, and 'auto'")
+    global _forced, native_enabled, _interpreting
+    if name not in ("auto", "reference"):
+        usable = [kernel.name for kernel in available() if kernel.usable]
+        if name not in usable:
+            notes = {kernel.name: kernel.note for kernel in available()}
+            why = f" ({notes[name]})" if name in notes else ""
+            raise ValueError(f"kernels {name!r} can't be used{why}; this machine has {', '.join(usable)}, and 'auto'")
     _forced = None if name == "auto" else name
-    native_enabled = _unavailable is None and name != "reference"
-    cpu.force(name if native_enabled and name != "auto" else None)
+    _interpreting = name == "triton" and triton.interpreted()
+    native_enabled = _unavailable is None and name != "reference" and not _interpreting
+    cpu.force(name if native_enabled and name not in ("auto", "triton") else None)
 
 
-def announce_fallback() -> None:
-    """Warn once, at the first call that the native back end would have taken, that it is missing."""
-    global _announced
-    if _announced or _unavailable is None or _forced == "reference":
+def announce_fallback(device: str = "cpu") -> None:
+    """Warn once a device, at the first call that its fast back end would have taken, that it is missing."""
+    lacking = _unavailable if device == "cpu" else triton.missing()
+    if device in _announced or lacking is None or _forced == "reference":
         return
-    _announced = True
+    _announced.add(device)
+    what, remedy = "", "Install Triton, which torch for GPUs brings along on Linux"
+    if device == "cpu":
+        what, remedy = "the native CPU library is missing, ", "Install a C++ compiler and reinstall evenkeel"
     warnings.warn(
-        f"evenkeel runs on its reference back end, which is slower: the native CPU library is missing, {_unavailable}. "
-        "Install a C++ compiler and reinstall evenkeel, or choose this with EVENKEEL_KERNELS=reference.",
+        f"evenkeel runs on its reference back end, which is slower: {what}{lacking}. "
+        f"{remedy}, or choose this with {ENVIRONMENT_VARIABLE}=reference.",
         RuntimeWarning,
         stacklevel=2,
     )
 
 
-def native_takes(x: Tensor) -> bool:
-    """Whether ``x`` goes to the native back end (which may still decline a rare case, such as mixed dtypes)."""
-    if x.dtype not in DTYPES or not x.is_cpu:
-        return False
-    if not native_enabled:
-        announce_fallback()
-    return native_enabled
+def operators(x: Tensor) -> Any | None:
+    """The fast operators for x, by the names of evenkeel/ops.py; None where the reference back end runs.
+
+    They may still decline a rare case, such as mixed dtypes.
+    """
+    if x.is_cpu:
+        if native_enabled:
+            return torch.ops.evenkeel if x.dtype in DTYPES else None
+        if _interpreting:
+            return triton.load() if x.dtype in triton.DTYPES else None
+        if x.dtype in DTYPES:
+            announce_fallback()
+        return None
+    if not x.is_cuda or x.dtype not in triton.DTYPES or _forced == "reference":
+        return None
+    if triton.missing() is None:
+        return triton.load()
+    announce_fallback("cuda")
+    return None
+
+
+def in_compiled_code(device: torch.device) -> bool:
+    """Whether torch.compile is to keep the operators on a device; else it gets torch's own, which it fuses itself."""
+    return native_enabled if device.type == "cpu" else device.type == "cuda" and _forced == "triton"
 
 
 _force(os.environ.get(ENVIRONMENT_VARIABLE) or "auto")

@@ -1,0 +1,26 @@
+"""g, the gradient in front of the activation."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from evenkeel.kernels.triton.activation import gradient
+
+
+@triton.jit
+def gated(
+    dy, x_value, centre, scale, shift, y, residual, offsets, counts, a, b,
+    ACT: tl.constexpr, HAS_Y: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """g = dy·act′(v), 0 where nothing counts; v from y, which will do for ReLU, or from x and the residual."""
+    g = tl.load(dy + offsets, mask=counts, other=0.0).to(tl.float32)
+    if ACT != 0:
+        if HAS_Y:
+            v = tl.load(y + offsets, mask=counts, other=0.0).to(tl.float32)
+        else:
+            v = (x_value - centre) * scale + shift
+            if HAS_RESIDUAL:
+                v += tl.load(residual + offsets, mask=counts, other=0.0).to(tl.float32)
+        g = tl.where(counts, gradient(g, v, a, b, ACT), 0.0)
+    return g

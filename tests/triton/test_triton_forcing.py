@@ -1,0 +1,112 @@
+"""Which kernels a device gets, what is said where they are missing, and what torch.compile is given."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import evenkeel as ek
+from evenkeel import ops
+from evenkeel.kernels import triton
+
+
+def test_they_are_listed_with_what_speaks_against_them(monkeypatch):
+    (listed,) = (kernel for kernel in ek.kernels.available() if kernel.name == "triton")
+    assert listed.usable == (triton.unusable() is None)
+    assert listed.note
+    monkeypatch.setattr(triton, "find_spec", lambda _: None)
+    (listed,) = (kernel for kernel in ek.kernels.available() if kernel.name == "triton")
+    assert (listed.usable, listed.note) == (False, "Triton is not installed")
+    with pytest.raises(ValueError, match="'triton' can't be used \\(Triton is not installed\\)"):
+        ek.kernels.use("triton")
+    with pytest.raises(RuntimeError, match="autotune: it times Triton's kernels, and Triton is not installed"):
+        ek.kernels.autotune()
+    assert ek.kernels.active("cuda") == "reference"
+    assert ek.kernels.chosen_by("cuda") == "Triton is not installed"
+
+
+def test_without_triton_it_is_said_once(monkeypatch):
+    monkeypatch.setattr(triton, "find_spec", lambda _: None)
+    monkeypatch.setattr(ek.kernels, "_announced", set())
+    with pytest.warns(RuntimeWarning, match="slower: Triton is not installed. Install Triton"):
+        ek.kernels.announce_fallback("cuda")
+    ek.kernels.announce_fallback("cuda")
+
+
+def test_other_devices_run_on_the_reference_back_end():
+    assert ek.kernels.active("meta") == "reference"
+    assert ek.kernels.operators(torch.empty(2, 3, device="meta")) is None
+
+
+def test_float64_goes_to_the_reference_back_end(monkeypatch):
+    if triton.missing() is not None:
+        pytest.skip(triton.missing())
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with ek.kernels.use("triton"):
+        assert ek.kernels.active() == "triton"
+        assert ek.kernels.operators(torch.empty(2, 3, dtype=torch.float64)) is None
+        before = ek.kernels.calls()
+        ek.BatchNorm1d(3).double()(torch.randn(5, 3, dtype=torch.float64))
+        assert ek.kernels.calls()["reference"] > before["reference"]
+    assert ek.kernels.active() != "triton"
+
+
+def test_an_unusual_argument_is_declined_and_said(device, caplog, monkeypatch):
+    from evenkeel import fused
+
+    monkeypatch.setattr(fused, "_declined_for", set())
+    layer = ek.BatchNorm1d(3).to(device)
+    x = torch.randn(5, 3).to(device)
+    right = layer(x)
+    calls = ek.kernels.calls()
+    y = layer(x, torch.zeros(5, 3, dtype=torch.float64).to(device))
+    assert torch.allclose(y.float(), right, atol=1e-6)
+    assert ek.kernels.calls()["reference"] > calls["reference"]
+    assert "do not take this dtype or layout of residual" in caplog.text
+    ek.kernels.reference.calls = calls["reference"]  # the fixture is told that this was meant
+
+
+def test_compiled_code_gets_torchs_own_operators_unless_they_are_forced():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert not ek.kernels.in_compiled_code(cuda)
+    assert ek.kernels.in_compiled_code(cpu) == (ek.kernels.active() != "reference")
+    assert not ek.kernels.in_compiled_code(torch.device("meta"))
+
+
+def test_every_operator_is_there_with_the_arguments_of_its_schema():
+    if triton.missing() is not None:
+        pytest.skip(triton.missing())
+    module = triton.load()
+    for name in ops.ON_GPUS:
+        schema = getattr(torch.ops.evenkeel, name).default._schema
+        given = inspect.signature(getattr(module, name)).parameters
+        assert list(given) == [{"num_batches_tracked": "batches"}.get(a.name, a.name) for a in schema.arguments], name
+        optional = {parameter.name for parameter in given.values() if parameter.default is not parameter.empty}
+        assert optional == {argument.name for argument in schema.arguments if argument.has_default_value()}, name
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"evenkeel::{name}", "CUDA")
+
+
+def test_evenkeel_imports_no_triton():
+    code = "import sys, evenkeel; print([name for name in sys.modules if name.partition('.')[0] == 'triton'])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_the_environment_forces_them():
+    if triton.missing() is not None:
+        pytest.skip(triton.missing())
+    code = (
+        "import json, torch, evenkeel as ek; ek.BatchNorm1d(3)(torch.randn(4, 3));"
+        "print(json.dumps([ek.kernels.active(), ek.kernels.chosen_by(), ek.kernels.calls()['triton']]))"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1", "EVENKEEL_KERNELS": "triton"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    name, why, calls = json.loads(run.stdout)
+    assert (name, calls) == ("triton", 1)
+    assert "EVENKEEL_KERNELS" in why

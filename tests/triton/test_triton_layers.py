@@ -1,0 +1,159 @@
+"""What a layer promises, on Triton's kernels: masks, control of statistics, activations, memory, variants."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from support.cases import laid_out
+from torch import nn
+
+import evenkeel as ek
+from evenkeel.activations import NAMED
+from evenkeel.kernels import triton
+
+#: On chip, and walked over by several programs.
+SHAPES = [(6, 5, 4, 7), (30, 2, 21, 29)]
+LAYOUTS = ("contiguous", "channels_last")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED if name], ids=str)
+def test_activations_and_their_derivatives(device, name):
+    operators = triton.load()
+    act = NAMED[name]
+    v = torch.cat(
+        [torch.linspace(-40, 40, 401), torch.linspace(-1, 1, 101) * 1e-3, torch.tensor([0.0, 3.0, -3.0, 6.0])]
+    )
+    x = v.to(device).view(-1, 1)
+    one, zero = torch.ones(1, dtype=torch.float64, device=device), torch.zeros(1, dtype=torch.float64, device=device)
+    y = operators.apply(x, zero, one, None, None, None, *act[1:]).cpu().double().flatten()
+    right = act.forward(v.double())
+    # 1 + erf(v) and 1 + tanh(v) cancel where v is negative: there torch errs by a rounding of 1 too.
+    cancels = 2e-7 * v.abs() if name.startswith("gelu") else 0.0
+    assert ((y - right).abs() <= 4e-6 * right.abs() + cancels + 1e-30).all()
+    dx = operators.grad_input(torch.ones_like(x), x, zero, one, None, None, None, None, None, *act[1:])
+    slope = act.gradient(torch.ones_like(v).double(), v.double())
+    assert ((dx.cpu().double().flatten() - slope).abs() <= 2e-6 * slope.abs().clamp(min=0.1) + 5 * cancels).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("padding", ["zero", "keep"])
+def test_masks(device, shape, layout, padding):
+    x, dy = (laid_out(torch.randn(shape), layout) for _ in range(2))
+    mask = torch.rand(shape[0], *shape[2:]) < 0.6
+    x[~mask.unsqueeze(1).expand(shape)] = math.nan if padding == "zero" else 7.0
+    layer = ek.BatchNorm2d(shape[1]).to(device)
+    nn.init.uniform_(layer.weight)
+    clean = torch.where(mask.unsqueeze(1), x, 0.0 if padding == "zero" else x)
+    right_y, right_dx, after = masked_reference(layer, clean, dy, mask, padding)
+    leaf = x.to(device).requires_grad_()
+    y = layer(leaf, mask=mask.to(device), activation="relu", padding=padding)
+    (dx,) = torch.autograd.grad(y, leaf, dy.to(device))
+    assert torch.allclose(y.detach().cpu().double(), right_y, atol=1e-5)
+    assert torch.allclose(dx.cpu().double(), right_dx, atol=1e-5)
+    assert torch.allclose(layer.running_mean.cpu().double(), after[0], atol=1e-5)
+    assert torch.allclose(layer.running_var.cpu().double(), after[1], atol=1e-5)
+    assert layer.num_batches_tracked.item() == 1
+
+
+def masked_reference(layer, x, dy, mask, padding):
+    """The definition over the values that count, in float64."""
+    values = x.double().requires_grad_()
+    kept = values.movedim(1, -1)[mask]
+    weight, bias = layer.weight.detach().cpu().double(), layer.bias.detach().cpu().double()
+    normal = (kept - kept.mean(0)) / (kept.var(0, correction=0) + layer.eps).sqrt() * weight + bias
+    start = values.movedim(1, -1) if padding == "keep" else torch.zeros_like(values.movedim(1, -1))
+    y = start.masked_scatter(mask.unsqueeze(-1).expand_as(start), normal.relu()).movedim(-1, 1)
+    (dx,) = torch.autograd.grad(y, values, dy.double())
+    new = 0.1 * kept.mean(0), 0.9 + 0.1 * kept.var(0)
+    return y.detach(), dx, [each.detach() for each in new]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_channel_that_is_not_finite_keeps_its_running_moments(device, shape, bad):
+    layer = ek.BatchNorm2d(shape[1]).to(device)
+    x = torch.randn(shape).to(device)
+    x[1, 1, 0, 0] = bad
+    layer(x)
+    assert layer.skipped_updates.tolist() == [channel == 1 for channel in range(shape[1])]
+    assert layer.running_mean[1].item() == 0
+    assert layer.running_var[1].item() == 1
+    kept = x[:, 0].double().mean() * 0.1
+    assert layer.running_mean[0].item() == pytest.approx(kept.item(), rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_running_moments_over_several_batches(device, shape, momentum):
+    ours, theirs = ek.BatchNorm2d(shape[1], momentum=momentum).to(device), nn.BatchNorm2d(shape[1], momentum=momentum)
+    for _ in range(3):
+        x = torch.randn(shape) * 3 + 1
+        ours(x.to(device))
+        theirs(x)
+    assert ours.num_batches_tracked.item() == 3
+    assert torch.allclose(ours.running_mean.cpu(), theirs.running_mean, atol=1e-6)
+    assert torch.allclose(ours.running_var.cpu(), theirs.running_var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", [None, "leaky_relu", "elu"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_in_place(device, shape, activation):
+    layer = ek.BatchNorm2d(shape[1]).to(device)
+    x, dy = torch.randn(shape).to(device), torch.randn(shape).to(device)
+    plain = x.clone().requires_grad_()
+    y = layer(plain, activation=activation)
+    right = torch.autograd.grad(y, [plain, layer.weight, layer.bias], dy)
+    leaf = x.clone().requires_grad_()
+    given = leaf * 1.0
+    memory = given.data_ptr()
+    found = layer(given, activation=activation, inplace=True)
+    assert found.data_ptr() == memory
+    assert torch.equal(found, y)
+    for a, b in zip(torch.autograd.grad(found, [leaf, layer.weight, layer.bias], dy), right, strict=True):
+        assert torch.allclose(a, b, atol=2e-4 if b.dim() == 1 else 2e-5)
+
+
+def test_only_what_is_asked_for_is_computed(device):
+    for shape in SHAPES:
+        layer = ek.BatchNorm2d(shape[1]).to(device)
+        x = torch.randn(shape).to(device)
+        dy = torch.randn(shape).to(device)
+        leaf = x.clone().requires_grad_()
+        everything = torch.autograd.grad(layer(leaf), [leaf, layer.weight, layer.bias], dy)
+        assert torch.equal(torch.autograd.grad(layer(x), layer.weight, dy)[0], everything[1])
+        ek.freeze(layer, statistics=False)
+        assert torch.equal(torch.autograd.grad(layer(leaf), leaf, dy)[0], everything[0])
+
+
+VARIANTS = {
+    "ghost": lambda: ek.GhostBatchNorm(5, 2),
+    "renorm": lambda: ek.BatchRenorm(5),
+    "split": lambda: ek.SplitBatchNorm(5, 2),
+    "moving average": lambda: ek.MovingAverageBatchNorm(5),
+    "conditional": lambda: ek.ConditionalBatchNorm(5, 3),
+    "domain": lambda: ek.DomainBatchNorm(5, 2),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_agree_with_those_on_the_cpu(device, name):
+    layer = VARIANTS[name]()
+    extra = {
+        "conditional": {"condition": torch.tensor([0, 1, 2, 0, 1, 2])},
+        "domain": {"domain": torch.tensor([0, 1, 0, 1, 1, 1])},
+    }.get(name, {})
+    x, dy = torch.randn(6, 5, 4, 4), torch.randn(6, 5, 4, 4)
+    other = copy.deepcopy(layer)
+    leaf = x.to(device).requires_grad_()
+    y = layer.to(device)(leaf, **{key: value.to(device) for key, value in extra.items()})
+    (dx,) = torch.autograd.grad(y, leaf, dy.to(device))
+    with ek.kernels.use("auto"):
+        again = x.clone().requires_grad_()
+        right = other(again, **extra)
+        (right_dx,) = torch.autograd.grad(right, again, dy)
+    assert torch.allclose(y.cpu(), right, atol=1e-5)
+    assert torch.allclose(dx.cpu(), right_dx, atol=1e-5)
