@@ -49,6 +49,9 @@ class Compiled:
             for index, (name, given) in enumerate(zip(names, arguments, strict=False)):
                 if isinstance(given, torch.Tensor):
                     signature[name] = POINTERS[given.dtype]
+                elif isinstance(given, int) and given == 1:  # Triton makes a constant of it
+                    signature[name] = "constexpr"
+                    constants[(index,)] = 1
                 else:
                     wide = "i64" if given >= 2**31 else "i32"
                     signature[name] = "fp32" if isinstance(given, float) else wide
@@ -93,8 +96,14 @@ def compile_all(kind: str, architecture: int | str) -> list[dict[str, Any]]:
         if isinstance(kernel, JITFunction):
             setattr(launches, name, Compiled(kernel, target, found))
     shapes = ((8, 64, 14, 14), (256, 64, 28, 28))
-    cases = list(product(shapes, (False, True), (torch.bfloat16, torch.float32)))
-    for number, (shape, last, dtype) in enumerate(cases[::3]):
+    cases = list(product(shapes, (False, True), (torch.bfloat16, torch.float32)))[::3]
+    # Sizes of 1 are constants to Triton.
+    cases += [
+        ((1, 3, 200, 200), False, torch.float16),
+        ((300, 1, 8, 8), True, torch.float16),
+        ((64, 1), False, torch.float32),
+    ]
+    for number, (shape, last, dtype) in enumerate(cases):
         channels = shape[1]
         x = torch.empty(shape, dtype=dtype)
         if last:

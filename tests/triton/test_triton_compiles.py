@@ -12,6 +12,8 @@ import pytest
 
 from evenkeel.kernels import triton
 
+pytestmark = pytest.mark.triton
+
 KERNELS = {
     "part_kernel", "merge_kernel", "coefficient_kernel", "apply_kernel", "forward_kernel", "grad_part_kernel",
     "grad_merge_kernel", "slope_kernel", "grad_input_kernel", "backward_kernel", "invert_kernel",

@@ -12,6 +12,8 @@ from support.definition import UNIT, expect, spread
 import evenkeel as ek
 from evenkeel.kernels.triton import choice, tiling
 
+pytestmark = pytest.mark.triton
+
 SHAPES = [(2, 1), (5, 19), (3, 9, 17), (2, 35, 1), (7, 5, 1, 1), (5, 7, 3, 11), (2, 3, 3, 5, 2)]
 LAYOUTS = ("contiguous", "channels_last")
 CASES = [

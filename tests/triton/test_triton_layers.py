@@ -14,6 +14,8 @@ import evenkeel as ek
 from evenkeel.activations import NAMED
 from evenkeel.kernels import triton
 
+pytestmark = pytest.mark.triton
+
 #: On chip, and walked over by several programs.
 SHAPES = [(6, 5, 4, 7), (30, 2, 21, 29)]
 LAYOUTS = ("contiguous", "channels_last")

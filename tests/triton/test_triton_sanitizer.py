@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.triton
+
 PROGRAM = Path(__file__).resolve().parents[2] / "bench" / "gpu.py"
 
 

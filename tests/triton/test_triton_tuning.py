@@ -12,6 +12,8 @@ from evenkeel.kernels import triton
 from evenkeel.kernels.triton.choice import by_rule
 from evenkeel.kernels.triton.tiling import View
 
+pytestmark = pytest.mark.triton
+
 
 @pytest.fixture
 def tuning():
