@@ -40,6 +40,15 @@ def kind_of(identity: str) -> str:
     return identity.partition("@")[0]
 
 
+LONGER = 4
+"""How many times as many steps larger images get, where a claim asks how many steps a network needs."""
+
+
+def steps_for(data: str, steps: int) -> int:
+    """The steps of a training run that takes this many on digits."""
+    return steps if kind_of(data) == "digits" else LONGER * steps
+
+
 def seeds_text(seeds: Sequence[object]) -> str:
     """How many seeds, and what a seed is."""
     few = "" if len(seeds) >= 5 else "; fewer than five: read the intervals with care"

@@ -17,7 +17,7 @@ from evenkeel.lab.data import images
 from evenkeel.lab.figures import Axis, Figure, Series, Table
 from evenkeel.lab.networks import StackedMLP
 from evenkeel.lab.phrases import listed, steps
-from evenkeel.lab.plan import Plan, seeds_text
+from evenkeel.lab.plan import LONGER, Plan, seeds_text, steps_for
 from evenkeel.lab.reading import Runs, band, column
 from evenkeel.lab.seeds import generator
 from evenkeel.lab.statistics import Speedup, geometric_mean, speedup
@@ -99,7 +99,7 @@ def _rates(plan: Plan, activation: str) -> tuple[float, ...]:
 
 def _cells(plan: Plan, data: str, baseline: str) -> Sequence[Cell]:
     activation, scale, centred, quick, full = BASELINES[baseline]
-    end, shorter = quick if plan.quick else full
+    end, shorter = (steps_for(data, length) for length in (quick if plan.quick else full))
     return [
         Cell(
             curves,
@@ -158,7 +158,8 @@ def read(plan: Plan, results: Results) -> Reading:
             (
                 "Steps to target",
                 "on test data, linear between evaluations; a run that does not get there counts at its "
-                "last step, and the ratio is then a bound. Runs with batch norm are shorter",
+                "last step, and the ratio is then a bound. Runs with batch norm are shorter; those "
+                f"on larger images {LONGER} times as long",
             ),
             ("Seeds", seeds_text(_seeds(plan))),
         ],

@@ -15,7 +15,7 @@ from evenkeel.lab.cell import Cell, Result, Results
 from evenkeel.lab.claim import Claim, Reading, Source
 from evenkeel.lab.figures import Axis, Figure, Series, Table
 from evenkeel.lab.phrases import listed
-from evenkeel.lab.plan import Plan, seeds_text
+from evenkeel.lab.plan import LONGER, Plan, seeds_text, steps_for
 from evenkeel.lab.reading import Runs
 from evenkeel.lab.seeds import seed_from
 from evenkeel.lab.statistics import Interval, difference, mean
@@ -75,7 +75,7 @@ def _cells(plan: Plan, data: str, activation: str, depth: int) -> Sequence[Cell]
             seed=seed,
             **settings(seed, count),
             paired=True,
-            evaluate_at=(steps,),
+            evaluate_at=(steps_for(data, steps),),
             widths=(WIDTH,) * depth,
             activation=activation,
         )
@@ -140,7 +140,11 @@ def read(plan: Plan, results: Results) -> Reading:
                 f"{SCALES[0]:g} to {SCALES[1]:g} times Xavier's, 1 − momentum {LEAST_MOMENTUM_LEFT:g} to 1",
             ),
             ("Network", f"fully connected, hidden layers of {WIDTH}, centred pixels"),
-            ("Training", f"{50 if plan.quick else 100} steps of gradient descent with momentum, batches of 60"),
+            (
+                "Training",
+                f"{50 if plan.quick else 100} steps of gradient descent with momentum (larger images: {LONGER} times "
+                "as many), batches of 60",
+            ),
             ("Counted", "settings with 90 % test accuracy at the end; a seed has its own draw of settings"),
             ("Seeds", seeds_text(_seeds(plan))),
         ],

@@ -9,7 +9,7 @@ from evenkeel.lab.cell import Cell, Result, Results
 from evenkeel.lab.claim import Claim, Reading, Source
 from evenkeel.lab.figures import Axis, Figure, Series, Table
 from evenkeel.lab.phrases import listed
-from evenkeel.lab.plan import Plan, seeds_text
+from evenkeel.lab.plan import LONGER, Plan, seeds_text, steps_for
 from evenkeel.lab.reading import Runs
 from evenkeel.lab.statistics import Interval, difference, mean
 from evenkeel.lab.trials import ACTIVATION_NAMES, trial_cell, where_text
@@ -50,7 +50,7 @@ def _cells(plan: Plan, data: str, activation: str) -> Sequence[Cell]:
             seed=seed,
             rates=rates,
             scales=scales,
-            evaluate_at=(_steps(plan),),
+            evaluate_at=(steps_for(data, _steps(plan)),),
             widths=(64, 64, 64),
             activation=activation,
         )
@@ -102,7 +102,10 @@ def read(plan: Plan, results: Results) -> Reading:
                 "Combinations",
                 f"scales {', '.join(f'{s:g}' for s in scales)}; rates {', '.join(f'{r:g}' for r in rates)}",
             ),
-            ("Training", f"{_steps(plan)} steps of gradient descent, batches of 60"),
+            (
+                "Training",
+                f"{_steps(plan)} steps of gradient descent (larger images: {LONGER} times as many), batches of 60",
+            ),
             ("Seeds", seeds_text(_seeds(plan))),
         ],
         notes=[
