@@ -40,7 +40,8 @@ help:
 	@echo 'make test     run the tests'
 	@echo 'make check    format, lint, types, layers of imports'
 	@echo 'make bench    time the layers and whole networks: tables, and bench-results/bench.html; what bench/gpu.py stored, too'
-	@echo 'make claims   measure all claims in full form, alone on the machine: the pages in docs/claims'
+	@echo 'make claims   measure all claims in full form, alone on the machine: the pages in docs/claims; with DATA=FOLDER, which'
+	@echo '              holds MNIST and recordings, also those in docs/claims_on_more_data'
 	@echo 'make models   convert and fold published architectures: a table, and docs/models.md'
 	@echo 'make native   check the kernels without torch, on everything that the driver has'
 	@echo 'make sanitize check them with address and undefined-behaviour sanitizers, without torch and with it'
@@ -62,6 +63,10 @@ claims: $(VENV)/.built
 	@mkdir -p bench-results
 	@$(BIN)/evenkeel lab run --full --out bench-results/lab.html --json $(ARGS) > bench-results/lab.json
 	@$(BIN)/python -m evenkeel.lab.pages bench-results/lab.json docs/claims
+ifneq ($(DATA),)
+	@$(BIN)/evenkeel lab run --full --data-dir $(DATA) --out bench-results/more.html --json $(ARGS) > bench-results/more.json
+	@$(BIN)/python -m evenkeel.lab.pages bench-results/more.json docs/claims_on_more_data
+endif
 
 # Two processes of torch's own threads: waiting ones are not to keep a core busy. ARGS="-n 0" runs all in one process.
 test: $(VENV)/.built

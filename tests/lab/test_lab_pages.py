@@ -10,24 +10,33 @@ from fakes import fake_document
 from evenkeel.lab.claim import claims
 from evenkeel.lab.guide import ADVICE
 from evenkeel.lab.pages import STORED, kept, main, pages, write_pages
+from evenkeel.lab.plan import kind_of
 
-FOLDER = Path(__file__).parents[2] / "docs" / "claims"
+DOCS = Path(__file__).parents[2] / "docs"
+#: Of the bundled data alone, and with MNIST and recordings.
+FOLDERS = {"claims": [], "claims_on_more_data": ["mnist", "speech"]}
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def folder(request):
+    return DOCS / request.param
 
 
 @pytest.fixture(scope="module")
-def run():
-    return json.loads((FOLDER / STORED).read_text(encoding="utf-8"))
+def run(folder):
+    return json.loads((folder / STORED).read_text(encoding="utf-8"))
 
 
-def test_every_page_is_made_from_the_stored_run(run):
+def test_every_page_is_made_from_the_stored_run(run, folder):
     made = pages(run)
-    assert {path.name for path in FOLDER.iterdir()} == {STORED, *made}
+    assert {path.name for path in folder.iterdir()} == {STORED, *made}
     for name, text in made.items():
-        assert (FOLDER / name).read_text(encoding="utf-8") == text, f"{name}: make claims makes it again"
+        assert (folder / name).read_text(encoding="utf-8") == text, f"{name}: make claims makes it again"
 
 
-def test_the_stored_run_is_a_full_one_of_every_claim_as_it_is(run):
-    assert run["plan"] == {"quick": False, "seeds": None, "data": []}
+def test_the_stored_run_is_a_full_one_of_every_claim_as_it_is(run, folder):
+    assert (run["plan"]["quick"], run["plan"]["seeds"]) == (False, None)
+    assert sorted(kind_of(identity) for identity in run["plan"]["data"]) == FOLDERS[folder.name]
     assert run["run"]["failed"] == run["run"]["missing"] == 0
     assert [section["name"] for section in run["sections"]] == list(claims())
     for section in run["sections"]:
@@ -37,8 +46,8 @@ def test_the_stored_run_is_a_full_one_of_every_claim_as_it_is(run):
         assert section["sources"] == [vars(source) for source in claim.sources]
 
 
-def test_it_is_small(run):
-    assert (FOLDER / STORED).stat().st_size < 600_000
+def test_it_is_small(run, folder):
+    assert (folder / STORED).stat().st_size < 600_000
     assert all("figures" not in section for section in run["sections"])
 
 
@@ -54,6 +63,17 @@ def test_a_page_holds_verdict_findings_tables_and_command():
     assert "(aside)" in text
     for row in section["tables"][0]["rows"]:
         assert f"| {' | '.join(row)} |" in text
+
+
+def test_where_the_data_lay_is_nobody_s_business():
+    document = fake_document()
+    for place in ("/home/me/data", "'/home/me/my data'"):
+        document["command"] = f"evenkeel lab run --full --data-dir {place} --seeds 3"
+        document["sections"][0]["command"] = f"evenkeel lab run fakes --data-dir {place}"
+        text = json.dumps(kept(document))
+        assert "home" not in text
+        assert "--data-dir FOLDER --seeds 3" in text
+        assert "--data-dir FOLDER" in pages(kept(document))["fakes.md"]
 
 
 def test_a_bar_in_a_cell_does_not_break_the_table():

@@ -9,6 +9,7 @@ apart.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,13 +33,18 @@ def kept(document: Plain) -> dict[str, Any]:
     sections = []
     for section in document["sections"]:
         part = {key: section[key] for key in _KEPT}
+        part["command"] = _anywhere(part["command"])
         part["pictures"] = [
             {"title": figure["title"], "description": figure["description"]} for figure in section["figures"]
         ]
         sections.append(part)
-    return {key: document[key] for key in ("format", "command", "plan", "environment", "run", "verdicts")} | {
-        "sections": sections
-    }
+    facts = {key: document[key] for key in ("format", "plan", "environment", "run", "verdicts")}
+    return {**facts, "command": _anywhere(document["command"]), "sections": sections}
+
+
+def _anywhere(command: str) -> str:
+    """The command without the place where the data lay on the machine that measured."""
+    return re.sub(r"--data-dir ('[^']*'|\S+)", "--data-dir FOLDER", command)
 
 
 def pages(run: Plain) -> dict[str, str]:
