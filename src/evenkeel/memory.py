@@ -118,7 +118,7 @@ def obstacle() -> str | None:
         process.gnu_get_libc_version, process.mallopt, process.malloc_trim  # noqa: B018 - only whether they are there
     except (AttributeError, OSError, TypeError):
         return "the C library is not glibc"
-    owner = _owner_of_malloc(process)
+    owner = _owner_of_allocations(process)
     if owner is not None and not owner.startswith("libc"):
         return f"memory comes from {owner}, not from glibc"
     for name in _VARIABLES:
@@ -141,11 +141,15 @@ class _Symbol(ctypes.Structure):
     )
 
 
-def _owner_of_malloc(process: ctypes.CDLL) -> str | None:
-    """The file that the process's malloc is in: a preloaded allocator's, if there is one."""
+def _owner_of_allocations(process: ctypes.CDLL) -> str | None:
+    """The file that memory for tensors comes from: a preloaded allocator's, if there is one.
+
+    torch calls posix_memalign. The address of malloc would mislead: in a program at fixed addresses, such as Debian's
+    python3, it is a stub in the program itself.
+    """
     symbol = _Symbol()
     try:
-        found = process.dladdr(ctypes.cast(process.malloc, ctypes.c_void_p), ctypes.byref(symbol))
+        found = process.dladdr(ctypes.cast(process.posix_memalign, ctypes.c_void_p), ctypes.byref(symbol))
     except AttributeError:
         return None
     return Path(symbol.file.decode()).name if found and symbol.file else None

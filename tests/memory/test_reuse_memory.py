@@ -104,7 +104,7 @@ def test_it_is_announced(library: Recorder, caplog: pytest.LogCaptureFixture) ->
 def test_where_it_cannot_be_had_it_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_warned", False)
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
-    monkeypatch.setattr(memory, "_owner_of_malloc", lambda _: "libc.so.6")
+    monkeypatch.setattr(memory, "_owner_of_allocations", lambda _: "libc.so.6")
     why = memory.obstacle()
     assert why
     with pytest.warns(RuntimeWarning, match="is not reused"):
@@ -117,5 +117,5 @@ def test_where_it_cannot_be_had_it_warns_once(monkeypatch: pytest.MonkeyPatch) -
 
 @possible
 def test_another_allocator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_owner_of_malloc", lambda _: "libjemalloc.so.2")
+    monkeypatch.setattr(memory, "_owner_of_allocations", lambda _: "libjemalloc.so.2")
     assert "libjemalloc.so.2" in (memory.obstacle() or "")

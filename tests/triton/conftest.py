@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +11,26 @@ import torch
 
 import evenkeel as ek
 from evenkeel.kernels import triton
+
+#: Modules with kernels, or that hold some.
+WITH_KERNELS = (
+    "activation", "apply", "gate", "grad_input", "grad_stats", "invert", "launches", "on_chip", "operators", "stats",
+    "tile",
+)  # fmt: skip
+
+
+def interpret() -> None:
+    """Import the kernels for the interpreter. Whether they are for it is settled when they are imported, and whatever
+    imports all modules, as tests of docstrings do, has imported them for a GPU.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launches = sys.modules.get("evenkeel.kernels.triton.launches")
+    if launches is None or isinstance(launches.apply_kernel, InterpretedFunction):
+        return
+    for name in WITH_KERNELS:
+        sys.modules.pop(f"evenkeel.kernels.triton.{name}", None)
+    triton._operators = None
 
 
 @pytest.fixture
@@ -20,6 +41,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     where = "cuda" if torch.cuda.is_available() else "cpu"
     if where == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+        interpret()
     # The interpreter computes with numpy, which warns of what a GPU takes in silence: Inf − Inf, say.
     with ek.kernels.use("triton"), np.errstate(all="ignore"):
         before = ek.kernels.calls()

@@ -188,10 +188,10 @@ def operators(x: Tensor) -> Any | None:
         return None
     if not x.is_cuda or x.dtype not in triton.DTYPES or _forced == "reference":
         return None
-    if triton.missing() is None:
-        return triton.load()
-    announce_fallback("cuda")
-    return None
+    found = triton.load()
+    if found is None:
+        announce_fallback("cuda")
+    return found
 
 
 def in_compiled_code(device: torch.device) -> bool:

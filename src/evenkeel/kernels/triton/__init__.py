@@ -36,10 +36,10 @@ def unusable() -> str | None:
     return lacking
 
 
-def load() -> ModuleType:
-    """The module of the operators; only where :func:`missing` is None."""
+def load() -> ModuleType | None:
+    """The module of the operators, or None where Triton is missing. Called for every tensor on a GPU."""
     global _operators
-    if _operators is None:
+    if _operators is None and missing() is None:
         from evenkeel.kernels.triton import operators as module
 
         _operators = module
