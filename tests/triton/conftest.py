@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,36 +11,19 @@ import torch
 import evenkeel as ek
 from evenkeel.kernels import triton
 
-#: Modules with kernels, or that hold some.
-WITH_KERNELS = (
-    "activation", "apply", "gate", "grad_input", "grad_stats", "invert", "launches", "on_chip", "operators", "stats",
-    "tile",
-)  # fmt: skip
-
-
-def interpret() -> None:
-    """Import the kernels for the interpreter. Whether they are for it is settled when they are imported, and whatever
-    imports all modules, as tests of docstrings do, has imported them for a GPU.
-    """
-    from triton.runtime.interpreter import InterpretedFunction
-
-    launches = sys.modules.get("evenkeel.kernels.triton.launches")
-    if launches is None or isinstance(launches.apply_kernel, InterpretedFunction):
-        return
-    for name in WITH_KERNELS:
-        sys.modules.pop(f"evenkeel.kernels.triton.{name}", None)
-    triton._operators = None
+# Whether Triton interprets is settled when it is first imported, and other tests may have imported it for a GPU. Where
+# there is none, these files run in processes of their own, which test_triton_interpreted.py starts.
+INTERPRETED = ("test_triton_contract.py", "test_triton_layers.py", "test_triton_tuning.py")
+HERE = triton.missing() is not None or torch.cuda.is_available() or triton.interpreted()
+collect_ignore = [] if HERE else list(INTERPRETED)
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def device() -> Iterator[str]:
     """Where the tensors go. The kernels are forced there: a test fails when they did not run, or plain torch ran."""
     if triton.missing() is not None:
         pytest.skip(f"{triton.missing()}, so that its kernels can't run")
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    if where == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-        interpret()
     # The interpreter computes with numpy, which warns of what a GPU takes in silence: Inf − Inf, say.
     with ek.kernels.use("triton"), np.errstate(all="ignore"):
         before = ek.kernels.calls()

@@ -57,21 +57,6 @@ def test_float64_goes_to_the_reference_back_end(monkeypatch):
     assert ek.kernels.active() != "triton"
 
 
-def test_an_unusual_argument_is_declined_and_said(device, caplog, monkeypatch):
-    from evenkeel import fused
-
-    monkeypatch.setattr(fused, "_declined_for", set())
-    layer = ek.BatchNorm1d(3).to(device)
-    x = torch.randn(5, 3).to(device)
-    right = layer(x)
-    calls = ek.kernels.calls()
-    y = layer(x, torch.zeros(5, 3, dtype=torch.float64).to(device))
-    assert torch.allclose(y.float(), right, atol=1e-6)
-    assert ek.kernels.calls()["reference"] > calls["reference"]
-    assert "do not take this dtype or layout of residual" in caplog.text
-    ek.kernels.reference.calls = calls["reference"]  # the fixture is told that this was meant
-
-
 def test_compiled_code_gets_torchs_own_operators_unless_they_are_forced():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert not ek.kernels.in_compiled_code(cuda)

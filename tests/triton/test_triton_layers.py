@@ -159,3 +159,18 @@ def test_variants_agree_with_those_on_the_cpu(device, name):
         (right_dx,) = torch.autograd.grad(right, again, dy)
     assert torch.allclose(y.cpu(), right, atol=1e-5)
     assert torch.allclose(dx.cpu(), right_dx, atol=1e-5)
+
+
+def test_an_unusual_argument_is_declined_and_said(device, caplog, monkeypatch):
+    from evenkeel import fused
+
+    monkeypatch.setattr(fused, "_declined_for", set())
+    layer = ek.BatchNorm1d(3).to(device)
+    x = torch.randn(5, 3).to(device)
+    right = layer(x)
+    calls = ek.kernels.calls()
+    y = layer(x, torch.zeros(5, 3, dtype=torch.float64).to(device))
+    assert torch.allclose(y.float(), right, atol=1e-6)
+    assert ek.kernels.calls()["reference"] > calls["reference"]
+    assert "do not take this dtype or layout of residual" in caplog.text
+    ek.kernels.reference.calls = calls["reference"]  # the fixture is told that this was meant
