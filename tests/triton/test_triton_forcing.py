@@ -44,16 +44,20 @@ def test_other_devices_run_on_the_reference_back_end():
     assert ek.kernels.operators(torch.empty(2, 3, device="meta")) is None
 
 
-def test_float64_goes_to_the_reference_back_end(monkeypatch):
+def test_float64_goes_to_the_reference_back_end_and_that_is_said_once(monkeypatch, caplog):
     if triton.missing() is not None:
         pytest.skip(triton.missing())
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(ek.kernels, "_announced", set())
     with ek.kernels.use("triton"):
         assert ek.kernels.active() == "triton"
         assert ek.kernels.operators(torch.empty(2, 3, dtype=torch.float64)) is None
         before = ek.kernels.calls()
         ek.BatchNorm1d(3).double()(torch.randn(5, 3, dtype=torch.float64))
         assert ek.kernels.calls()["reference"] > before["reference"]
+    assert [each.getMessage() for each in caplog.records] == [
+        "Triton's kernels do not take torch.float64: the reference back end runs, which is slower"
+    ]
     assert ek.kernels.active() != "triton"
 
 

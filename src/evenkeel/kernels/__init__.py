@@ -8,6 +8,7 @@ instruction sets, of which the best that the machine supports is taken. ``triton
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from dataclasses import dataclass
@@ -51,7 +52,9 @@ _NOTES = {
 
 _unavailable = cpu.load()
 _forced: str | None = None
-_announced: set[str] = set()
+_log = logging.getLogger("evenkeel")
+#: The devices and dtypes whose fallback has been said.
+_announced: set[str | torch.dtype] = set()
 #: What the native operators take, on the CPU.
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 #: Whether such tensors do take the native operators. Read on every call.
@@ -182,11 +185,20 @@ def operators(x: Tensor) -> Any | None:
         if native_enabled:
             return torch.ops.evenkeel if x.dtype in DTYPES else None
         if _interpreting:
-            return triton.load() if x.dtype in triton.DTYPES else None
+            return _on_triton(x)
         if x.dtype in DTYPES:
             announce_fallback()
         return None
-    if not x.is_cuda or x.dtype not in triton.DTYPES or _forced == "reference":
+    if not x.is_cuda or _forced == "reference":
+        return None
+    return _on_triton(x)
+
+
+def _on_triton(x: Tensor) -> Any | None:
+    if x.dtype not in triton.DTYPES:
+        if x.dtype in DTYPES and x.dtype not in _announced:
+            _announced.add(x.dtype)
+            _log.warning("Triton's kernels do not take %s: the reference back end runs, which is slower", x.dtype)
         return None
     found = triton.load()
     if found is None:

@@ -1,4 +1,4 @@
-"""g, the gradient in front of the activation."""
+"""g, the gradient in front of the activation, and the gradients that are written value by value."""
 
 from __future__ import annotations
 
@@ -24,3 +24,14 @@ def gated(
                 v += tl.load(residual + offsets, mask=counts, other=0.0).to(tl.float32)
         g = tl.where(counts, gradient(g, v, a, b, ACT), 0.0)
     return g
+
+
+@triton.jit
+def store_gradient(dx, out, dy, offsets, inside, counts, MASKED: tl.constexpr, KEEP: tl.constexpr):
+    """Write dx; where the mask lets nothing count it is 0, or with KEEP, where y is x, dy."""
+    if MASKED:
+        left = tl.zeros_like(out)
+        if KEEP:
+            left = tl.load(dy + offsets, mask=inside, other=0.0).to(tl.float32)
+        out = tl.where(counts, out, left)
+    tl.store(dx + offsets, out.to(dx.dtype.element_ty), mask=inside)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from evenkeel.kernels.triton.gate import gated
+from evenkeel.kernels.triton.gate import gated, store_gradient
 from evenkeel.kernels.triton.grad_stats import sloped
 from evenkeel.kernels.triton.tile import counting, held, lay
 
@@ -52,9 +52,4 @@ def grad_input_kernel(
             exists = channels < C
             slope = tl.load(slopes + channels, mask=exists, other=0.0)
             out += (values - centre) * slope + tl.load(slopes + C + channels, mask=exists, other=0.0)
-        if MASKED:
-            left = tl.zeros_like(out)
-            if KEEP:
-                left = tl.load(dy + offsets, mask=inside, other=0.0).to(tl.float32)
-            out = tl.where(counts, out, left)
-        tl.store(dx + offsets, out.to(dx.dtype.element_ty), mask=inside)
+        store_gradient(dx, out, dy, offsets, inside, counts, MASKED, KEEP)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from evenkeel.kernels.triton.activation import activate
-from evenkeel.kernels.triton.gate import gated
+from evenkeel.kernels.triton.gate import gated, store_gradient
 from evenkeel.kernels.triton.grad_stats import write_gradients
 from evenkeel.kernels.triton.stats import conclude
 from evenkeel.kernels.triton.tile import counting, held, place, total
@@ -87,9 +87,4 @@ def backward_kernel(
         tl.store(dresidual + offsets, g.to(dresidual.dtype.element_ty), mask=inside)
     if NEED_INPUT:
         out = g * scale + away * slope + offset
-        if MASKED:
-            left = tl.zeros_like(out)
-            if KEEP:
-                left = tl.load(dy + offsets, mask=inside, other=0.0).to(tl.float32)
-            out = tl.where(counts, out, left)
-        tl.store(dx + offsets, out.to(dx.dtype.element_ty), mask=inside)
+        store_gradient(dx, out, dy, offsets, inside, counts, MASKED, KEEP)
