@@ -30,7 +30,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo lab claims test check bench models native sanitize arm format clean FORCE
+.PHONY: help demo lab claims test fuzz check bench models native sanitize arm format clean FORCE
 CHECKS := check-format check-lint check-types check-layers check-kernels
 .PHONY: $(CHECKS)
 
@@ -38,6 +38,7 @@ help:
 	@echo 'make demo     some claims about batch normalization, on real data: verdicts, and evenkeel-demo.html'
 	@echo 'make lab      all claims in quick form: verdicts, and evenkeel-lab.html'
 	@echo 'make test     run the tests'
+	@echo 'make fuzz     100,000 random programs through convert, with fresh seeds'
 	@echo 'make check    format, lint, types, layers of imports'
 	@echo 'make bench    time the layers and whole networks: tables, and bench-results/bench.html; what bench/gpu.py stored, too'
 	@echo 'make claims   measure all claims in full form, alone on the machine: the pages in docs/claims; with DATA=FOLDER, which'
@@ -71,6 +72,10 @@ endif
 # Two processes of torch's own threads: waiting ones are not to keep a core busy. ARGS="-n 0" runs all in one process.
 test: $(VENV)/.built
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# Half an hour or more on two cores. FUSION_FUZZ_SEED=N begins at a seed, as a failure names it.
+fuzz: $(VENV)/.built
+	@FUSION_FUZZ=200000 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/fusion/test_program_fuzz.py -k fresh $(ARGS)
 
 # The page is drawn also when a result was wrong, which it then says; ARGS goes to the layers' benchmark.
 bench: $(VENV)/.built

@@ -200,6 +200,19 @@ def layer_batch_norm(
     return fused.batch_norm(x, residual, weight, bias, state, act)
 
 
+def check_layer_call(
+    x: Any, weight: Tensor | None, bias: Tensor | None, state: State, ranks: tuple[int, ...] | None
+) -> bool:
+    """Whether a call is legal and nothing is special about it; else :func:`layer_batch_norm` knows what to say."""
+    if _plainly_legal(x, None, weight, bias, state, ranks):
+        return True
+    try:
+        check_arguments(state.what, x, None, weight, bias, state, ranks)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _plainly_legal(x: Any, residual: Any, weight: Any, bias: Any, state: State, ranks: tuple[int, ...] | None) -> bool:
     """A quick look that clears the common case; the native operators check the rest before they write anything."""
     running_mean, running_var, batches, training, _, momentum, eps, *_ = state

@@ -17,9 +17,10 @@ from evenkeel import composite, kernels, ops
 from evenkeel.activations import Activation
 from evenkeel.arguments import State, check_arguments
 from evenkeel.kernels import reference
-from evenkeel.layout import counted, dense
+from evenkeel.layout import counted, dense, per_channel
 from evenkeel.moments import wide_dtype
 from evenkeel.running import update_running
+from evenkeel.second_run import is_second_run
 
 _UNSUPPORTED = "evenkeel: unsupported: "
 _log = logging.getLogger("evenkeel")
@@ -31,13 +32,22 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def batch_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    state: State,
+    act: Activation,
+    saved: Tensor | None = None,
 ) -> Tensor:
-    """``act(bn(x) + residual)``; arguments are taken to be legal, see arguments.check_arguments."""
+    """``act(bn(x) + residual)``; arguments are taken to be legal, see arguments.check_arguments.
+
+    Args:
+        saved: What :func:`measure` has found for x, which then normalizes; nothing is updated.
+    """
     if torch.compiler.is_compiling():
         return _traced(x, residual, weight, bias, state, act)
-    # A forward inside a backward is a checkpoint's second run: its batch has been counted.
-    if state.update and torch._C._current_graph_task_id() != -1:
+    if state.update and is_second_run():
         state = state._replace(update=False)
     if transformed():
         return composite.differentiable(x, residual, weight, bias, state, act)
@@ -57,8 +67,118 @@ def batch_norm(
             or (residual is not None and act.code > 1 and residual.is_inference())  # see ops.gate_needs
         ):
             refuse_inference(state.what)
-        return _apply(x, residual, weight, bias, state, act)  # type: ignore[no-any-return]
-    return _forward(x, residual, weight, bias, state, act)[0]
+        return _apply(x, residual, weight, bias, saved, state, act)  # type: ignore[no-any-return]
+    return _forward(x, residual, weight, bias, saved, state, act)[0]
+
+
+def measure(x: Tensor, state: State) -> Tensor:
+    """Mean, variance and 1/√(var + eps) that normalize x, as one (3, C) tensor; the running statistics are updated.
+
+    The first half of :func:`batch_norm`, whose second half takes the result as ``saved``.
+
+    Args:
+        x: A plain tensor, contiguous or channels-last.
+        state: Without a mask.
+    """
+    if state.update and is_second_run():
+        state = state._replace(update=False)
+    running_mean, running_var, batches, training, update, momentum, eps, _, skipped, *_ = state
+    x = x.detach()
+    fast = kernels.operators(x)
+    if fast is not None:
+        try:
+            saved: Tensor = fast.measure_(
+                x, running_mean, running_var, batches, training, update, momentum, eps, skipped
+            )
+            mark_updated(state)
+            return saved
+        except RuntimeError as error:
+            if not declined(error):
+                raise
+            announce_declined(error)
+    with torch.no_grad():
+        saved, count = _reference_measure(x, state)
+        _reference_update(x, saved, count, state)
+    return saved
+
+
+def is_plain(parameter: Tensor | None) -> bool:
+    """Whether changes in place of a parameter are counted, and it is nothing but memory; None is no parameter."""
+    return parameter is None or (type(parameter) in PLAIN and not parameter.is_inference())
+
+
+class Normalization:
+    """A batch norm in its parts, for a result that waits: what it takes from x at once, and what is computed later.
+
+    Args:
+        state: The layer's, without a mask.
+        weight, bias: Its parameters.
+    """
+
+    __slots__ = ("bias", "state", "weight")
+
+    def __init__(self, state: State, weight: Tensor | None, bias: Tensor | None) -> None:
+        self.state, self.weight, self.bias = state, weight, bias
+
+    def run(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, act: Activation | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """``act(bn(x))``, and (mean, var, rstd); the running statistics are updated. None for ``act``: only that."""
+        if act is None:
+            return None, measure(x, self.state)
+        return _forward(x, None, weight, bias, None, self.state, act)
+
+    def apply(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        saved: Tensor,
+        act: Activation,
+    ) -> Tensor:
+        """``act(bn(x) + residual)`` with what :meth:`run` has found; no graph."""
+        return _forward(x, residual, weight, bias, saved, self.state, act)[0]
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        saved: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        y: Tensor | None,
+        act: Activation,
+        need: tuple[bool, bool, bool, bool],
+    ) -> tuple[Tensor | None, ...]:
+        """dx, dresidual, dweight, dbias, as far as they are needed.
+
+        Args:
+            y: The result, where there was a residual and the activation is ReLU.
+        """
+        return backward(dy, x, saved, weight, bias if act.code else None, y, None, self.state.training, act, *need)
+
+    def differentiable(self, x: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """``bn(x)`` by the formula, as a function of x, weight and bias."""
+        xhat, _ = composite.normalized(x, self._fixed(saved), self.state.eps)
+        y = xhat if weight is None else xhat * per_channel(weight.to(xhat.dtype), x)
+        return (y if bias is None else y + per_channel(bias.to(xhat.dtype), x)).to(x.dtype)
+
+    def differentiable_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        saved: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        y: Tensor | None,
+        act: Activation,
+    ) -> tuple[Tensor | None, ...]:
+        """As :meth:`backward`, all of them, as differentiable functions."""
+        return composite.backward(dy, x, weight, bias, self._fixed(saved), y, None, self.state.eps, act)
+
+    def _fixed(self, saved: Tensor) -> tuple[Tensor, Tensor] | None:
+        return None if self.state.training else (saved[0], saved[2])
 
 
 def transformed() -> bool:
@@ -84,10 +204,11 @@ class _BatchNorm(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
+        saved: Tensor | None,
         state: State,
         act: Activation,
     ) -> Tensor:
-        y, saved = _forward(x, residual, weight, bias, state, act)
+        y, saved = _forward(x, residual, weight, bias, saved, state, act)
         ctx.save_for_backward(x, weight, saved, *ops.gate_needs(act.code, residual, bias, y), state.mask)
         ctx.options = state.training, state.eps, act, None if residual is None else residual.dtype, state.keep
         return y
@@ -95,7 +216,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, saved, bias, y, residual, mask = ctx.saved_tensors
-        need_x, need_residual, need_weight, need_bias, _, _ = ctx.needs_input_grad
+        need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
         training, eps, act, residual_dtype, keep = ctx.options
         dresidual = dy
         if torch.is_grad_enabled() or transformed():  # create_graph=True, or a derivative of the backward
@@ -120,6 +241,7 @@ class _BatchNorm(torch.autograd.Function):
             dbias if need_bias else None,
             None,
             None,
+            None,
         )
 
 
@@ -129,13 +251,24 @@ _apply = super(torch.autograd.Function, _BatchNorm).apply
 
 
 def _forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor | None,
+    state: State,
+    act: Activation,
 ) -> tuple[Tensor, Tensor]:
-    """y, and (mean, var, rstd) as one (3, C) tensor; the running moments are updated as ``state`` says."""
+    """y, and (mean, var, rstd) as one (3, C) tensor.
+
+    Unless the latter is given, the running statistics are updated as ``state`` says.
+    """
     running_mean, running_var, batches, training, update, momentum, eps, what, skipped, mask, keep = state
     fast = kernels.operators(x)
     if fast is not None:
         try:
+            if saved is not None:
+                return fast.finish(x, saved, weight, bias, residual, act.code, act.a, act.b), saved
             result = fast.forward_(
                 x, residual, weight, bias, running_mean, running_var, batches, training, update, momentum, eps,
                 act.code, act.a, act.b, skipped, mask, keep,
@@ -147,16 +280,17 @@ def _forward(
                 raise
             check_arguments(what, x, residual, weight, bias, state)
             announce_declined(error)
-    return reference_forward(x, residual, weight, bias, state, act)
+    return reference_forward(x, residual, weight, bias, state, act, saved)
 
 
 def mark_updated(state: State, *others: Tensor) -> None:
     """Tell autograd what a fast operator has overwritten: the running moments where they were updated, and others."""
-    changed = others
+    changed = [*others]
     if state.update and state.running_mean is not None:
-        buffers = (state.running_mean, state.running_var, state.num_batches_tracked, state.skipped)
-        changed += tuple(t for t in buffers if t is not None)
-    torch._C._increment_version([t for t in changed if not t.is_inference()])
+        for buffer in (state.running_mean, state.running_var, state.num_batches_tracked, state.skipped):
+            if buffer is not None and not buffer.is_inference():
+                changed.append(buffer)
+    torch._C._increment_version(changed)
 
 
 def declined(error: RuntimeError) -> bool:
@@ -176,8 +310,32 @@ def announce_declined(error: RuntimeError) -> None:
 
 
 def reference_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    state: State,
+    act: Activation,
+    saved: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    given = saved is not None
+    count: int | Tensor = 0
+    if saved is None:
+        saved, count = _reference_measure(x, state)
+    mean, _, rstd = saved.unbind()
+    if state.mask is None:
+        y = reference.apply(x, mean, rstd, weight, bias, residual, act)
+    else:
+        counts = state.mask.unsqueeze(1)
+        y = reference.apply(counted(counts, x), mean, rstd, weight, bias, residual, act)
+        y = counted(counts, y, x if state.keep else None)
+    if not given:
+        _reference_update(x, saved, count, state)
+    return y, saved
+
+
+def _reference_measure(x: Tensor, state: State) -> tuple[Tensor, int | Tensor]:
+    """(mean, var, rstd), and the number of values per channel."""
     count: int | Tensor = x.numel() // max(x.shape[1], 1)
     if state.training:
         moments = reference.stats(x, state.mask)
@@ -189,16 +347,12 @@ def reference_forward(
         assert state.running_mean is not None and state.running_var is not None
         wide = wide_dtype(x.device)
         mean, var = state.running_mean.to(wide), state.running_var.to(wide)
-    rstd = (var + state.eps).rsqrt()
-    if state.mask is None:
-        y = reference.apply(x, mean, rstd, weight, bias, residual, act)
-    else:
-        counts = state.mask.unsqueeze(1)
-        y = reference.apply(counted(counts, x), mean, rstd, weight, bias, residual, act)
-        y = counted(counts, y, x if state.keep else None)
+    return torch.stack([mean, var, (var + state.eps).rsqrt()]), count
+
+
+def _reference_update(x: Tensor, saved: Tensor, count: int | Tensor, state: State) -> None:
     if state.training and state.update and x.numel() > 0:
-        update_running(state, mean, var, count)
-    return y, torch.stack([mean, var, rstd])
+        update_running(state, saved[0], saved[1], count)
 
 
 def backward(

@@ -24,6 +24,7 @@ from evenkeel.arguments import State, check_arguments
 from evenkeel.kernels import reference
 from evenkeel.layout import reduced_dims
 from evenkeel.moments import wide_dtype
+from evenkeel.second_run import is_second_run
 
 #: Roundings of y that may reach x, in deviations: 64, of the half-precision dtypes' coarser ones 8.
 _ROUNDINGS = {torch.float32: 64.0, torch.float64: 64.0}
@@ -41,7 +42,7 @@ def batch_norm_(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: St
     """
     if torch.compiler.is_compiling() or fused.transformed() or type(x) not in fused.PLAIN:
         return fused.batch_norm(x, None, weight, bias, state, act)
-    if state.update and torch._C._current_graph_task_id() != -1:  # as in fused.batch_norm
+    if state.update and is_second_run():
         state = state._replace(update=False)
     tensors = [t for t in (x, weight, bias) if t is not None]
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):

@@ -28,7 +28,12 @@ _RUNNING = "Tensor(b!)? running_mean, Tensor(c!)? running_var, Tensor(d!)? num_b
 for _schema in (
     # Mean and biased variance per channel, of the values that the mask (N, *S) lets count.
     "stats(Tensor x, Tensor? mask) -> Tensor",
+    # Mean, var and rstd that normalize x, (3, C); the running moments are updated as by forward_.
+    f"measure_(Tensor x, {_RUNNING}, bool training, bool update, float? momentum, float eps, Tensor(e!)? skipped=None)"
+    " -> Tensor saved",
     f"apply({_BN}, Tensor? residual, {_ACT}) -> Tensor",
+    # The rest of forward_, of which measure_ is the first part.
+    f"finish(Tensor x, Tensor saved, Tensor? weight, Tensor? bias, Tensor? residual, {_ACT}) -> Tensor",
     f"grad_stats(Tensor dy, {_BN}, Tensor? y, Tensor? residual, {_ACT}) -> Tensor",
     f"grad_input(Tensor dy, {_BN}, Tensor? y, Tensor? residual, Tensor? grad_means, {_ACT}) -> Tensor",
     "forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var,"
@@ -63,7 +68,8 @@ for _schema in (
 
 #: What evenkeel.kernels.triton.operators has; groups are taken one by one there.
 ON_GPUS = (
-    "stats", "apply", "grad_stats", "grad_input", "forward", "forward_", "inplace_", "invert", "backward", "backward_"
+    "stats", "measure_", "apply", "finish", "grad_stats", "grad_input", "forward", "forward_", "inplace_", "invert",
+    "backward", "backward_"
 )  # fmt: skip
 
 
@@ -147,11 +153,13 @@ def _(dy: Tensor, x: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.register_fake("evenkeel::inplace_", lib=_library)
+@torch.library.register_fake("evenkeel::measure_", lib=_library)
 def _(x: Tensor, *_: Any, **__: Any) -> Tensor:
     return _rows(x, 3)
 
 
 @torch.library.register_fake("evenkeel::apply", lib=_library)
+@torch.library.register_fake("evenkeel::finish", lib=_library)
 @torch.library.register_fake("evenkeel::invert", lib=_library)
 def _(x: Tensor, *_: Any) -> Tensor:
     return _empty_as(x)

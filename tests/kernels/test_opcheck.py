@@ -75,6 +75,22 @@ def samples_of_forward_(layout):
     yield values(layout), None, vector(), vector(), *running, None, False, False, 0.1, EPS, *RELU
 
 
+def samples_of_measure_(layout):
+    running = vector(), vector()
+    skipped = torch.zeros(CHANNELS, dtype=torch.int64)
+    yield values(layout), *running, torch.tensor(3), True, True, 0.1, EPS, skipped
+    yield values(layout), *running, torch.tensor(3), True, True, None, EPS, None
+    yield values(layout), None, None, None, True, False, 0.0, EPS, None
+    yield values(layout), *running, None, False, False, 0.1, EPS, None
+
+
+def samples_of_finish(layout):
+    saved = torch.rand(3, CHANNELS, dtype=torch.float64)
+    for activation in ACTIVATIONS:
+        yield values(layout), saved, vector(), vector(), values(layout), *activation
+        yield values(layout), saved, None, None, None, *activation
+
+
 def samples_of_backward(layout):
     saved = torch.rand(3, CHANNELS, dtype=torch.float64)
     dy, x, y = values(layout), values(layout), values(layout)
@@ -132,6 +148,8 @@ SAMPLES = {
     "backward_": samples_of_backward_,
     "stats": samples_of_stats,
     "apply": samples_of_apply,
+    "measure_": samples_of_measure_,
+    "finish": samples_of_finish,
     "grad_stats": samples_of_grad_stats,
     "grad_input": samples_of_grad_input,
     "forward": samples_of_forward,

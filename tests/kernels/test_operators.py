@@ -171,3 +171,28 @@ def test_fused_is_the_composition_of_the_four(kernel, shape, layout, activation,
         assert within(dx, wanted.double(), FEW, terms(problem)[1])
         if kept is not None:
             assert torch.equal(dresidual, torch.where(y > 0, problem.dy, 0))
+
+
+@pytest.mark.parametrize("kernel", NATIVE, indirect=True)
+@pytest.mark.parametrize("momentum", [MOMENTUM, None])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize(("shape", "layout"), CASES)
+def test_the_two_halves_are_the_whole(kernel, shape, layout, activation, residual, momentum):
+    """measure_ and then finish give what forward_ does, to the bit, and update the running statistics as it does."""
+    for training in (True, False):
+        problem = make_problem(shape, Options(training, activation, residual, 1e4 * training)).laid_out(layout)
+        x, weight, bias, act = problem.x, problem.weight, problem.bias, activation_of(activation)
+        fused, buffers = torch.ops.evenkeel, []
+        for _ in range(2):
+            skipped = torch.zeros(x.shape[1], dtype=torch.int64)
+            buffers.append([problem.running_mean.clone(), problem.running_var.clone(), torch.tensor(3), skipped])
+        how = training, True, momentum, EPS
+        *running, skipped = buffers[0]
+        y, saved = fused.forward_(x, problem.residual, weight, bias, *running, *how, *act, skipped)
+        *running, skipped = buffers[1]
+        found = fused.measure_(x, *running, *how, skipped)
+        assert torch.equal(found, saved)
+        assert torch.equal(fused.finish(x, found, weight, bias, problem.residual, *act), y)
+        for one, other in zip(*buffers, strict=True):
+            assert torch.equal(one, other)

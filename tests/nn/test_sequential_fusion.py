@@ -1,6 +1,7 @@
-"""Which pairs ek.Sequential runs as one: counted, by the kernels' own count and by the calls of ReLU's forward."""
+"""Which pairs ek.Sequential runs as one: counted, and by the kernels' own count. The first call learns what follows."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -10,22 +11,9 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 import evenkeel as ek
+from evenkeel.fusion import pending as fusion
 
 X = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def relu_calls(monkeypatch):
-    """Each call of nn.ReLU's own forward leaves its module here."""
-    calls = []
-    forward = nn.ReLU.forward
-
-    def counted(self, x):
-        calls.append(self)
-        return forward(self, x)
-
-    monkeypatch.setattr(nn.ReLU, "forward", counted)
-    return calls
 
 
 def pair():
@@ -45,36 +33,50 @@ def operators_run(net, x=X):
     return sum(ek.kernels.calls().values()) - before
 
 
+def fused_in(net, x=X):
+    """How many kernels compute a layer with what follows it, in one call."""
+    before = fusion.completed
+    net(x)
+    return fusion.completed - before
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(
     ("layer_type", "shape"), [*((ours, shape) for ours, _, shape in PAIRS), (ek.BatchNorm, (2, 5, 3))]
 )
-def test_a_pair_is_one_operator(layer_type, shape, inplace, training, relu_calls):
-    """As many operators as the layer alone, and ReLU's forward is not called."""
+def test_a_pair_is_one_operator(layer_type, shape, inplace, training):
+    """As many operators as the layer alone, from the second call on."""
     layer, x = randomize(layer_type(5)), torch.randn(shape)
     net = ek.Sequential(layer, nn.ReLU(inplace=inplace)).train(training)
     alone = operators_run(layer, x)
     kept = x.clone()
+    assert fused_in(net, x) == 0
     assert operators_run(net, x) == alone
     if ek.kernels.active() != "reference":
         assert alone == 1
-    assert relu_calls == []
+    assert fused_in(net, x) == 1
     assert (net(x) >= 0).all()
     assert torch.equal(x, kept)
 
 
-def test_reference_runs_fused_too(relu_calls):
+def test_reference_runs_fused_too():
     with ek.kernels.use("reference"):
         net = pair().eval()
+        assert [fused_in(net) for _ in range(3)] == [0, 1, 1]
         assert_near(net(X), expected_of(net))
-    assert relu_calls == []
 
 
-def test_unfused_in_torchs_sequential(relu_calls):
+def test_unfused_in_torchs_sequential():
     """The count counts."""
-    nn.Sequential(ek.BatchNorm2d(3), nn.ReLU())(X)
-    assert len(relu_calls) == 1
+    net = nn.Sequential(ek.BatchNorm2d(3), nn.ReLU())
+    assert [fused_in(net) for _ in range(3)] == [0, 0, 0]
+
+
+def test_torchs_sequential_inside_ours():
+    net = ek.Sequential(nn.Sequential(ek.BatchNorm2d(3), nn.ReLU())).eval()
+    before = [net(X) for _ in range(3)][-1]
+    assert_near(before, expected_of(net[0]))
 
 
 class OurReLU(nn.ReLU):
@@ -101,13 +103,7 @@ def with_own_forward(module):
 
 
 UNFUSED = {
-    "a subclass of ReLU": lambda net: net.__setitem__(1, OurReLU()),
-    "a subclass of the layer": lambda net: net.__setitem__(0, randomize(OurBatchNorm(3))),
     "a layer of torch": lambda net: net.__setitem__(0, randomize(nn.BatchNorm2d(3))),
-    "a parametrized layer": lambda net: parametrize.register_parametrization(net[0], "weight", Identity()),
-    "a patched layer": lambda net: with_own_forward(net[0]),
-    "a patched ReLU": lambda net: with_own_forward(net[1]),
-    "a module between": lambda net: net.insert(1, nn.Identity()),
     **{
         f"{kind} on the {('layer', 'ReLU')[index]}": (
             lambda net, index=index, kind=kind: getattr(net[index], f"register_{kind}")(lambda *args: None)
@@ -118,14 +114,36 @@ UNFUSED = {
 }
 
 
+#: What the ReLU and the layer are does not matter, nor who calls them: what they compute does.
+FUSED = {
+    "nothing": lambda net: None,
+    "a patched layer": lambda net: with_own_forward(net[0]),
+    "a parametrized layer": lambda net: parametrize.register_parametrization(net[0], "weight", Identity()),
+    "a subclass of the layer": lambda net: net.__setitem__(0, randomize(OurBatchNorm(3))),
+    "a subclass of ReLU": lambda net: net.__setitem__(1, OurReLU()),
+    "a patched ReLU": lambda net: with_own_forward(net[1]),
+    "a module between": lambda net: net.insert(1, nn.Identity()),
+}
+
+
 @pytest.mark.parametrize("change", UNFUSED.values(), ids=UNFUSED)
-def test_runs_unfused_and_right(change, relu_calls, backend):
+def test_runs_unfused_and_right(change, backend):
     net = pair().eval()
     change(net)
     net.eval()
-    y = net(X)
-    assert len(relu_calls) == 1
-    assert_near(y, expected_of(net))
+    for _ in range(3):
+        assert_near(net(X), expected_of(net))
+    assert fused_in(net) == 0
+
+
+@pytest.mark.parametrize("change", FUSED.values(), ids=FUSED)
+def test_runs_fused_and_right(change, backend):
+    net = pair().eval()
+    change(net)
+    net.eval()
+    for _ in range(3):
+        assert_near(net(X), expected_of(net))
+    assert fused_in(net) == 1
 
 
 @pytest.mark.parametrize(
@@ -137,26 +155,30 @@ def test_runs_unfused_and_right(change, relu_calls, backend):
         torch_module.register_module_full_backward_pre_hook,
     ],
 )
-def test_global_hooks_see_every_module(register, relu_calls):
+def test_global_hooks_see_every_module(register):
     net = pair().eval()
+    assert [fused_in(net) for _ in range(2)] == [0, 1]
     with contextlib.closing(contextlib.ExitStack()) as stack:
         stack.callback(register(lambda module, *args: None).remove)
         assert_near(net(X), expected_of(net))
-        assert len(relu_calls) == 1
-    net(X)
-    assert len(relu_calls) == 1  # fused again
+        assert fused_in(net) == 0
+    assert fused_in(net) == 1  # again
 
 
-def test_fused_again_once_the_hook_is_gone(relu_calls):
+@pytest.mark.parametrize("learned", [True, False])
+def test_fused_again_once_the_hook_is_gone(learned):
     net = pair()
+    if learned:
+        assert [fused_in(net) for _ in range(2)] == [0, 1]
     seen = []
     handle = net[1].register_forward_hook(lambda module, args, y: seen.append(args[0].min().item()))
-    net(X)
-    assert len(relu_calls) == len(seen) == 1
-    assert seen[0] < 0  # the hook sees what comes before the activation
+    assert [fused_in(net) for _ in range(4)] == [0] * 4
+    assert len(seen) == 4
+    assert max(seen) < 0  # the hook sees what comes before the activation
     handle.remove()
     net(X)
-    assert len(relu_calls) == len(seen) == 1
+    assert fused_in(net) == 1
+    assert len(seen) == 4
 
 
 def test_a_hook_that_changes_the_value_between_is_obeyed(backend):
@@ -167,37 +189,42 @@ def test_a_hook_that_changes_the_value_between_is_obeyed(backend):
     assert not torch.equal(net(X), norm_only.relu())
 
 
-def test_hooks_on_the_sequential_itself_leave_it_fused(relu_calls):
+def test_hooks_on_the_sequential_itself_leave_it_fused():
     net = pair()
     seen = []
     net.register_forward_hook(lambda module, args, y: seen.append(y))
-    assert net(X) is seen[0]
-    assert relu_calls == []
+    for _ in range(3):
+        assert net(X) is seen[-1]
+        assert type(seen[-1]) is torch.Tensor
+    assert fused_in(net) == 1
 
 
 @pytest.mark.parametrize(
-    ("build", "unfused"),
+    ("build", "fused"),
     [
-        (lambda bn, relu: ek.Sequential(bn(), relu, bn(), relu), 0),  # shared
-        (lambda bn, relu: ek.Sequential(ek.Sequential(bn(), relu), bn(), relu), 0),  # nested
-        (lambda bn, relu: nn.Sequential(ek.Sequential(bn(), relu), ek.Sequential(bn(), relu)), 0),
+        (lambda bn, relu: ek.Sequential(bn(), relu, bn(), relu), 2),  # shared
+        (lambda bn, relu: ek.Sequential(ek.Sequential(bn(), relu), bn(), relu), 2),  # nested
+        (lambda bn, relu: nn.Sequential(ek.Sequential(bn(), relu), ek.Sequential(bn(), relu)), 2),
         (lambda bn, relu: ek.Sequential(ek.Sequential(bn()), relu), 1),  # in different containers
         (lambda bn, relu: ek.Sequential(bn(), relu, relu), 1),
-        (lambda bn, relu: ek.Sequential(relu, bn()), 1),
-        (lambda bn, relu: ek.Sequential(bn(), bn(), relu), 0),
+        (lambda bn, relu: ek.Sequential(relu, bn()), 0),
+        (lambda bn, relu: ek.Sequential(bn(), bn(), relu), 1),
         (lambda bn, relu: ek.Sequential(bn(), nn.LeakyReLU(), relu), 1),
-        (lambda bn, relu: ek.Sequential(bn(), relu, nn.Conv2d(3, 3, 1), bn(), relu)[3:], 0),
+        (lambda bn, relu: ek.Sequential(bn(), relu, nn.Conv2d(3, 3, 1), bn(), relu)[3:], 1),
     ],
     ids=["shared", "nested", "inside torch's", "split", "two ReLUs", "ReLU first", "two norms", "LeakyReLU", "slice"],
 )
-def test_structures(build, unfused, relu_calls):
+def test_structures(build, fused):
     net = build(lambda: randomize(ek.BatchNorm2d(3)), nn.ReLU())
     net.eval()
-    flat = [m for m in net.modules() if not isinstance(m, nn.Sequential)]
-    y = net(X)
-    assert len(relu_calls) == unfused
-    if not any(isinstance(m, ek.Sequential) for m in net.children()) and len(flat) == len(net):
-        assert_near(y, nn.Sequential(*net)(X), units=64)
+    plain = copy.deepcopy(net)
+    for module in list(plain.modules()):  # torch's, which does not fuse
+        if type(module) is ek.Sequential:
+            module.__class__ = nn.Sequential
+    wanted = plain(X)
+    for _ in range(3):
+        assert_near(net(X), wanted, units=64)
+    assert fused_in(net) == fused
 
 
 def test_a_fused_pair_keeps_its_digits_in_training(backend):
@@ -206,7 +233,11 @@ def test_a_fused_pair_keeps_its_digits_in_training(backend):
     apart = nn.Sequential(ek.BatchNorm2d(3), nn.ReLU())
     apart.load_state_dict(net.state_dict())
     x2 = X.clone().requires_grad_()
+    for _ in range(2):
+        net(X), apart(X)
+    before = fusion.completed
     y, y2 = net(x), apart(x2)
+    assert fusion.completed - before == 1
     y.backward(dy), y2.backward(dy)
     assert_near(y, y2)
     assert_near(x.grad, x2.grad, units=32)

@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from surgery.convert_models import a_net
-from surgery.test_convert import assert_same_outcomes, calls_of, trained
+from surgery.test_convert import assert_same_outcomes, fused_in, trained
 from torch import fx, nn
 
 import evenkeel as ek
@@ -39,11 +39,13 @@ def test_copies_are_models_of_their_own(pair, way):
     model, original = pair
     other = way(model)
     assert_same_outcomes(other, original, X, 1e-4)
-    assert len([c for c in calls_of(other, X) if c[1]]) == 5
-    assert other[3].__dict__["forward"].module is other[3]
+    assert fused_in(other, X) == 5
+    assert [fused_in(model.eval(), X) for _ in range(2)] == [0, 5]  # the copy has learned for itself
+    third = way(other)
+    other[1].weight.data.mul_(-2)
     other[3].act = nn.Tanh()
-    assert len([c for c in calls_of(other, X) if c[1]]) == 4
-    assert len([c for c in calls_of(model, X) if c[1]]) == 5
+    assert_same_outcomes(third, original, X, 1e-4)
+    assert fused_in(third.eval(), X) == fused_in(model, X) == 5
     ek.revert(other)
     assert type(other[1]) is nn.BatchNorm2d
     assert type(model[1]) is ek.BatchNorm2d
@@ -91,7 +93,7 @@ def test_averaged_models(pair):
     model, original = pair
     found, wanted = (torch.optim.swa_utils.AveragedModel(net).eval() for net in (model, original))
     torch.testing.assert_close(found(X), wanted(X), rtol=1e-4, atol=1e-5)
-    assert len([c for c in calls_of(found, X) if c[1]]) == 5
+    assert fused_in(found, X) == 5
 
 
 def test_control_over_statistics(pair):
@@ -114,6 +116,7 @@ def test_ddp(pair, tmp_path):
         torch.testing.assert_close(wrapped(X), original(X), rtol=1e-4, atol=1e-5)
         wrapped(X).sum().backward()
         assert all(p.grad is not None for p in model.parameters())
-        assert len([c for c in calls_of(wrapped.module, X) if c[1]]) == 5
+        assert fused_in(wrapped, X) == 5
+        assert fused_in(wrapped.module, X) == 5
     finally:
         torch.distributed.destroy_process_group()

@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 
 import evenkeel as ek
 from evenkeel.cli import app
+from evenkeel.commands.inspection import run_twice
 from evenkeel.commands.output import replacing
 from evenkeel.surgery import Report
 
@@ -99,7 +100,7 @@ def test_inspect_says_what_the_model_says(model: nn.Module) -> None:
     assert first["running var"] == [float(model[1].running_var.min()), float(model[1].running_var.max())]
     assert first["|weight|"] == [0.0, float(model[1].weight.max())]
     assert (first["comes after"], first["goes to"]) == ("Conv2d '0'", "ReLU '2'")
-    assert (first["fuses with"], first["folds into"]) == ("relu (2)", "0")
+    assert (first["fuses with"], first["folds into"]) == ("relu", "0")
     assert second["moments"] == "not finite"
     assert second["running var"][1] is None  # JSON has no infinity
     assert (second["goes to"], second["folds into"]) == ("add", None)
@@ -114,6 +115,7 @@ def test_inspect_without_a_run_and_of_frozen_and_lazy_layers(folder: Path) -> No
         encoding="utf-8",
     )
     rows = report_of("inspect", "more:model")["rows"]
+    assert [row["fuses with"] for row in rows] == [None] * 4
     assert [row["mode"] for row in rows] == ["frozen", "train", "train", "train"]
     assert [row["moments"] for row in rows] == ["finite", "not there yet", "finite", "none"]
     assert [row["channels"] for row in rows] == [3, None, 2, 2]
@@ -125,7 +127,7 @@ def test_inspect_without_a_run_and_of_frozen_and_lazy_layers(folder: Path) -> No
 def test_the_table_has_what_is_the_same_once() -> None:
     printed = run("inspect", "nets:small", "--input", "2,3,8,8").stdout
     assert printed.startswith("inspect: batch norms 2, channels 12, dead channels 0, fusible 2, foldable 2\n")
-    assert re.search(r"^3\.bn +6 .*Conv2d '3.conv' +add .*addition and relu \(3.relu\) +3.conv$", printed, re.MULTILINE)
+    assert re.search(r"^3\.bn +6 .*Conv2d '3.conv' +add .*addition and relu +3.conv$", printed, re.MULTILINE)
     assert "All of them: kind BatchNorm2d, eps 1e-05, momentum 0.1, mode train, moments finite, batches 0." in printed
 
 
@@ -143,10 +145,48 @@ def test_what_the_page_shows_is_printed(folder: Path, monkeypatch: pytest.Monkey
 def test_convert_reports_and_writes_the_same_state(model: nn.Module) -> None:
     torch.save(model.state_dict(), "w.pt")
     report = report_of("convert", "nets:small", "--weights", "w.pt", "--out", "out.safetensors", "--report", "r.json")
-    assert report["summary"] == {"batch norms": 2, "converted": 2, "fused": 2, "left with a reason": 0}
+    assert report["summary"] == {"batch norms": 2, "converted": 2, "fused": 0, "left with a reason": 0}
     assert same(load_file("out.safetensors"), model.state_dict())
     assert json.loads(Path("r.json").read_text(encoding="utf-8")) == report
+    assert report["notes"] == [
+        "What batch norms run with is known once the model has run: give --input or --example.",
+        "The state_dict was written to out.safetensors.",
+    ]
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_convert_runs_the_model_on_an_example(model: nn.Module, samples: int) -> None:
+    torch.save(model.state_dict(), "w.pt")
+    words = ("convert", "nets:small", "--weights", "w.pt", "--input", f"{samples},3,8,8", "--out", "out.safetensors")
+    report = report_of(*words)
+    assert report["summary"] == {"batch norms": 2, "converted": 2, "fused": 2, "left with a reason": 0}
+    assert [row["runs with"] for row in report["rows"]] == ["relu", "addition and relu"]
     assert report["notes"] == ["The state_dict was written to out.safetensors."]
+    assert same(load_file("out.safetensors"), model.state_dict())  # as before the run
+    np.save("x.npy", np.zeros((samples, 3, 8, 8)))
+    again = report_of(*words[:4], "--example", "x.npy", "--no-fuse")
+    assert (again["summary"]["fused"], again["notes"]) == (0, [])
+
+
+def test_convert_of_a_model_that_runs_in_evaluation_alone() -> None:
+    report = report_of("convert", "nets:linear", "--input", "1,3")
+    assert [row["reason"] for row in report["rows"]] == ["its result leaves the model"]
+    [note] = report["notes"]
+    assert note.startswith("The model was run in evaluation alone; in training it raised ValueError: BatchNorm1d '1':")
+    assert "RuntimeError: " in refused("convert", "nets:linear", "--input", "1,5")
+    assert refused("convert", "nets:linear", "--input", "1,x").startswith("--input must be sizes")
+
+
+def test_a_run_leaves_the_model_as_it_was(model: nn.Module) -> None:
+    model.train()[3].eval()
+    modes = [module.training for module in model.modules()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    ek.convert(model)
+    assert run_twice(model, torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))) == []
+    assert same(model.state_dict(), before)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 def test_convert_takes_its_options() -> None:

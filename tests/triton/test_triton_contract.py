@@ -10,6 +10,7 @@ from support.cases import EPS, MOMENTUM, Options, laid_out, make_problem
 from support.definition import UNIT, expect, spread
 
 import evenkeel as ek
+from evenkeel.kernels import triton
 from evenkeel.kernels.triton import choice, tiling
 
 pytestmark = pytest.mark.triton
@@ -165,3 +166,25 @@ def test_moments_keep_their_digits(device, shape, offset):
     assert ((found.mean.cpu() - right.mean).abs() <= 8 * UNIT * deviation).all()
     assert ((found.var.cpu() - right.var).abs() <= 16 * UNIT * right.var).all()
     assert found.count.item() == right.count.item()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_two_halves_are_the_whole(device, path, layout, training, residual):
+    """measure_ and then finish: the values and running statistics of forward_."""
+    operators = triton.load()
+    problem = make_problem((4, 6, 3, 5), Options(training, "relu", residual)).laid_out(layout)
+    x, weight, bias = (t.to(device) for t in (problem.x, problem.weight, problem.bias))
+    other = problem.residual.to(device) if residual else None
+    buffers = []
+    for _ in range(2):
+        running = [problem.running_mean.to(device).clone(), problem.running_var.to(device).clone()]
+        buffers.append([*running, torch.tensor(3, device=device)])
+    how = training, training, MOMENTUM, EPS
+    y, saved = operators.forward_(x, other, weight, bias, *buffers[0], *how, 1, 0.0, 0.0)
+    found = operators.measure_(x, *buffers[1], *how)
+    torch.testing.assert_close(found, saved, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(operators.finish(x, found, weight, bias, other, 1, 0.0, 0.0), y, rtol=1e-5, atol=1e-5)
+    for one, two in zip(*buffers, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)

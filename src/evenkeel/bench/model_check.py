@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import evenkeel as ek
-from evenkeel.nn import batch_norm
+from evenkeel.fusion import pending as fusion
+from evenkeel.fusion.call import all_sizes_wait
 from evenkeel.surgery.nested import tensors_in
 
 from .model_patterns import count
@@ -23,8 +23,9 @@ from .model_zoo import Architecture
 LEAST_GRADIENT = 1e-3
 
 
+@all_sizes_wait()
 def check(one: Architecture, samples: int, small: bool = False) -> dict[str, Any]:
-    """Counts and errors of one architecture.
+    """Counts and errors of one architecture, with every result waiting for what follows, however small.
 
     Args:
         samples: In the batch.
@@ -41,18 +42,24 @@ def check(one: Architecture, samples: int, small: bool = False) -> dict[str, Any
     x = one.batch(samples, torch.float64, small)
     fusible, foldable = count(copy.deepcopy(original).eval(), x)
     converted, report = ek.convert(copy.deepcopy(original))
+    shaken = copy.deepcopy(original)
     errors, rounding = [], []
     noise = torch.rand(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(2)) * 2**-52
+    for training in (True, False):  # the calls that learn what follows each layer
+        for model in (converted, original, shaken):
+            results(model.train(training), x)
     for training in (True, False):
-        moved = results(copy.deepcopy(original).train(training), x * (1 + noise))
+        moved = results(shaken.train(training), x * (1 + noise))
         found, wanted = (results(model.train(training), x) for model in (converted, original))
         errors.append(_difference(found, wanted))
         rounding.append(_difference(moved, wanted))
     state = original.state_dict()
     same_state = list(converted.state_dict()) == list(state)
     errors.append(max((_relative(a, b) for a, b in _moments(converted.state_dict(), state)), default=0.0))
-    with counted_fusions() as seen, torch.no_grad():
+    before = fusion.completed
+    with torch.no_grad():
         converted.eval()(x)
+    fused = fusion.completed - before
     fresh = one.build(small).double().eval()
     folded, folding = ek.fold(fresh, x[:1], verify=False)
     with torch.no_grad():
@@ -61,7 +68,7 @@ def check(one: Architecture, samples: int, small: bool = False) -> dict[str, Any
     return {
         "batch_norms": len(report.rows),
         "fusible": fusible,
-        "fused": len(seen),
+        "fused": fused,
         "foldable": foldable,
         "folded": folding.summary["folded"],
         "same_state": same_state,
@@ -99,23 +106,3 @@ def _moments(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> Iterator[tu
     for name, value in wanted.items():
         if name.endswith(("running_mean", "running_var")):
             yield found[name], value
-
-
-@contextmanager
-def counted_fusions() -> Iterator[list[str]]:
-    """Inside, every call of a layer with a residual or an activation is taken down."""
-    seen: list[str] = []
-    plain = vars(batch_norm)["layer_batch_norm"]
-
-    def spy(x: Tensor, residual: Tensor | None, *others: Any) -> Tensor:
-        options = others[3]
-        if residual is not None or options.activation is not None:
-            seen.append(str(options.activation))
-        y: Tensor = plain(x, residual, *others)
-        return y
-
-    vars(batch_norm)["layer_batch_norm"] = spy
-    try:
-        yield seen
-    finally:
-        vars(batch_norm)["layer_batch_norm"] = plain

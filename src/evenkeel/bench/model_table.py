@@ -14,17 +14,15 @@ _COLUMNS = (
     "inference, converted", "inference, folded", "training, converted",
 )  # fmt: skip
 
-_ELSEWHERE = (
-    "an activation is called in another module than the batch norm in front of it, so that no one forward has both"
-)
 _HEAD = """\
 # Published architectures
 
 What [convert](convert.md) and [fold](fold.md) make of architectures as people publish them, with random weights.
 The table is made by `make models`, which writes this page.
 
-- **fused / fusible**: calls of batch norms that run with an addition or an activation, seen while the converted model
-  runs; and how many could, seen in a run of the original by other code (`evenkeel.bench.model_patterns`).
+- **fused / fusible**: calls of batch norms that ran as one kernel with an addition or an activation, counted in one
+  call of the converted model after it has learned what follows each layer ([how](how_fusing_works.md)); and how many
+  could, counted in a run of the original by other code (`evenkeel.bench.model_patterns`).
 - **folded / foldable**: batch norms folded; and how many lie behind a convolution or linear layer that nobody else
   reads, seen in the same way. More are folded where they lie behind a pooling or in front of a layer.
 - **error**: the largest difference of outputs, every gradient and running moments, in training and in evaluation, in
@@ -123,5 +121,5 @@ def _reasons(report: ModelReport) -> list[str]:
     for row in report.rows:
         counts = row.counts
         if counts and (counts["fused"] < counts["fusible"] or counts["folded"] < counts["foldable"]):
-            lines += [f"- {row.name}: {'; '.join(counts['left']) or _ELSEWHERE}"]
+            lines += [f"- {row.name}: {'; '.join(counts['left']) or 'no reason is known'}"]
     return ["What is missing, and why:", "", *lines] if lines else []

@@ -15,9 +15,12 @@ def convert_command(
     model: options.Model,
     args: options.Args = None,
     weights: options.Weights = None,
+    inputs: options.Input = None,
+    example_file: options.Example = None,
     where: options.Where = None,
     fuse: Annotated[
-        bool, typer.Option("--fuse/--no-fuse", help="Whether batch norms run with the activation behind them.")
+        bool,
+        typer.Option("--fuse/--no-fuse", help="Whether batch norms run with the addition and activation behind them."),
     ] = True,
     sync: Annotated[
         bool | None,
@@ -30,8 +33,11 @@ def convert_command(
 ) -> None:
     """Show what ek.convert does to a model: which batch norms it takes, what they run with, and why others don't.
 
-    The state_dict is the same after it; --out writes that, to be loaded before ek.convert or after.
+    What a batch norm runs with is known once the model has run: --input or --example gives an example for that. The
+    state_dict is the same after it; --out writes that, to be loaded before ek.convert or after.
     """
+    from evenkeel.commands.examples import example_of
+    from evenkeel.commands.inspection import run_twice
     from evenkeel.commands.model import load_model
     from evenkeel.commands.output import Output
     from evenkeel.surgery import convert
@@ -39,7 +45,12 @@ def convert_command(
     output = Output(as_json, report_file, out, force)
     with aside():
         network, notes = load_model(model, args, weights)
+        example = example_of(network, inputs, example_file)
         network, report = convert(network, fuse=fuse, sync=sync, where=where or None)
+        if example is not None:
+            notes += run_twice(network, example)
+        elif fuse:
+            notes.append("What batch norms run with is known once the model has run: give --input or --example.")
         report.notes[:0] = notes
         output.save(network, report)
     output.tell(report)

@@ -17,7 +17,7 @@ from evenkeel.control.freezing import frozen
 from evenkeel.control.selection import Where, select
 from evenkeel.surgery import Report, convert, fold
 from evenkeel.surgery.nested import call_of
-from evenkeel.surgery.observe import observe
+from evenkeel.surgery.observe import observe, preserved
 from evenkeel.surgery.trace import Call, ModuleCall, Trace
 
 #: A channel with a smaller |γ| is counted as dead: what it gives is β.
@@ -39,8 +39,8 @@ def inspect_model(model: nn.Module, example: Any, *, where: Where = None, evalua
 
     Args:
         model: Any module. Its modes change; all else is as before.
-        example: As in ``ek.fold``; None leaves out what only a run tells: what is beside a batch norm, and whether it
-            can be folded.
+        example: As in ``ek.fold``; None leaves out what only a run tells: what is beside a batch norm, what it runs
+            with after ``ek.convert``, and whether it can be folded.
         where: Which batch norms; None for all.
         evaluation: The mode of that run.
     """
@@ -51,12 +51,12 @@ def inspect_model(model: nn.Module, example: Any, *, where: Where = None, evalua
     summary = {"batch norms": len(rows), "channels": sum(row["channels"] or 0 for row in rows.values())}
     summary["dead channels"] = sum(row["dead"] or 0 for row in rows.values())
 
-    fusing = _tried("fuses with", lambda: convert(copy.deepcopy(model), where=where)[1], notes)
-    for row in fusing.rows if fusing else ():
-        rows[row["path"]]["fuses with"] = row["runs with"]
-    if fusing:
-        summary["fusible"] = fusing.summary["fused"]
     if example is not None:
+        fusing = _tried("fuses with", lambda: _converted(model, example, where, notes), notes)
+        for row in fusing.rows if fusing else ():
+            rows[row["path"]]["fuses with"] = row["runs with"]
+        if fusing:
+            summary["fusible"] = fusing.summary["fused"]
         args, kwargs = call_of("inspect", example)
         trace = observe(model.train(not evaluation), args, kwargs)
         for path, layer in layers.items():
@@ -70,6 +70,35 @@ def inspect_model(model: nn.Module, example: Any, *, where: Where = None, evalua
     return Report("inspect", summary, list(rows.values()), notes)
 
 
+def run_twice(model: nn.Module, example: Any) -> list[str]:
+    """Run a converted model so that its layers learn what follows them: twice in evaluation, and twice in training.
+
+    Buffers, modes and random generators are as before after it.
+
+    Returns:
+        A note if the model does not run in training on the example, as with a single value per channel.
+
+    Raises:
+        Whatever the model raises in evaluation.
+    """
+    args, kwargs = call_of("convert", example)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with preserved(model, (args, kwargs)):
+            for _ in range(2):
+                model.eval()(*args, **kwargs)
+        try:
+            with preserved(model, (args, kwargs)):
+                for _ in range(2):
+                    model.train()(*args, **kwargs)
+        except Exception as error:  # whatever a model's code raises
+            return [f"The model was run in evaluation alone; in training it raised {one_line(error)}"]
+        return []
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def without_constants(report: Report) -> Report:
     """The report for a terminal: what is the same in every row stands below the table."""
     same = {
@@ -80,6 +109,13 @@ def without_constants(report: Report) -> Report:
     rows = [{name: value for name, value in row.items() if name not in same} for row in report.rows]
     told = ", ".join(f"{name} {value}" for name, value in same.items() if value is not None)
     return replace(report, rows=rows, notes=[*([f"All of them: {told}."] if told else []), *report.notes])
+
+
+def _converted(model: nn.Module, example: Any, where: Where, notes: list[str]) -> Report:
+    """The report of a converted copy that has run."""
+    converted, report = convert(copy.deepcopy(model), where=where)
+    notes += run_twice(converted, example)
+    return report
 
 
 def _facts(path: str, layer: _BatchNorm, held: bool) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from evenkeel.functional import moments as moments_of
 from evenkeel.moments import Moments
 from evenkeel.nn.variant import Variant
 from evenkeel.running import update_running
+from evenkeel.second_run import is_second_run
 
 #: Layers whose moments are being pooled.
 _pooling: WeakSet[_BatchNorm] = WeakSet()
@@ -193,7 +194,7 @@ class _Pool:
     def _look(self, layer: Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         self._seen = None
         paused = blocks_holding(self.layer) > 1  # one is ours
-        if not layer.training or paused or torch._C._current_graph_task_id() != -1:
+        if not layer.training or paused or is_second_run():
             return
         x = inputs[0] if inputs else keywords.get("x", keywords.get("input"))
         if isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2 and x.numel() > 0:

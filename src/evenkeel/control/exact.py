@@ -22,6 +22,7 @@ from evenkeel.layout import per_channel, reduced_dims
 from evenkeel.moments import Moments, compute_dtype
 from evenkeel.nn.batch_norm import FusedBatchNorm
 from evenkeel.nn.variant import normalize
+from evenkeel.second_run import is_second_run
 
 T = TypeVar("T")
 
@@ -208,7 +209,7 @@ class _Passes:
             if isinstance(layer, FusedBatchNorm):
                 return FusedBatchNorm.forward(layer, x, residual, activation=activation, inplace=inplace)
             return _BatchNorm.forward(layer, x)
-        if torch._C._current_graph_task_id() != -1:
+        if is_second_run():
             raise RuntimeError(
                 "backward_as_one_batch: a checkpoint runs a forward again inside the backward. Leave checkpointing "
                 "out: there is only one micro-batch in memory at a time"

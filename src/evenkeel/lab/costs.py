@@ -137,6 +137,7 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
         return tensor
 
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(x)  # a converted model's first call learns what runs together
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(x)
     for name, buffer in model.named_buffers():

@@ -11,9 +11,14 @@ from torch.overrides import has_torch_function
 from evenkeel.activations import NONE, resolve
 from evenkeel.arguments import State
 from evenkeel.errors import describe, locate
-from evenkeel.functional import Options, layer_batch_norm
+from evenkeel.functional import Options, check_layer_call, layer_batch_norm
+from evenkeel.fused import Normalization, is_plain
+from evenkeel.fusion.call import begin, passes_by
+from evenkeel.fusion.scope import current
 from evenkeel.masking import TOO_FEW
 from evenkeel.nn.skipped import CountsSkipped, counter_beside
+
+passes_by(__file__)
 
 
 def refuse_script(module: torch.nn.Module) -> NoReturn:
@@ -37,6 +42,8 @@ class FusedBatchNorm(CountsSkipped):
     #: Legal numbers of dimensions of the input; None for any from two on.
     _ranks: tuple[int, ...] | None = None
     too_few = "error"
+    #: Whether a result in training can wait for what follows.
+    defers_in_training = True
 
     def __init__(
         self,
@@ -84,6 +91,12 @@ class FusedBatchNorm(CountsSkipped):
             sample_weight: How often a value counts, shape (N,) or (N, *S).
             padding: What the mask leaves out comes out as: "zero", or "keep" for what it is in x.
         """
+        if residual is None and activation is None and not torch.compiler.is_compiling():
+            scope = current()
+            if scope is not None and mask is None and sample_weight is None and not inplace:
+                deferred = begin(self, scope, x, FusedBatchNorm.forward)
+                if deferred is not None:
+                    return deferred
         # Looking into these dictionaries is what attribute access does, several times slower. What is not there
         # (a parametrized weight, say) is found the ordinary way.
         parameters, buffers = self._parameters, self._buffers
@@ -123,6 +136,31 @@ class FusedBatchNorm(CountsSkipped):
             if not torch.compiler.is_compiling():
                 locate(error, self)
             raise
+
+    def normalization(self, x: Tensor) -> Normalization | None:
+        """How the layer normalizes x, in parts that may be run one after the other.
+
+        None where only :meth:`forward` knows what to do: it has something to say about x, or its parameters are of a
+        kind, or made in a mode, that is not plainly torch's.
+        """
+        parameters, buffers = self._parameters, self._buffers
+        try:
+            weight, bias, running_mean = parameters["weight"], parameters["bias"], buffers["running_mean"]
+            running_var, batches = buffers["running_var"], buffers["num_batches_tracked"]
+        except KeyError:  # parametrized, or a replica's
+            weight, bias, batches = self.weight, self.bias, self.num_batches_tracked
+            running_mean, running_var = self.running_mean, self.running_var
+        if x.is_inference() or not is_plain(weight) or not is_plain(bias):
+            return None
+        training = self.training
+        update = training and self.track_running_stats
+        if training and not update:
+            running_mean = running_var = None
+        state = State(
+            running_mean, running_var, batches, training or running_mean is None, update, self.momentum, self.eps,
+            type(self).__name__, counter_beside(running_mean, buffers.get("skipped_updates")),
+        )  # fmt: skip
+        return Normalization(state, weight, bias) if check_layer_call(x, weight, bias, state, self._ranks) else None
 
     def extra_repr(self) -> str:
         return str(super().extra_repr()) + (f", too_few={self.too_few!r}" if self.too_few != "error" else "")

@@ -13,8 +13,9 @@ from evenkeel.activations import Activation
 from evenkeel.errors import describe
 from evenkeel.layout import per_channel
 from evenkeel.moments import Moments, compute_dtype
-from evenkeel.nn.history import Recall, Remembering, has_values, repeated, runs_eagerly
+from evenkeel.nn.history import Recall, Remembering, has_values, runs_eagerly
 from evenkeel.nn.variant import normalize
+from evenkeel.second_run import is_second_run
 
 _TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
 
@@ -164,7 +165,7 @@ class CrossIterationBatchNorm(Remembering):
         pools = self.pools() and self.window > 1 and self.running_mean is not None
         weight = self._weight() if pools and self.compensate else None
         key = torch.stack([own.mean, own.m2])
-        found = self._recall.find(key) if repeated() else None
+        found = self._recall.find(key) if is_second_run() else None
         earlier = found[0] if found else self._earlier(weight) if pools else None
         adds = pools and self.counts() and has_values(x, mask)
         slopes = None

@@ -111,8 +111,3 @@ class Remembering(Variant):
 def has_values(x: Tensor, mask: Tensor | None) -> bool:
     """Whether the batch counts at all. A mask is looked at by the host for it."""
     return x.numel() > 0 and (mask is None or bool(mask.any()))
-
-
-def repeated() -> bool:
-    """Whether this forward runs inside a backward: it is a checkpoint's second run."""
-    return torch._C._current_graph_task_id() != -1

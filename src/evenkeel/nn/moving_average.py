@@ -14,8 +14,9 @@ from evenkeel.activations import Activation
 from evenkeel.errors import describe
 from evenkeel.layout import per_channel
 from evenkeel.moments import Moments, compute_dtype
-from evenkeel.nn.history import Recall, Remembering, has_values, repeated, runs_eagerly
+from evenkeel.nn.history import Recall, Remembering, has_values, runs_eagerly
 from evenkeel.nn.variant import normalize
+from evenkeel.second_run import is_second_run
 
 _CENTRED = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
@@ -113,7 +114,7 @@ class MovingAverageBatchNorm(Remembering):
         moments = functional.moments(x.detach(), mask)
         count = moments.count.expand(x.shape[1])
         square = moments.m2 / count.clamp(min=1) + moments.mean.square()
-        found = self._recall.find(square) if repeated() else None
+        found = self._recall.find(square) if is_second_run() else None
         counts = self.counts() or found is not None
         if found:
             average, r, pools = found[0]

@@ -17,6 +17,7 @@ from evenkeel.functional import moments as moments_of
 from evenkeel.moments import Moments, compute_dtype
 from evenkeel.nn.variant import Variant
 from evenkeel.running import averaged
+from evenkeel.second_run import is_second_run
 
 #: A bound, or what gives it from the number of batches so far (an integer tensor of shape ()).
 Bound = float | Callable[[Tensor], Tensor]
@@ -169,7 +170,7 @@ class BatchRenorm(Variant):
         d = torch.clamp((moments.mean - self.running_mean.to(wide)) / sigma, -d_max, d_max)
         if torch.compiler.is_compiling():  # which traces a checkpoint's forward once
             return r, d
-        if torch._C._current_graph_task_id() != -1:
+        if is_second_run():
             for mean, m2, first_r, first_d in self._recent:
                 if mean.device == r.device:
                     same = (mean == moments.mean) & (m2 == moments.m2)

@@ -11,13 +11,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from evenkeel import distributed, fused
 from evenkeel.activations import Activation, is_untouched
+from evenkeel.arguments import State, check_arguments
 from evenkeel.distributed import Step, agree
 from evenkeel.errors import describe, locate, module_path
-from evenkeel.functional import moments
+from evenkeel.functional import check_layer_call, moments
+from evenkeel.fused import Normalization, is_plain
 from evenkeel.layout import dense
 from evenkeel.moments import Moments
 from evenkeel.nn.batch_norm import FusedBatchNorm
-from evenkeel.nn.synchronized import Call, Synchronized
+from evenkeel.nn.synchronized import Call, Synchronized, refuse_second_derivative, synchronized_backward
 from evenkeel.nn.variant import Variant, normalize
 from evenkeel.ranks import group_of
 
@@ -86,6 +88,7 @@ class SyncBatchNorm(Variant):
     """
 
     _masks = True
+    defers_in_training = True
 
     def __init__(
         self,
@@ -126,6 +129,20 @@ class SyncBatchNorm(Variant):
             locate(error, self)
             raise
 
+    def normalization(self, x: Tensor) -> Normalization | None:
+        """As :meth:`evenkeel.BatchNorm.normalization`, with the moments of all ranks in training."""
+        if not self.uses_batch():
+            return super().normalization(x)
+        group, weight, bias = self._group(), self.weight, self.bias
+        if "update_running" in vars(self) or x.is_inference() or (group is not None and distributed.preflight_is_on()):
+            return None
+        if not is_plain(weight) or not is_plain(bias):
+            return None
+        state = self._state()._replace(update=self.training and self.track_running_stats)
+        if group is not None:
+            return SyncNormalization(state, weight, bias, self, group)
+        return Normalization(state, weight, bias) if check_layer_call(x, weight, bias, state, self._ranks) else None
+
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
         group, what = self._group(), type(self).__name__
         if group is None and mask is None and "update_running" not in vars(self):  # nobody asks for the moments
@@ -143,16 +160,21 @@ class SyncBatchNorm(Variant):
                     "ek.BatchNorm there, or a process group of one rank"
                 )
             x = dense(x)
-            with torch.no_grad():
-                total = moments(x.detach(), mask).all_reduce(group, what=what)
-                _refuse_single(total, what)
-                var = total.m2 / total.count.clamp(min=1)
-                saved = torch.stack([total.mean, var, (var + self.eps).rsqrt()])
+            total, saved = self.pooled(x, mask, group)
             step = self._step(x) if distributed.preflight_is_on() else None
             call = Call(act, group, what, None if residual is None else residual.dtype, step)
             y = Synchronized.apply(x, residual, self.weight, self.bias, saved, total.count, call)
         self.update_running(total)
         return y
+
+    def pooled(self, x: Tensor, mask: Tensor | None, group: ProcessGroup) -> tuple[Moments, Tensor]:
+        """The moments of all ranks, and (mean, var, rstd), (3, C)."""
+        what = type(self).__name__
+        with torch.no_grad():
+            total = moments(x.detach(), mask).all_reduce(group, what=what)
+            _refuse_single(total, what)
+            var = total.m2 / total.count.clamp(min=1)
+            return total, torch.stack([total.mean, var, (var + self.eps).rsqrt()])
 
     @classmethod
     def convert_sync_batchnorm(
@@ -245,6 +267,48 @@ class SyncBatchNorm(Variant):
         group = group_of(self.process_group, type(self).__name__)
         if group is not None and (self.training or torch.is_grad_enabled()):
             agree(self._step(x), group, type(self).__name__)
+
+
+class SyncNormalization(Normalization):
+    """A synchronized batch norm in its parts."""
+
+    __slots__ = ("count", "group", "layer")
+
+    def __init__(
+        self, state: State, weight: Tensor | None, bias: Tensor | None, layer: SyncBatchNorm, group: ProcessGroup
+    ) -> None:
+        super().__init__(state, weight, bias)
+        self.layer, self.group = layer, group
+
+    def run(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, act: Activation | None
+    ) -> tuple[Tensor | None, Tensor]:
+        check_arguments(self.state.what, x, None, weight, bias, self.state, None, "others")
+        total, saved = self.layer.pooled(x, None, self.group)
+        self.count = total.count
+        y = None if act is None else self.apply(x, None, weight, bias, saved, act)
+        self.layer.update_running(total)
+        return y, saved
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        saved: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        y: Tensor | None,
+        act: Activation,
+        need: tuple[bool, bool, bool, bool],
+    ) -> tuple[Tensor | None, ...]:
+        call = Call(act, self.group, self.state.what, dy.dtype, None)
+        return synchronized_backward(dy, x, saved, self.count, weight, bias if act.code else None, y, None, call, need)
+
+    def differentiable(self, *_: Any) -> Tensor:
+        refuse_second_derivative(self.state.what)
+
+    def differentiable_backward(self, *_: Any) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative(self.state.what)
 
 
 def _refuse_single(total: Moments, what: str) -> None:

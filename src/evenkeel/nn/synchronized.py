@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -50,30 +50,52 @@ class Synchronized(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, saved, count, bias, y, residual = ctx.saved_tensors
-        need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
-        act, group, what, residual_dtype, step = ctx.call
+        need, call = ctx.needs_input_grad[:4], ctx.call
         if torch.is_grad_enabled() or fused.transformed():
-            raise RuntimeError(
-                f"{what}: there is no second derivative through synchronized ranks (create_graph=True asks for one); "
-                "use ek.BatchNorm, or a process group of one rank"
-            )
-        mean, _, rstd = saved
-        given = (dy, x, mean, rstd, weight, bias, y, residual)
-        dx = dresidual = dweight = dbias = None
-        if need_x or need_weight or need_bias:
-            dbias, dweight = sums = _run("grad_stats", x, *given, act=act)
-        if need_x:
-            if step is not None:
-                agree(step._replace(direction="backward"), group, what)
-            total = add_up(torch.stack(tuple(sums)), group, what)
-            dx = _run("grad_input", x, *given, total / count.clamp(min=1), act=act)
-        if need_residual:
-            dresidual = dy
-            if act.code != 0:
-                options = (False, act, False, True, False, False)
-                dresidual = fused.backward(dy, x, saved, weight, bias, y, residual, *options)[1]
-            dresidual = dresidual.to(residual_dtype)
-        return dx, dresidual, dweight if need_weight else None, dbias if need_bias else None, None, None, None
+            refuse_second_derivative(call.what)
+        found = synchronized_backward(dy, x, saved, count, weight, bias, y, residual, call, need)
+        return *found, None, None, None
+
+
+def refuse_second_derivative(what: str) -> NoReturn:
+    raise RuntimeError(
+        f"{what}: there is no second derivative through synchronized ranks (create_graph=True asks for one); "
+        "use ek.BatchNorm, or a process group of one rank"
+    )
+
+
+def synchronized_backward(
+    dy: Tensor,
+    x: Tensor,
+    saved: Tensor,
+    count: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    residual: Tensor | None,
+    call: Call,
+    need: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """dx, dresidual, dweight, dbias, as far as they are needed; from what ``ops.gate_needs`` left."""
+    act, group, what, residual_dtype, step = call
+    need_x, need_residual, need_weight, need_bias = need
+    mean, _, rstd = saved
+    given = (dy, x, mean, rstd, weight, bias, y, residual)
+    dx = dresidual = dweight = dbias = None
+    if need_x or need_weight or need_bias:
+        dbias, dweight = sums = _run("grad_stats", x, *given, act=act)
+    if need_x:
+        if step is not None:
+            agree(step._replace(direction="backward"), group, what)
+        total = add_up(torch.stack(tuple(sums)), group, what)
+        dx = _run("grad_input", x, *given, total / count.clamp(min=1), act=act)
+    if need_residual:
+        dresidual = dy
+        if act.code != 0:
+            options = (False, act, False, True, False, False)
+            dresidual = fused.backward(dy, x, saved, weight, bias, y, residual, *options)[1]
+        dresidual = dresidual.to(residual_dtype)
+    return dx, dresidual, dweight if need_weight else None, dbias if need_bias else None
 
 
 def _run(stem: str, x: Tensor, *given: Tensor | None, act: Activation) -> Any:

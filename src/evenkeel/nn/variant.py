@@ -10,12 +10,18 @@ from torch import Tensor
 from evenkeel import fused
 from evenkeel.activations import Activation, resolve
 from evenkeel.arguments import State, check_arguments
-from evenkeel.functional import refuse_jit
+from evenkeel.functional import check_layer_call, refuse_jit
+from evenkeel.fused import Normalization, is_plain
+from evenkeel.fusion.call import begin, passes_by
+from evenkeel.fusion.scope import current
 from evenkeel.layout import counted, per_channel
 from evenkeel.moments import Moments, broadcast_mask, compute_dtype
 from evenkeel.nn.batch_norm import refuse_script
 from evenkeel.nn.skipped import CountsSkipped, counter_beside
 from evenkeel.running import averaged, update_running
+from evenkeel.second_run import is_second_run
+
+passes_by(__file__)
 
 
 class Variant(CountsSkipped):
@@ -31,6 +37,8 @@ class Variant(CountsSkipped):
     _masks = False
     #: What one value per channel is in training; see arguments.check_arguments.
     _too_few = "error"
+    #: Whether a result in training can wait for what follows; in evaluation all can.
+    defers_in_training = False
 
     def forward(  # type: ignore[override]
         self,
@@ -48,6 +56,12 @@ class Variant(CountsSkipped):
             activation: None, a name or a module, as :func:`evenkeel.functional.batch_norm` lists them.
             mask: Which values count, True for those; shape (N,) or (N, *S). The others come out as 0.
         """
+        if residual is None and activation is None and mask is None and not torch.compiler.is_compiling():
+            scope = current()
+            if scope is not None:
+                deferred = begin(self, scope, x, Variant.forward)
+                if deferred is not None:
+                    return deferred
         what = type(self).__name__
         refuse_jit(what)
         act = resolve(what, activation)
@@ -77,6 +91,17 @@ class Variant(CountsSkipped):
         """The forward where the running moments normalize."""
         return fused.batch_norm(x, residual, self.weight, self.bias, self._state(), act)
 
+    def normalization(self, x: Tensor) -> Normalization | None:
+        """As :meth:`evenkeel.BatchNorm.normalization`; in training only where the class says that it can wait."""
+        weight, bias = self.weight, self.bias
+        own = type(self).normalize_running is not Variant.normalize_running
+        if own or self.uses_batch() or x.is_inference():
+            return None
+        if not is_plain(weight) or not is_plain(bias):
+            return None
+        state = self._state()
+        return Normalization(state, weight, bias) if check_layer_call(x, weight, bias, state, self._ranks) else None
+
     def uses_batch(self) -> bool:
         """Whether the batch's moments normalize."""
         return self.training or self.running_mean is None
@@ -86,7 +111,7 @@ class Variant(CountsSkipped):
         if not (self.training and self.track_running_stats):
             return False
         # The compiler traces a checkpoint's forward once, and can't ask.
-        return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+        return torch.compiler.is_compiling() or not is_second_run()
 
     def update_running(self, moments: Moments) -> None:
         """Let a batch's moments enter the running ones, once; see :func:`evenkeel.running.update_running`.

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from evenkeel.activations import NONE
 from evenkeel.control.selection import Where, select
-from evenkeel.surgery.fused_forward import FusedForward
-from evenkeel.surgery.fusing import Outcome, plan_all
-from evenkeel.surgery.kinds import change_back, change_class, is_changed, target_of
+from evenkeel.fusion.memory import ATTRIBUTE, Memory
+from evenkeel.fusion.scope import add_scope, has_scope, remove_scope
+from evenkeel.nn.batch_norm import FusedBatchNorm
+from evenkeel.nn.variant import Variant
+from evenkeel.surgery.kinds import ALREADY, change_back, change_class, is_changed, target_of
 from evenkeel.surgery.report import Report
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -28,87 +32,67 @@ def convert(
     """Make every batch norm of a model evenkeel's, in place, and let it run with the addition and activation behind it.
 
     A layer changes its class and stays the same object: parameters (an optimizer that has them keeps working), buffers,
-    mode, hooks, name and state_dict keys are what they were. With ``fuse``, each module whose forward calls a batch
-    norm is traced by torch.fx, children being calls; where a batch norm is followed by an activation, by an addition,
-    or by both, as modules, functions, methods or operators, the module gets a rewritten forward that runs them as one
-    kernel. A child whose output is a batch norm's (a ``Sequential`` that ends with one) is fused with what its caller
-    does next. The model keeps its class, its methods and its modules.
-
-    The rewritten forward looks, on every call, whether the modules concerned are still those that were traced: where
-    one is replaced or hooked, or an attribute that the forward read has another value, the class's own forward runs.
+    mode, hooks, name and state_dict keys are what they were. The model's own code runs on every call, unchanged. With
+    ``fuse``, a layer learns from its first call what is done with its result: an activation, an addition, or both. From
+    then on its result waits for that, and one kernel computes all of it. Whatever else is done with the result, by
+    whatever code, sees what ``torch.nn``'s layers would have computed; the statistics are taken when the layer is
+    called. Nothing waits outside a call of ``model`` or of one of its children that has layers in it.
 
     Args:
         model: Any module, a batch norm included. It is changed.
-        fuse: Whether forwards are rewritten; else layers change their class alone.
+        fuse: Whether results may wait for what follows; else layers change their class alone.
         sync: True makes all layers ``ek.SyncBatchNorm``, False makes synchronized ones plain; None keeps what they are.
-        where: A pattern for the layers' paths (``"layer1.*"``), a module's path, or several; None for all.
+        where: A pattern for the layers' paths (``"layer1.*"``), a module's path, or several; None for all. The results
+            of others never wait.
         process_group: Of the synchronized layers; None keeps theirs, or means all ranks.
 
     Returns:
-        The model itself, and a report: a row for each batch norm, with its class before and after, the activation that
-        runs with it and whether an addition does, the module whose forward was rewritten for it, and why it was left
-        alone where it was.
+        The model itself, and a report: a row for each batch norm, with its class before and after, what runs together
+        with it, and why nothing does, where that is so. The report follows the model: what runs together shows in it
+        once the model has been called in a mode, and is done from the second call on.
 
     State:
         ``skipped_updates`` is added to the layers; it is in no state_dict. :func:`revert` undoes all of it.
 
     Differs:
-        A fused activation's module is not called: it has to have no hook then, which is looked at on every call.
+        While a result waits it is a ``torch.Tensor`` of a subclass: code in the model that asks for
+        ``type(y) is torch.Tensor`` right behind a batch norm sees that. ``fuse=False`` or ``where`` avoid it.
 
     Raises:
         TypeError, ValueError: ``model`` is no module, or a pattern matches no layer. The model is then as before.
+        RuntimeError: from a call of the model, if a layer's input is changed in place before a waiting result is used,
+            which in all calls before was not so; the next call computes that result at once.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> model, report = convert(model)
-        >>> type(model[1]).__module__, report.summary["fused"]
-        ('evenkeel.nn.batch_norm', 1)
-
-    Source:
-        Reed, DeVito, He, Ussery, Ansel (2022), "torch.fx: Practical Program Capture and Transformation for Deep
-        Learning in Python", arXiv:2112.08429.
+        >>> y = model(torch.randn(8, 3, 64, 64))
+        >>> type(model[1]).__module__, report.rows[0]["runs with"]
+        ('evenkeel.nn.batch_norm', 'relu')
     """
-    layers = select("convert", model, where)
-    rows: dict[str, dict[str, Any]] = {}
-    targets: dict[_BatchNorm, type[nn.Module]] = {}
-    for path, layer in layers.items():
-        target = target_of(layer, sync)
-        rows[path] = {"path": path, "was": _named(type(layer)), "is": _named(type(layer)), **_NOTHING}
-        if isinstance(target, str):
-            rows[path]["reason"] = target if "already" not in target else None
-        else:
-            targets[layer] = target
-            rows[path]["is"] = _named(target)
+    changes = {path: _Change(layer, target_of(layer, sync)) for path, layer in select("convert", model, where).items()}
     with ExitStack() as undo:
-        plans, outcomes = plan_all(model, sync) if fuse else ({}, {})
-        chosen = set(layers.values())
-        for layer, target in targets.items():
+        for change in changes.values():
+            layer = change.layer
             undo.callback(restore, layer, layer.__class__, dict(vars(layer)), dict(layer._buffers))
-            change_class(layer, target, process_group)
-        for path, plan in plans.items():
-            if (
-                not {model.get_submodule(_join(path, one.layer)) for mode in plan.fused for one in plan.fused[mode]}
-                <= chosen
-            ):
-                continue  # layers that are not to be touched have a part in it
-            undo.callback(_put_forward, plan.module, plan.module.__dict__.get("forward"))
-            _put_forward(plan.module, FusedForward(plan))
+            if isinstance(change.target, type):
+                change_class(layer, change.target, process_group)
+            if not fuse:
+                vars(layer).pop(ATTRIBUTE, None)
+            elif isinstance(layer, FusedBatchNorm | Variant):
+                vars(layer).setdefault(ATTRIBUTE, Memory())
+        for module in _callers(model) if fuse else ():
+            if not has_scope(module):
+                undo.callback(remove_scope, module)
+                add_scope(module)
         undo.pop_all()
-    for path, outcome in outcomes.items():
-        if path in rows and rows[path]["reason"] is None:
-            rows[path].update(_cells(outcome))
-    listed = list(rows.values())
-    fused = sum(row["runs with"] is not None for row in listed)
-    refused = sum(row["reason"] is not None for row in listed)
-    summary = {"batch norms": len(listed), "converted": len(targets), "fused": fused, "left with a reason": refused}
-    return model, Report("convert", summary, listed)
-
-
-_NOTHING: dict[str, Any] = {"runs with": None, "in": None, "reason": None}
+    live = _Rows(changes)
+    return model, Report("convert", _Summary(changes, live), live)
 
 
 def revert(model: Model) -> tuple[Model, Report]:
-    """Undo :func:`convert`: layers have their classes again, modules their own forwards.
+    """Undo :func:`convert`: layers have their classes again, and no result waits any more.
 
     What training and loading have changed since, stays: parameters and buffers are the same objects. Evenkeel's layers
     that were not converted stay too. Works on copies and on loaded models.
@@ -128,49 +112,111 @@ def revert(model: Model) -> tuple[Model, Report]:
     layers = select("revert", model, None)
     kinds = {path: _named(type(layer)) for path, layer in layers.items() if is_changed(layer)}
     with ExitStack() as undo:
-        forwards = take_back(model, undo)
+        take_back(model, undo)
         undo.pop_all()
     rows = [{"path": path, "was": was, "is": _named(type(layers[path]))} for path, was in kinds.items()]
-    return model, Report("revert", {"layers": len(rows), "forwards": forwards}, rows)
+    return model, Report("revert", {"layers": len(rows)}, rows)
 
 
-def take_back(model: nn.Module, undo: ExitStack) -> int:
-    """Undo what convert did to a model, in a way that ``undo`` undoes; gives the number of forwards."""
-    forwards = 0
+def take_back(model: nn.Module, undo: ExitStack) -> None:
+    """Undo what convert did to a model, in a way that ``undo`` undoes."""
     for module in model.modules():
-        if is_changed(module):
+        if is_changed(module) or ATTRIBUTE in vars(module):
             undo.callback(restore, module, module.__class__, dict(vars(module)), dict(module._buffers))
-            change_back(module)
-        if isinstance(module.__dict__.get("forward"), FusedForward):
-            undo.callback(_put_forward, module, module.__dict__["forward"])
-            del module.__dict__["forward"]
-            forwards += 1
-    return forwards
+            vars(module).pop(ATTRIBUTE, None)
+            if is_changed(module):
+                change_back(module)
+        if has_scope(module):
+            undo.callback(add_scope, module)
+            remove_scope(module)
 
 
-def _cells(outcome: Outcome) -> dict[str, Any]:
-    if outcome.reason is not None:
-        return {"reason": outcome.reason}
-    parts = ["addition"] * outcome.residual
-    if outcome.activation not in (None, "none"):
-        parts.append(f"{outcome.activation} ({outcome.by})")
-    return {"runs with": " and ".join(parts), "in": outcome.module or "the model"}
+def _callers(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules within whose calls results may wait: the model, and those of its children that have layers inside.
+
+    The latter for those who call parts of a model by themselves, as trainers do.
+    """
+    for module in (model, *model.children()):
+        if not isinstance(module, _BatchNorm) and any(ATTRIBUTE in vars(part) for part in module.modules()):
+            yield module
+
+
+class _Change:
+    """What became of one layer."""
+
+    def __init__(self, layer: _BatchNorm, target: type[nn.Module] | str) -> None:
+        self.layer, self.target = layer, target
+        self.was = _named(type(layer))
+
+    @property
+    def memory(self) -> Memory | None:
+        return vars(self.layer).get(ATTRIBUTE)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the layer was left alone."""
+        return self.target if isinstance(self.target, str) and self.target != ALREADY else None
+
+    def row(self, path: str) -> dict[str, Any]:
+        memory = self.memory
+        return {
+            "path": path,
+            "was": self.was,
+            "is": _named(type(self.layer)),
+            "runs with": _words(memory) if memory else None,
+            "reason": self.refusal or (memory.reason() if memory else None),
+        }
+
+
+# A report that follows the model: what runs together is known when it has run.
+
+
+class _Rows(Sequence[dict[str, Any]]):
+    def __init__(self, changes: Mapping[str, _Change]) -> None:
+        self._changes = changes
+
+    def __len__(self) -> int:
+        return len(self._changes)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        return [change.row(path) for path, change in self._changes.items()][index]
+
+
+class _Summary(Mapping[str, Any]):
+    def __init__(self, changes: Mapping[str, _Change], rows: _Rows) -> None:
+        self._values: dict[str, Callable[[], int]] = {
+            "batch norms": lambda: len(changes),
+            "converted": lambda: sum(isinstance(change.target, type) for change in changes.values()),
+            "fused": lambda: sum(row["runs with"] is not None for row in rows),
+            "left with a reason": lambda: sum(change.refusal is not None for change in changes.values()),
+        }
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __getitem__(self, name: str) -> int:
+        return self._values[name]()
+
+
+def _words(memory: Memory) -> str | None:
+    """What runs together with a layer: "relu", "addition and relu"; None where nothing does."""
+    found = [
+        ["addition"] * kernel.residual + [kernel.activation.name] * (kernel.activation.code != NONE.code)
+        for kernel in memory.kernels()
+    ]
+    return " or ".join(dict.fromkeys(" and ".join(parts) for parts in found)) or None
 
 
 def _named(kind: type) -> str:
     package = kind.__module__.partition(".")[0]
     return f"ek.{kind.__name__}" if package == "evenkeel" else kind.__name__
-
-
-def _join(path: str, layer: str) -> str:
-    return f"{path}.{layer}" if path else layer
-
-
-def _put_forward(module: nn.Module, forward: Any) -> None:
-    if forward is None:
-        module.__dict__.pop("forward", None)
-    else:
-        module.__dict__["forward"] = forward
 
 
 def restore(layer: nn.Module, kind: type, attributes: dict[str, Any], buffers: dict[str, Any]) -> None:

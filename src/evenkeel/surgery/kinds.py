@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from evenkeel import nn as layers
-from evenkeel.nn.batch_norm import FusedBatchNorm
 from evenkeel.nn.skipped import CountsSkipped
-from evenkeel.nn.variant import Variant
 
+#: Why a layer of ours keeps its class.
+ALREADY = "is evenkeel's already"
 #: torch.nn's classes and their drop-ins.
 TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: layers.BatchNorm1d,
@@ -40,7 +40,7 @@ def target_of(layer: _BatchNorm, sync: bool | None) -> type[nn.Module] | str:
     kind = type(layer)
     if kind not in _DROP_INS:
         if isinstance(layer, CountsSkipped):
-            return "is evenkeel's already"
+            return ALREADY
         return f"is a {kind.__name__}, whose own forward or state an evenkeel layer would not have"
     if any(name in layer.__dict__ for name in ("forward", "__call__")):
         return "has a forward of its own"
@@ -51,7 +51,7 @@ def target_of(layer: _BatchNorm, sync: bool | None) -> type[nn.Module] | str:
         return "does not know its channels yet: run the model once first" if lazy else layers.SyncBatchNorm
     if sync is False and kind in _SYNC:
         return layers.BatchNorm
-    return TWINS.get(kind) or "is evenkeel's already"
+    return TWINS.get(kind) or ALREADY
 
 
 def change_class(layer: _BatchNorm, kind: type[nn.Module], process_group: Any) -> None:
@@ -82,10 +82,3 @@ def change_back(layer: nn.Module) -> None:
     layer.__dict__.pop("process_group", None)
     if group is not None:
         layer.__dict__["process_group"] = group[0]
-
-
-def will_fuse(layer: nn.Module, sync: bool | None) -> bool:
-    """Whether the layer takes a residual and an activation, now or after :func:`convert`'s change of class."""
-    return isinstance(layer, FusedBatchNorm | Variant) or (
-        isinstance(layer, _BatchNorm) and isinstance(target_of(layer, sync), type)
-    )

@@ -106,6 +106,23 @@ def moments(
     return saved, coefficients
 
 
+def measure(
+    x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, running: Running, training: bool,
+    eps: float, view: View,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `moments` in training; outside it the running moments are those that normalize."""
+    if training:
+        return moments(x, mask, view, weight, bias, running, eps)
+    assert running.mean is not None and running.var is not None
+    saved, found = _vector(x, 3, torch.float64), _vector(x, 3, torch.float32)
+    with launching(x):
+        coefficient_kernel[up(view.c, _CHANNELS),](
+            running.mean, running.var, saved, found, _or(weight, x), _or(bias, x), view.c, eps,
+            B=_CHANNELS, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, RUNNING=True,
+        )  # fmt: skip
+    return saved, found
+
+
 def coefficients(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """centre, scale, shift (3, C) of y = act((x − centre)·scale + shift + residual)."""
     found = _vector(x, 3, torch.float32)
@@ -137,18 +154,8 @@ def forward(
 ) -> Tensor:  # fmt: skip
     """Write y (which may be x), update the running moments, and return (mean, var, rstd)."""
     cut = choose(view, x).forward
-    if not training:
-        assert running.mean is not None and running.var is not None
-        saved, found = _vector(x, 3, torch.float64), _vector(x, 3, torch.float32)
-        with launching(x):
-            coefficient_kernel[up(view.c, _CHANNELS),](
-                running.mean, running.var, saved, found, _or(weight, x), _or(bias, x), view.c, eps,
-                B=_CHANNELS, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, RUNNING=True,
-            )  # fmt: skip
-        apply(x, residual, mask, keep, y, found, view, act)
-        return saved
-    if cut is None:
-        saved, found = moments(x, mask, view, weight, bias, running, eps)
+    if not training or cut is None:
+        saved, found = measure(x, mask, weight, bias, running, training, eps, view)
         apply(x, residual, mask, keep, y, found, view, act)
         return saved
     saved = _vector(x, 3, torch.float64)

@@ -24,6 +24,18 @@ def stats(x: Tensor, mask: Tensor | None) -> Tensor:
     return launches.moments(x, mask, view, eps=1.0)[0][:2]  # no one asks for 1/√(var + eps)
 
 
+def measure_(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, training: bool,
+    update: bool, momentum: float | None, eps: float, skipped: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """(mean, var, rstd), (3, C), of what normalizes x; updates the running moments as `forward_`."""
+    view = view_of(x)
+    check_vectors(x, running_mean=running_mean, running_var=running_var, skipped_updates=skipped)
+    running = Running(running_mean, running_var, batches, skipped, update and training, momentum)
+    _count_call()
+    return launches.measure(x, None, None, None, running, training, eps, view)[0]
+
+
 def apply(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     activation: int, a: float, b: float,
@@ -37,6 +49,14 @@ def apply(
     y = torch.empty_like(x, dtype=_result_dtype(x, residual))
     launches.apply(x, residual, None, False, y, coefficients, view, Act(activation, a, b))
     return y
+
+
+def finish(
+    x: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, activation: int,
+    a: float, b: float,
+) -> Tensor:  # fmt: skip
+    """As `apply`, from what `measure_` has found."""
+    return apply(x, saved[0], saved[2], weight, bias, residual, activation, a, b)
 
 
 def grad_stats(

@@ -35,6 +35,14 @@ void stats(const Problem& p, Parallel how) {
   with_layout(p, [&](const auto& loops) { loops.stats(how); });
 }
 
+void measure(const Problem& p, Parallel how) {
+  count_call();
+  with_layout(p, [&](const auto& loops) {
+    if (p.training) loops.stats(how);
+    finish_moments(p, 0, p.channels);
+  });
+}
+
 // ---- run-time options as types, so that the loops are compiled without branches: what makes the terms and values of a
 // channel from its coefficients. They hold pointers by value: what is reached by reference is read again after every
 // store.
@@ -198,6 +206,7 @@ const Kernels table{
     EVENKEEL_STRING(EVENKEEL_ISA),
     scratch_doubles,
     stats,
+    measure,
     apply,
     grad_stats,
     grad_input,

@@ -85,6 +85,7 @@ struct Kernels {
   const char* name;  // of the instruction set
   int64_t (*scratch_doubles)(const Problem&);
   void (*stats)(const Problem&, Parallel);       // x, mask -> mean, var
+  void (*measure)(const Problem&, Parallel);     // stats, rstd and the running moments: forward without y
   void (*apply)(const Problem&, Parallel);       // x, mean, rstd -> y
   void (*grad_stats)(const Problem&, Parallel);  // dy, x, mean, rstd -> sum_g, sum_gxhat
   void (*grad_input)(const Problem&, Parallel);  // dy, x, mean, rstd, sums -> dx

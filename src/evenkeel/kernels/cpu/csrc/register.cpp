@@ -42,6 +42,18 @@ Tensor apply(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Opti
   return y;
 }
 
+Tensor finish(const Tensor& x, const Tensor& saved, const Optional& weight, const Optional& bias,
+              const Optional& residual, int64_t activation, double a, double b) {
+  Operands o(x, {activation, a, b});
+  o.take_moments(saved);
+  o.take_affine(weight, bias);
+  o.take_residual(residual);
+  Tensor y = empty_as(o.x);
+  o.p.y = y.data_ptr();
+  run(o.p, &Kernels::apply);
+  return y;
+}
+
 Tensor grad_stats(const Tensor& dy, const Tensor& x, const Tensor& mean, const Tensor& rstd, const Optional& weight,
                   const Optional& bias, const Optional& y, const Optional& residual, int64_t activation, double a,
                   double b) {
@@ -126,7 +138,7 @@ void put_running(const Buffers& buffers, const Running& running) {
   if (running.update && running.mean) put(*buffers.mean, running.mean), put(*buffers.var, running.var);
 }
 
-Tensor run_forward(Operands& o, const Buffers& buffers) {
+Tensor run_forward(Operands& o, const Buffers& buffers, decltype(Kernels::forward) Kernels::* kernel = &Kernels::forward) {
   Problem& p = o.p;
   const Running running = take_running(o, buffers);
   p.momentum = momentum_of(buffers, running);
@@ -134,7 +146,7 @@ Tensor run_forward(Operands& o, const Buffers& buffers) {
   o.set_moments(doubles(saved));
   if (!p.training)
     for (int64_t c = 0; c < p.channels; ++c) p.mean[c] = running.mean[c], p.var[c] = running.var[c];
-  run(p, &Kernels::forward);
+  run(p, kernel);
   put_running(buffers, running);
   if (running.batches && p.count > 1) ++*running.batches;
   return saved;
@@ -154,6 +166,16 @@ std::tuple<Tensor, Tensor> forward_(const Tensor& x, const Optional& residual, c
   Tensor saved =
       run_forward(o, {running_mean, running_var, num_batches_tracked, skipped, training, update, momentum, eps});
   return {y, saved};
+}
+
+// What forward_ does, without y.
+Tensor measure_(const Tensor& x, const Optional& running_mean, const Optional& running_var,
+                const Optional& num_batches_tracked, bool training, bool update, std::optional<double> momentum,
+                double eps, const Optional& skipped) {
+  Operands o(x, {});
+  o.take_mask({}, nullptr);
+  return run_forward(o, {running_mean, running_var, num_batches_tracked, skipped, training, update, momentum, eps},
+                     &Kernels::measure);
 }
 
 // In training alone. The running moments take the groups in merged, as one batch, or one after the other.
@@ -316,7 +338,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_groups(const Tensor& dy, con
 
 STABLE_TORCH_LIBRARY_IMPL(evenkeel, CPU, m) {
   m.impl("stats", TORCH_BOX(&stats));
+  m.impl("measure_", TORCH_BOX(&measure_));
   m.impl("apply", TORCH_BOX(&apply));
+  m.impl("finish", TORCH_BOX(&finish));
   m.impl("grad_stats", TORCH_BOX(&grad_stats));
   m.impl("grad_input", TORCH_BOX(&grad_input));
   m.impl("forward", TORCH_BOX(&forward));

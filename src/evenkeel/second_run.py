@@ -1,0 +1,34 @@
+"""Whether a forward runs a second time on a batch that has been counted: the running statistics take it in once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class _Here(threading.local):
+    repeating = False
+
+
+_here = _Here()
+
+
+def is_second_run() -> bool:
+    """Whether this forward repeats an earlier one.
+
+    True inside a backward, where activation checkpointing computes forwards again, and inside :func:`second_run`.
+    """
+    return _here.repeating or torch._C._current_graph_task_id() != -1
+
+
+@contextmanager
+def second_run() -> Iterator[None]:
+    """Inside, layers called in this thread compute what they did before and leave their buffers alone."""
+    before, _here.repeating = _here.repeating, True
+    try:
+        yield
+    finally:
+        _here.repeating = before
