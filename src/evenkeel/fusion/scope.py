@@ -81,7 +81,7 @@ class _Guard:
         self.scope = scope
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
-        if _here.scope is self.scope and module is not self.scope.module and _has_hooks(module):
+        if _here.scope is self.scope and module is not self.scope.module and has_hooks(module):
             self.scope.settle(_HOOKED, learn=False)
 
 
@@ -189,7 +189,7 @@ def _scope_for(module: nn.Module, frame: FrameType | None) -> Scope | None:
     for part in module.modules():
         if part._compiled_call_impl is not None or type(part) is _compiled_module():
             return None  # what is compiled looks at its arguments' classes
-        hooked = hooked or (part is not module and _has_hooks(part))
+        hooked = hooked or (part is not module and has_hooks(part))
     scope = Scope(module, frame)
     if hooked:
         scope.guard()
@@ -215,7 +215,8 @@ def _may_wait() -> bool:
     )
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks, besides those that open a scope."""
     return bool(
         module._backward_hooks
         or module._backward_pre_hooks

@@ -14,33 +14,25 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evenkeel.fusion import scope as fusion
+from evenkeel.fusion.operations import METADATA
 from evenkeel.surgery.nested import tensors_in
 from evenkeel.surgery.trace import FunctionCall, ModuleCall, Trace, version_of
 
 _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-#: Attributes, methods and functions that ask about a tensor, and not what is in it.
-_METADATA = frozenset(
-    [getattr(Tensor, name).__get__ for name in (
-        "_version", "device", "dtype", "grad_fn", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_mps", "is_quantized",
-        "is_sparse", "itemsize", "layout", "nbytes", "ndim", "requires_grad", "shape",
-    )]
-    + [getattr(Tensor, name) for name in (
-        "__len__", "dim", "element_size", "get_device", "is_complex", "is_contiguous", "is_floating_point",
-        "is_inference", "is_signed", "ndimension", "nelement", "new_empty", "new_full", "new_ones", "new_tensor",
-        "new_zeros", "numel", "size", "storage_offset", "stride",
-    )]
-    + [getattr(torch, name) for name in (
-        "empty_like", "full_like", "is_complex", "is_floating_point", "numel", "ones_like", "rand_like", "randn_like",
-        "zeros_like",
-    )]
-)  # fmt: skip
+#: Attributes, methods and functions that ask about a tensor, and not what is in it; or make one like it.
+_METADATA = METADATA | {
+    *(getattr(Tensor, name).__get__ for name in ("_version", "grad_fn")),
+    *(getattr(Tensor, f"new_{name}") for name in ("empty", "full", "ones", "tensor", "zeros")),
+    *(getattr(torch, f"{name}_like") for name in ("empty", "full", "ones", "rand", "randn", "zeros")),
+}
 #: Functions that take the shape or dtype of their second tensor, and nothing else of it.
 _LIKE_ANOTHER = frozenset((Tensor.expand_as, Tensor.reshape_as, Tensor.type_as, Tensor.view_as))
 
 
 def has_hooks(module: Module) -> bool:
     """Whether calling the module runs hooks: its own, or those set for all modules."""
-    return any(getattr(module, f"_{name}") or getattr(torch_module, f"_global_{name}") for name in _HOOKS)
+    return fusion.has_hooks(module) or any(getattr(torch_module, f"_global_{name}") for name in _HOOKS)
 
 
 class _Recorder(TorchFunctionMode):
