@@ -138,7 +138,8 @@ void put_running(const Buffers& buffers, const Running& running) {
   if (running.update && running.mean) put(*buffers.mean, running.mean), put(*buffers.var, running.var);
 }
 
-Tensor run_forward(Operands& o, const Buffers& buffers, decltype(Kernels::forward) Kernels::* kernel = &Kernels::forward) {
+Tensor run_forward(Operands& o, const Buffers& buffers,
+                   decltype(Kernels::forward) Kernels::* kernel = &Kernels::forward) {
   Problem& p = o.p;
   const Running running = take_running(o, buffers);
   p.momentum = momentum_of(buffers, running);
