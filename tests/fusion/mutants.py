@@ -164,18 +164,6 @@ def _no_history(patch: Any) -> None:
     patch.setattr(call.Call, "start", without)
 
 
-def _only_through_the_end(patch: Any) -> None:
-    """Gradients go past a value in between, also where somebody holds it."""
-    settle = pending.Promise.settle
-
-    def quietly(self: Any, one: Tensor, reason: str, learn: bool) -> None:
-        settle(self, one, reason, learn)
-        if self.call.shared is not None:
-            self.call.shared.exact = False
-
-    patch.setattr(pending.Promise, "settle", quietly)
-
-
 def _grad_mode(patch: Any) -> None:
     """A result that was computed in one grad mode is handed out in another."""
     patch.setattr(pending.torch, "is_grad_enabled", lambda: True)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
+import torch
 from fusion.differential import check
 from fusion.mutants import MUTANTS
 from fusion.programs import program
@@ -24,14 +26,18 @@ FRESH = int(os.environ.get("FUSION_FUZZ_SEED") or random.SystemRandom().randrang
 FOUND = {
     "stale mode": 245, "stale parameter": 534, "stale activation": 35, "runs twice": 0, "statistics later": 16,
     "input changed": 83, "in place is not": 6, "sum elsewhere": 80, "plain containers": 12, "left waiting": 42,
-    "copies share": 16, "any dtype": 105, "twice": 683, "no history": 0, "only through the end": 3000, "grad mode": 23,
+    "copies share": 16, "any dtype": 105, "twice": 683, "no history": 0,  "grad mode": 23,
     "second addition": 854, "exchanged arguments": 23,
 }  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def _small_tensors_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def _small_tensors_wait(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     monkeypatch.setattr(call, "smallest", [0, 0])
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("part", range(PARTS))
