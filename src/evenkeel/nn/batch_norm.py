@@ -97,16 +97,7 @@ class FusedBatchNorm(CountsSkipped):
                 deferred = begin(self, scope, x, FusedBatchNorm.forward)
                 if deferred is not None:
                     return deferred
-        # Looking into these dictionaries is what attribute access does, several times slower. What is not there
-        # (a parametrized weight, say) is found the ordinary way.
-        parameters, buffers = self._parameters, self._buffers
-        try:
-            weight, bias = parameters["weight"], parameters["bias"]
-            running_mean, running_var = buffers["running_mean"], buffers["running_var"]
-            batches = buffers["num_batches_tracked"]
-        except KeyError:
-            weight, bias, batches = self.weight, self.bias, self.num_batches_tracked
-            running_mean, running_var = self.running_mean, self.running_var
+        weight, bias, state = self._unpacked()
         options = Options(activation, inplace, mask, sample_weight, padding)
         if has_torch_function((x, residual)):
             proxy = _fx_proxy(x, residual)
@@ -122,14 +113,6 @@ class FusedBatchNorm(CountsSkipped):
                 if mask is not None or sample_weight is not None:
                     keywords |= {"mask": mask, "sample_weight": sample_weight, "padding": padding}
                 return act.forward(proxy.tracer.create_proxy("call_module", path, (x, residual), keywords))
-        training = self.training
-        update = training and self.track_running_stats
-        if training and not update:
-            running_mean = running_var = None
-        state = State(
-            running_mean, running_var, batches, training or running_mean is None, update, self.momentum, self.eps,
-            type(self).__name__, counter_beside(running_mean, buffers.get("skipped_updates")),
-        )  # fmt: skip
         try:
             return layer_batch_norm(x, residual, weight, bias, state, options, self._ranks, self.too_few)
         except (TypeError, ValueError) as error:
@@ -137,21 +120,17 @@ class FusedBatchNorm(CountsSkipped):
                 locate(error, self)
             raise
 
-    def normalization(self, x: Tensor) -> Normalization | None:
-        """How the layer normalizes x, in parts that may be run one after the other.
-
-        None where only :meth:`forward` knows what to do: it has something to say about x, or its parameters are of a
-        kind, or made in a mode, that is not plainly torch's.
-        """
+    def _unpacked(self) -> tuple[Tensor | None, Tensor | None, State]:
+        """Weight, bias, and how this call uses the state."""
+        # Looking into these dictionaries is what attribute access does, several times slower. What is not there
+        # (a parametrized weight, or a replica's) is found the ordinary way.
         parameters, buffers = self._parameters, self._buffers
         try:
             weight, bias, running_mean = parameters["weight"], parameters["bias"], buffers["running_mean"]
             running_var, batches = buffers["running_var"], buffers["num_batches_tracked"]
-        except KeyError:  # parametrized, or a replica's
+        except KeyError:
             weight, bias, batches = self.weight, self.bias, self.num_batches_tracked
             running_mean, running_var = self.running_mean, self.running_var
-        if x.is_inference() or not is_plain(weight) or not is_plain(bias):
-            return None
         training = self.training
         update = training and self.track_running_stats
         if training and not update:
@@ -160,6 +139,17 @@ class FusedBatchNorm(CountsSkipped):
             running_mean, running_var, batches, training or running_mean is None, update, self.momentum, self.eps,
             type(self).__name__, counter_beside(running_mean, buffers.get("skipped_updates")),
         )  # fmt: skip
+        return weight, bias, state
+
+    def normalization(self, x: Tensor) -> Normalization | None:
+        """How the layer normalizes x, in parts that may be run one after the other.
+
+        None where only :meth:`forward` knows what to do: it has something to say about x, or its parameters are of a
+        kind, or made in a mode, that is not plainly torch's.
+        """
+        weight, bias, state = self._unpacked()
+        if x.is_inference() or not is_plain(weight) or not is_plain(bias):
+            return None
         return Normalization(state, weight, bias) if check_layer_call(x, weight, bias, state, self._ranks) else None
 
     def extra_repr(self) -> str:
