@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from evenkeel.activations import Activation
 from evenkeel.errors import describe
 from evenkeel.layout import is_dense
+from evenkeel.moments import Moments
 
 
 class State(NamedTuple):
@@ -26,6 +28,7 @@ class State(NamedTuple):
             None.
         mask: Which values count, (N, *S), or None.
         keep: Whether values that do not count stay as they are; else they come out as 0.
+        sink: What takes the batch's moments where ``update`` is set, in place of the running ones; or None.
     """
 
     running_mean: Tensor | None
@@ -39,6 +42,7 @@ class State(NamedTuple):
     skipped: Tensor | None = None
     mask: Tensor | None = None
     keep: bool = False
+    sink: Callable[[Moments], None] | None = None
 
 
 def check_arguments(

@@ -40,7 +40,7 @@ def differentiable(
         counts = state.mask.unsqueeze(1)
         x = counted(counts, x)  # what does not count may be anything
     if state.training and state.update:
-        if state.mask is None and x.numel() > x.shape[1]:
+        if state.mask is None and state.sink is None and x.numel() > x.shape[1]:
             _batch_norm(x.detach(), None, None, state)
         else:
             _update(x.detach(), state)
@@ -140,6 +140,9 @@ def _update(x: Tensor, state: State) -> None:
 def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State) -> Tensor:
     """torch's own batch norm, with the running moments updated as ``state`` says."""
     running_mean, running_var, batches, training, update, momentum, eps, *_ = state
+    if state.sink is not None and training and update:
+        _update(x.detach(), state)
+        update = False
     if not (training and update) or x.numel() == 0:
         if training and running_mean is not None and running_var is not None:
             # Copies take the update: a checkpoint's second run has to save as many tensors as the first.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from evenkeel import fused, kernels
-from evenkeel.activations import resolve
+from evenkeel.activations import NONE, resolve
 from evenkeel.arguments import State, check_arguments, check_inplace
 from evenkeel.inplace import batch_norm_
 from evenkeel.kernels import reference
@@ -141,6 +141,7 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
     common = None if mask is None else common_mask(mask, x)
     if (
         type(x) is not Tensor
+        or fused.transformed()
         or (x.requires_grad and torch.is_grad_enabled())
         or x.numel() == 0
         or (fast := kernels.operators(x)) is None
@@ -153,6 +154,16 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
     else:
         count = common.sum().to(mean.dtype).repeat(x.shape[1])
     return Moments(count, mean, var * count)
+
+
+def call_moments(x: Tensor, mask: Tensor | None = None, sample_weight: Tensor | None = None) -> Moments:
+    """The moments that a layer's call with these arguments normalizes with; no gradient."""
+    if sample_weight is None:
+        return moments(x.detach(), mask)
+    found: list[Moments] = []
+    state = State(None, None, None, True, True, None, 1.0, "moments", sink=found.append)
+    weighted(x.detach(), None, None, None, take_mask(state, mask, "zero", x, "skip"), NONE, sample_weight)
+    return found[0]
 
 
 class Options(NamedTuple):

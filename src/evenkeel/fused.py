@@ -82,15 +82,15 @@ def measure(x: Tensor, state: State) -> Tensor:
     """
     if state.update and is_second_run():
         state = state._replace(update=False)
-    running_mean, running_var, batches, training, update, momentum, eps, _, skipped, *_ = state
+    running_mean, running_var, batches, training, update, momentum, eps, _, skipped, _, _, sink = state
     x = x.detach()
     fast = kernels.operators(x)
     if fast is not None:
         try:
             saved: Tensor = fast.measure_(
-                x, running_mean, running_var, batches, training, update, momentum, eps, skipped
+                x, running_mean, running_var, batches, training, update and sink is None, momentum, eps, skipped
             )
-            mark_updated(state)
+            after_kernel(x, saved, state)
             return saved
         except RuntimeError as error:
             if not declined(error):
@@ -263,17 +263,17 @@ def _forward(
 
     Unless the latter is given, the running statistics are updated as ``state`` says.
     """
-    running_mean, running_var, batches, training, update, momentum, eps, what, skipped, mask, keep = state
+    running_mean, running_var, batches, training, update, momentum, eps, what, skipped, mask, keep, sink = state
     fast = kernels.operators(x)
     if fast is not None:
         try:
             if saved is not None:
                 return fast.finish(x, saved, weight, bias, residual, act.code, act.a, act.b), saved
             result = fast.forward_(
-                x, residual, weight, bias, running_mean, running_var, batches, training, update, momentum, eps,
-                act.code, act.a, act.b, skipped, mask, keep,
+                x, residual, weight, bias, running_mean, running_var, batches, training, update and sink is None,
+                momentum, eps, act.code, act.a, act.b, skipped, mask, keep,
             )  # fmt: skip
-            mark_updated(state)
+            after_kernel(x, result[1], state)
             return result  # type: ignore[no-any-return]
         except RuntimeError as error:
             if not declined(error):
@@ -281,6 +281,15 @@ def _forward(
             check_arguments(what, x, residual, weight, bias, state)
             announce_declined(error)
     return reference_forward(x, residual, weight, bias, state, act, saved)
+
+
+def after_kernel(x: Tensor, saved: Tensor, state: State, *others: Tensor) -> None:
+    """What is left to do about the running moments after a fast operator, which was told of no sink."""
+    if state.sink is None or not (state.training and state.update):
+        mark_updated(state, *others)
+        return
+    mark_updated(state._replace(update=False), *others)
+    _reference_update(x, saved, x.numel() // max(x.shape[1], 1) if state.mask is None else state.mask.sum(), state)
 
 
 def mark_updated(state: State, *others: Tensor) -> None:

@@ -107,8 +107,8 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State
     if fast is not None:
         try:
             saved: Tensor = fast.inplace_(
-                x, weight, bias, running_mean, running_var, batches, training, update, momentum, eps,
-                act.code, act.a, act.b, skipped,
+                x, weight, bias, running_mean, running_var, batches, training, update and state.sink is None, momentum,
+                eps, act.code, act.a, act.b, skipped,
             )  # fmt: skip
         except RuntimeError as error:
             if not fused.declined(error):
@@ -116,7 +116,7 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State
             check_arguments(what, x, None, weight, bias, state)
             fused.announce_declined(error)
         else:
-            fused.mark_updated(state, x)
+            fused.after_kernel(x, saved, state, x)
             return saved
     y, moments = fused.reference_forward(x, None, weight, bias, state, act)
     x.copy_(y)

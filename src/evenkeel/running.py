@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from evenkeel.arguments import State
+from evenkeel.moments import Moments
 
 #: The running variance after the first, when a batch of these biased and unbiased ones enters with the weight given.
 AveragedVar = Callable[[Tensor, Tensor, Tensor, "float | Tensor"], Tensor]
@@ -24,13 +25,19 @@ def update_running(
     """running = (1 − momentum)·running + momentum·batch, with the unbiased variance.
 
     A channel whose moments are not finite stays as it is and is counted in ``state.skipped``; so does one of fewer than
-    two values, which has no variance to learn from. Nothing waits for a value.
+    two values, which has no variance to learn from. Nothing waits for a value. Where the state has a sink, that takes
+    the moments and nothing changes here.
 
     Args:
         mean, var: Of the batch, (C,), the variance biased; or (D, C), a row for each domain.
         count: Values per channel: a number, or a tensor () or as mean.
         averaged_var: How the variance enters, where that is not as the mean does and unbiased.
     """
+    if state.sink is not None:
+        mean, var = mean.detach(), var.detach()
+        number = count if isinstance(count, Tensor) else mean.new_full((), count)
+        state.sink(Moments(number.to(mean.dtype), mean, var * number))
+        return
     if not isinstance(count, Tensor) and count < 2:
         return
     if isinstance(count, Tensor):

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import evenkeel as ek
 from evenkeel.control import accumulate_statistics, freeze, pause_statistics
+from evenkeel.fusion.call import all_sizes_wait
 
 every_kind = pytest.mark.parametrize(("rank", "kind"), KINDS, ids=[f"{kind}{rank}d" for rank, kind in KINDS])
 momenta = pytest.mark.parametrize("momentum", [0.1, 0.3, None])
@@ -128,7 +129,7 @@ def test_an_error_updates_nothing(rank, kind):
     assert model.norm.num_batches_tracked.item() == 1
     assert not model.norm._forward_hooks
     assert not model.norm._forward_pre_hooks
-    assert "update_running" not in vars(model.norm)
+    assert "_control" not in vars(model.norm)
 
 
 @pytest.mark.parametrize("kind", ["torch", "evenkeel", "variant"])
@@ -251,11 +252,105 @@ def test_a_mask_of_a_variant():
     assert_moments(layer, expected)
 
 
-def test_fused_sequential_gives_the_same():
-    net, x = ek.Sequential(ek.BatchNorm2d(4), nn.ReLU()), values(2)
-    expected = net(x)
-    with accumulate_statistics(net):
-        assert torch.equal(net(x), expected)
+def test_sample_weights():
+    """The values 0, 1, 5 count once, once and eight times."""
+    layer = ek.BatchNorm1d(1, momentum=1.0)
+    x, weight = torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([1.0, 1.0, 8.0])
+    with accumulate_statistics(layer):
+        layer(x, sample_weight=weight)
+    assert layer.running_mean.item() == pytest.approx(4.1)
+    assert layer.running_var.item() == pytest.approx((4.1**2 + 3.1**2 + 8 * 0.9**2) / 9)
+
+
+ARGUMENTS = {
+    "mask": {"mask": torch.arange(16) % 3 > 0},
+    "mask by position": {"mask": torch.arange(16 * 15).view(16, 5, 3) % 4 > 0},
+    "mask, keep": {"mask": torch.arange(16) % 3 > 0, "padding": "keep"},
+    "weights": {"sample_weight": torch.arange(16) % 3 + 0.5},
+    "weights by position": {"sample_weight": (torch.arange(16 * 15).view(16, 5, 3) % 4).float()},
+    "both": {"mask": torch.arange(16) % 3 > 0, "sample_weight": torch.arange(16) % 4 + 1.0},
+    "all else": {"residual": torch.ones(16, 4, 5, 3), "activation": "relu"},
+    "in place": {"activation": "leaky_relu", "inplace": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=list(ARGUMENTS))
+def test_every_argument_of_the_call(arguments, dtype):
+    """Micro-batches with an argument are as the large batch with it, which torch.nn's layer knows nothing of."""
+    layer, x = ek.BatchNorm2d(4), values(2).to(dtype)
+    reference = copy.deepcopy(layer)
+    reference(x.clone(), **arguments)
+    outputs = []
+    with accumulate_statistics(layer), torch.no_grad():
+        for part in torch.arange(16).split(4):
+            given = {name: v[part] if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
+            outputs.append((layer(x[part].clone(), **given), copy.deepcopy(layer)(x[part].clone(), **given)))
+    assert_moments(layer, buffers(reference))
+    assert all(torch.equal(found, alone) for found, alone in outputs)
+
+
+@pytest.mark.parametrize("too_few", ["running", "skip"])
+def test_one_value_per_channel_does_not_count(too_few):
+    layer, x = ek.BatchNorm1d(4, too_few=too_few), values(1)
+    layer(x)
+    expected = expected_after(buffers(layer), [x], 0.1)
+    with accumulate_statistics(layer):
+        layer(torch.full((1, 4), 100.0))
+        layer(x)
+        layer(x, mask=torch.arange(16) == 3)
+    assert_moments(layer, expected)
+
+
+TRANSFORMS = {
+    "vmap": lambda layer: torch.func.vmap(layer),
+    "vmap of vmap": lambda layer: lambda x: torch.func.vmap(torch.func.vmap(layer))(x.unflatten(0, (2, 2))),
+    "gradients by sample": lambda layer: torch.func.vmap(torch.func.grad(lambda x: layer(x).pow(3).sum())),
+    "tangents": lambda layer: lambda x: [torch.func.jvp(layer, (part,), (part,)) for part in x],
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=list(TRANSFORMS))
+@pytest.mark.parametrize("kind", ["torch", "evenkeel", "variant"])
+def test_function_transforms(kind, transform):
+    """Each instance of a vmapped layer is a forward."""
+    layer, x = layer_of(1, kind), values(1)
+    expected = expected_after(buffers(layer), [x], 0.1)
+    with accumulate_statistics(layer) as accumulated:
+        transform(layer)(x.view(4, 4, 4))
+        assert accumulated.moments[""].count.max().item() == 16
+    assert_moments(layer, expected)
+
+
+def test_the_momentum_of_the_forward():
+    layer, x = ek.BatchNorm1d(4, momentum=0.5), values(1)
+    expected = expected_after(buffers(layer), [x], 0.5)
+    with accumulate_statistics(layer):
+        layer(x)
+        layer.momentum = 0.01
+    assert_moments(layer, expected)
+
+
+def test_moments_without_their_graph():
+    layer = Plain(4)
+    with accumulate_statistics(layer) as accumulated:
+        layer(values(1).requires_grad_())
+        assert not any(value.requires_grad for value in vars(accumulated.moments[""]).values())
+
+
+@pytest.mark.parametrize("convert", [lambda net: net, ek.convert], ids=["Sequential", "convert"])
+def test_fused_layers_give_the_same(convert):
+    """And what waits for the activation behind it counts."""
+    net, x = convert(ek.Sequential(ek.BatchNorm2d(4), nn.ReLU())), values(2)
+    net = net[0] if isinstance(net, tuple) else net
+    expected, twin = net(x), copy.deepcopy(net)
+    with accumulate_statistics(net), all_sizes_wait():
+        for _ in range(2):
+            assert torch.equal(net(x), expected)
+    twin(torch.cat([x, x]))
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(value, twin.state_dict()[name])
 
 
 @pytest.mark.parametrize("kind", ["torch", "evenkeel"])

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import evenkeel as ek
-from evenkeel.control import backward_as_one_batch, freeze, pause_statistics
+from evenkeel.control import accumulate_statistics, backward_as_one_batch, freeze, pause_statistics
 
 WEIGHTS = torch.linspace(0.2, 2, 12)
 
@@ -163,6 +163,120 @@ def test_a_step_that_evaluates_too(library):
         step(layer, x).backward()
     backward_as_one_batch(other, lambda part: step(other, part), x.split(4))
     assert_same_gradients(layer, other, 1e-10)
+
+
+MASKED = {
+    "mask": {"mask": torch.arange(12) % 5 > 0},
+    "mask by position": {"mask": torch.arange(12 * 7).view(12, 7) % 4 > 0},
+    "mask, keep": {"mask": torch.arange(12 * 7).view(12, 7) % 4 > 0, "padding": "keep"},
+    "weights": {"sample_weight": torch.arange(12) % 3 + 0.5},
+    "both": {"mask": torch.arange(12) > 2, "sample_weight": (torch.arange(12 * 7).view(12, 7) % 3).float()},
+    "residual": {"mask": torch.arange(12) % 5 > 0, "residual": torch.linspace(-1, 1, 12 * 3 * 7).view(12, 3, 7)},
+    "in place": {"activation": "elu", "inplace": True},
+}
+
+
+@pytest.mark.parametrize("sizes", [[4, 4, 4], [1, 2, 9]], ids=str)
+@pytest.mark.parametrize("arguments", MASKED.values(), ids=list(MASKED))
+def test_every_argument_of_the_call(arguments, sizes):
+    """The moments, the gradients and what enters the running moments are those of the values that count."""
+    layer, x = ek.BatchNorm1d(3).double(), torch.randn(12, 3, 7).double() * 3 + 1
+    x[1] = torch.where(torch.tensor("mask" in arguments) & ~_counts(arguments)[1], torch.nan, x[1])
+    given = {name: v.double() if torch.is_tensor(v) and v.dtype != torch.bool else v for name, v in arguments.items()}
+    other, parts = copy.deepcopy(layer), []
+    for index in torch.arange(12).split(sizes):
+        parts.append((index, {name: v[index] if torch.is_tensor(v) else v for name, v in given.items()}))
+
+    def loss_of(layer, values, index, arguments):
+        y = layer(values * 1, **arguments)
+        return (WEIGHTS[index].view(-1, 1, 1) * y.nan_to_num().pow(3)).sum()
+
+    large, small = x.clone().requires_grad_(), x.clone().requires_grad_()
+    loss = loss_of(layer, large, torch.arange(12), given)
+    loss.backward()
+    found = backward_as_one_batch(other, lambda part: loss_of(other, small[part[0]], *part), parts)
+    torch.testing.assert_close(found, loss.detach(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(small.grad.nan_to_num(), large.grad.nan_to_num(), rtol=1e-9, atol=1e-10)
+    assert_same_gradients(layer, other, 1e-9)
+    assert_same_buffers(layer, other, 1e-10)
+
+
+def _counts(arguments):
+    mask = arguments.get("mask", torch.ones(12, dtype=torch.bool))
+    return (mask if mask.dim() == 2 else mask[:, None]).expand(12, 7).unsqueeze(1)
+
+
+@pytest.mark.parametrize("library", [nn, ek], ids=["torch", "evenkeel"])
+def test_a_forward_on_the_instance_is_used_and_kept(library):
+    """As tools set them around the layer's own, which they have taken before."""
+    layer, x = library.BatchNorm1d(3).double(), data(1).double()
+    calls = []
+
+    def around(x):
+        calls.append(x)
+        return inner(x + 1) * 2
+
+    large, inner = copy.deepcopy(layer), layer.forward
+    layer.forward = around
+    (large(x + 1) * 2).pow(3).sum().backward()
+    backward_as_one_batch(layer, lambda part: layer(part).pow(3).sum(), x.split(4))
+    assert layer.forward is around
+    assert len(calls) > 3
+    assert_same_gradients(large, layer, 1e-10)
+    assert_same_buffers(large, layer, 1e-10)
+
+
+def test_a_forward_that_calls_torchs_function():
+    layer, x = nn.BatchNorm1d(3).double(), data(1).double()
+    large = copy.deepcopy(layer)
+    layer.forward = lambda x: F.batch_norm(x, None, None, layer.weight, layer.bias, training=True)
+    large(x).pow(3).sum().backward()
+    backward_as_one_batch(layer, lambda part: layer(part).pow(3).sum(), x.split(4))
+    assert_same_gradients(large, layer, 1e-10)
+
+
+def test_what_would_be_the_micro_batchs_is_refused():
+    layer, x = nn.BatchNorm1d(3), data(1)
+    before = buffers(layer)
+    outside = [
+        lambda part: F.batch_norm(part, None, None, training=True),
+        lambda part: ek.functional.batch_norm(part, None, None, training=True),
+        nn.BatchNorm1d(3),
+        ek.BatchNorm1d(3),
+    ]
+    for norm in outside:
+        with pytest.raises(TypeError, match="normalizes by the batch outside of the model's layers"):
+            backward_as_one_batch(layer, lambda part, norm=norm: norm(layer(part)).sum(), x.split(4))
+    layer.forward = lambda x: (x - x.mean(0)) / x.std(0) * layer.weight
+    with pytest.raises(TypeError, match="the forward set on a BatchNorm1d does not end in batch normalization"):
+        backward_as_one_batch(layer, lambda part: layer(part).sum(), x.split(4))
+    assert same(buffers(layer), before)
+    assert not layer._forward_hooks
+    evaluated = nn.BatchNorm1d(3).eval()
+    layer = nn.BatchNorm1d(3)
+    backward_as_one_batch(layer, lambda part: evaluated(layer(part)).sum(), x.split(4))
+
+
+@pytest.mark.parametrize("library", [nn, ek], ids=["torch", "evenkeel"])
+def test_one_value_in_all(library):
+    layer = library.BatchNorm1d(3)
+    before = buffers(layer)
+    with pytest.raises(ValueError, match="BatchNorm1d: one value per channel, in all micro-batches together"):
+        backward_as_one_batch(layer, lambda part: layer(part).sum(), [torch.randn(1, 3)])
+    assert same(buffers(layer), before)
+
+
+@pytest.mark.parametrize("library", [nn, ek], ids=["torch", "evenkeel"])
+def test_inside_accumulate(library):
+    """The micro-batches together are one batch of the pool, once."""
+    layer, x = library.BatchNorm1d(3), data(1)
+    large = copy.deepcopy(layer)
+    large(torch.cat([x, 2 * x]))
+    with accumulate_statistics(layer) as accumulated:
+        backward_as_one_batch(layer, lambda part: layer(part).pow(3).sum(), x.split(4))
+        assert accumulated.moments[""].count.max().item() == 12
+        layer(2 * x)
+    assert_same_buffers(large, layer, 1e-5)
 
 
 def test_gradients_add_up():

@@ -81,9 +81,83 @@ def test_some_layers():
     assert (model[1].num_batches_tracked, model[3].num_batches_tracked) == (0, 1)
 
 
+class Two:
+    """Two models with an optimizer each, and one scaler; the first one's gradients overflow where it is said."""
+
+    def __init__(self, kind, fused=False):
+        self.models = [a_model(kind) for _ in range(2)]
+        self.optimizers = [torch.optim.SGD(model.parameters(), lr=0.01, fused=fused) for model in self.models]
+        self.scaler = torch.amp.GradScaler("cpu")
+
+    def step(self, factor):
+        for model, optimizer, by in zip(self.models, self.optimizers, (factor, 1.0), strict=True):
+            optimizer.zero_grad()
+            self.scaler.scale(model(torch.randn(8, 4)).square().sum() * by).backward()
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize("given", [True, False], ids=["given", "found by its parameters"])
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, ek.BatchNorm1d])
+def test_several_optimizers_with_one_scaler(kind, given, fused):
+    """The scale falls for the one that is skipped; the model of the other has stepped, and keeps its batch."""
+    two = Two(kind, fused)
+    skipped, stepped = two.models
+    optimizers = two.optimizers if given else [None, None]
+    before = [parameter.clone() for parameter in stepped.parameters()]
+    with (
+        ek.follow_scaler(skipped, two.scaler, optimizers[0]),
+        ek.follow_scaler(stepped, two.scaler, optimizers[1]),
+    ):
+        two.step(float("inf"))
+    assert not all(torch.equal(a, b) for a, b in zip(before, stepped.parameters(), strict=True))
+    assert (skipped[1].num_batches_tracked, stepped[1].num_batches_tracked) == (0, 1)
+    with (
+        ek.follow_scaler(skipped, two.scaler, optimizers[0]),
+        ek.follow_scaler(stepped, two.scaler, optimizers[1]),
+    ):
+        two.step(1.0)
+    assert (skipped[1].num_batches_tracked, stepped[1].num_batches_tracked) == (1, 2)
+
+
+@pytest.mark.parametrize("kind", [nn.LazyBatchNorm1d, ek.LazyBatchNorm1d])
+def test_the_first_forward_of_a_lazy_layer(kind):
+    model, scaler = nn.Sequential(kind()), torch.amp.GradScaler("cpu")
+    for factor, count in ((float("inf"), 0), (1.0, 1)):
+        with ek.follow_scaler(model, scaler) as paths:
+            loss = model(torch.randn(8, 4)).square().sum() * factor
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert paths == ["0"]
+        assert model[0].num_batches_tracked == count
+        assert bool((model[0].running_mean == 0).all()) is (count == 0)
+
+
+def test_what_was_pooled_is_forgotten_too():
+    model, scaler = a_model(ek.BatchNorm1d), torch.amp.GradScaler("cpu")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with ek.accumulate_statistics(model) as accumulated:
+        for factor in (1.0, float("inf")):
+            with ek.follow_scaler(model, scaler, optimizer):
+                step(model, scaler, optimizer, factor)
+            assert accumulated.moments["1"].count == 8
+    assert model[1].num_batches_tracked == 1
+
+
 def test_no_scaler():
     with (
         pytest.raises(TypeError, match="must be a gradient scaler with get_scale"),
         ek.follow_scaler(nn.Linear(1, 1), 3),
     ):
         pass
+    for wrong in ("1", torch.amp.GradScaler("cpu")):
+        with (
+            pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer or None"),
+            ek.follow_scaler(nn.Linear(1, 1), torch.amp.GradScaler("cpu"), wrong),
+        ):
+            pass

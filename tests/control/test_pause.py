@@ -1,5 +1,7 @@
 """Paused layers normalize with the batch and leave their running moments alone."""
 
+import copy
+
 import pytest
 import torch
 from control.models import KINDS, PATHS, Block, buffers, data, same
@@ -37,6 +39,29 @@ def test_evaluation_inside(rank, kind):
     with pause_statistics(model):
         model.eval()
         assert torch.equal(model(x), expected)
+
+
+def test_one_value_per_channel_by_the_running_moments():
+    """The policy needs the running moments, which a paused layer still has."""
+    layer, x = ek.BatchNorm1d(3, too_few="running"), torch.randn(1, 3)
+    layer(data(1))
+    before = buffers(layer)
+    expected = copy.deepcopy(layer).eval()(x)
+    with pause_statistics(layer):
+        assert torch.equal(layer(x), expected)
+        assert torch.equal(layer(torch.cat([x, x + 1]), mask=torch.tensor([True, False]))[0], expected[0])
+    layer.track_running_stats = False  # torch.nn's own way to pause
+    assert torch.equal(layer(x), expected)
+    assert same(buffers(layer), before)
+
+
+@pytest.mark.parametrize("arguments", [{"activation": "elu", "inplace": True}, {"mask": torch.arange(12) > 3}], ids=str)
+def test_the_same_bits_as_unpaused(arguments):
+    layer, x = ek.BatchNorm2d(3), data(2)
+    expected = copy.deepcopy(layer)(x.clone(), **arguments)
+    with pause_statistics(layer), torch.no_grad():
+        assert torch.equal(layer(x.clone(), **arguments), expected)
+    assert layer.num_batches_tracked.item() == 0
 
 
 def test_nested_and_after_an_exception():

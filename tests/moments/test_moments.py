@@ -154,3 +154,12 @@ def test_repr_says_how_much_there_is():
 def test_what_is_not_legal(function, x, error, words):
     with pytest.raises(error, match=words):
         function(x)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_under_vmap(masked):
+    x, mask = torch.randn(3, 5, 2, 4), torch.arange(5) > 1 if masked else None
+    found = torch.func.vmap(lambda x: vars(ek.functional.moments(x, mask)))(x)
+    for index, part in enumerate(x):
+        for name, value in vars(ek.functional.moments(part, mask)).items():
+            torch.testing.assert_close(found[name][index], value)

@@ -12,6 +12,7 @@ from recurrent_oracle import flat, randomize
 from support.buffers import kept_buffers
 from torch.utils.checkpoint import checkpoint
 
+from evenkeel.control import accumulate_statistics, pause_statistics
 from evenkeel.nn.recurrent import BatchNormGRU, BatchNormLSTM
 from evenkeel.nn.stepwise import StepwiseBatchNorm
 
@@ -40,6 +41,27 @@ def test_running_moments_of_the_input_term(momentum: float | None) -> None:
     torch.testing.assert_close(norm.running_mean, mean)
     torch.testing.assert_close(norm.running_var, var)
     assert norm.num_batches_tracked.tolist() == seen == [3, 3, 2, 1]
+
+
+@pytest.mark.parametrize("normalize", ["recurrent", "input"])
+@pytest.mark.parametrize("make", LAYERS)
+def test_under_control(make: type, normalize: str) -> None:
+    """Paused nothing counts; pooled, every step is one batch of all sequences, with its own number of them."""
+    layer = make(3, 4, max_length=4, normalize=normalize, momentum=0.3, dtype=torch.float64)
+    start, once = buffers(layer), copy.deepcopy(layer)
+    x = torch.randn(5, 6, 3, dtype=torch.float64)
+    with pause_statistics(layer):
+        layer(x)
+    assert all(torch.equal(start[name], value) for name, value in buffers(layer).items())
+    with accumulate_statistics(layer):
+        twin = copy.deepcopy(layer)
+        layer(x)
+        assert all(torch.equal(start[name], value) for name, value in buffers(layer).items())
+    once(x)
+    twin(x)
+    for name, value in buffers(once).items():
+        torch.testing.assert_close(buffers(layer)[name], value)
+        assert torch.equal(buffers(twin)[name], value)
 
 
 @pytest.mark.parametrize("normalize", ["recurrent", "input"])

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import hessian, jacfwd, jacrev
 from variants.cases_whitening import by_definition, by_newton, whitened
 
+from evenkeel.control import accumulate_statistics
 from evenkeel.nn.inverse_sqrt import newton, zca
 from evenkeel.nn.whitening import WhiteningBatchNorm
 
@@ -205,6 +206,22 @@ def test_running_moments(momentum: float | None) -> None:
     assert layer.num_batches_tracked == 3
     layer.reset_running_stats()
     assert torch.equal(layer.running_cov, torch.eye(2, dtype=torch.float64).repeat(2, 1, 1))
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_micro_batches_that_accumulate_are_one_batch(momentum: float | None) -> None:
+    """The covariances too, with what lies between the micro-batches' means."""
+    layer = WhiteningBatchNorm(4, group_size=2, momentum=momentum, dtype=torch.float64)
+    large, x = copy.deepcopy(layer), correlated(12, 4, 3)
+    x = x + torch.linspace(-3, 3, 12, dtype=torch.float64).view(-1, 1, 1)
+    for _ in range(2):
+        with accumulate_statistics(layer):
+            for part in x.split([5, 1, 6]):
+                layer(part)
+        large(x)
+        for name, value in large.named_buffers():
+            torch.testing.assert_close(layer.get_buffer(name), value)
+        x = 2 * x
 
 
 def test_evaluation_whitens_the_population() -> None:

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
-from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from evenkeel.arguments import State
-from evenkeel.control.pausing import blocks_holding, held_off, with_running_moments
+from evenkeel.control.controlling import control_of, controlled, updating
+from evenkeel.control.holding import is_held
 from evenkeel.control.selection import Where, named, select
-from evenkeel.functional import moments as moments_of
+from evenkeel.control.uncompiled import uncompiled
 from evenkeel.moments import Moments
+from evenkeel.nn.controlled import Pool
 from evenkeel.nn.variant import Variant
 from evenkeel.running import update_running
-from evenkeel.second_run import is_second_run
-
-#: Layers whose moments are being pooled.
-_pooling: WeakSet[_BatchNorm] = WeakSet()
 
 
 class Accumulated:
@@ -33,7 +28,7 @@ class Accumulated:
         paths: The layers that take part.
     """
 
-    def __init__(self, pools: dict[str, _Pool]) -> None:
+    def __init__(self, pools: dict[str, Pool]) -> None:
         self._pools = pools
 
     @property
@@ -53,9 +48,14 @@ class Accumulated:
             The paths of the layers that were updated.
         """
         pooled = self.moments
-        for path, moments in pooled.items():
-            self._pools[path].update(moments)
-        return list(pooled)
+        for pool in self._pools.values():
+            pool.forget()
+        # A layer may have been frozen meanwhile, or told to keep no statistics: it then stays as it is.
+        layers = updating({path: pool.layer for path, pool in self._pools.items() if not is_held(pool.layer)})
+        updated = [path for path in pooled if path in layers]
+        for path in updated:
+            enter(layers[path], pooled[path], self._pools[path].momentum)
+        return updated
 
 
 @contextmanager
@@ -82,15 +82,17 @@ def accumulate_statistics(model: Module, *, where: Where = None) -> Iterator[Acc
         Running moments change at the end of the block and at ``update()``, and not if the block raises. Forwards of
         layers in training count, each use of a layer used several times; those in evaluation, frozen layers', those
         inside :func:`pause_statistics`, those that raise and those that a checkpoint repeats within the block do not.
+        Values count as the call's ``mask`` and ``sample_weight`` say. Under ``torch.func.vmap`` each instance counts.
         A layer that has seen nothing stays as it is. A channel with a value that is not finite stays as it is, as in
-        evenkeel's layers. A copy of the model made inside the block stays as it is there.
+        evenkeel's layers. A layer that is frozen meanwhile stays as it is. The momentum is that of the last forward.
+        A copy of the model made inside the block takes no part. ``reset_running_stats`` of evenkeel's layers also
+        forgets what was pooled; for torch.nn's, call ``update()`` before it.
 
     Numerics:
         Moments are float64, so that pooling costs no digits.
 
     Cost:
-        One more reading of each layer's input. Compiled models run uncompiled inside the block, ``ek.Sequential``
-        unfused; results are the same.
+        For torch.nn's layers one more reading of their input. Compiled models run uncompiled inside the block.
 
     Raises:
         TypeError, ValueError: ``model`` is no module; a pattern matches no layer.
@@ -103,8 +105,9 @@ def accumulate_statistics(model: Module, *, where: Where = None) -> Iterator[Acc
         >>> torch.allclose(layer.running_var, 0.9 + 0.1 * data.var(0)), layer.num_batches_tracked.item()
         (True, 1)
     """
-    layers = with_running_moments(select("accumulate_statistics", model, where))
-    busy = [named(path) for path, layer in layers.items() if layer in _pooling]
+    layers = updating(select("accumulate_statistics", model, where))
+    controls = {path: control_of(layer) for path, layer in layers.items()}
+    busy = [named(path) for path, control in controls.items() if control is not None and control.pool is not None]
     if busy:
         raise RuntimeError(
             f"accumulate_statistics: a block around this one accumulates already for {', '.join(busy)}. Use that one's "
@@ -118,107 +121,44 @@ def accumulate_statistics(model: Module, *, where: Where = None) -> Iterator[Acc
                 "torch.nn.SyncBatchNorm does not tell; only this process's would be pooled. Leave it out by where=, or "
                 "take ek.SyncBatchNorm"
             )
-    pools = {path: _Pool(layer) for path, layer in layers.items()}
+    pools = {path: Pool(layer) for path, layer in layers.items()}
     accumulated = Accumulated(pools)
     with ExitStack() as stack:
-        # A compiled graph keeps the hooks that there were when it was made, and would pass over those set here.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(uncompiled())
         for pool in pools.values():
-            stack.enter_context(pool.open())
+            stack.enter_context(_pooled(pool))
         yield accumulated
         accumulated.update()
 
 
-class _Pool:
-    """The moments that one layer has seen."""
-
-    def __init__(self, layer: _BatchNorm) -> None:
-        self.layer = layer
-        self.moments: Moments | None = None
-        self._seen: Moments | None = None
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """Inside, the layer's moments come here in place of the running ones."""
-        _pooling.add(self.layer)
-        try:
-            if isinstance(self.layer, Variant):
-                with self._instead_of_update():
-                    yield
-            else:
-                with self._by_hooks():
-                    yield
-        finally:
-            _pooling.discard(self.layer)
-
-    def take(self, moments: Moments) -> None:
-        self.moments = moments if self.moments is None else self.moments.merge(moments)
-
-    def update(self, moments: Moments) -> None:
-        """Let the moments enter the running ones, and begin anew."""
-        if isinstance(self.layer, Variant):
-            _update_variant(self.layer, moments)
-        else:
-            enter(self.layer, moments)
-        self.moments = None
-
-    @contextmanager
-    def _instead_of_update(self) -> Iterator[None]:
-        """A variant says itself which moments are to enter its running ones: they may not be those of its input."""
-        layer = self.layer
-        assert isinstance(layer, Variant)
-
-        def update_running(moments: Moments) -> None:
-            if layer.counts():
-                self.take(moments)
-
-        vars(layer)["update_running"] = update_running
+@contextmanager
+def _pooled(pool: Pool) -> Iterator[None]:
+    with controlled(pool.layer) as control:
+        control.pool = pool
         try:
             yield
         finally:
-            del vars(layer)["update_running"]
-
-    @contextmanager
-    def _by_hooks(self) -> Iterator[None]:
-        before = self.layer.register_forward_pre_hook(self._look, with_kwargs=True)
-        after = self.layer.register_forward_hook(self._keep)
-        try:
-            with held_off([self.layer]):
-                yield
-        finally:
-            before.remove()
-            after.remove()
-
-    # Looked at before the forward, which may overwrite its input; kept after it, which may raise.
-
-    def _look(self, layer: Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        self._seen = None
-        paused = blocks_holding(self.layer) > 1  # one is ours
-        if not layer.training or paused or is_second_run():
-            return
-        x = inputs[0] if inputs else keywords.get("x", keywords.get("input"))
-        if isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2 and x.numel() > 0:
-            self._seen = moments_of(x.detach(), keywords.get("mask"))
-
-    def _keep(self, *_: Any) -> None:
-        if self._seen is not None:
-            self.take(self._seen)
-            self._seen = None
+            control.pool = None
 
 
-def _update_variant(layer: Variant, moments: Moments) -> None:
-    """As the variant itself would, whatever mode it is in by now."""
-    vars(layer)["counts"] = lambda: True
-    try:
-        type(layer).update_running(layer, moments)
-    finally:
-        del vars(layer)["counts"]
+def count_in(layer: _BatchNorm, moments: Moments) -> None:
+    """Let a batch's moments enter the running ones as the blocks around would have it."""
+    control = control_of(layer)
+    if not updating({"": layer}) or (control is not None and control.paused):
+        return
+    if control is not None and control.pool is not None:
+        control.pool.take(moments)
+    else:
+        enter(layer, moments, layer.momentum)
 
 
-def enter(layer: _BatchNorm, moments: Moments) -> None:
+def enter(layer: _BatchNorm, moments: Moments, momentum: float | None) -> None:
     """Let moments enter the running ones as a forward with them would, save in channels that are not finite."""
+    if isinstance(layer, Variant):
+        layer.enter(moments, momentum)
+        return
     mean, var = layer.running_mean, layer.running_var
     assert mean is not None and var is not None  # others take no part
     skipped = getattr(layer, "skipped_updates", None)
-    state = State(mean, var, layer.num_batches_tracked, True, True, layer.momentum, layer.eps, skipped=skipped)
-    update_running(state, moments.mean, moments.m2 / moments.count.clamp(min=1), moments.count)
+    state = State(mean, var, layer.num_batches_tracked, True, True, momentum, layer.eps, skipped=skipped)
+    update_running(state, moments.mean, moments.m2 / moments.count.where(moments.count > 0, 1), moments.count)

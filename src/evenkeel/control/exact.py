@@ -5,23 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from evenkeel.activations import resolve
-from evenkeel.arguments import State, check_arguments
-from evenkeel.control.accumulation import enter
+from evenkeel.control.accumulation import count_in
+from evenkeel.control.controlling import held_off
 from evenkeel.control.selection import named, select
+from evenkeel.control.sites import Call, Site, Watch
+from evenkeel.control.uncompiled import uncompiled
 from evenkeel.errors import describe
-from evenkeel.functional import moments as moments_of
-from evenkeel.layout import per_channel, reduced_dims
-from evenkeel.moments import Moments, compute_dtype
+from evenkeel.moments import Moments
 from evenkeel.nn.batch_norm import FusedBatchNorm
-from evenkeel.nn.variant import normalize
 from evenkeel.second_run import is_second_run
 
 T = TypeVar("T")
@@ -40,7 +37,7 @@ def backward_as_one_batch(model: torch.nn.Module, step: Callable[[T], Tensor], m
 
     Args:
         model: A model whose batch norms are torch.nn's or ``ek.BatchNorm*``. Those in evaluation, frozen ones too,
-            normalize with their running moments as ever.
+            normalize with their running moments as ever. A forward that is set on a layer is used, and kept.
         step: The loss of a micro-batch, a scalar that is already divided: their sum is the large batch's loss. It is
             called once per pass, and must compute the same each time; torch's random numbers are repeated (dropout).
         micro_batches: What ``step`` takes, kept in memory. Sizes may differ; a single sample is enough.
@@ -60,8 +57,9 @@ def backward_as_one_batch(model: torch.nn.Module, step: Callable[[T], Tensor], m
         checking. Compiled models run uncompiled.
 
     Raises:
-        TypeError: ``model`` is no module, or a layer is of a class that normalizes otherwise (variants, subclasses).
-        ValueError: No micro-batch, or a loss that is no scalar with a gradient.
+        TypeError: ``model`` is no module, a layer is of a class that normalizes otherwise (variants, subclasses), or
+            ``step`` normalizes by the batch outside of the model's layers.
+        ValueError: No micro-batch, or a loss that is no scalar with a gradient; one value per channel in all of them.
         RuntimeError: Gradients are switched off; activation checkpointing inside ``step``, which has no use here; or a
             step that uses a layer more often when it is called again.
 
@@ -84,51 +82,50 @@ def backward_as_one_batch(model: torch.nn.Module, step: Callable[[T], Tensor], m
                 f"backward_as_one_batch: {named(path)} is a {type(layer).__name__}, which may not normalize as plain "
                 "batch norm does. Legal are torch.nn.BatchNorm1d/2d/3d, evenkeel.BatchNorm*, and layers in evaluation"
             )
-    with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        passes = _Passes(step, parts)
+    passes = _Passes(step, parts)
+    with held_off(layers.values()), uncompiled(load=True), ExitStack() as stack:
         for layer in layers.values():
-            vars(layer)["forward"] = partial(passes.normalize, layer)
-            stack.callback(vars(layer).pop, "forward")
+            stack.callback(layer.register_forward_pre_hook(passes.enter).remove)
+            stack.callback(layer.register_forward_hook(passes.leave, always_call=True).remove)
         passes.find_moments()
         passes.find_derivatives()
         total = passes.backward()
     for (layer, _), site in passes.sites.items():
-        if layer.running_mean is not None and layer.track_running_stats:
-            enter(layer, site.moments)
+        count_in(layer, site.moments)
     return total
-
-
-class _Site:
-    """One use of a layer by the step.
-
-    Args:
-        moments: Of its inputs in all micro-batches, as far as known; they normalize.
-    """
-
-    def __init__(self, moments: Moments) -> None:
-        self.moments = moments
-        self.leaves = [moments.mean.clone(), moments.m2 / moments.count.clamp(min=1)]
-        self.derivatives = [torch.zeros_like(leaf) for leaf in self.leaves]
-
-    def term(self, x: Tensor) -> Tensor:
-        """What a micro-batch adds to the loss by way of mean and variance, save a constant."""
-        by_mean, by_var = self.derivatives
-        dtype, dims = compute_dtype(x), reduced_dims(x)
-        centred = x.to(dtype) - per_channel(self.moments.mean, x).to(dtype)
-        return (by_mean * centred.sum(dims) + by_var * centred.square().sum(dims)).sum() / self.moments.count
 
 
 class _Passes:
     """Passes of the step over all micro-batches."""
 
     def __init__(self, step: Callable[[Any], Tensor], parts: list[Any]) -> None:
-        self.sites: dict[tuple[_BatchNorm, int], _Site] = {}
+        self.sites: dict[tuple[_BatchNorm, int], Site] = {}
         self._step, self._parts = step, parts
         self._random = [_RandomState() for _ in parts]
         self._uses: Counter[_BatchNorm] = Counter()
         self._pooled: dict[tuple[_BatchNorm, int], Moments] | None = None
         self._terms: list[Tensor] = []
+        #: The layers that are being called, and how many batch normalizations each call has had so far.
+        self._running: list[tuple[_BatchNorm, list[Call]]] = []
+
+    def enter(self, layer: Any, _: Any) -> None:
+        """A layer's forward pre-hook."""
+        if is_second_run():
+            raise RuntimeError(
+                "backward_as_one_batch: a checkpoint runs a forward again inside the backward. Leave checkpointing "
+                "out: there is only one micro-batch in memory at a time"
+            )
+        self._running.append((layer, []))
+
+    def leave(self, layer: Any, _: Any, result: Any) -> None:
+        """A layer's forward hook."""
+        calls = self._running.pop()[1] if self._running else []
+        if result is not None and layer.training and not calls:
+            raise TypeError(
+                f"backward_as_one_batch: the forward set on a {type(layer).__name__} does not end in batch "
+                "normalization by torch.nn.functional.batch_norm or the layer's own forward, so all micro-batches "
+                "together can't normalize it"
+            )
 
     def find_moments(self) -> None:
         """As many passes as there are sites make all exact; fewer, where layers stand side by side."""
@@ -136,7 +133,7 @@ class _Passes:
             self._pool()
             for _ in range(len(self.sites) - 1):
                 if not self._pool():
-                    return
+                    break
 
     def _pool(self) -> bool:
         """A pass that normalizes with the moments known, and pools anew; whether that changed anything."""
@@ -149,7 +146,7 @@ class _Passes:
             torch.equal(new.mean, self.sites[key].moments.mean) and torch.equal(new.m2, self.sites[key].moments.m2)
             for key, new in pooled.items()
         )
-        self.sites = {key: _Site(moments) for key, moments in pooled.items()}
+        self.sites = {key: Site(moments) for key, moments in pooled.items()}
         return changed
 
     def find_derivatives(self) -> None:
@@ -183,7 +180,9 @@ class _Passes:
             self._uses.clear()
             self._terms = []
             random.repeat()
-            loss = self._step(part)
+            self._running.clear()
+            with Watch(self.normalize):
+                loss = self._step(part)
             if (
                 not isinstance(loss, Tensor)
                 or loss.numel() != 1
@@ -195,44 +194,32 @@ class _Passes:
                 )
             yield loss
 
-    def normalize(
-        self,
-        layer: _BatchNorm,
-        x: Tensor,
-        residual: Tensor | None = None,
-        *,
-        activation: str | torch.nn.Module | None = None,
-        inplace: bool = False,
-    ) -> Tensor:
-        """The forward of the layers meanwhile. In place has no effect."""
-        if not layer.training:  # since the step began
-            if isinstance(layer, FusedBatchNorm):
-                return FusedBatchNorm.forward(layer, x, residual, activation=activation, inplace=inplace)
-            return _BatchNorm.forward(layer, x)
-        if is_second_run():
-            raise RuntimeError(
-                "backward_as_one_batch: a checkpoint runs a forward again inside the backward. Leave checkpointing "
-                "out: there is only one micro-batch in memory at a time"
+    def normalize(self, call: Call) -> Tensor:
+        """What a batch normalization by the batch is meanwhile. In place has no effect."""
+        if not self._running:
+            raise TypeError(
+                "backward_as_one_batch: step normalizes by the batch outside of the model's layers, by "
+                "torch.nn.functional.batch_norm or another model's layer in training, which would be the micro-batch. "
+                "Pass a model that has all layers in it, and put a layer in the place of the function"
             )
+        layer, calls = self._running[-1]
         what = type(layer).__name__
-        layer._check_input_dim(x)
-        if x.numel() != x.shape[1]:  # one value per channel is enough here
-            state = State(None, None, None, True, False, layer.momentum, layer.eps)
-            check_arguments(what, x, residual, layer.weight, layer.bias, state, getattr(layer, "_ranks", None))
+        call = call._replace(state=call.state._replace(what=what)).checked()
+        calls.append(call)
         key = layer, self._uses[layer]
         self._uses[layer] += 1
         site = self.sites.get(key)
         if self._pooled is not None:
-            moments = moments_of(x)
+            moments = call.moments()
             self._pooled[key] = moments if key not in self._pooled else self._pooled[key].merge(moments)
-            site = site or _Site(moments)
+            site = site or Site(moments)
         if site is None:
             raise RuntimeError(f"backward_as_one_batch: step used a {what} more often when it was called again")
-        if torch.is_grad_enabled() and x.requires_grad:
-            self._terms.append(site.term(x))
-        mean, var = site.leaves
-        act = resolve(what, activation)
-        return normalize(x, mean, var, layer.weight, layer.bias, layer.eps, residual, act)
+        if self._pooled is None and call.too_few != "skip" and bool((site.moments.count == 1).any()):
+            raise ValueError(f"{what}: one value per channel, in all micro-batches together, has no variance")
+        if torch.is_grad_enabled() and call.x.requires_grad:
+            self._terms.append(site.term(call))
+        return call.normalized(*site.leaves)
 
 
 class _RandomState:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from evenkeel.control.controlling import held_off, updating
 from evenkeel.control.selection import Where, select
-
-#: For each layer that is held off its running moments: by how many blocks, and its track_running_stats before them.
-#: A count, so that blocks may end in any order.
-_held: WeakKeyDictionary[_BatchNorm, tuple[int, bool]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -31,9 +26,13 @@ def pause_statistics(model: torch.nn.Module, *, where: Where = None) -> Iterator
         The paths of the layers, as the value of ``with``. Layers without running moments are not among them.
 
     State:
-        ``track_running_stats`` of the layers is False inside the block, which is torch.nn's own way to say it, and as
-        before afterwards, also after an exception. Blocks may be nested. A copy of the model made inside the block
-        stays as it is there.
+        Nothing of the layers changes, and what they are set to stays what it is: ``track_running_stats`` is off during
+        a call of torch.nn's layers, who know no other way. Blocks may be nested and end in any order. A copy of the
+        model made inside the block is not paused. ``reset_running_stats`` resets.
+
+    Cost:
+        None; but where torch.nn's layers take part, compiled models run uncompiled inside the block. Evenkeel's layers
+        stay compiled.
 
     Raises:
         TypeError, ValueError: ``model`` is no module; a pattern matches no layer.
@@ -45,41 +44,6 @@ def pause_statistics(model: torch.nn.Module, *, where: Where = None) -> Iterator
         >>> layer.num_batches_tracked.item(), layer.running_mean.tolist()
         (0, [0.0, 0.0, 0.0])
     """
-    layers = with_running_moments(select("pause_statistics", model, where))
+    layers = updating(select("pause_statistics", model, where))
     with held_off(layers.values()):
         yield list(layers)
-
-
-def with_running_moments(layers: dict[str, _BatchNorm]) -> dict[str, _BatchNorm]:
-    """Those of the layers that have running moments and update them, or would if nothing held them off."""
-    return {
-        path: layer
-        for path, layer in layers.items()
-        if layer.running_mean is not None and (layer.track_running_stats or layer in _held)
-    }
-
-
-@contextmanager
-def held_off(layers: Iterable[_BatchNorm]) -> Iterator[None]:
-    """The layers leave their running moments alone inside the block."""
-    taken: list[_BatchNorm] = []
-    try:
-        for layer in layers:
-            blocks, before = _held.get(layer, (0, layer.track_running_stats))
-            layer.track_running_stats = False
-            _held[layer] = blocks + 1, before
-            taken.append(layer)
-        yield
-    finally:
-        for layer in taken:
-            blocks, before = _held[layer]
-            if blocks > 1:
-                _held[layer] = blocks - 1, before
-            else:
-                layer.track_running_stats = before
-                del _held[layer]
-
-
-def blocks_holding(layer: _BatchNorm) -> int:
-    """How many blocks hold the layer off its running moments."""
-    return _held.get(layer, (0, True))[0]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from evenkeel.control.pausing import with_running_moments
+from evenkeel.control.controlling import control_of, updating
 from evenkeel.control.selection import Where, select
 from evenkeel.errors import describe
+
+_SKIPPED = "skipped_updates"
 
 
 class Scaler(Protocol):
@@ -22,7 +28,9 @@ class Scaler(Protocol):
 
 
 @contextmanager
-def follow_scaler(model: torch.nn.Module, scaler: Scaler, *, where: Where = None) -> Iterator[list[str]]:
+def follow_scaler(
+    model: torch.nn.Module, scaler: Scaler, optimizer: Optimizer | None = None, *, where: Where = None
+) -> Iterator[list[str]]:
     """Around one optimizer step: where the scaler skips it, the running moments are as before the block.
 
     A gradient scaler skips the step when a gradient is not finite, and lowers its scale. The weights then stay what
@@ -33,21 +41,26 @@ def follow_scaler(model: torch.nn.Module, scaler: Scaler, *, where: Where = None
     Args:
         model: A model, or a layer.
         scaler: Has ``get_scale()``, as ``torch.amp.GradScaler``. The block has to contain its ``update()``.
+        optimizer: Whose step it is about; None for those of the model's parameters. Several optimizers may share a
+            scaler: its scale becomes smaller when any of them is skipped, and a model whose own has stepped keeps what
+            it counted.
         where: A pattern for the layers' paths, a module's path, or several; None for all.
 
     Returns:
         The paths of the layers, as the value of ``with``. Layers without running moments are not among them.
 
     State:
-        ``running_mean``, ``running_var`` and ``num_batches_tracked`` are put back where the scale has become smaller;
-        in a channel of evenkeel's layers where that changed something, ``skipped_updates`` counts it. After an
-        exception they are put back too: there was no step.
+        The layers' buffers, and the windows of those that keep their last batches, are put back where the scale has
+        become smaller and the optimizer has not stepped; in a channel of evenkeel's layers where that changed
+        something, ``skipped_updates`` counts it. What :func:`accumulate_statistics` has pooled in the block is
+        forgotten. After an exception all is put back too: there was no step.
 
     Cost:
         A copy of the buffers, and two calls of ``get_scale``, which wait for the device, as the scaler's ``step`` does.
 
     Raises:
-        TypeError, ValueError: ``model`` is no module, or ``scaler`` no scaler; a pattern matches no layer.
+        TypeError, ValueError: ``model`` is no module, ``scaler`` no scaler, ``optimizer`` no optimizer; a pattern
+            matches no layer.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
@@ -66,30 +79,83 @@ def follow_scaler(model: torch.nn.Module, scaler: Scaler, *, where: Where = None
             "follow_scaler: scaler must be a gradient scaler with get_scale(), such as torch.amp.GradScaler; got "
             f"{describe(scaler)}"
         )
-    layers = with_running_moments(select("follow_scaler", model, where))
-    before = {layer: _copies(layer) for layer in layers.values()}
+    if optimizer is not None and not isinstance(getattr(optimizer, "param_groups", None), list):
+        raise TypeError(
+            f"follow_scaler: optimizer must be a torch.optim.Optimizer or None; got {describe(optimizer)}. The "
+            "layers' paths go to where="
+        )
+    layers = updating(select("follow_scaler", model, where))
+    before = [_Before(layer) for layer in layers.values()]
+    groups = [] if optimizer is None else optimizer.param_groups
+    parameters = [p for group in groups for p in group["params"]] if optimizer is not None else model.parameters()
     scale = scaler.get_scale()
     try:
-        yield list(layers)
-        if scaler.get_scale() >= scale:
+        with _noting_steps(parameters) as stepped:
+            yield list(layers)
+        if stepped or scaler.get_scale() >= scale:
             before.clear()
     finally:
-        for layer, buffers in before.items():
-            _put_back(layer, buffers)
+        for each in before:
+            each.put_back()
 
 
-_NAMES = ("running_mean", "running_var", "num_batches_tracked")
+@contextmanager
+def _noting_steps(parameters: Iterable[Tensor]) -> Iterator[list[Optimizer]]:
+    """The optimizers that change one of the parameters inside the block, as they do so."""
+    meant, stepped = {id(parameter) for parameter in parameters}, list[Optimizer]()
+
+    def note(optimizer: Optimizer, *_: Any) -> None:
+        # Fused optimizers are called at all events, and look at this themselves.
+        skips = getattr(optimizer, "found_inf", None)
+        changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not meant.isdisjoint(changed) and (skips is None or not bool(skips)):
+            stepped.append(optimizer)
+
+    handle = register_optimizer_step_post_hook(note)
+    try:
+        yield stepped
+    finally:
+        handle.remove()
 
 
-def _copies(layer: _BatchNorm) -> dict[str, Tensor]:
-    return {name: layer._buffers[name].clone() for name in _NAMES if layer._buffers.get(name) is not None}  # type: ignore[union-attr]
+class _Before:
+    """What a layer had counted when this was made."""
+
+    def __init__(self, layer: _BatchNorm) -> None:
+        control = control_of(layer)
+        self.layer, self._pool = layer, None if control is None else control.pool
+        self._moments = None if self._pool is None else self._pool.moments
+        #: A lazy layer has counted nothing, and has buffers later.
+        self._lazy = _is_lazy(layer)
+        self._buffers = {
+            name: value.clone()
+            for name, value in layer._buffers.items()
+            if value is not None and name != _SKIPPED and not self._lazy
+        }
+        self._kept = {name: list(value) for name, value in vars(layer).items() if isinstance(value, deque)}
+        self._burning_in = vars(layer).get("_burning_in")
+
+    def put_back(self) -> None:
+        layer, skipped = self.layer, self.layer._buffers.get(_SKIPPED)
+        if self._pool is not None:
+            self._pool.moments = self._moments
+        if self._burning_in is not None:
+            vars(layer)["_burning_in"] = self._burning_in
+        for name, kept in self._kept.items():
+            window = vars(layer)[name]  # the same one: a backward may still hold it
+            window.clear()
+            window.extend(kept)
+        if self._lazy:
+            if not _is_lazy(layer):
+                layer.reset_running_stats()
+            return
+        with torch.no_grad():
+            mean, var = (getattr(layer, name) for name in ("running_mean", "running_var"))
+            if skipped is not None and skipped.device == mean.device:
+                skipped.add_((mean != self._buffers["running_mean"]) | (var != self._buffers["running_var"]))
+            for name, values in self._buffers.items():
+                getattr(layer, name).copy_(values)
 
 
-def _put_back(layer: _BatchNorm, buffers: dict[str, Any]) -> None:
-    with torch.no_grad():
-        skipped = layer._buffers.get("skipped_updates")
-        mean, var = (getattr(layer, name) for name in _NAMES[:2])
-        if skipped is not None and skipped.device == mean.device:
-            skipped.add_((mean != buffers["running_mean"]) | (var != buffers["running_var"]))
-        for name, values in buffers.items():
-            getattr(layer, name).copy_(values)
+def _is_lazy(layer: _BatchNorm) -> bool:
+    return layer.running_mean is not None and is_lazy(layer.running_mean)

@@ -16,6 +16,7 @@ from evenkeel.fused import Normalization, is_plain
 from evenkeel.fusion.call import begin, passes_by
 from evenkeel.fusion.scope import current
 from evenkeel.masking import TOO_FEW
+from evenkeel.nn.controlled import Controlled
 from evenkeel.nn.skipped import CountsSkipped, counter_beside
 
 passes_by(__file__)
@@ -36,7 +37,7 @@ def _fx_proxy(*values: Any) -> Any:
     return next((value for value in values if isinstance(value, Proxy)), None)
 
 
-class FusedBatchNorm(CountsSkipped):
+class FusedBatchNorm(Controlled, CountsSkipped):
     """What all drop-in layers share: the forward. State, constructor and state_dict are ``torch.nn``'s."""
 
     #: Legal numbers of dimensions of the input; None for any from two on.
@@ -133,12 +134,12 @@ class FusedBatchNorm(CountsSkipped):
             running_mean, running_var = self.running_mean, self.running_var
         training = self.training
         update = training and self.track_running_stats
-        if training and not update:
-            running_mean = running_var = None
         state = State(
             running_mean, running_var, batches, training or running_mean is None, update, self.momentum, self.eps,
             type(self).__name__, counter_beside(running_mean, buffers.get("skipped_updates")),
         )  # fmt: skip
+        if update and self._control is not None:
+            state = self._control.applied(state)
         return weight, bias, state
 
     def normalization(self, x: Tensor) -> Normalization | None:

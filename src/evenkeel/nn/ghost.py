@@ -93,10 +93,10 @@ class GhostBatchNorm(Variant):
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
         sizes = self._sizes(x) if self.training else [x.shape[0]]
-        asked = "update_running" in vars(self)  # by someone who takes the moments himself
-        state, pooled = self._state()._replace(update=self.counts() and not asked), self.running == "pooled"
-        if len(sizes) == 1 and not asked:
+        state, pooled = self._state()._replace(update=self.counts()), self.running == "pooled"
+        if len(sizes) == 1:
             return fused.batch_norm(x, residual, self.weight, self.bias, state, act)
+        state = state._replace(update=state.update and state.sink is None)
         y, moments = normalize_groups(x, residual, self.weight, self.bias, sizes, state, act, pooled)
         if moments is None:
             return y

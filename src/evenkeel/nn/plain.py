@@ -29,10 +29,7 @@ def by_batch(
     """
     if mask is None:
         y = fused.batch_norm(x, residual, weight, bias, State(None, None, None, True, False, None, eps), act)
-        values = x.detach()
-        if not wanted:
-            return y, None
-        return y, Moments.from_tensor(values) if fused.transformed() else functional.moments(values)
+        return y, functional.moments(x.detach()) if wanted else None
     moments = Moments.from_tensor(x, mask)
     var = moments.m2 / moments.count.clamp(min=1)  # 0 where the mask leaves no value
     detached = Moments(moments.count, moments.mean.detach(), moments.m2.detach())

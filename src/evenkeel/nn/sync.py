@@ -134,19 +134,19 @@ class SyncBatchNorm(Variant):
         if not self.uses_batch():
             return super().normalization(x)
         group, weight, bias = self._group(), self.weight, self.bias
-        if "update_running" in vars(self) or x.is_inference() or (group is not None and distributed.preflight_is_on()):
+        if x.is_inference() or (group is not None and distributed.preflight_is_on()):
             return None
         if not is_plain(weight) or not is_plain(bias):
             return None
-        state = self._state()._replace(update=self.training and self.track_running_stats)
+        state = self._state()._replace(update=self.counts())
         if group is not None:
             return SyncNormalization(state, weight, bias, self, group)
         return Normalization(state, weight, bias) if check_layer_call(x, weight, bias, state, self._ranks) else None
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
         group, what = self._group(), type(self).__name__
-        if group is None and mask is None and "update_running" not in vars(self):  # nobody asks for the moments
-            state = self._state()._replace(update=self.training and self.track_running_stats)
+        if group is None and mask is None:
+            state = self._state()._replace(update=self.counts())
             return fused.batch_norm(x, residual, self.weight, self.bias, state, act)
         if group is None:
             total = Moments.from_tensor(x, mask)

@@ -17,6 +17,7 @@ from evenkeel.fusion.scope import current
 from evenkeel.layout import counted, per_channel
 from evenkeel.moments import Moments, broadcast_mask, compute_dtype
 from evenkeel.nn.batch_norm import refuse_script
+from evenkeel.nn.controlled import Controlled
 from evenkeel.nn.skipped import CountsSkipped, counter_beside
 from evenkeel.running import averaged, update_running
 from evenkeel.second_run import is_second_run
@@ -24,7 +25,7 @@ from evenkeel.second_run import is_second_run
 passes_by(__file__)
 
 
-class Variant(CountsSkipped):
+class Variant(Controlled, CountsSkipped):
     """A batch normalization whose training forward is its own; constructor, state and evaluation are ``torch.nn``'s.
 
     A subclass supplies :meth:`normalize_batch`, and buffers or arguments of its own where it has any. In evaluation the
@@ -107,8 +108,8 @@ class Variant(CountsSkipped):
         return self.training or self.running_mean is None
 
     def counts(self) -> bool:
-        """Whether this forward may change buffers: not in evaluation, nor when a checkpoint runs it a second time."""
-        if not (self.training and self.track_running_stats):
+        """Whether this forward counts: not in evaluation or paused, nor when a checkpoint runs it a second time."""
+        if not (self.training and self.track_running_stats) or (self._control is not None and self._control.paused):
             return False
         # The compiler traces a checkpoint's forward once, and can't ask.
         return torch.compiler.is_compiling() or not is_second_run()
@@ -118,9 +119,19 @@ class Variant(CountsSkipped):
 
         Moments and running moments may have a row per domain, (D, C), each with its own count.
         """
-        if self.counts():
-            var = moments.m2.detach() / moments.count.clamp(min=1)
-            update_running(self._state(), moments.mean, var, moments.count, self.averaged_var)
+        if not self.counts():
+            return
+        sink = self._state().sink
+        if sink is None:
+            self.enter(moments, self.momentum)
+        else:
+            sink(moments)
+
+    def enter(self, moments: Moments, momentum: float | None) -> None:
+        """Let moments enter the running ones, whatever the mode."""
+        var = moments.m2.detach() / moments.count.clamp(min=1)
+        state = self._state()._replace(momentum=momentum, sink=None)
+        update_running(state, moments.mean, var, moments.count, self.averaged_var)
 
     def averaged_var(self, running: Tensor, biased: Tensor, unbiased: Tensor, momentum: float | Tensor) -> Tensor:
         """The running variance after ``running`` when a batch's enters it with the weight ``momentum``."""
@@ -130,6 +141,7 @@ class Variant(CountsSkipped):
         return State(
             self.running_mean, self.running_var, self.num_batches_tracked, self.uses_batch(), False, self.momentum,
             self.eps, type(self).__name__, counter_beside(self.running_mean, self._buffers.get("skipped_updates")),
+            sink=None if self._control is None else self._control.sink(),
         )  # fmt: skip
 
     def _check_input_dim(self, input: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -172,17 +174,43 @@ class WhiteningBatchNorm(Variant):
 
     def _update(self, count: int, mean: Tensor, cov: Tensor) -> None:
         m2 = cov.diagonal(dim1=-2, dim2=-1).flatten() * count
-        self.update_running(Moments(torch.tensor(count, dtype=mean.dtype, device=mean.device), mean, m2))
-        if count < 2 or not self.counts() or self.running_cov is None:
+        number = torch.tensor(count, dtype=mean.dtype, device=mean.device)
+        self.update_running(Comoments(number, mean, m2, products=cov * count))
+
+    def enter(self, moments: Moments, momentum: float | None) -> None:
+        super().enter(moments, momentum)
+        if self.running_cov is None:
             return
-        momentum: float | Tensor | None = self.momentum
-        if momentum is None:
+        assert isinstance(moments, Comoments)
+        factor: float | Tensor | None = momentum
+        if factor is None:
             assert self.num_batches_tracked is not None
-            momentum = 1 / self.num_batches_tracked.to(cov.dtype)  # this batch is counted already
-        running = self.running_cov.to(cov.dtype)
-        good = cov.isfinite().all(-1).all(-1)[:, None, None]
-        new = running + (cov * (count / (count - 1)) - running) * momentum
-        self.running_cov.copy_(torch.where(good, new, running))
+            factor = 1 / self.num_batches_tracked.clamp(min=1).to(moments.products.dtype)  # these are counted already
+        with torch.no_grad():
+            running = self.running_cov.to(moments.products.dtype)
+            cov = moments.products / (moments.count - 1).clamp(min=1)
+            good = cov.isfinite().all(-1).all(-1)[:, None, None] & (moments.count > 1)
+            self.running_cov.copy_(torch.where(good, running + (cov - running) * factor, running))
+
+
+@dataclass(frozen=True, eq=False)
+class Comoments(Moments):
+    """Moments of channels in groups of D, with the sums of products of deviations within each group; these merge too.
+
+    Args:
+        products: Σ(v − mean)(v − mean)ᵀ, shape (C/D, D, D).
+    """
+
+    products: Tensor = field(kw_only=True)
+
+    def _merge_one(self, other: Moments) -> Comoments:
+        assert isinstance(other, Comoments)
+        merged = super()._merge_one(other)
+        delta = (other.mean - self.mean).view(len(self.products), -1, 1)
+        # Where one side is empty, its weight is 0.
+        weight = self.count * other.count / merged.count.clamp(min=1)
+        products = self.products + other.products + weight * (delta @ delta.mT)
+        return Comoments(merged.count, merged.mean, merged.m2, products=products)
 
 
 def _ungrouped(y: Tensor, x: Tensor) -> Tensor:

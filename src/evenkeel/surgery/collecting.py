@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from evenkeel import nn as layers
+from evenkeel.control.controlling import held_off
 from evenkeel.control.holding import is_held
-from evenkeel.control.pausing import held_off
 from evenkeel.functional import moments as moments_of
 from evenkeel.moments import Moments
 
