@@ -391,3 +391,26 @@ def test_frozen_inside_pause():
     expected = model(x)
     with pause_statistics(model):
         assert torch.equal(model(x), expected)
+
+
+def test_methods_set_on_the_instance_come_back():
+    """As people set train() to keep a layer in evaluation."""
+    layer, asked = nn.BatchNorm1d(3), []
+
+    def train(mode=True):
+        asked.append(mode)
+        return layer
+
+    layer.train, layer.reset_running_stats = train, lambda: asked.append("reset")
+    kept = dict(vars(layer))
+    for _ in range(2):
+        freeze(layer)
+    layer.train()
+    layer.reset_running_stats()
+    assert asked == []
+    assert not layer.training
+    unfreeze(layer)
+    assert {name: vars(layer)[name] for name in kept if name != "training"} == {
+        name: value for name, value in kept.items() if name != "training"
+    }
+    assert asked == [True]

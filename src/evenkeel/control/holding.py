@@ -24,6 +24,12 @@ class _Held:
     def __init__(self, layer: _BatchNorm) -> None:
         self.layer = layer
         self.mode = layer.training
+        #: What someone else had set in the place of what freezing sets.
+        self.before = {
+            name: value
+            for name, value in vars(layer).items()
+            if name in _ATTRIBUTES[:2] and value is not _keep_running_stats
+        }
 
     def __call__(self, mode: bool = True) -> _BatchNorm:
         if not isinstance(mode, bool):
@@ -49,9 +55,11 @@ def hold_statistics(layer: _BatchNorm) -> None:
 
 def let_go_statistics(layer: _BatchNorm) -> None:
     if is_held(layer):
-        mode = vars(layer).pop("train").mode
-        del vars(layer)["reset_running_stats"]
-        layer.train(mode)
+        held = vars(layer).pop("train")
+        if vars(layer).get("reset_running_stats") is _keep_running_stats:
+            del vars(layer)["reset_running_stats"]
+        vars(layer).update({name: value for name, value in held.before.items() if name not in vars(layer)})
+        layer.train(held.mode)
 
 
 def turn_off(layer: _BatchNorm) -> None:
