@@ -91,6 +91,35 @@ def test_by_the_batch(prior, converted):
     assert "forward" not in model[1].__dict__
 
 
+def test_every_argument_of_the_call_by_the_batch():
+    layer, x = ek.BatchNorm1d(1, eps=1e-12).double().eval(), torch.tensor([[0.0], [1.0], [5.0]]).double()
+    layer, _ = ek.adapt(layer, mode="batch")
+    weight = torch.tensor([1.0, 1.0, 8.0]).double()
+    often = x.repeat_interleave(weight.long(), 0)
+    torch.testing.assert_close(layer(x, sample_weight=weight), (x - 4.1) / often.std(correction=0))
+    mask = torch.tensor([True, True, False])
+    torch.testing.assert_close(layer(x, mask=mask, padding="keep").flatten().tolist(), [-1.0, 1.0, 5.0])
+
+
+@pytest.mark.parametrize("library", [nn, ek], ids=["torch", "evenkeel"])
+def test_a_forward_on_the_instance_is_used_and_kept(library):
+    layer, x = library.BatchNorm1d(5).double().eval(), torch.randn(8, 5).double()
+    inner = layer.forward
+
+    def around(x):
+        return inner(x) * 2
+
+    layer.forward = around
+    for _ in range(2):
+        layer, _ = ek.adapt(layer, mode="batch")
+    torch.testing.assert_close(layer(x), 2 * F.batch_norm(x, None, None, training=True))
+    layer, _ = ek.adapt(layer, [x])
+    assert layer.forward is around
+    layer, _ = ek.reset_adaptation(layer)
+    assert layer.forward is around
+    assert torch.equal(layer(x), around(x))
+
+
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_reset_is_exact(way):
     model = a_net()

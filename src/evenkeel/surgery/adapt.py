@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from evenkeel.control.selection import Where, select
 from evenkeel.errors import describe
-from evenkeel.functional import moments as moments_of
+from evenkeel.functional import call_moments
 from evenkeel.surgery.batches import Forward, check_loader, passes_over, run_batch
 from evenkeel.surgery.collecting import Seen, in_one_pass, layer_by_layer, modes_kept, reason_to_leave
 from evenkeel.surgery.entropy import MakeOptimizer, minimize_entropy
@@ -92,7 +93,7 @@ def adapt(
         for layer in targets.values():
             undo.callback(_restore, layer, dict(vars(layer)))
             vars(layer).setdefault(_SOURCE, buffers_of(layer) | _affine_of(layer))
-            vars(layer).pop("forward", None)  # of an earlier adaptation by the batch
+            _by_its_own_forward(layer)  # no longer by that of an earlier adaptation by the batch
         undo.callback(put_back, {layer: buffers_of(layer) | _affine_of(layer) for layer in targets.values()})
         if mode == "batch":
             for layer in targets.values():
@@ -126,32 +127,47 @@ def reset_adaptation(model: Model) -> tuple[Model, Report]:
         source = vars(layer).pop(_SOURCE, None)
         if source is not None:
             put_back({layer: source})
-            if isinstance(vars(layer).get("forward"), ByTheBatch):
-                del vars(layer)["forward"]
+            _by_its_own_forward(layer)
             rows.append({"path": path, "kind": type(layer).__name__})
     return model, Report("reset_adaptation", {"layers": len(rows)}, rows)
 
 
 class ByTheBatch:
-    """What ``layer.forward`` is while each batch adapts: an attribute of the instance, in front of the class's own."""
+    """What ``layer.forward`` is while each batch adapts: an attribute of the instance, in front of the class's own.
+
+    One that someone else has set there is kept, and called.
+    """
 
     def __init__(self, layer: _BatchNorm, prior: float) -> None:
         self.layer, self.prior = layer, prior
+        self.patch: Callable[..., Any] | None = vars(layer).get("forward")
+
+    def _forward(self, *args: Any, **keywords: Any) -> Any:
+        return (self.patch or partial(type(self.layer).forward, self.layer))(*args, **keywords)
 
     def __call__(self, x: Tensor, *args: Any, **keywords: Any) -> Any:
         layer = self.layer
         if layer.training or x.numel() == 0:
-            return type(layer).forward(layer, x, *args, **keywords)
-        found = moments_of(x.detach(), keywords.get("mask"))
+            return self._forward(x, *args, **keywords)
+        found = call_moments(x, keywords.get("mask"), keywords.get("sample_weight"))
         buffers, source = layer._buffers, vars(layer)[_SOURCE]
         before = {name: buffers[name] for name in ("running_mean", "running_var")}
         try:
             for (name, old), new in zip(before.items(), (found.mean, found.var.nan_to_num()), strict=True):
                 assert old is not None
                 buffers[name] = blended(source[name].to(old.device), new, self.prior, x.shape[0]).to(old.dtype)
-            return type(layer).forward(layer, x, *args, **keywords)
+            return self._forward(x, *args, **keywords)
         finally:
             buffers.update(before)
+
+
+def _by_its_own_forward(layer: _BatchNorm) -> None:
+    """Take the adaptation by the batch away, if there is one."""
+    forward = vars(layer).get("forward")
+    if isinstance(forward, ByTheBatch):
+        del vars(layer)["forward"]
+        if forward.patch is not None:
+            vars(layer)["forward"] = forward.patch
 
 
 def blended(source: Tensor, target: Tensor, prior: float, samples: int) -> Tensor:
