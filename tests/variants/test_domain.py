@@ -1,6 +1,7 @@
 """Domain-specific batch normalization: what is its own; the rest is in the contract suite."""
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -135,6 +136,23 @@ def test_a_domain_that_there_is_not(domain, error, says):
 def test_domains_that_mean_nothing(domains):
     with pytest.raises(ValueError, match="distinct names"):
         DomainBatchNorm(C, domains)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_use_domain_is_no_part_of_the_layer(copied):
+    """A copy made inside has no choice; blocks may end in another order."""
+    layer = DomainBatchNorm(C, NAMES)
+    first, second = use_domain(layer, "target"), use_domain(layer, "third")
+    first.__enter__(), second.__enter__()
+    other = copied(layer)
+    with pytest.raises(ValueError, match="which domain"):
+        other(torch.randn(4, C))
+    other.domain = "target"  # a choice of the user's own is part of it
+    assert copied(other).domain == "target"
+    first.__exit__(None, None, None)
+    assert layer.domain == "third"
+    second.__exit__(None, None, None)
+    assert layer.domain is None
 
 
 def test_use_domain_nests_and_ends():

@@ -1,6 +1,7 @@
 """SplitBatchNorm: parts and their statistics, explicit routing, and taking a batch norm's place."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -119,6 +120,23 @@ def test_using_ends():
     assert counts() == [0, 1, 1]
     layer(x)
     assert counts() == [1, 2, 2]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_using_is_no_part_of_the_layer(copied):
+    """A copy made inside splits its batch; blocks may end in another order."""
+    layer = SplitBatchNorm(3)
+    first, second = layer.using(1), layer.using(0)
+    first.__enter__(), second.__enter__()
+    other = copied(layer)
+    first.__exit__(None, None, None)
+    layer(torch.randn(4, 3))
+    second.__exit__(None, None, None)
+    assert [bn.num_batches_tracked.item() for bn in (layer, layer.aux_bn[0])] == [1, 0]
+    for bn in (other, layer):
+        bn(torch.randn(4, 3))
+    assert [bn.num_batches_tracked.item() for bn in (layer, layer.aux_bn[0])] == [2, 1]
+    assert [bn.num_batches_tracked.item() for bn in (other, other.aux_bn[0])] == [1, 1]
 
 
 def test_using_split_in_a_model():

@@ -195,6 +195,17 @@ def test_a_checkpoint_gives_the_same():
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))], ids=["copy", "pickle"])
+def test_a_copy_within_the_pass_is_not_in_it(way):
+    norm = VirtualBatchNorm(4)
+    with collect_reference(norm):
+        norm(torch.randn(9, 4))
+        other = way(norm)
+    assert torch.equal(other(torch.ones(2, 4)), norm(torch.ones(2, 4)))
+    with collect_reference(other):
+        other(torch.randn(9, 4))
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))], ids=["copy", "pickle"])
 def test_a_copy_keeps_the_reference(way):
     net, x = network(), torch.randn(2, 3, dtype=torch.float64)
     with collect_reference(net, detach=False):

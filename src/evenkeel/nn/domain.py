@@ -16,6 +16,7 @@ from evenkeel.errors import describe
 from evenkeel.functional import refuse_jit
 from evenkeel.layout import counted
 from evenkeel.moments import Moments, broadcast_mask
+from evenkeel.nn.choices import Choices
 from evenkeel.nn.kinds import Groups
 from evenkeel.nn.plain import by_batch
 from evenkeel.nn.tables import adopt, expand_rows, options_of
@@ -95,8 +96,8 @@ class DomainBatchNorm(Variant):
         #: The domains' names, in the order of the rows.
         self.domains = names
         self.share_affine = share_affine
-        #: What :func:`evenkeel.nn.domains.use_domain` has chosen.
-        self.domain: Domain | None = None
+        self._choices: Choices[Domain] = Choices()
+        self._domain: Domain | None = None
         rows = len(names)
         if track_running_stats:
             assert self.running_mean is not None and self.running_var is not None
@@ -108,6 +109,16 @@ class DomainBatchNorm(Variant):
         if affine and not share_affine:
             self.weight = torch.nn.Parameter(self.weight.detach().repeat(rows, 1))
             self.bias = torch.nn.Parameter(self.bias.detach().repeat(rows, 1))
+
+    @property
+    def domain(self) -> Domain | None:
+        """What :func:`evenkeel.nn.domains.use_domain` has chosen, in the last block that is open; else what was set."""
+        chosen = self._choices.latest()
+        return self._domain if chosen is None else chosen
+
+    @domain.setter
+    def domain(self, domain: Domain | None) -> None:
+        self._domain = domain
 
     @classmethod
     def from_batch_norm(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,10 +16,10 @@ from evenkeel.nn.tables import options_of
 def use_domain(model: torch.nn.Module, domain: Domain) -> Iterator[torch.nn.Module]:
     """Within the block, all domain layers of the model normalize with this domain; blocks may be nested.
 
-    The choice is kept by the layers (``layer.domain``), as ``model.train()`` keeps the mode, so it holds in whatever
+    They may end in any order. The choice is kept beside the layers (``layer.domain`` tells it), so it holds in whatever
     thread runs them; threads that want different domains of one model give ``domain=`` to the layers. It ends with the
-    block, also by an exception. Activation checkpointing runs the forward again in the backward: that belongs inside
-    the block too, and outside of every block it is an error.
+    block, also by an exception, and a copy of the model that is made inside has none. Activation checkpointing runs the
+    forward again in the backward: that belongs inside the block too, and outside of every block it is an error.
 
     Args:
         model: A model with at least one :class:`DomainBatchNorm`.
@@ -43,14 +43,10 @@ def use_domain(model: torch.nn.Module, domain: Domain) -> Iterator[torch.nn.Modu
         )
     for path, layer in layers.items():
         layer.rows_of(domain, f"use_domain: {path or type(layer).__name__}")
-    before = [(layer, layer.domain) for layer in layers.values()]
-    try:
+    with ExitStack() as stack:
         for layer in layers.values():
-            layer.domain = domain
+            stack.enter_context(layer._choices.choosing(domain))
         yield model
-    finally:
-        for layer, chosen in before:
-            layer.domain = chosen
 
 
 def convert_domains(

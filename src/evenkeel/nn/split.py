@@ -14,6 +14,7 @@ from evenkeel.activations import Activation
 from evenkeel.arguments import check_arguments
 from evenkeel.errors import describe
 from evenkeel.functional import moments
+from evenkeel.nn.choices import Choices
 from evenkeel.nn.variant import Variant
 
 
@@ -121,7 +122,7 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
             AuxiliaryBatchNorm(num_features, eps, momentum, own, track_running_stats, device, dtype)
             for _ in range(num_splits - 1)
         )
-        self._index: int | None = None
+        self._choices: Choices[int] = Choices()
 
     @classmethod
     def from_batch_norm(
@@ -161,6 +162,8 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
     def using(self, index: int) -> Iterator[SplitBatchNorm]:
         """Inside, part ``index`` normalizes the whole batch: 0 is this layer, k is ``aux_bn[k − 1]``.
 
+        Blocks may be nested and end in any order; a copy made inside has no choice.
+
         Raises:
             ValueError: there is no such part.
 
@@ -175,16 +178,14 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
             raise ValueError(
                 f"SplitBatchNorm: the parts are 0 (the layer itself) to {self.num_splits - 1}; got {describe(index)}"
             )
-        before, self._index = self._index, index
-        try:
+        with self._choices.choosing(index):
             yield self
-        finally:
-            self._index = before
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
         parts = self._parts()
-        if self._index is not None or not self.training:
-            return self._run(parts[self._index or 0], x, residual, act)
+        index = self._choices.latest()
+        if index is not None or not self.training:
+            return self._run(parts[index or 0], x, residual, act)
         if x.shape[0] % self.num_splits:
             raise ValueError(
                 f"SplitBatchNorm: the batch must divide into {self.num_splits} equal parts; got {describe(x)}. Send it "
@@ -196,7 +197,7 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
         return torch.cat([self._run(*each, act) for each in zip(parts, xs, residuals, strict=True)])
 
     def normalize_running(self, x: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
-        return self._run(self._parts()[self._index or 0], x, residual, act)
+        return self._run(self._parts()[self._choices.latest() or 0], x, residual, act)
 
     def _parts(self) -> list[AuxiliaryBatchNorm]:
         return [self, *self.aux_bn]  # type: ignore[list-item]

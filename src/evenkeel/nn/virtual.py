@@ -128,8 +128,9 @@ class VirtualBatchNorm(Variant):
         return super()._state()._replace(training=training)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take: the reference without its graph, which can't be copied."""
-        state = self.__dict__.copy()
+        """What copies and pickles take: the reference without its graph, which can't be copied, and no pass."""
+        state: dict[str, Any] = super().__getstate__()
+        state.pop("_collecting", None)
         if self._reference is not None:
             state["_reference"] = Moments(*(part.detach() for part in vars(self._reference).values()))
         return state
