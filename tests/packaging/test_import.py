@@ -12,7 +12,13 @@ HEAVY = (
     "triton",
     "torch._dynamo",
     "torch._inductor",
+    "torch._export",
+    "torch.ao",
+    "torch.export",
     "torch.fx.experimental",
+    "torch.onnx",
+    "torch.utils.benchmark",
+    "torch.utils.tensorboard",
     "typer",
     "rich",
     "plotly",
@@ -22,6 +28,8 @@ HEAVY = (
     "joblib",
 )
 OUTER = tuple(f"evenkeel.{name}" for name in ("cli", "commands", "info", "lab", "report", "bench", "surgery"))
+ON_GPUS = "evenkeel.kernels.triton."
+"""Rules and launches for GPUs, which are loaded with the first tensor there."""
 
 
 def test_version_is_that_of_the_distribution() -> None:
@@ -35,7 +43,11 @@ def test_import_is_light() -> None:
     brought = done.stdout.split()
     assert "evenkeel.nn.batch_norm" in brought
     unwanted = [name for name in brought if f"{name}.".startswith(tuple(f"{heavy}." for heavy in HEAVY + OUTER))]
+    unwanted += [name for name in brought if name.startswith(ON_GPUS)]
     assert not unwanted
+    # Whatever else comes along belongs to torch or to Python: the package has no other cost than its own modules.
+    others = {name.partition(".")[0] for name in brought} - sys.stdlib_module_names
+    assert others <= {"evenkeel", "torch"}
 
 
 def test_operations_on_models_are_found() -> None:
