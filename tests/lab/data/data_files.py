@@ -39,9 +39,16 @@ def write_picture(path: Path, colour: tuple[int, int, int], side: int = 32) -> N
 
 
 def write_wav(
-    path: Path, samples: np.ndarray, *, rate: int = 8000, width: int = 2, channels: int = 1, frames: int | None = None
+    path: Path,
+    samples: np.ndarray,
+    *,
+    rate: int = 8000,
+    width: int = 2,
+    channels: int = 1,
+    frames: int | None = None,
+    claimed_rate: int | None = None,
 ) -> None:
-    """A WAV file of samples in [-1, 1), (n,) or (n, channels). `frames` is what the header says."""
+    """A WAV file of samples in [-1, 1), (n,) or (n, channels). `frames` and `claimed_rate` are what the header says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scaled = np.round(samples * 2.0 ** (8 * width - 1)).astype(np.int64)
     scaled = scaled + 128 if width == 1 else scaled
@@ -51,10 +58,12 @@ def write_wav(
         file.setsampwidth(width)
         file.setframerate(rate)
         file.writeframes(raw)
+    content = bytearray(path.read_bytes())
     if frames is not None:
-        content = bytearray(path.read_bytes())
         content[40:44] = (frames * width * channels).to_bytes(4, "little")
-        path.write_bytes(content)
+    if claimed_rate is not None:
+        content[24:28] = claimed_rate.to_bytes(4, "little")
+    path.write_bytes(content)
 
 
 def tone(hertz: float, rate: int = 8000, seconds: float = 0.3) -> np.ndarray:

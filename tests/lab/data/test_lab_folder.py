@@ -1,5 +1,6 @@
 """What is found in a reader's folder, and what is said when nothing is, or something is missing."""
 
+import os
 import re
 import shutil
 
@@ -165,6 +166,13 @@ def test_a_recording_that_does_not_tell_who_says_what_is_named(tmp_path):
     write_wav(tmp_path / "song.wav", tone(300))
     with pytest.raises(DataError, match=r"song.wav does not tell word and speaker; name it \{word\}_\{speaker\}"):
         discover(tmp_path)
+
+
+def test_a_pipe_is_no_data(tmp_path):
+    write_classes(tmp_path, "cat", "dog")
+    for name in ("t10k-images-idx3-ubyte", "yes_ann_0.wav", "cat/1.png"):
+        os.mkfifo(tmp_path / name)
+    assert kinds(tmp_path) == ["images"]  # and nothing waits for what would be written
 
 
 def test_background_noise_is_no_word(tmp_path):

@@ -1,6 +1,7 @@
 """Images: what the loaders give for each format, and what they say of files that are broken."""
 
 import gzip
+import zlib
 from importlib import import_module
 
 import numpy as np
@@ -23,9 +24,9 @@ def test_idx_files_give_what_was_written(tmp_path, packed):
     with reading_from(tmp_path):
         x, y = all_images(identity)
     assert x.shape == (80, 1, 28, 28)
-    assert x.dtype == torch.float32
+    assert x.dtype == torch.uint8
     assert y.dtype == torch.int64
-    assert torch.equal((x[:, 0] * 255).round(), torch.tensor(np.concatenate([each[0] for each in written])).float())
+    assert torch.equal(x[:, 0], torch.tensor(np.concatenate([each[0] for each in written])).byte())
     assert torch.equal(y, torch.tensor(np.concatenate([each[1] for each in written])))
 
 
@@ -99,6 +100,32 @@ def test_a_broken_idx_file_is_named(tmp_path, change, says):
         read_mnist(broken(tmp_path, change))
 
 
+def packed_zeros(path, count):
+    """A gzipped file of so many zeros, made piece by piece."""
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(bytes([0, 0, 8, 3, 0, 0, 0, 40, 0, 0, 0, 28, 0, 0, 0, 28]))
+        for _ in range(count >> 20):
+            file.write(bytes(2**20))
+
+
+def test_a_header_that_claims_too_much_is_refused_before_anything_is_unpacked(tmp_path, peak_bytes):
+    header = bytes([0, 0, 8, 3]) + 3 * b"\0\0\x80\0"
+    for content in (header, gzip.compress(header)):
+        path = tmp_path / "t10k-images-idx3-ubyte"
+        path.write_bytes(content)
+        said = "has 32768 x 32768 x 32768 values by its header, and at most 1073741824 values are read; put a smaller"
+        with pytest.raises(DataError, match=f"idx3-ubyte {said}"):
+            read_idx(path, 3)
+    assert peak_bytes() < 2**22
+
+
+def test_what_is_packed_is_unpacked_no_further_than_its_header_says(tmp_path, peak_bytes):
+    packed_zeros(tmp_path / "a-images-idx3-ubyte.gz", 2**26)
+    with pytest.raises(DataError, match="has 31377 bytes or more, and by its header 31376 "):
+        read_idx(tmp_path / "a-images-idx3-ubyte.gz", 3)
+    assert peak_bytes() < 2**22
+
+
 def test_an_absent_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"absent can't be read .*fetch it again"):
         read_idx(tmp_path / "absent", 1)
@@ -130,8 +157,8 @@ def test_pictures_have_their_colours_and_their_folders_classes(tmp_path, suffix)
         x, y = all_images(identity)
     assert x.shape == (6, 3, 32, 32)
     assert y.tolist() == [0, 0, 1, 1, 2, 2]
-    expected = torch.tensor(list(colours.values())) / 255
-    assert torch.allclose(x, expected[y][:, :, None, None].expand_as(x))
+    expected = torch.tensor(list(colours.values()), dtype=torch.uint8)
+    assert torch.equal(x, expected[y][:, :, None, None].expand_as(x))
 
 
 def test_a_photograph_and_a_grey_picture_have_the_same_shape(tmp_path):
@@ -139,7 +166,7 @@ def test_a_photograph_and_a_grey_picture_have_the_same_shape(tmp_path):
     (tmp_path / "a").mkdir()
     large.save(tmp_path / "a" / "grey.png")
     large.convert("RGB").save(tmp_path / "a" / "photo.jpg", quality=95)
-    x, _ = read_pictures(sorted((tmp_path / "a").iterdir()))
+    x = read_pictures(sorted((tmp_path / "a").iterdir()))[0].float() / 255
     assert x.shape == (2, 3, 32, 32)
     assert float((x[0] - x[1]).abs().max()) < 0.03  # JPEG is not exact
     rows = x[0, 0].mean(dim=1)  # it gets brighter from top to bottom
@@ -179,6 +206,24 @@ def test_a_picture_that_cannot_be_decoded_is_named(tmp_path, content):
     path.write_bytes(path.read_bytes()[:3000] if content is None else content)
     with pytest.raises(DataError, match=r"1\.png can't be decoded as a picture .*replace it, or remove it"):
         read_pictures(sorted((tmp_path / "a").iterdir()))
+
+
+def png_that_claims(width, height):
+    """The beginning of a picture, up to its first pixels."""
+    chunk = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
+    start = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    return start + b"\0\0\0\x10IDAT"
+
+
+@pytest.mark.parametrize(
+    ("side", "says"), [(9000, "9000 x 9000 pixels"), (12000, "12000 x 12000 pixels"), (60000, "far more pixels")]
+)
+def test_a_picture_that_claims_too_many_pixels_is_not_decoded(tmp_path, side, says, peak_bytes):
+    path = tmp_path / "big.png"
+    path.write_bytes(png_that_claims(side, side))
+    with pytest.raises(DataError, match=f"big.png has {says} by its header, and at most 67108864 pixels are read"):
+        read_pictures([path])
+    assert peak_bytes() < 2**22
 
 
 def test_without_pillow_the_extra_is_named(tmp_path, monkeypatch):

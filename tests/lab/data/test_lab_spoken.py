@@ -13,7 +13,7 @@ from evenkeel.lab.data import DataError, characters, digits, discover, spoken, w
 from evenkeel.lab.data.folder import reading_from
 from evenkeel.lab.data.spoken import read_recordings
 from evenkeel.lab.data.text import divided
-from evenkeel.lab.data.wav import log_mel, read_wav, word_and_speaker
+from evenkeel.lab.data.wav import log_mel, read_wav, span, word_and_speaker
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])
@@ -35,14 +35,20 @@ def test_channels_are_averaged(tmp_path):
     [
         ({"width": 3}, "has 24 bits a sample; 8, 16 and 32 can be read: convert it to 16"),
         ({"rate": 4000}, "has 4000 samples a second; at least 7600 are needed"),
+        (
+            {"claimed_rate": 2**32 - 1},
+            "has 4294967295 samples a second by its header, and at most 768000 samples a second are",
+        ),
+        ({"frames": 2**31 - 99}, "says that it has 2147483549 samples of 2 bytes, and has 4800 bytes; fetch it again"),
         ({"frames": 5000}, "says that it has 5000 samples of 2 bytes, and has 4800 bytes; fetch it again"),
     ],
-    ids=["24 bits", "slow", "short"],
+    ids=["24 bits", "slow", "rate", "gigabytes", "short"],
 )
-def test_a_recording_that_cannot_be_used_is_named(tmp_path, how, says):
+def test_a_recording_that_cannot_be_used_is_named(tmp_path, how, says, peak_bytes):
     write_wav(tmp_path / "a.wav", tone(300), **how)
     with pytest.raises(DataError, match=f"a.wav {says}"):
         read_wav(tmp_path / "a.wav")
+    assert peak_bytes() < 2**23
 
 
 @pytest.mark.parametrize("content", [b"", b"ID3 an mp3", b"RIFF\x24\0\0\0WAVEfmt \x10"], ids=["empty", "mp3", "cut"])
@@ -51,6 +57,14 @@ def test_what_is_no_wav_file_is_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"a.wav can't be read as a WAV file of PCM samples \(.+\); convert it"):
         read_wav(path)
+
+
+def test_of_a_long_recording_no_more_is_read_than_a_spectrogram_spans(tmp_path):
+    write_wav(tmp_path / "a.wav", tone(300, seconds=100))
+    found, rate = read_wav(tmp_path / "a.wav")
+    assert len(found) == span(rate)
+    whole = torch.from_numpy(np.round(tone(300, seconds=100) * 2**15) / 2**15).float()
+    assert torch.equal(log_mel(found, rate), log_mel(whole, rate))
 
 
 def test_a_recording_without_samples_is_named(tmp_path):

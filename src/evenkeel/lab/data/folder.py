@@ -110,10 +110,15 @@ def _folders(place: Path) -> list[Path]:
     return sorted(path for path in place.iterdir() if path.is_dir() and path.name[0] not in "._")
 
 
+def _regular(place: Path) -> list[Path]:
+    """The files in it that hold data: a pipe would be waited for."""
+    return [path for path in place.iterdir() if path.is_file()]
+
+
 def _idx(place: Path) -> list[Path]:
     """Images and labels in turns. Of a file that is there packed and unpacked, the unpacked one."""
     named: dict[str, Path] = {}
-    for path in sorted(place.iterdir(), key=lambda path: (path.suffix != ".gz", path.name)):
+    for path in sorted(_regular(place), key=lambda path: (path.suffix != ".gz", path.name)):
         if path.name.removesuffix(".gz").endswith("ubyte"):
             named[path.name.removesuffix(".gz")] = path
     files, sets = [], set()
@@ -137,7 +142,7 @@ def _idx(place: Path) -> list[Path]:
 
 
 def _wavs(place: Path) -> list[Path]:
-    own = sorted(path for path in place.iterdir() if path.suffix.lower() == ".wav")
+    own = sorted(path for path in _regular(place) if path.suffix.lower() == ".wav")
     files = own or _in_classes(place, (".wav",))
     for path in files:
         word_and_speaker(path)
@@ -157,7 +162,7 @@ def _in_classes(place: Path, suffixes: Sequence[str]) -> list[Path]:
         DataError: another of these folders has none, and no data of another kind either.
     """
     classes = [path for path in _folders(place) if path.name.lower() not in LEVELS]
-    by_class = {each: sorted(path for path in each.iterdir() if path.suffix.lower() in suffixes) for each in classes}
+    by_class = {each: sorted(path for path in _regular(each) if path.suffix.lower() in suffixes) for each in classes}
     if sum(map(bool, by_class.values())) < 2:
         return []
     for each, files in by_class.items():

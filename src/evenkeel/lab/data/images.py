@@ -48,7 +48,7 @@ def images(data: str, seed: int, *, centred: bool = True, train: int | None = No
 
 @cache
 def all_images(data: str) -> tuple[Tensor, Tensor]:
-    """All images and classes of a data set; read once a process.
+    """All images and classes of a data set; read once a process. What comes as bytes stays bytes, see `split`.
 
     Raises:
         DataError: as `images`.

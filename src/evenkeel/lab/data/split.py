@@ -44,7 +44,8 @@ def split(x: Tensor, y: Tensor, *, data: str, seed: int, validation: int, test: 
     """Divide at random, drawn by `seed`.
 
     Args:
-        x, y: all samples and labels.
+        x, y: all samples and labels. Bytes become values in [0, 1], those of the parts alone: a large data set is kept
+            as it comes.
         data: the data set's identity, an axis of the draw.
         seed: the other one.
         validation, test: samples in these parts.
@@ -59,4 +60,8 @@ def split(x: Tensor, y: Tensor, *, data: str, seed: int, validation: int, test: 
         raise ValueError(f"{data} has {len(x)} samples; this division needs at least {wanted}")
     order = torch.randperm(len(x), generator=generator(draw="split", data=data, seed=seed))
     first, second, third = order[held_out:][:train], order[:validation], order[validation:held_out]
-    return Split(x[first], y[first], x[second], y[second], x[third], y[third])
+    return Split(*(part for chosen in (first, second, third) for part in (_values(x[chosen]), y[chosen])))
+
+
+def _values(x: Tensor) -> Tensor:
+    return x.float() / 255 if x.dtype == torch.uint8 else x

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evenkeel.lab.data.errors import DataError
+from evenkeel.lab.data.errors import DataError, beyond
 
 BANDS = 24
 FRAMES = 64
 SECONDS = 0.064
 """Of a window; the next one begins a quarter of it later, so that a spectrogram spans 1.07 s."""
+MOST_RATE = 768_000
+"""Samples a second; none of the usual formats has more."""
 HERTZ = (60.0, 3800.0)
 FLOOR = 1e-10
 """Added to a band's energy; a sine at full scale has about 0.25."""
@@ -64,20 +66,22 @@ def chosen(files: Sequence[Path]) -> dict[Path, tuple[str, str]]:
 
 
 def read_wav(path: Path) -> tuple[Tensor, int]:
-    """The samples in [-1, 1], the mean over channels, and the sampling rate.
+    """The samples in [-1, 1], as many as a spectrogram spans, the mean over channels; and the sampling rate.
 
     Raises:
-        DataError: the file is no WAV file of 8, 16 or 32-bit PCM, is not whole or empty, or is sampled too slowly.
+        DataError: the file is no WAV file of 8, 16 or 32-bit PCM, is not whole or empty, or is sampled too slowly or
+            too often. The header is held against the file's size before anything is read.
     """
     try:
-        with wave.open(str(path), "rb") as file:
+        with open(path, "rb") as stream, wave.open(stream) as file:
             rate, width, channels, count = (
                 file.getframerate(),
                 file.getsampwidth(),
                 file.getnchannels(),
                 file.getnframes(),
             )
-            raw = file.readframes(count)
+            there = min(path.stat().st_size - stream.tell(), count * width * channels)  # it stands before the samples
+            raw = file.readframes(min(span(rate), there // (width * channels)))
     except (wave.Error, EOFError, OSError) as error:
         raise DataError(
             f"{path} can't be read as a WAV file of PCM samples ({str(error) or 'it ends too early'}); convert it to "
@@ -85,18 +89,26 @@ def read_wav(path: Path) -> tuple[Tensor, int]:
         ) from None
     if width not in _KINDS:
         raise DataError(f"{path} has {8 * width} bits a sample; 8, 16 and 32 can be read: convert it to 16")
-    if len(raw) != count * width * channels:
+    if there != count * width * channels:
         raise DataError(
-            f"{path} says that it has {count} samples of {width * channels} bytes, and has {len(raw)} bytes; fetch it "
+            f"{path} says that it has {count} samples of {width * channels} bytes, and has {there} bytes; fetch it "
             "again"
         )
     if not count:
         raise DataError(f"{path} has no samples; remove it")
     if rate < 2 * HERTZ[1]:
         raise DataError(f"{path} has {rate} samples a second; at least {2 * HERTZ[1]:.0f} are needed, such as 8000")
+    if rate > MOST_RATE:
+        raise beyond(path, f"{rate} samples a second", f"{MOST_RATE} samples a second")
     samples = torch.from_numpy(np.frombuffer(raw, _KINDS[width]).astype(np.float32)).view(-1, channels)
     samples = (samples - 128) / 128 if width == 1 else samples / 2.0 ** (8 * width - 1)
     return samples.mean(dim=1), rate
+
+
+def span(rate: int) -> int:
+    """How many samples a spectrogram looks at."""
+    size = round(SECONDS * rate)
+    return size + size // 4 * (FRAMES - 1)
 
 
 def log_mel(samples: Tensor, rate: int) -> Tensor:
@@ -106,7 +118,7 @@ def log_mel(samples: Tensor, rate: int) -> Tensor:
     """
     size = round(SECONDS * rate)
     hop = size // 4
-    wanted = size + hop * (FRAMES - 1)
+    wanted = span(rate)
     samples = torch.nn.functional.pad(samples[:wanted], (0, max(0, wanted - len(samples))))
     window = torch.hann_window(size)
     spectrum = torch.stft(samples, size, hop, window=window, center=False, return_complex=True) / window.sum()
