@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from evenkeel.lab.cell import Cell, Results
-from evenkeel.lab.parallel import cluster
 from evenkeel.lab.runner import run, stored
 from evenkeel.lab.store import Store
 
@@ -82,39 +81,6 @@ def test_a_worker_that_dies_takes_its_own_cell_alone(tmp_path):
     assert sorted(result["value"] for result in outcome.results.values()) == [0, 1, 3, 4]
 
 
-@pytest.fixture
-def _own_environment():
-    """distributed sets variables of the process when it is imported, which other tests are not to see."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.mark.usefixtures("_own_environment")
-def test_a_dask_cluster_runs_the_cells(tmp_path):
-    distributed = pytest.importorskip("distributed")
-    made = distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, local_directory=str(tmp_path)
-    )
-    with made, cluster(made.scheduler_address):
-        outcome = run(cells(fails_on_two, 8), Store(tmp_path / "results.jsonl"))
-        where = run(cells(square, 8), Store(None))
-    assert [failure.cell.axes["seed"] for failure in outcome.failures] == [2]
-    assert sorted(result["value"] for result in outcome.results.values()) == [0, 1, 3, 4, 5, 6, 7]
-    assert Store(tmp_path / "results.jsonl").get(cells(fails_on_two)[1])[0] == {"value": 1}
-    processes = {result["process"] for result in where.results.values()}
-    assert len(processes) == 2
-    assert os.getpid() not in processes
-    assert {result["threads"] for result in where.results.values()} == {1}
-
-
-@pytest.mark.parametrize("address", ["localhost:8786", "http://localhost", "dask"])
-def test_an_address_of_no_kind_of_cluster_is_refused(address):
-    with pytest.raises(ValueError, match=r"tcp://host:8786.*ray://host:10001.*got"):
-        cluster(address)
-
-
 def test_what_is_stored_is_reported_without_running(tmp_path):
     store = Store(tmp_path / "results.jsonl")
     run(cells(square, 2), store, jobs=1)
@@ -144,6 +110,35 @@ def test_the_longest_cells_start_first():
     assert [seed for seed, _ in witness.ended] == [3, 2, 1, 0]
 
 
+def stops_on_two(*, seed):
+    if seed == 2:
+        raise KeyboardInterrupt
+    return {"value": seed}
+
+
+def test_after_a_run_that_was_cut_short_the_shortest_start_first_and_exclusive_ones_before(tmp_path):
+    """A long cell that never ends before the next kill must not keep the others from ending."""
+    path = tmp_path / "results.jsonl"
+    work = [Cell(stops_on_two, {"seed": seed}, cost=seed, exclusive=seed == 3) for seed in range(4)]
+    for expected in ([2], [3, 0, 1, 2], [2]):
+        witness = Witness()
+        store = Store(path)
+        with pytest.raises(KeyboardInterrupt):
+            run(work, store, jobs=1, listener=witness)
+        assert [seed for seed, _ in witness.ended] + [2] == expected
+        assert Store(path).was_cut_short
+
+
+def test_a_run_that_ended_by_itself_was_not_cut_short(tmp_path):
+    path = tmp_path / "results.jsonl"
+    for count in (2, 4):
+        run(cells(fails_on_two, count), Store(path), jobs=1)
+        assert not Store(path).was_cut_short
+    before = path.read_bytes()
+    run(cells(square, 0), Store(path), jobs=1)
+    assert path.read_bytes() == before  # nothing to do, nothing to note
+
+
 def test_results_are_read_in_the_order_of_the_cells_without_the_missing():
     first, second, third = cells(square, 3)
     results = Results({third.key: {"value": 3}, first.key: {"value": 1}})
@@ -151,12 +146,3 @@ def test_results_are_read_in_the_order_of_the_cells_without_the_missing():
         ({"seed": 0}, {"value": 1}),
         ({"seed": 2}, {"value": 3}),
     ]
-
-
-@pytest.mark.parametrize(("address", "package"), [("tcp://127.0.0.1:1", "distributed"), ("ray://127.0.0.1:1", "ray")])
-def test_a_cluster_without_its_package_says_what_to_install(monkeypatch, address, package):
-    from evenkeel.lab import parallel
-
-    monkeypatch.setattr(parallel, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=f"needs the package {package}: pip install"):
-        cluster(address)

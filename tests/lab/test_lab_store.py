@@ -2,6 +2,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -12,7 +13,7 @@ from evenkeel.lab import store as store_module
 from evenkeel.lab.cell import Cell
 from evenkeel.lab.environment import source_used
 from evenkeel.lab.runner import run
-from evenkeel.lab.store import Store
+from evenkeel.lab.store import Store, _digest
 
 HERE = {"machine": "here"}
 
@@ -78,16 +79,60 @@ def test_a_torn_line_costs_its_own_cell_only(tmp_path, kept):
     assert after.get(third)[0] == {"value": 3}
 
 
-@pytest.mark.parametrize("line", [b"not json", b"\xff\xfe", b"{}", b"[1]", b"3", b'{"cell": "x"}'])
+def row(**other):
+    """A line that the store of HERE would take for a result, but for what is given."""
+    whole = {"cell": "x", "environment": _digest(HERE), "code": "c", "seconds": 1, "result": {"value": 1}}
+    return json.dumps(whole | other).encode()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"not json", b"\xff\xfe", b"{}", b"[1]", b"3", b'"order"', b'{"cell": "x"}', b"[" * 100_000,
+        b'{"a":' * 100_000, b'{"order": 3}', b'{"order": ["claims"]}', b'{"run": "walked"}', b'{"run": []}',
+        row(cell=3), row(cell=["x"]), row(code=None), row(result=[1]), row(result="x"), row(result=None),
+        row(seconds="1"), row(seconds=None), row(seconds=True), row(seconds=10**400), row(seconds=float("nan")),
+        row(result={"value": float("inf")}), row().replace(b'"value": 1', b'"value": 1e999'),
+    ],
+)  # fmt: skip
 def test_a_line_that_is_no_result_is_named_and_left_out(tmp_path, line):
     path = tmp_path / "results.jsonl"
     (cell,) = cells(1)
     path.write_bytes(line + b"\n")
     store = Store(path, environment=HERE)
+    assert len(store.warnings) == 1
     assert "line 1" in store.warnings[0]
     assert path.name in store.warnings[0]
+    assert store.order is None
     store.put(cell, {"value": 1}, 0.0)
     assert Store(path, environment=HERE).get(cell)[0] == {"value": 1}
+
+
+def test_a_row_of_the_right_types_is_taken(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(row() + b"\n")
+    assert Store(path, environment=HERE).warnings == []
+
+
+def test_a_disk_that_gets_full_costs_the_line_in_hand_and_leaves_no_part_of_it(tmp_path):
+    path = tmp_path / "results.jsonl"
+    first, second = cells(2)
+    store = Store(path, environment=HERE)
+    store.put(first, {"value": 1}, 0.0)
+    whole = path.read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 50, before[1]))  # a part of the line has room
+    try:
+        with pytest.raises(OSError, match=r"results\.jsonl"):
+            store.put(second, {"value": 2}, 0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == whole
+    assert store.get(second) is None
+    store.put(second, {"value": 2}, 0.0)
+    again = Store(path, environment=HERE)
+    assert [again.get(cell)[0]["value"] for cell in (first, second)] == [1, 2]
+    assert again.warnings == []
 
 
 def test_other_machines_and_other_code_do_not_answer(tmp_path, monkeypatch):

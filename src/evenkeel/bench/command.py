@@ -1,14 +1,14 @@
 """The command `evenkeel bench`."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Protocol, TypeAlias, TypeVar
 
 import typer
 
-from .cases import DTYPES, GRADIENTS, LAYOUTS, MODES, PAGES, VARIANTS, shapes
+from evenkeel.writing import obstacle, write_text
 
-if TYPE_CHECKING:
-    from .results import Report
+from .cases import DTYPES, GRADIENTS, LAYOUTS, MODES, PAGES, VARIANTS, shapes
 
 Many = list[str] | None
 
@@ -37,11 +37,34 @@ def possible_pages(asked: list[str]) -> list[str]:
     return found
 
 
-def write_report(report: "Report", out: Path | None) -> None:
-    """Write a report to a file, and make its folder."""
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(report.to_json() + "\n", encoding="utf-8")
+def result_path(path: Path | None) -> Path | None:
+    """A path where a result can be written."""
+    if path is not None and (why_not := obstacle(path)):
+        raise typer.BadParameter(why_not)
+    return path
+
+
+Out: TypeAlias = Annotated[Path | None, typer.Option("--out", callback=result_path, help="Write JSON to this file.")]
+R = TypeVar("R", bound="HasJson")
+
+
+class HasJson(Protocol):
+    """A result."""
+
+    def to_json(self) -> str:
+        """The result as JSON text."""
+
+
+def leave(report: R, out: Path | None, as_json: bool, show: Callable[[R], None]) -> None:
+    """Print a result, as JSON or as `show` does, and write it to a file; where one fails, still the other."""
+    try:
+        if as_json:
+            typer.echo(report.to_json())
+        else:
+            show(report)
+    finally:
+        if out is not None:
+            write_text(out, report.to_json() + "\n")
 
 
 def bench_command(
@@ -73,7 +96,7 @@ def bench_command(
     min_time: Annotated[float, typer.Option(min=0.0, help="Least time of a sample, ms.")] = 2.0,
     quick: Annotated[bool, typer.Option("--quick", help="A few shapes only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, no table.")] = False,
-    out: Annotated[Path | None, typer.Option(dir_okay=False, help="Write JSON to this file.")] = None,
+    out: Out = None,
 ) -> None:
     """Time batch norm, alone and with add and ReLU, against torch and against a plain copy.
 
@@ -112,10 +135,6 @@ def bench_command(
             param_hint="--shape",
         )
     report = run_bench(settings)
-    write_report(report, out)
-    if as_json:
-        typer.echo(report.to_json())
-    else:
-        print_report(report)
+    leave(report, out, as_json, print_report)
     if report.errors:
         raise typer.Exit(1)

@@ -72,5 +72,5 @@ def read_report(path: Path) -> "Report":
 
     try:
         return Report.from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise typer.BadParameter(f"{path} is no result of this benchmark: {error}") from None

@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-from .command import Many
+from evenkeel.writing import write_text
+
+from .command import Many, Out, leave, result_path
 
 
 def models_command(
@@ -15,8 +17,10 @@ def models_command(
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of timing; 0 checks alone.")] = 7,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to use; torch's choice if not given.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, no table.")] = False,
-    out: Annotated[Path | None, typer.Option(dir_okay=False, help="Write JSON to this file.")] = None,
-    page: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the table as a page of Markdown.")] = None,
+    out: Out = None,
+    page: Annotated[
+        Path | None, typer.Option(callback=result_path, help="Write the table as a page of Markdown.")
+    ] = None,
 ) -> None:
     """Convert and fold published architectures: is the result right, what is fused, what does it bring.
 
@@ -35,14 +39,10 @@ def models_command(
     if not wanted:
         raise typer.BadParameter(f"there is none; known are {', '.join(ARCHITECTURES)}", param_hint="--model")
     report = run_models(wanted, samples=batch, rounds=rounds, threads=threads)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(report.to_json(), encoding="utf-8")
-    if page is not None:
-        page.write_text(page_of(report), encoding="utf-8")
-    if as_json:
-        typer.echo(report.to_json())
-    else:
-        print_models(report)
+    try:
+        leave(report, out, as_json, print_models)
+    finally:
+        if page is not None:
+            write_text(page, page_of(report))
     if not all(row.is_right for row in report.rows):
         raise typer.Exit(1)

@@ -1,13 +1,12 @@
 """The command `evenkeel bench networks`."""
 
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .cases import LAYOUTS, PAGES
-from .command import Many, possible_pages, split, write_report
+from .command import Many, Out, leave, possible_pages, split
 from .networks import NETWORKS
 
 STEPS = ("training", "inference")
@@ -26,7 +25,7 @@ def networks_command(
     rounds: Annotated[int, typer.Option(min=1, help="Steps of every arm that are timed.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads to use; torch's choice if not given.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, no table.")] = False,
-    out: Annotated[Path | None, typer.Option(dir_okay=False, help="Write JSON to this file.")] = None,
+    out: Out = None,
 ) -> None:
     """Time whole training steps and inference of real networks, with evenkeel's layers and with torch's.
 
@@ -55,10 +54,6 @@ def networks_command(
     )
     names = tuple(NETWORKS)
     report = run_networks(settings, split("network", network, names, names), size)
-    write_report(report, out)
-    if as_json:
-        typer.echo(report.to_json())
-    else:
-        print_networks(report)
+    leave(report, out, as_json, print_networks)
     if report.failed:
         raise typer.Exit(1)

@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .reading import read
+
 SCHEMA = 2
 
 
@@ -223,18 +225,14 @@ class Report:
         """Read what `to_json` wrote.
 
         Raises:
-            ValueError: the text has another schema.
+            ValueError: the text has another schema, or does not hold what such a report does.
         """
-        data: dict[str, Any] = json.loads(text)
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"expected a report of schema {SCHEMA}, got {data.get('schema')!r}")
-        return cls(
-            machine=Machine(**data["machine"]),
-            settings=Settings(**data["settings"]),
-            rows=[Row(**row) for row in data["rows"]],
-            means=[Mean(**mean) for mean in data["means"]],
-            totals=[Total(**total) for total in data["totals"]],
-            networks=[NetworkRow(**row) for row in data["networks"]],
-            variants=[VariantRow(**row) for row in data.get("variants", [])],  # older reports have none
-            seconds=data["seconds"],
-        )
+        try:
+            data: dict[str, Any] = json.loads(text)
+            if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+                there = data.get("schema") if isinstance(data, dict) else None
+                raise ValueError(f"expected a report of schema {SCHEMA}, got {there!r}")
+            report: Report = read(cls, data)
+        except (RecursionError, OverflowError) as error:
+            raise ValueError(str(error)) from None
+        return report

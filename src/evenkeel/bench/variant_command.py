@@ -1,12 +1,11 @@
 """The command `evenkeel bench variants`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .cases import DTYPES, LAYOUTS, shapes
-from .command import Many, possible_pages, split, write_report
+from .command import Many, Out, leave, possible_pages, split
 from .variants import PLAIN, VARIANTS
 
 
@@ -24,7 +23,7 @@ def variants_command(
     min_time: Annotated[float, typer.Option(min=0.0, help="Least time of a sample, ms.")] = 2.0,
     quick: Annotated[bool, typer.Option("--quick", help="A few shapes only.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, no table.")] = False,
-    out: Annotated[Path | None, typer.Option(dir_okay=False, help="Write JSON to this file.")] = None,
+    out: Out = None,
 ) -> None:
     """Time a training step of every variant of batch normalization against plain batch norm's.
 
@@ -57,10 +56,6 @@ def variants_command(
             param_hint="--shape",
         )
     report = run_variants(settings)
-    write_report(report, out)
-    if as_json:
-        typer.echo(report.to_json())
-    else:
-        print_variants(report)
+    leave(report, out, as_json, print_variants)
     if report.failed:
         raise typer.Exit(1)

@@ -10,6 +10,7 @@ try:
 
     from evenkeel.bench.group import bench_app, read_report
     from evenkeel.cli.demo import demo_command
+    from evenkeel.cli.ending import ended_in_one_line
     from evenkeel.cli.lab import lab_app
     from evenkeel.cli.options import fail, need, page_path
     from evenkeel.commands.convert import convert_command
@@ -31,7 +32,8 @@ app = typer.Typer(
 
 def main() -> None:
     """The console entry."""
-    app()
+    with ended_in_one_line():
+        app()
 
 
 def _version(asked: bool) -> None:

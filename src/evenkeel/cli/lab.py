@@ -80,8 +80,9 @@ def run_command(
     given again.
     """
     need("lab", *PACKAGES)
+    from evenkeel.lab.clusters import ClusterError
+    from evenkeel.lab.clusters import cluster as on_cluster
     from evenkeel.lab.laboratory import Order
-    from evenkeel.lab.parallel import cluster as on_cluster
     from evenkeel.lab.plan import Plan
 
     if quick and full:
@@ -92,6 +93,8 @@ def run_command(
     order = Order(selected, Plan(quick=not full, seeds=seeds, data=data), folder)
     try:
         around = on_cluster(cluster)
+    except ClusterError as error:
+        raise fail(str(error)) from None
     except (ValueError, ModuleNotFoundError) as error:
         raise typer.BadParameter(str(error), param_hint="--cluster") from None
     measure(order, out, jobs=jobs, fresh=fresh, as_json=as_json, around=around)
@@ -149,10 +152,13 @@ def _stored(names: list[str] | None, page: Path, plain: dict[str, object] | None
     """What the last run beside this page was asked for, or of that the claims of these names."""
     from evenkeel.lab.laboratory import order_from, results_beside
 
+    selected = _chosen(names)
     if plain is None:
         raise fail(
             f"{results_beside(page)} has no results of this version; `evenkeel lab run --out {page}` measures, and "
             "--out names another page"
         )
-    selected = _chosen(names)
-    return order_from(plain | {"claims": [claim.name for claim in selected]} if names else plain)
+    try:
+        return order_from(plain | {"claims": [claim.name for claim in selected]} if names else plain)
+    except ValueError as error:
+        raise fail(f"{results_beside(page)}: {error}; `evenkeel lab run --out {page}` measures anew") from None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
+from evenkeel.cli.ending import status_of, words
 from evenkeel.cli.options import fail
 
 if TYPE_CHECKING:
@@ -44,29 +45,36 @@ def measure(
 
     `around` is entered for the run: a cluster, or the reuse of memory.
     """
+    from evenkeel.lab.clusters import ClusterError
     from evenkeel.lab.laboratory import run_order
     from evenkeel.lab.progress import ProgressBar
 
     store = opened(page, fresh=fresh)
+    kept = f"what was measured is kept in {store.path}, and the same command goes on"
     try:
         with around or nullcontext(), ProgressBar(Console(stderr=True)) as bar:
             document = run_order(order, store, jobs=jobs, listener=bar)
-    except KeyboardInterrupt:
-        message = f"stopped; what was measured is kept in {store.path}, and the same command goes on"
-        raise fail(message, 130) from None
+    except KeyboardInterrupt as stop:
+        raise fail(f"stopped; {kept}", status_of(stop)) from None
+    except OSError as error:
+        raise fail(f"{words(error)}; {kept}") from None
+    except ClusterError as error:
+        raise fail(f"{error}; {kept}") from None
     deliver(document, page, store, as_json=as_json)
     if document["run"]["failed"]:
         raise fail(f"{document['run']['failed']} of {document['run']['cells']} cells failed")
 
 
 def deliver(document: dict[str, Any], page: Path, store: Store, *, as_json: bool) -> None:
-    """Write the page of a document, and print it in words or as JSON."""
+    """Write the page of a document, and print it in words or as JSON; where one of the two fails, still the other."""
     from evenkeel.report.page import write_page
     from evenkeel.report.terminal import show
 
     document["files"] = {"page": str(page), "results": str(store.path)}
-    write_page(document, page)
-    if as_json:
-        typer.echo(json.dumps(document, allow_nan=False))
-    else:
-        show(document, Console())
+    try:
+        write_page(document, page)
+    finally:
+        if as_json:
+            typer.echo(json.dumps(document, allow_nan=False))
+        else:
+            show(document, Console())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
+
+from evenkeel.writing import obstacle
 
 MOST_SEEDS = 1000
 
@@ -34,11 +35,15 @@ def page_path(path: Path) -> Path:
         raise typer.BadParameter(f"{path} is a directory; name a file in it, such as {path}/page.html")
     if path.suffix.lower() not in (".html", ".htm"):
         raise typer.BadParameter(f"{path} is to be a page; its name has to end in .html")
-    for parent in path.absolute().parents:
-        if parent.exists():
-            if not parent.is_dir() or not os.access(parent, os.W_OK):
-                raise typer.BadParameter(f"nothing can be written to {parent}")
-            break
+    if why_not := obstacle(path):
+        raise typer.BadParameter(why_not)
+    return path
+
+
+def measured_page_path(path: Path) -> Path:
+    """A path where a page can be written, and results beside it."""
+    if why_not := obstacle(page_path(path).with_suffix(".jsonl")):
+        raise typer.BadParameter(f"results are kept beside the page, and {why_not}")
     return path
 
 
@@ -48,7 +53,7 @@ Page: TypeAlias = Annotated[
         "--out",
         help="The page. Results are kept beside it, in a file that ends in .jsonl, and a run that was stopped goes on "
         "from there.",
-        callback=page_path,
+        callback=measured_page_path,
     ),
 ]
 Seeds: TypeAlias = Annotated[

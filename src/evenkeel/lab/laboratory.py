@@ -10,7 +10,7 @@ from typing import Any
 
 from evenkeel.lab.claim import Claim, chosen
 from evenkeel.lab.document import document
-from evenkeel.lab.plan import Plan
+from evenkeel.lab.plan import MOST_SEEDS, Plan
 from evenkeel.lab.runner import Listener, run, stored
 from evenkeel.lab.store import Store
 
@@ -65,10 +65,24 @@ class Order:
 
 
 def order_from(plain: dict[str, Any]) -> Order:
-    """The order that `Order.plain` wrote."""
-    folder = None if plain["folder"] is None else Path(plain["folder"])
-    plan = Plan(quick=plain["quick"], seeds=plain["seeds"], data=tuple(plain["data"]))
-    return Order(chosen(plain["claims"]), plan, folder, demo=plain["demo"])
+    """The order that `Order.plain` wrote.
+
+    Raises:
+        ValueError: it wrote no such thing, or for other claims.
+    """
+    try:
+        folder = None if plain["folder"] is None else Path(plain["folder"])
+        plan = Plan(quick=plain["quick"], seeds=plain["seeds"], data=tuple(plain["data"]))
+        order = Order(chosen(plain["claims"]), plan, folder, demo=plain["demo"])
+        if plan.seeds is not None and plan.seeds not in range(MOST_SEEDS + 1):
+            raise ValueError(f"it asks for {plan.seeds!r} seeds")
+        if order.plain() != plain:  # other fields, or an order of other types
+            raise ValueError("it was not written by this version")
+        for claim in order.claims:
+            claim.cells(plan)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"what was asked for can't be read there ({type(error).__name__}: {error})") from None
+    return order
 
 
 def run_order(

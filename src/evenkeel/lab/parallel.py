@@ -1,126 +1,143 @@
-"""Many cells beside each other, through joblib: processes of this machine, or the caller's own cluster."""
+"""Many cells beside each other: in processes of this machine, or wherever a cluster runs them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib.util import find_spec
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 from evenkeel.lab.cell import Cell, Ended, Failure
 from evenkeel.machine import cores
 
 Attempt = Callable[[Cell], Ended]
+Pool = Callable[[list[Cell], Attempt, int | None], Iterator[Ended]]
+"""Runs cells beside each other, so many at most where a number is given, and yields each as it ends."""
+
+DIED = "its worker process died: the system may have killed it, as for want of memory"
+ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
+
+_elsewhere: Pool | None = None
+
+
+@contextmanager
+def running_on(pool: Pool) -> Iterator[None]:
+    """Inside, cells run there, and not on this machine."""
+    global _elsewhere
+    before, _elsewhere = _elsewhere, pool
+    try:
+        yield
+    finally:
+        _elsewhere = before
 
 
 def in_parallel(cells: list[Cell], attempt: Attempt, jobs: int | None) -> Iterator[Ended]:
     """Run the cells and yield each as it ends.
 
-    A worker process that dies takes only its own cell with it: the others run on in new processes.
+    A worker process that dies takes only its own cell with it: the others run on in new processes. Workers end with
+    this process, however it ends.
 
     Args:
         cells: the work, in the order to begin it.
         attempt: runs one cell and never raises.
-        jobs: how many beside each other; None: one a core, or all that the caller's cluster has.
+        jobs: how many beside each other; None: one a core, or all that the cluster has.
     """
-    if jobs == 1 or (len(cells) == 1 and not _elsewhere()):
+    if _elsewhere is not None:
+        yield from _elsewhere(cells, attempt, jobs)
+        return
+    width = cores() if jobs is None else jobs
+    if width == 1 or len(cells) == 1:
         yield from map(attempt, cells)
         return
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
     left = {cell.key: cell for cell in cells}
+    in_hand = 2 * width  # the next cell lies ready for each process, and after a death few are in doubt
     while left:
         try:
-            for ended in _pooled(list(left.values()), attempt, jobs):
+            for ended in _in_processes(list(left.values()), attempt, width, in_hand):
                 del left[ended[0].key]
                 yield ended
         except BrokenProcessPool:
             # Which cell killed its process can't be told from outside: each of those that were in hand runs alone.
-            yield from _one_by_one(left, attempt, _width(jobs))
+            yield from _one_by_one(left, attempt, width, in_hand)
 
 
-def _one_by_one(left: dict[str, Cell], attempt: Attempt, most: int) -> Iterator[Ended]:
+def handed_out(
+    cells: Iterable[Cell], submit: Callable[[Cell], Any], first_done: Callable[[list[Any]], Iterable[Any]], most: int
+) -> Iterator[tuple[Cell, Any]]:
+    """Hand out cells, at most so many at once, and yield each with its handle when it is done.
+
+    Args:
+        submit: gives a handle.
+        first_done: waits for some of these handles, and gives those that are done.
+    """
+    rest = iter(cells)
+    hand = {submit(cell): cell for cell in islice(rest, most)}
+    while hand:
+        for handle in first_done(list(hand)):
+            cell = hand.pop(handle)
+            for following in islice(rest, 1):
+                hand[submit(following)] = following
+            yield cell, handle
+
+
+def _one_by_one(left: dict[str, Cell], attempt: Attempt, width: int, most: int) -> Iterator[Ended]:
     """Run cells in a process each until one dies again, or as many as were in hand are done."""
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
     for cell in list(left.values())[:most]:
         del left[cell.key]
         try:
-            # Two jobs, since one would run in this very process.
-            yield from _pooled([cell], attempt, 2)
+            yield from _in_processes([cell], attempt, width, 1)
         except BrokenProcessPool as error:
-            reason = "its worker process died: the system may have killed it, as for want of memory"
-            yield cell, Failure(cell, reason, str(error)), 0.0
+            yield cell, Failure(cell, DIED, str(error)), 0.0
 
 
-def _pooled(cells: list[Cell], attempt: Attempt, jobs: int | None) -> Iterator[Ended]:
-    from joblib import Parallel, delayed
+def _in_processes(cells: list[Cell], attempt: Attempt, width: int, most: int) -> Iterator[Ended]:
+    from joblib.externals.loky import get_reusable_executor
 
-    # One cell a batch: a batch is returned whole, and a kill would lose all of it. Twice as many as run are handed
-    # out, so that after a death few are in doubt.
-    width = -1 if jobs is None and _elsewhere() else _width(jobs)
-    pool = Parallel(n_jobs=width, return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
-    yield from pool(delayed(attempt)(cell) for cell in cells)
+    # Its workers wait for what comes next, since starting one takes as long as many a cell.
+    pool = get_reusable_executor(width, initializer=end_with, initargs=(os.getpid(),), env=ONE_THREAD)
 
+    def submit(cell: Cell) -> Any:
+        with _without_interrupts():  # this starts processes
+            return pool.submit(attempt, cell)
 
-def _width(jobs: int | None) -> int:
-    return cores() if jobs is None else jobs
-
-
-def _elsewhere() -> bool:
-    """Whether the caller has set a joblib backend other than processes of this machine."""
-    from joblib.parallel import get_active_backend
-
-    backend, _ = get_active_backend()
-    return type(backend).__name__ != "LokyBackend"
-
-
-def cluster(address: str | None) -> AbstractContextManager[Any]:
-    """Inside, cells run on the cluster at this address; None: on this machine.
-
-    Args:
-        address: a Dask scheduler's ("tcp://host:8786") or a Ray head's ("ray://host:10001").
-
-    Raises:
-        ValueError: when the address is neither, or nothing answers there.
-        ModuleNotFoundError: when the package that speaks to such a cluster is missing.
-    """
-    if address is None:
-        return nullcontext()
-    from joblib import parallel_config
-
-    if address.startswith("ray://"):
-        _need("ray", "pip install ray")
-        import ray
-        from ray.util.joblib import register_ray
-
-        ray.init(address=address)
-        register_ray()
-        context: AbstractContextManager[Any] = parallel_config(backend="ray")
-        return context
-    if not address.startswith(("tcp://", "tls://")):
-        raise ValueError(
-            f"a cluster's address is that of a Dask scheduler (tcp://host:8786) or of a Ray head (ray://host:10001); "
-            f"got {address!r}"
-        )
-    _need("distributed", "pip install 'evenkeel[dask]'")
-    from distributed import Client
-
+    finished = False
     try:
-        client = Client(address, timeout="10s", set_as_default=False)
-    except OSError as error:
-        raise ValueError(f"no Dask scheduler answers at {address} ({error}); is it running, and reachable?") from None
-    return _on_dask(client)
+        for _, future in handed_out(cells, submit, lambda some: wait(some, return_when=FIRST_COMPLETED).done, most):
+            yield future.result()
+        finished = True
+    finally:
+        if not finished:
+            pool.shutdown(kill_workers=True)
 
 
-def _need(package: str, how: str) -> None:
-    if find_spec(package) is None:
-        raise ModuleNotFoundError(f"such a cluster needs the package {package}: {how}", name=package)
+def end_with(parent: int) -> None:
+    """Let this process end when the one that started it does, killed or not: it would wait for work for minutes."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end with parent", daemon=True).start()
 
 
 @contextmanager
-def _on_dask(client: Any) -> Iterator[None]:
-    from joblib import parallel_config
+def _without_interrupts() -> Iterator[None]:
+    """What is started inside is never interrupted by Ctrl-C, which a terminal sends to the workers too.
 
-    with client, parallel_config(backend="dask", client=client):
+    They have nothing to add to what this process says, and end with it. Here it comes a little later.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
         yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

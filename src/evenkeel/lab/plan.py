@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+MOST_SEEDS = 1000
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 
 from rich.console import Console
@@ -19,6 +21,8 @@ from evenkeel.lab.cell import Cell, Failure
 
 class ProgressBar:
     """Shows cells done, time gone and time left; names a cell that fails at once.
+
+    A stream that can't be written to costs the bar, not the run.
 
     Cells that run alone get a bar of their own that is drawn between cells only: a thread that draws
     would share the machine with what is measured.
@@ -42,9 +46,10 @@ class ProgressBar:
         self._stop()
 
     def _stop(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        progress, self._progress = self._progress, None
+        if progress is not None:
+            with suppress(OSError):
+                progress.stop()
 
     def begin(self, cells: list[Cell], *, alone: bool) -> None:
         """Start a bar for these cells, weighed by their cost."""
@@ -70,7 +75,7 @@ class ProgressBar:
             done=0,
             cells=len(cells),
         )
-        self._progress.start()
+        self._drawn(self._progress.start)
 
     def done(self, cell: Cell, failure: Failure | None) -> None:
         """Move the bar on."""
@@ -78,6 +83,13 @@ class ProgressBar:
             return
         self._done += 1
         self._progress.update(self._task, advance=cell.cost, done=self._done)
-        self._progress.refresh()
+        self._drawn(self._progress.refresh)
         if failure is not None:
-            self._console.print(f"failed: {cell.label()}: {failure.reason}", markup=False)
+            said = f"failed: {cell.label()}: {failure.reason}"
+            self._drawn(lambda: self._console.print(said, markup=False))
+
+    def _drawn(self, draw: Callable[[], None]) -> None:
+        try:
+            draw()
+        except OSError:
+            self._stop()

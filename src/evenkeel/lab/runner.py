@@ -67,7 +67,7 @@ def run(
 ) -> Outcome:
     """Run the cells that the store lacks, and keep each result as it comes.
 
-    Under `joblib.parallel_config` with a backend of the caller's, such as "dask" or "ray", the cells run there.
+    Inside `evenkeel.lab.clusters.cluster` the cells run there.
 
     Args:
         cells: the work; a cell that is asked for twice runs once.
@@ -84,15 +84,23 @@ def run(
     outcome = stored(every, store)
     listener = listener or Silent()
     todo = [cell for cell in every if cell.key not in outcome.results]
-    # The longest first, so that no process is left alone with a long one at the end.
-    together = sorted((cell for cell in todo if not cell.exclusive), key=lambda cell: -cell.cost)
-    if together:
-        listener.begin(together, alone=False)
-        _gather(in_parallel(together, partial(attempt_on_one_thread, folder), jobs), outcome, store, listener)
-    alone = [cell for cell in todo if cell.exclusive]
-    if alone:
-        listener.begin(alone, alone=True)
-        _gather((attempt(folder, cell) for cell in alone), outcome, store, listener)
+    # The longest first, so that no process is left alone with a long one at the end, and exclusive ones last. After a
+    # run that was cut short the other way round: what cut it short may do so again before a long one has ended.
+    short_first = store.was_cut_short
+    todo.sort(key=lambda cell: cell.cost if short_first else -cell.cost)
+    if todo:
+        store.begin()
+    for exclusive in (short_first, not short_first):
+        cells = [cell for cell in todo if cell.exclusive == exclusive]
+        if not cells:
+            continue
+        listener.begin(cells, alone=exclusive)
+        if exclusive:
+            _gather((attempt(folder, cell) for cell in cells), outcome, store, listener)
+        else:
+            _gather(in_parallel(cells, partial(attempt_on_one_thread, folder), jobs), outcome, store, listener)
+    if todo:
+        store.end()
     return outcome
 
 

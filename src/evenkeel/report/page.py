@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from evenkeel.report.plots import plotly_figure
+from evenkeel.writing import write_text
 
 _HERE = Path(__file__).parent
 
@@ -45,10 +45,4 @@ def page(document: Mapping[str, Any], template: str = "page.html") -> str:
 
 def write_page(document: Mapping[str, Any], path: Path, template: str = "page.html") -> None:
     """Write the page whole or not at all: a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(page(document, template), encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, page(document, template))

@@ -1,0 +1,45 @@
+"""Files that are written whole or not at all, and errors of the system that name them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that arises inside and names no file, as that of a full disk, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, and make its folder. A reader never meets half of it, and after an error the old one is left."""
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def obstacle(path: Path) -> str | None:
+    """Why no file can be written at a path, in words; None where one can."""
+    if path.is_dir():
+        return f"{path} is a directory; name a file in it"
+    if path.exists() and not path.is_file():
+        return f"{path} is no ordinary file, but a pipe or a device; name a file"
+    for parent in path.absolute().parents:
+        if parent.exists():
+            if not parent.is_dir() or not os.access(parent, os.W_OK):
+                return f"nothing can be written to {parent}"
+            break
+    return None
