@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sized
 from typing import Any
 
 import torch
+
+#: Characters of a value that an error shows; a state_dict's would fill a screen, or a thousand.
+_LONGEST = 200
 
 
 def describe(value: Any) -> str:
@@ -16,6 +20,8 @@ def describe(value: Any) -> str:
         'a float32 tensor of shape (2, 3) on cpu'
         >>> describe("x")
         "'x' (str)"
+        >>> describe(torch.nn.Linear(9, 9).state_dict())
+        'an OrderedDict of 2 entries'
     """
     if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
@@ -23,7 +29,12 @@ def describe(value: Any) -> str:
         return f"{article} {dtype} tensor of shape {tuple(value.shape)} on {value.device}"
     if value is None:
         return "None"
-    return f"{value!r} ({type(value).__name__})"
+    kind, text = type(value).__name__, repr(value)
+    if len(text) <= _LONGEST:
+        return f"{text} ({kind})"
+    if isinstance(value, Sized) and not isinstance(value, str | bytes):
+        return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind} of {len(value)} entries"
+    return f"{text[:_LONGEST]}... ({kind})"
 
 
 def module_path(module: torch.nn.Module) -> str | None:

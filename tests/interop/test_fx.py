@@ -134,3 +134,72 @@ def test_tools_find_the_layer_in_the_traced_module():
     layer, _ = same_layer()
     traced = fx.symbolic_trace(nn.Sequential(layer))
     assert any(isinstance(module, nn.BatchNorm2d) for module in traced.modules())
+
+
+class Calls(nn.Module):
+    """A layer's call as a lambda has it."""
+
+    def __init__(self, layer, call):
+        super().__init__()
+        self.layer, self.call = layer, call
+
+    def forward(self, x):
+        return self.call(self.layer, x)
+
+
+VARIANTS = {
+    "drop-in": ek.BatchNorm2d,
+    "any rank": ek.BatchNorm,
+    "sync": ek.SyncBatchNorm,
+    "ghost": lambda size: ek.GhostBatchNorm(size, 2),
+    "renorm": ek.BatchRenorm,
+    "cross-iteration": lambda size: ek.CrossIterationBatchNorm(size, compensate=False),
+    "moving average": ek.MovingAverageBatchNorm,
+    "split": ek.SplitBatchNorm,
+    "L1": ek.L1BatchNorm,
+    "range": ek.RangeBatchNorm,
+    "whitening": ek.WhiteningBatchNorm,
+}
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+@trainings
+def test_a_plain_call_is_traced_as_torch_nns(kind, training):
+    layer = VARIANTS[kind](3).train(training)
+    twin = copy.deepcopy(layer)
+    traced = fx.symbolic_trace(nn.Sequential(layer))
+    _, node, _ = traced.graph.nodes
+    assert (node.op, node.target, len(node.args), node.kwargs) == ("call_module", "0", 1, {})
+    x = torch.randn(SHAPE)
+    assert torch.equal(traced(x), twin(x))
+    assert all(torch.equal(value, twin.state_dict()[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("call", "given"),
+    [
+        (lambda layer, x: layer(x, activation="relu"), {"activation"}),
+        (lambda layer, x: layer(x, mask=x[:, 0] > 0), {"mask"}),
+        (lambda layer, x: layer(x, mask=x[:, 0] > 0, padding="keep"), {"mask", "padding"}),
+        (lambda layer, x: layer(x, activation="elu", inplace=True), {"activation", "inplace"}),
+    ],
+)
+def test_a_node_has_what_the_call_was_given(call, given):
+    layer, twin = same_layer()
+    traced = fx.symbolic_trace(Calls(layer, call))
+    (node,) = (node for node in traced.graph.nodes if node.op == "call_module")
+    assert set(node.kwargs) == given
+    assert len(node.args) == 1
+    x = torch.randn(SHAPE)
+    assert torch.equal(traced(x.clone()), call(twin, x.clone()))
+
+
+def test_the_layer_in_a_graph_can_be_swapped():
+    layer, twin = same_layer()
+    traced = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 3, 1), layer.eval())).eval()
+    x = torch.randn(SHAPE)
+    expected = traced(x)
+    plain = nn.BatchNorm2d(3).eval()
+    plain.load_state_dict(twin.state_dict())
+    setattr(traced, "1", plain)
+    torch.testing.assert_close(traced(x), expected)

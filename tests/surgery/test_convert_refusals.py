@@ -308,3 +308,19 @@ def test_wrong_arguments():
         ek.convert(3)
     with pytest.raises(ValueError, match="matches no batch norm"):
         ek.convert(a_net(), where="nowhere")
+
+
+@pytest.mark.parametrize("operation", [ek.convert, ek.revert, ek.prepare_export, lambda state: ek.fold(state, X)])
+def test_a_state_dict_is_said_to_be_one(operation):
+    """In a line, not with all its numbers."""
+    state = nn.Sequential(*(nn.Conv2d(3, 40, 3) for _ in range(9))).state_dict()
+    with pytest.raises(TypeError, match="got an OrderedDict of 18 entries. A state_dict has no layers") as raised:
+        operation(state)
+    assert len(str(raised.value)) < 200
+
+
+@pytest.mark.parametrize("value", [[torch.zeros(9, 9)] * 9, "x" * 1000, nn.Sequential(*[nn.ReLU()] * 40), b"x" * 1000])
+def test_errors_do_not_print_whole_values(value):
+    with pytest.raises((TypeError, ValueError)) as raised:
+        ek.prepare_export(nn.Sequential(), training=value)
+    assert len(str(raised.value)) < 300

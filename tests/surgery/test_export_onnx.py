@@ -86,6 +86,67 @@ def test_what_can_not_be_in_training_mode(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("kind", [ek.BatchNorm2d, nn.BatchNorm2d])
+def test_a_model_that_is_a_batch_norm(tmp_path, kind):
+    """Its path is "", and its buffers' names have no prefix."""
+    ek.export_onnx(kind(3).train(), X * 2 + 3, tmp_path / "m.onnx", training=True)
+    assert modes_of(tmp_path / "m.onnx") == [1]
+    with pytest.raises(RuntimeError, match="the layer itself can't be written in training mode"):
+        ek.export_onnx(ek.RangeBatchNorm(3).train(), X, tmp_path / "m.onnx", training=True, tolerance=10)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.bn(self.bn(x) * 2 + 1)
+
+
+def test_a_layer_that_is_called_twice_is_in_training_mode_in_both(tmp_path):
+    report = ek.export_onnx(Twice().train(), X, tmp_path / "m.onnx", training=True)
+    assert report.summary["on other values"] < 1e-5
+    assert modes_of(tmp_path / "m.onnx") == [1, 1]
+
+
+def modes_of(path):
+    nodes = [node for node in onnx.load(path).graph.node if node.op_type == "BatchNormalization"]
+    return [sum(a.i for a in node.attribute if a.name == "training_mode") for node in nodes]
+
+
+def test_the_opset_is_the_one_that_was_asked_for(tmp_path, capfd):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    ek.export_onnx(model, X, tmp_path / "m.onnx", opset_version=20)
+    assert [one.version for one in onnx.load(tmp_path / "m.onnx").opset_import if one.domain == ""] == [20]
+    capfd.readouterr()
+    with pytest.raises(RuntimeError, match="opset_version=13 was asked for, and this torch's exporter wrote version"):
+        ek.export_onnx(model, X, tmp_path / "other.onnx", opset_version=13)
+    assert capfd.readouterr().err == ""
+    assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
+
+
+class ForFour(nn.Module):
+    """A model whose code depends on the size of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x, other):
+        return (self.bn(x) if x.shape[0] == 4 else x) + other
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("by_name", [True, False])
+def test_axes_that_the_exporter_fixes(tmp_path, by_name):
+    free = {0: torch.export.Dim("batch", min=1, max=64)}
+    shapes = {"x": free, "other": None} if by_name else (free, None)
+    with pytest.raises(RuntimeError, match="asks for a dynamic axis 0 of x, which the exporter has fixed to 4"):
+        ek.export_onnx(ForFour().eval(), (X, X[:1]), tmp_path / "m.onnx", dynamic_shapes=shapes)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_difference_leaves_no_file(tmp_path, monkeypatch):
     model = nn.Sequential(nn.BatchNorm2d(3)).eval()
     (tmp_path / "m.onnx").write_text("what was there")

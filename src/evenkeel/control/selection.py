@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -29,7 +29,8 @@ def select(what: str, model: Module, where: Where) -> dict[str, _BatchNorm]:
         ValueError: A pattern matches no layer.
     """
     if not isinstance(model, Module):
-        raise TypeError(f"{what}: model must be a torch.nn.Module; got {describe(model)}")
+        hint = ". A state_dict has no layers: load it into its model first" if isinstance(model, Mapping) else ""
+        raise TypeError(f"{what}: model must be a torch.nn.Module; got {describe(model)}{hint}")
     # A layer that hangs in the model twice can be meant by either path.
     paths = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if _is_layer(module)]
     if where is not None:

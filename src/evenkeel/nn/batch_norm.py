@@ -30,11 +30,30 @@ def refuse_script(module: torch.nn.Module) -> NoReturn:
     )
 
 
-def _fx_proxy(*values: Any) -> Any:
-    """The torch.fx proxy among the values, if a graph is being traced."""
+def fx_node(
+    layer: torch.nn.Module, x: Any, residual: Any, activation: str | torch.nn.Module | None, more: dict[str, Any]
+) -> Any:
+    """The call of a layer as a node of the graph that torch.fx is tracing, or None where none is, or of this layer.
+
+    The graph keeps the layer itself, with its buffers and its mode, as it does torch.nn's. The node has what the call
+    was given and no more, so that a plain call is one that torch.nn's layer in its place takes too. A module, which
+    can't be an argument in a graph, follows as torch's function for it.
+    """
     from torch.fx import Proxy  # only here: not every program traces
 
-    return next((value for value in values if isinstance(value, Proxy)), None)
+    proxy = next((value for value in (x, residual) if isinstance(value, Proxy)), None)
+    tracer: Any = None if proxy is None else proxy.tracer
+    if tracer is None or tracer.root is layer:
+        return None
+    default = {"inplace": False, "padding": "zero"}
+    act, keywords = NONE, {name: value for name, value in more.items() if value is not default.get(name)}
+    if isinstance(activation, str):
+        keywords = {"activation": activation, **keywords}
+    elif activation is not None:
+        act = resolve(type(layer).__name__, activation)
+        keywords.pop("inplace", None)
+    given = (x,) if residual is None else (x, residual)
+    return act.forward(tracer.create_proxy("call_module", tracer.path_of_module(layer), given, keywords))
 
 
 class FusedBatchNorm(Controlled, CountsSkipped):
@@ -101,19 +120,10 @@ class FusedBatchNorm(Controlled, CountsSkipped):
         weight, bias, state = self._unpacked()
         options = Options(activation, inplace, mask, sample_weight, padding)
         if has_torch_function((x, residual)):
-            proxy = _fx_proxy(x, residual)
-            if proxy is not None and proxy.tracer.root is not self:
-                # The graph keeps the layer itself, with its buffers and its mode, as it does torch.nn's.
-                # A module, which can't be an argument in a graph, follows as torch's function for it.
-                path = proxy.tracer.path_of_module(self)
-                named = activation is None or isinstance(activation, str)
-                act = NONE if named else resolve(type(self).__name__, activation)
-                keywords: dict[str, Any] = {"activation": activation if named else None}
-                if inplace and named:
-                    keywords["inplace"] = True
-                if mask is not None or sample_weight is not None:
-                    keywords |= {"mask": mask, "sample_weight": sample_weight, "padding": padding}
-                return act.forward(proxy.tracer.create_proxy("call_module", path, (x, residual), keywords))
+            more = {"inplace": inplace, "mask": mask, "sample_weight": sample_weight, "padding": padding}
+            node = fx_node(self, x, residual, activation, more)
+            if node is not None:
+                return node  # type: ignore[no-any-return]
         try:
             return layer_batch_norm(x, residual, weight, bias, state, options, self._ranks, self.too_few)
         except (TypeError, ValueError) as error:

@@ -16,7 +16,7 @@ from evenkeel.fusion.call import begin, passes_by
 from evenkeel.fusion.scope import current
 from evenkeel.layout import counted, per_channel
 from evenkeel.moments import Moments, broadcast_mask, compute_dtype
-from evenkeel.nn.batch_norm import refuse_script
+from evenkeel.nn.batch_norm import fx_node, refuse_script
 from evenkeel.nn.controlled import Controlled
 from evenkeel.nn.skipped import CountsSkipped, counter_beside
 from evenkeel.running import averaged, update_running
@@ -65,6 +65,10 @@ class Variant(Controlled, CountsSkipped):
                     return deferred
         what = type(self).__name__
         refuse_jit(what)
+        if not isinstance(x, Tensor):
+            node = fx_node(self, x, residual, activation, {"mask": mask})
+            if node is not None:
+                return node  # type: ignore[no-any-return]
         act = resolve(what, activation)
         check_arguments(what, x, residual, self.weight, self.bias, self._state(), self._ranks, self._too_few)
         if mask is not None:

@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evenkeel.control.selection import select
+from evenkeel.control.selection import named, select
 from evenkeel.nn.variant import Variant
 from evenkeel.surgery.folding_check import difference
 from evenkeel.surgery.nested import call_of, map_tensors, tensors_in
@@ -49,6 +49,7 @@ def export_onnx(
         training: Let the batch norms that are in training mode normalize with the batch in the file too (ONNX's
             ``training_mode``); all else is written as in evaluation, dropout too.
         dynamic_shapes, opset_version: As ``torch.onnx.export`` takes them; by default the shapes are the example's.
+            What is asked for is compared with what the file has.
 
     Returns:
         The report of :func:`prepare_export`, with the two differences in its summary.
@@ -62,8 +63,8 @@ def export_onnx(
     Raises:
         ModuleNotFoundError: onnx, onnxscript or onnxruntime is missing: ``pip install 'evenkeel[export]'`` brings them.
         ValueError: layers normalize with the batch, see :func:`prepare_export`.
-        RuntimeError: the outputs differ by more than the tolerance, or a batch norm in training mode is none of ONNX's.
-            There is no new file then.
+        RuntimeError: the outputs differ by more than the tolerance, a batch norm in training mode is none of ONNX's, or
+            the file has another opset or fixed shapes than was asked for. There is no new file then.
         Whatever the exporter raises for a model that it can't write.
 
     Example:
@@ -96,6 +97,8 @@ def export_onnx(
             _write(prepared, args, kwargs, file, dynamic_shapes, opset_version, by_batch)
         for layer in by_batch:
             prepared.get_submodule(layer).train()
+        given = inspect.signature(prepared.forward).bind(*args, **kwargs).arguments
+        _check_dynamic(dynamic_shapes, args, kwargs, given, file)
         others = map_tensors(_other_values, args), map_tensors(_other_values, kwargs)
         found = [_difference(prepared, a, k, file, bool(by_batch)) for a, k in ((args, kwargs), others)]
         if not max(found) <= tolerance:
@@ -119,9 +122,10 @@ def _write(
 ) -> None:
     import onnx
 
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as is what the logger says, these are about the exporter's own parts
@@ -130,9 +134,17 @@ def _write(
                 dynamic_shapes=dynamic_shapes, opset_version=opset, optimize=not by_batch,
             )  # fmt: skip
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    proto = onnx.load(path)
+    written = next(one.version for one in proto.opset_import if one.domain in ("", "ai.onnx"))
+    if opset not in (None, written):  # which torch.onnx says in its log, if at all
+        raise RuntimeError(
+            f"export_onnx: opset_version={opset} was asked for, and this torch's exporter wrote version {written}, "
+            "which it can't translate; nothing was written. Ask for another version, or leave opset_version out"
+        )
     if by_batch:
-        onnx.save(_in_training(onnx.load(path), by_batch), path)
+        onnx.save(_in_training(proto, by_batch), path)
     onnx.checker.check_model(path)
 
 
@@ -140,25 +152,26 @@ def _in_training(proto: Any, layers: list[str]) -> Any:
     """The batch norms at these paths in training mode, which is an attribute in ONNX; found by their buffers' names."""
     import onnx
 
-    left = set(layers)
-    for node in proto.graph.node:
-        path = node.input[3].removesuffix(".running_mean") if node.op_type == "BatchNormalization" else None
-        if path in left:
-            left.discard(path)
+    paths = {f"{path}.running_mean" if path else "running_mean": path for path in layers}
+    found = set()
+    for node in proto.graph.node:  # of which there are several for a layer that is called several times
+        name = node.input[3] if node.op_type == "BatchNormalization" else None
+        if name in paths:
+            found.add(paths[name])
             kept = [attribute for attribute in node.attribute if attribute.name != "training_mode"]
             del node.attribute[:]
             node.attribute.extend([*kept, onnx.helper.make_attribute("training_mode", 1)])
-            node.output.extend(f"{path}.new_{name}" for name in ("running_mean", "running_var"))
-    _refuse(left)
+            node.output.extend(f"{node.output[0]}.new_{name}" for name in ("running_mean", "running_var"))
+    _refuse(set(layers) - found)
     return proto
 
 
 def _refuse(paths: Iterable[str]) -> None:
-    named = ", ".join(sorted(paths))
-    if named:
+    refused = [named(path) for path in sorted(paths)]
+    if refused:
         raise RuntimeError(
-            f"export_onnx: {named} can't be written in training mode, because it is no BatchNormalization of ONNX; "
-            "freeze it (ek.freeze), or put it in evaluation mode"
+            f"export_onnx: {', '.join(refused)} can't be written in training mode, because it is no BatchNormalization "
+            "of ONNX; freeze it (ek.freeze), or put it in evaluation mode"
         )
 
 
@@ -185,7 +198,13 @@ def _run(path: Path, given: dict[str, Any], inputs: list[Tensor], as_written: bo
     if as_written:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = [one.name for one in session.get_inputs()]
+    tensors = _by_name([one.name for one in session.get_inputs()], given, inputs)
+    feed = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+    return [torch.from_numpy(array) for array in session.run(None, feed)]
+
+
+def _by_name(names: list[str], given: Mapping[str, Any], inputs: list[Tensor]) -> dict[str, Tensor]:
+    """The tensors by the names of the file's inputs: those of forward's arguments, or else in their order."""
     if len(names) != len(inputs):
         raise RuntimeError(
             f"export_onnx: the file takes {', '.join(names)}, and the example has {len(inputs)} tensors: the exporter "
@@ -193,5 +212,39 @@ def _run(path: Path, given: dict[str, Any], inputs: list[Tensor], as_written: bo
         )
     if all(isinstance(given.get(name), Tensor) for name in names):
         inputs = [given[name] for name in names]
-    feed = {name: tensor.cpu().numpy() for name, tensor in zip(names, inputs, strict=True)}
-    return [torch.from_numpy(array) for array in session.run(None, feed)]
+    return dict(zip(names, inputs, strict=True))
+
+
+def _check_dynamic(
+    dynamic_shapes: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Mapping[str, Any], path: Path
+) -> None:
+    """Raise where an axis was asked to be dynamic, and has a number in the file."""
+    import onnx
+
+    by_argument = dynamic_shapes if isinstance(dynamic_shapes, Mapping) else (dynamic_shapes or ())
+    asked = dict(_asked(by_argument, given if isinstance(by_argument, Mapping) else [*args, *kwargs.values()]))
+    inputs = onnx.load(path).graph.input
+    tensors = _by_name([one.name for one in inputs], given, tensors_in((args, kwargs)))
+    for one in inputs:
+        dims = one.type.tensor_type.shape.dim
+        fixed = [axis for axis in asked.get(id(tensors[one.name]), ()) if dims[axis].HasField("dim_value")]
+        if fixed:
+            raise RuntimeError(
+                f"export_onnx: dynamic_shapes asks for a dynamic axis {fixed[0]} of {one.name}, which the exporter has "
+                f"fixed to {dims[fixed[0]].dim_value}, as the model's code depends on it; nothing was written. Change "
+                "that code, or ask for what it is (torch.export.Dim.STATIC)"
+            )
+
+
+def _asked(shapes: Any, value: Any) -> Iterator[tuple[int, list[int]]]:
+    """The axes of each tensor that are to be dynamic, by the tensor's identity."""
+    if isinstance(value, Tensor):
+        axes = shapes.items() if isinstance(shapes, Mapping) else enumerate(shapes or ())
+        free = (None, torch.export.Dim.AUTO, torch.export.Dim.STATIC)
+        yield id(value), [axis for axis, dim in axes if dim not in free and not isinstance(dim, int)]
+    elif isinstance(value, Mapping) and isinstance(shapes, Mapping):
+        for name in value.keys() & shapes.keys():
+            yield from _asked(shapes[name], value[name])
+    elif isinstance(value, list | tuple) and isinstance(shapes, list | tuple):
+        for one, part in zip(shapes, value, strict=False):
+            yield from _asked(one, part)
