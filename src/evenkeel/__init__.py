@@ -64,6 +64,7 @@ _SURGERY = (
     "revert",
     "to_flax",
     "to_keras",
+    "to_torch",
 )
 __all__ += ["surgery", *_SURGERY]
 

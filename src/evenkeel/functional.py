@@ -246,10 +246,17 @@ def _plainly_legal(x: Any, residual: Any, weight: Any, bias: Any, state: State, 
     )
 
 
+#: What to do where torch.jit refuses a layer.
+BESIDE_JIT = (
+    "Use torch.export or torch.compile, or ek.to_torch(model) first, which puts torch.nn.BatchNorm* in the place of "
+    "every layer that is more than it in speed alone"
+)
+
+
 def refuse_jit(what: str) -> None:
     """Raise while torch.jit.trace records: it would keep the fused operators without their backward."""
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise RuntimeError(
             f"{what} does not run under torch.jit.trace, which would record the fused operators without their "
-            "backward. Use torch.export or torch.compile, or put torch.nn.BatchNorm in its place first"
+            f"backward. {BESIDE_JIT}"
         )

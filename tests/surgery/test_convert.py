@@ -238,7 +238,7 @@ def test_sync():
     assert {row["is"] for row in report.rows} == {"ek.SyncBatchNorm"}
     assert model(torch.randn(2, 3, 8, 8)).isfinite().all()
     model, _ = ek.convert(model, sync=False)
-    assert {type(m) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)} == {ek.BatchNorm}
+    assert {type(m) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)} == {ek.BatchNorm2d}
     ek.revert(model)
     assert type(model[1]) is nn.BatchNorm2d
     assert "process_group" not in model[1].__dict__
@@ -249,11 +249,26 @@ def test_sync():
     assert "process_group" in synced[0].__dict__
 
 
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm3d, ek.BatchNorm2d, ek.BatchNorm])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_synchronized_layer_is_again_what_it_was(kind, by_hand):
+    """Also where ek.SyncBatchNorm's own function made it; nothing says so where torch.nn's did."""
+    model = nn.Sequential(kind(3))
+    model = ek.SyncBatchNorm.convert_sync_batchnorm(model) if by_hand else ek.convert(model, sync=True)[0]
+    assert type(model[0]) is ek.SyncBatchNorm
+    model, _ = ek.convert(copy.deepcopy(model), sync=False)
+    assert type(model[0]) is getattr(ek, kind.__name__)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3)))
+    assert type(ek.convert(model, sync=False)[0][0]) is ek.BatchNorm
+
+
 def test_lazy_layers_and_a_layer_alone():
     model, _ = ek.convert(nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU()))
     assert type(model[0]) is ek.LazyBatchNorm2d
     assert model(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4)
     assert type(model[0]) is ek.BatchNorm2d
+    ek.revert(model)
+    assert type(model[0]) is nn.BatchNorm2d  # which torch.nn's lazy one has become
     layer, report = ek.convert(nn.BatchNorm1d(3))
     assert type(layer) is ek.BatchNorm1d
     assert report.rows[0]["path"] == ""

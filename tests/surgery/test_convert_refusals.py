@@ -314,7 +314,7 @@ def test_wrong_arguments():
 def test_a_state_dict_is_said_to_be_one(operation):
     """In a line, not with all its numbers."""
     state = nn.Sequential(*(nn.Conv2d(3, 40, 3) for _ in range(9))).state_dict()
-    with pytest.raises(TypeError, match="got an OrderedDict of 18 entries. A state_dict has no layers") as raised:
+    with pytest.raises(TypeError, match=r"got an OrderedDict of 18 entries\. A state_dict has no layers") as raised:
         operation(state)
     assert len(str(raised.value)) < 200
 

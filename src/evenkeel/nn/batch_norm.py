@@ -11,7 +11,7 @@ from torch.overrides import has_torch_function
 from evenkeel.activations import NONE, resolve
 from evenkeel.arguments import State
 from evenkeel.errors import describe, locate
-from evenkeel.functional import Options, check_layer_call, layer_batch_norm
+from evenkeel.functional import BESIDE_JIT, Options, check_layer_call, layer_batch_norm
 from evenkeel.fused import Normalization, is_plain
 from evenkeel.fusion.call import begin, passes_by
 from evenkeel.fusion.scope import current
@@ -26,7 +26,7 @@ def refuse_script(module: torch.nn.Module) -> NoReturn:
     """What a module's ``__prepare_scriptable__``, torch.jit.script's first step, does here."""
     raise RuntimeError(
         f"evenkeel.{type(module).__name__} does not go through torch.jit.script, which can't express what it fuses. "
-        "Use torch.export or torch.compile, or put torch.nn's modules (torch.nn.BatchNorm*) in their place first"
+        f"{BESIDE_JIT}"
     )
 
 

@@ -89,6 +89,8 @@ class SyncBatchNorm(Variant):
 
     _masks = True
     defers_in_training = True
+    #: Where a layer that was made from another one remembers the class of that.
+    CAME_FROM = "_came_from"
 
     def __init__(
         self,
@@ -228,6 +230,7 @@ class SyncBatchNorm(Variant):
             new.register_buffer("skipped_updates", layer._buffers.get("skipped_updates"), persistent=False)
             if new._buffers["skipped_updates"] is None:
                 new.count_skipped()
+            vars(new)[cls.CAME_FROM] = vars(layer).get(cls.CAME_FROM, type(layer))
             return new.train(layer.training)
         raise ValueError(
             f"convert_sync_batchnorm: {name!r}, a {type(layer).__name__}, {reason}, which a synchronized layer would "

@@ -11,6 +11,7 @@ from evenkeel.surgery.keras import from_keras, to_keras
 from evenkeel.surgery.merging import merge_statistics
 from evenkeel.surgery.onnx_export import export_onnx
 from evenkeel.surgery.parameters import param_groups
+from evenkeel.surgery.plain import to_torch
 from evenkeel.surgery.preparing import prepare_export
 from evenkeel.surgery.recalibrate import recalibrate
 from evenkeel.surgery.report import Report
@@ -31,4 +32,5 @@ __all__ = [
     "revert",
     "to_flax",
     "to_keras",
+    "to_torch",
 ]

@@ -15,7 +15,7 @@ from evenkeel.fusion.memory import ATTRIBUTE, Memory
 from evenkeel.fusion.scope import add_scope, has_scope, remove_scope
 from evenkeel.nn.batch_norm import FusedBatchNorm
 from evenkeel.nn.variant import Variant
-from evenkeel.surgery.kinds import ALREADY, change_back, change_class, is_changed, target_of
+from evenkeel.surgery.kinds import ALREADY, change_back, change_class, is_changed, name_of, target_of
 from evenkeel.surgery.report import Report
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -110,11 +110,11 @@ def revert(model: Model) -> tuple[Model, Report]:
         True
     """
     layers = select("revert", model, None)
-    kinds = {path: _named(type(layer)) for path, layer in layers.items() if is_changed(layer)}
+    kinds = {path: name_of(type(layer)) for path, layer in layers.items() if is_changed(layer)}
     with ExitStack() as undo:
         take_back(model, undo)
         undo.pop_all()
-    rows = [{"path": path, "was": was, "is": _named(type(layers[path]))} for path, was in kinds.items()]
+    rows = [{"path": path, "was": was, "is": name_of(type(layers[path]))} for path, was in kinds.items()]
     return model, Report("revert", {"layers": len(rows)}, rows)
 
 
@@ -146,7 +146,7 @@ class _Change:
 
     def __init__(self, layer: _BatchNorm, target: type[nn.Module] | str) -> None:
         self.layer, self.target = layer, target
-        self.was = _named(type(layer))
+        self.was = name_of(type(layer))
 
     @property
     def memory(self) -> Memory | None:
@@ -162,7 +162,7 @@ class _Change:
         return {
             "path": path,
             "was": self.was,
-            "is": _named(type(self.layer)),
+            "is": name_of(type(self.layer)),
             "runs with": _words(memory) if memory else None,
             "reason": self.refusal or (memory.reason() if memory else None),
         }
@@ -212,11 +212,6 @@ def _words(memory: Memory) -> str | None:
         for kernel in memory.kernels()
     ]
     return " or ".join(dict.fromkeys(" and ".join(parts) for parts in found)) or None
-
-
-def _named(kind: type) -> str:
-    package = kind.__module__.partition(".")[0]
-    return f"ek.{kind.__name__}" if package == "evenkeel" else kind.__name__
 
 
 def restore(layer: nn.Module, kind: type, attributes: dict[str, Any], buffers: dict[str, Any]) -> None:

@@ -25,6 +25,8 @@ TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LazyBatchNorm2d: layers.LazyBatchNorm2d,
     nn.LazyBatchNorm3d: layers.LazyBatchNorm3d,
 }
+#: And back.
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours in TWINS.items()}
 _DROP_INS = (*TWINS, layers.BatchNorm, layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d, layers.SyncBatchNorm)
 _SYNC = (nn.SyncBatchNorm, layers.SyncBatchNorm)
 #: Where a converted layer remembers what it was.
@@ -50,7 +52,10 @@ def target_of(layer: _BatchNorm, sync: bool | None) -> type[nn.Module] | str:
     if sync is True and kind not in _SYNC:
         return "does not know its channels yet: run the model once first" if lazy else layers.SyncBatchNorm
     if sync is False and kind in _SYNC:
-        return layers.BatchNorm
+        was: Any = layer.__dict__.get(_WAS, (None,))[0] or layer.__dict__.get(layers.SyncBatchNorm.CAME_FROM)
+        if was is None or was in _SYNC:  # nothing says for which rank it was
+            return layers.BatchNorm
+        return TWINS.get(was) or was  # type: ignore[no-any-return]
     return TWINS.get(kind) or ALREADY
 
 
@@ -73,8 +78,20 @@ def is_changed(layer: nn.Module) -> bool:
     return _WAS in layer.__dict__
 
 
+def class_before(layer: nn.Module) -> type[nn.Module]:
+    """The class that a layer has, or had before :func:`change_class`."""
+    return layer.__dict__[_WAS][0] if is_changed(layer) else type(layer)  # type: ignore[no-any-return]
+
+
+def name_of(kind: type) -> str:
+    """A class as reports say it."""
+    return f"ek.{kind.__name__}" if kind.__module__.partition(".")[0] == "evenkeel" else kind.__name__
+
+
 def change_back(layer: nn.Module) -> None:
     kind, counted, group = layer.__dict__.pop(_WAS)
+    if issubclass(kind, nn.modules.lazy.LazyModuleMixin) and not isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        kind = kind.cls_to_become  # it has learned its channels since
     layer.__class__ = kind
     if not counted:
         layer._buffers.pop("skipped_updates", None)

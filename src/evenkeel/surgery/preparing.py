@@ -12,12 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from evenkeel import nn as layers
 from evenkeel.control.selection import named, select
 from evenkeel.errors import describe
-from evenkeel.surgery.convert import restore, take_back
-from evenkeel.surgery.kinds import TWINS
+from evenkeel.surgery.kinds import name_of
+from evenkeel.surgery.plain import make_plain
 from evenkeel.surgery.report import Report
 
 Model = TypeVar("Model", bound=nn.Module)
-_PLAIN: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours in TWINS.items()}
 
 
 def prepare_export(
@@ -64,19 +63,12 @@ def prepare_export(
     model = model if inplace else copy.deepcopy(model)
     kinds = {path: type(layer) for path, layer in select("prepare_export", model, None).items()}
     with ExitStack() as undo:
-        take_back(model, undo)
-        for module in model.modules():
-            plain = nn.Sequential if type(module) is layers.Sequential else _PLAIN.get(type(module))
-            if plain is not None:
-                undo.callback(restore, module, module.__class__, dict(vars(module)), dict(module._buffers))
-                module.__class__ = plain
-                module._buffers.pop("skipped_updates", None)
-                module._non_persistent_buffers_set.discard("skipped_updates")
+        make_plain("prepare_export", model, undo)
         undo.pop_all()
     rows: list[dict[str, Any]] = []
     for path, layer in select("prepare_export", model, None).items():
         is_now = type(layer)
-        rows.append({"path": path, "was": _name(kinds[path]), "is": _name(is_now), "note": notes[path]})
+        rows.append({"path": path, "was": name_of(kinds[path]), "is": name_of(is_now), "note": notes[path]})
     changed = sum(row["was"] != row["is"] for row in rows)
     return model, Report("prepare_export", {"batch norms": len(rows), "made plain": changed}, rows)
 
@@ -94,7 +86,3 @@ def _not_ready(layer: _BatchNorm) -> str | None:
     if isinstance(layer, layers.VirtualBatchNorm) and layer._reference is None:
         return "has no reference batch: see ek.collect_reference"
     return None
-
-
-def _name(kind: type) -> str:
-    return f"ek.{kind.__name__}" if kind.__module__.startswith("evenkeel.") else kind.__name__
