@@ -14,10 +14,13 @@ from torch.nn.parameter import is_lazy
 
 from evenkeel.commands.errors import one_line
 from evenkeel.control.freezing import frozen
-from evenkeel.control.selection import Where, select
+from evenkeel.control.selection import Where
 from evenkeel.surgery import Report, convert, fold
+from evenkeel.surgery.folding_layers import channels_of
 from evenkeel.surgery.nested import call_of
 from evenkeel.surgery.observe import observe, preserved
+from evenkeel.surgery.registry import is_frozen, notes_on
+from evenkeel.surgery.selection import chosen
 from evenkeel.surgery.trace import Call, ModuleCall, Trace
 
 #: A channel with a smaller |γ| is counted as dead: what it gives is β.
@@ -44,10 +47,10 @@ def inspect_model(model: nn.Module, example: Any, *, where: Where = None, evalua
         where: Which batch norms; None for all.
         evaluation: The mode of that run.
     """
-    layers = select("inspect", model, where)
-    held = frozen(model, where=where)
-    rows = {path: _facts(path, layer, held[path].statistics) for path, layer in layers.items()}
-    notes: list[str] = []
+    layers = chosen("inspect", model, where)
+    held = {path: is_frozen(layer) or frozen(layer)[""].statistics for path, layer in layers.items()}
+    rows = {path: _facts(path, layer, held[path]) for path, layer in layers.items()}
+    notes = notes_on(model)
     summary = {"batch norms": len(rows), "channels": sum(row["channels"] or 0 for row in rows.values())}
     summary["dead channels"] = sum(row["dead"] or 0 for row in rows.values())
 
@@ -125,9 +128,9 @@ def _facts(path: str, layer: _BatchNorm, held: bool) -> dict[str, Any]:
     return {
         "path": path,
         "kind": f"ek.{kind.__name__}" if kind.__module__.partition(".")[0] == "evenkeel" else kind.__name__,
-        "channels": layer.num_features or None,  # a lazy layer has 0
+        "channels": channels_of(layer) or None,  # a lazy layer has 0
         "eps": layer.eps,
-        "momentum": layer.momentum,
+        "momentum": getattr(layer, "momentum", None),  # which frozen ones of other packages lack
         "mode": "frozen" if held else "train" if layer.training else "eval",
         "moments": _moments(layer),
         "batches": _number_of_batches(layer),
@@ -155,7 +158,7 @@ def _moments(layer: _BatchNorm) -> str:
 
 
 def _number_of_batches(layer: _BatchNorm) -> int | None:
-    count = _numbers(layer.num_batches_tracked)
+    count = _numbers(getattr(layer, "num_batches_tracked", None))
     return int(count) if count is not None and count.numel() == 1 else None
 
 

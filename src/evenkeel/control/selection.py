@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -15,7 +15,13 @@ from evenkeel.errors import describe
 Where: TypeAlias = str | Iterable[str] | None
 
 
-def select(what: str, model: Module, where: Where) -> dict[str, _BatchNorm]:
+def _is_layer(module: Module) -> bool:
+    return isinstance(module, _BatchNorm)
+
+
+def select(
+    what: str, model: Module, where: Where, is_layer: Callable[[Module], bool] = _is_layer
+) -> dict[str, _BatchNorm]:
     """The batch norms of ``model`` that ``where`` names, by their paths; each once, in the model's order.
 
     Args:
@@ -23,6 +29,7 @@ def select(what: str, model: Module, where: Where) -> dict[str, _BatchNorm]:
         model: A model, or a layer itself, whose path is "".
         where: None for all. A pattern is matched against the layers' paths as in fnmatch, where ``*`` also takes dots;
             without wildcards it may also be the path of a module, and means all layers in it.
+        is_layer: Which modules are batch norms.
 
     Raises:
         TypeError: ``model`` is no module, or a pattern is no string.
@@ -32,7 +39,7 @@ def select(what: str, model: Module, where: Where) -> dict[str, _BatchNorm]:
         hint = ". A state_dict has no layers: load it into its model first" if isinstance(model, Mapping) else ""
         raise TypeError(f"{what}: model must be a torch.nn.Module; got {describe(model)}{hint}")
     # A layer that hangs in the model twice can be meant by either path.
-    paths = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if _is_layer(module)]
+    paths = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if is_layer(module)]
     if where is not None:
         patterns = [where] if isinstance(where, str) else list(where)
         for pattern in patterns:
@@ -43,18 +50,13 @@ def select(what: str, model: Module, where: Where) -> dict[str, _BatchNorm]:
         paths = [(path, layer) for path, layer in paths if any(_matches(path, pattern) for pattern in patterns)]
     first: dict[_BatchNorm, str] = {}
     for path, layer in paths:
-        assert isinstance(layer, _BatchNorm)
-        first.setdefault(layer, path)
+        first.setdefault(layer, path)  # type: ignore[arg-type]
     return {path: layer for layer, path in first.items()}
 
 
 def named(path: str) -> str:
     """A layer's path as an error says it."""
     return path or "the layer itself"
-
-
-def _is_layer(module: Module) -> bool:
-    return isinstance(module, _BatchNorm)
 
 
 def _matches(path: str, pattern: str) -> bool:

@@ -84,6 +84,7 @@ class ConditionalBatchNorm(Variant):
     """
 
     _masks = True
+    own_evaluation = "with the γ and β of each sample's condition"
 
     def __init__(
         self,

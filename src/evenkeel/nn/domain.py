@@ -77,6 +77,8 @@ class DomainBatchNorm(Variant):
     """
 
     _masks = True
+    own_data = "of each domain"
+    own_evaluation = "by the moments of the domain"
 
     def __init__(
         self,

@@ -28,6 +28,8 @@ class AuxiliaryBatchNorm(Variant):
         torch.Size([8])
     """
 
+    own_data = "of its part of the batch"
+
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
         return self.run(x, residual, self.weight, self.bias, act)
 
@@ -100,6 +102,8 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
         Xie, Tan, Gong, Wang, Yuille, Le (2020), "Adversarial Examples Improve Image Recognition", arXiv:1911.09665,
         section 4.2.
     """
+
+    own_evaluation = "by the part of it that using() chooses"
 
     def __init__(
         self,

@@ -70,6 +70,8 @@ class StepwiseBatchNorm(Variant):
     """
 
     _ranks = (2,)
+    own_data = "of each time step"
+    own_evaluation = "by the moments of the time step"
 
     def __init__(
         self,

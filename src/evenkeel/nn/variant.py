@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from evenkeel.running import averaged, update_running
 from evenkeel.second_run import is_second_run
 
 passes_by(__file__)
+#: Where a state_dict's metadata say whose running_var is no variance.
+OWN_SCALE = "running_var"
 
 
 class Variant(Controlled, CountsSkipped):
@@ -40,6 +42,14 @@ class Variant(Controlled, CountsSkipped):
     _too_few = "error"
     #: Whether a result in training can wait for what follows; in evaluation all can.
     defers_in_training = False
+    # What a variant keeps and how it evaluates, for whoever sets, merges or folds running moments. Each is None where
+    # it is as in torch.nn's layers, else in words that go on after "keeps moments", "keeps" and "evaluates".
+    #: Whose moments the running ones are, where they are not those of all that goes into the layer.
+    own_data: str | None = None
+    #: What running_var holds, where that is not the variance of these values.
+    own_scale: str | None = None
+    #: How evaluation differs from scaling and shifting each channel by what the running moments say.
+    own_evaluation: str | None = None
 
     def forward(  # type: ignore[override]
         self,
@@ -147,6 +157,15 @@ class Variant(Controlled, CountsSkipped):
             self.eps, type(self).__name__, counter_beside(self.running_mean, self._buffers.get("skipped_updates")),
             sink=None if self._control is None else self._control.sink(),
         )  # fmt: skip
+
+    def unready(self) -> str | None:
+        """What the layer lacks to evaluate, in words that follow its path; None for nothing."""
+        return None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.own_scale is not None and hasattr(destination, "_metadata"):  # beside the version of the layer's class
+            destination._metadata[prefix[:-1]][OWN_SCALE] = f"{type(self).__name__}, which keeps {self.own_scale}"
 
     def _check_input_dim(self, input: Tensor) -> None:
         """torch.nn's hook for the same check; the forward makes it itself."""

@@ -67,6 +67,8 @@ class VirtualBatchNorm(Variant):
     """
 
     _masks = True
+    own_data = "of the reference batch"
+    own_evaluation = "by the moments of the reference batch and of each sample"
     _reference: Moments | None = None
     #: None, or whether a reference pass that is going on leaves gradients out.
     _collecting: bool | None = None
@@ -88,6 +90,9 @@ class VirtualBatchNorm(Variant):
 
     def uses_batch(self) -> bool:
         return True
+
+    def unready(self) -> str | None:
+        return None if self._reference is not None else "has no reference batch: see ek.collect_reference"
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
         if self._collecting is not None:

@@ -14,6 +14,7 @@ from evenkeel.surgery.parameters import param_groups
 from evenkeel.surgery.plain import to_torch
 from evenkeel.surgery.preparing import prepare_export
 from evenkeel.surgery.recalibrate import recalibrate
+from evenkeel.surgery.registry import register as register
 from evenkeel.surgery.report import Report
 
 __all__ = [

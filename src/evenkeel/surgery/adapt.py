@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from evenkeel.control.selection import Where, select
+from evenkeel.control.selection import Where
+from evenkeel.control.uncompiled import uncompiled
 from evenkeel.errors import describe
 from evenkeel.functional import call_moments
 from evenkeel.surgery.batches import Forward, check_loader, passes_over, run_batch
 from evenkeel.surgery.collecting import Seen, in_one_pass, layer_by_layer, modes_kept, reason_to_leave
 from evenkeel.surgery.entropy import MakeOptimizer, minimize_entropy
 from evenkeel.surgery.recalibrate import buffers_of, drift, put_back
+from evenkeel.surgery.registry import notes_on
 from evenkeel.surgery.report import Report
+from evenkeel.surgery.selection import chosen
 
 Model = TypeVar("Model", bound=nn.Module)
 #: Where an adapted layer keeps what it was.
@@ -83,10 +86,10 @@ def adapt(
         covariate shift adaptation", arXiv:2006.16971, section 3; Li, Wang, Shi, Liu, Hou (2016), AdaBN,
         arXiv:1603.04779; Wang, Shelhamer, Liu, Olshausen, Darrell (2021), TENT, arXiv:2006.10726.
     """
-    chosen = select("adapt", model, where)
+    layers = chosen("adapt", model, where)
     _check(loader, prior, mode, bool(entropy))
-    left = {path: reason_to_leave(layer) for path, layer in chosen.items()}
-    targets = {path: layer for path, layer in chosen.items() if left[path] is None}
+    left = {path: reason_to_leave(layer) for path, layer in layers.items()}
+    targets = {path: layer for path, layer in layers.items() if left[path] is None}
     if mode == "cumulative":
         check_loader("adapt", loader, (len(targets) if sequential else 1) + bool(entropy))
     with ExitStack() as undo:
@@ -98,15 +101,15 @@ def adapt(
         if mode == "batch":
             for layer in targets.values():
                 vars(layer)["forward"] = ByTheBatch(layer, prior)
-            rows = [_row(path, layer, None, prior, left[path]) for path, layer in chosen.items()]
+            rows = [_row(path, layer, None, prior, left[path]) for path, layer in layers.items()]
         else:
             assert loader is not None
             seen = _cumulate(model, loader, list(targets.values()), prior, entropy, sequential, forward, max_batches,
                              progress)  # fmt: skip
-            rows = [_row(path, layer, seen.get(layer), prior, left[path]) for path, layer in chosen.items()]
+            rows = [_row(path, layer, seen.get(layer), prior, left[path]) for path, layer in layers.items()]
         undo.pop_all()
-    summary = {"layers": len(targets), "left": len(chosen) - len(targets), "mode": mode, "prior": prior}
-    return model, Report("adapt", summary, rows)
+    summary = {"layers": len(targets), "left": len(layers) - len(targets), "mode": mode, "prior": prior}
+    return model, Report("adapt", summary, rows, notes_on(model))
 
 
 def reset_adaptation(model: Model) -> tuple[Model, Report]:
@@ -123,7 +126,7 @@ def reset_adaptation(model: Model) -> tuple[Model, Report]:
         {'layers': 0}
     """
     rows = []
-    for path, layer in select("reset_adaptation", model, None).items():
+    for path, layer in chosen("reset_adaptation", model).items():
         source = vars(layer).pop(_SOURCE, None)
         if source is not None:
             put_back({layer: source})
@@ -220,7 +223,7 @@ def _cumulate(
         for name, target in (("running_mean", seen.moments.mean), ("running_var", var)):
             layer._buffers[name].copy_(blended(source[name].to(target.device), target, prior, seen.samples))  # type: ignore[union-attr]
 
-    with modes_kept(model), passes_over(loader, max_batches, progress, "adapt", passes) as begin:
+    with modes_kept(model), uncompiled(), passes_over(loader, max_batches, progress, "adapt", passes) as begin:
         if entropy:
             minimize_entropy(model, targets, call, begin, entropy)
         collect = layer_by_layer if sequential else in_one_pass

@@ -11,20 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from evenkeel import nn as layers
 from evenkeel.control.controlling import held_off
 from evenkeel.control.holding import is_held
 from evenkeel.functional import moments as moments_of
 from evenkeel.moments import Moments
+from evenkeel.nn.variant import Variant
+from evenkeel.surgery.registry import is_frozen
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-#: Variants whose running moments are not the mean and variance of their input.
-_OTHER_MOMENTS = (
-    layers.L1BatchNorm, layers.RangeBatchNorm, layers.WhiteningBatchNorm, layers.MovingAverageBatchNorm,
-    layers.StepwiseBatchNorm, layers.VirtualBatchNorm, layers.DomainBatchNorm, layers.SplitBatchNorm,
-)  # fmt: skip
 
 
 def reason_to_leave(layer: _BatchNorm) -> str | None:
@@ -33,10 +28,15 @@ def reason_to_leave(layer: _BatchNorm) -> str | None:
         return "does not know its channels yet"
     if layer.running_mean is None or layer.running_var is None:
         return "has no running moments"
+    if is_frozen(layer):
+        return f"is a {type(layer).__name__}, whose moments are fixed"
     if is_held(layer):
         return "is frozen"
-    if isinstance(layer, _OTHER_MOMENTS):
-        return f"keeps other moments than its input's, being a {type(layer).__name__}"
+    if isinstance(layer, Variant):
+        if layer.own_data is not None:
+            return f"is a {type(layer).__name__}, which keeps moments {layer.own_data}"
+        if layer.own_scale is not None:
+            return f"is a {type(layer).__name__}, which keeps {layer.own_scale}"
     return None
 
 

@@ -10,13 +10,16 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from evenkeel.activations import NONE
-from evenkeel.control.selection import Where, select
+from evenkeel.control.selection import Where
 from evenkeel.fusion.memory import ATTRIBUTE, Memory
 from evenkeel.fusion.scope import add_scope, has_scope, remove_scope
 from evenkeel.nn.batch_norm import FusedBatchNorm
 from evenkeel.nn.variant import Variant
 from evenkeel.surgery.kinds import ALREADY, change_back, change_class, is_changed, name_of, target_of
+from evenkeel.surgery.registered import Registered
+from evenkeel.surgery.registry import is_norm, notes_on
 from evenkeel.surgery.report import Report
+from evenkeel.surgery.selection import chosen
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -71,7 +74,7 @@ def convert(
         >>> type(model[1]).__module__, report.rows[0]["runs with"]
         ('evenkeel.nn.batch_norm', 'relu')
     """
-    changes = {path: _Change(layer, target_of(layer, sync)) for path, layer in select("convert", model, where).items()}
+    changes = {path: _Change(layer, target_of(layer, sync)) for path, layer in chosen("convert", model, where).items()}
     with ExitStack() as undo:
         for change in changes.values():
             layer = change.layer
@@ -80,7 +83,7 @@ def convert(
                 change_class(layer, change.target, process_group)
             if not fuse:
                 vars(layer).pop(ATTRIBUTE, None)
-            elif isinstance(layer, FusedBatchNorm | Variant):
+            elif isinstance(layer, FusedBatchNorm | Variant | Registered):
                 vars(layer).setdefault(ATTRIBUTE, Memory())
         for module in _callers(model) if fuse else ():
             if not has_scope(module):
@@ -88,7 +91,7 @@ def convert(
                 add_scope(module)
         undo.pop_all()
     live = _Rows(changes)
-    return model, Report("convert", _Summary(changes, live), live)
+    return model, Report("convert", _Summary(changes, live), live, notes_on(model))
 
 
 def revert(model: Model) -> tuple[Model, Report]:
@@ -109,7 +112,7 @@ def revert(model: Model) -> tuple[Model, Report]:
         >>> type(model[0]) is nn.BatchNorm1d
         True
     """
-    layers = select("revert", model, None)
+    layers = chosen("revert", model)
     kinds = {path: name_of(type(layer)) for path, layer in layers.items() if is_changed(layer)}
     with ExitStack() as undo:
         take_back(model, undo)
@@ -137,7 +140,7 @@ def _callers(model: nn.Module) -> Iterator[nn.Module]:
     The latter for those who call parts of a model by themselves, as trainers do.
     """
     for module in (model, *model.children()):
-        if not isinstance(module, _BatchNorm) and any(ATTRIBUTE in vars(part) for part in module.modules()):
+        if not is_norm(module) and any(ATTRIBUTE in vars(part) for part in module.modules()):
             yield module
 
 

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evenkeel.control.selection import Where, select
+from evenkeel.control.selection import Where
+from evenkeel.control.uncompiled import uncompiled
 from evenkeel.errors import describe
 from evenkeel.surgery.convert import take_back
 from evenkeel.surgery.folding_check import difference
 from evenkeel.surgery.folding_plan import Plan, Planner, apply_plan
 from evenkeel.surgery.nested import call_of, map_tensors, tensors_in
 from evenkeel.surgery.observe import observe, preserved
+from evenkeel.surgery.registry import notes_on
 from evenkeel.surgery.report import Report
+from evenkeel.surgery.selection import chosen, refuse_sharded
 
 #: The largest difference of a whole model's output in float64: rounding that many layers may have enlarged.
 _WHOLE_FLOAT64 = 1e-8
@@ -42,7 +45,8 @@ def fold(
         after a layer:   (W∗x + b)·s + t = (s·W)∗x + (s·b + t)
         before a layer:  W∗(x·s + t) + b = (W·s)∗x + (b + W·t)
 
-    the latter only where the layer does not pad with zeros, or t = 0. An ``nn.Identity`` takes the batch norm's place.
+    the latter only where the layer does not pad with zeros, or t = 0. An ``nn.Identity`` takes the batch norm's place,
+    or what the layers of a registered class do behind it (timm's ``BatchNormAct2d``; see ``ek.surgery.register``).
     Who is beside whom is seen from a run of the model on ``example``; between the two there may be what commutes with
     an affine map per channel: average pooling, means over positions, interpolation, copies, changes of shape.
 
@@ -89,7 +93,8 @@ def fold(
         Jacob, Kligys, Chen, Zhu, Tang, Howard, Adam, Kalenichenko (2018), "Quantization and Training of Neural Networks
         for Efficient Integer-Arithmetic-Only Inference", arXiv:1712.05877, section 3.2.
     """
-    select("fold", model, where)
+    chosen("fold", model, where)
+    refuse_sharded("fold", model)
     _check_model(model)
     if tolerance is not None and not (isinstance(tolerance, int | float) and tolerance >= 0):
         raise ValueError(f"fold: tolerance is None or a number of at least 0; got {describe(tolerance)}")
@@ -97,7 +102,7 @@ def fold(
     model = model if inplace else copy.deepcopy(model)
     with ExitStack() as undo:
         take_back(model, undo)  # calls that convert has fused hide which layers are beside each other
-        result = _fold(model, args, kwargs, verify, tolerance, select("fold", model, where), undo)
+        result = _fold(model, args, kwargs, verify, tolerance, chosen("fold", model, where), undo)
         undo.pop_all()
     return result
 
@@ -111,12 +116,15 @@ def _fold(
     norms: dict[str, Any],
     undo: ExitStack,
 ) -> tuple[nn.Module, Report]:
-    trace = observe(model, args, kwargs)
+    with uncompiled():
+        trace = observe(model, args, kwargs)
     expected = [tensor.clone() for tensor in tensors_in(trace.output)]
     with preserved(model):
         plan = Planner(model, trace, tolerance).run(norms)
     del trace  # and with it every tensor of the run
-    notes = [] if any(each.is_floating_point() or each.is_complex() for each in expected) else [_NOTHING_TO_COMPARE]
+    notes = notes_on(model)
+    if not any(each.is_floating_point() or each.is_complex() for each in expected):
+        notes.append(_NOTHING_TO_COMPARE)
     wide = _difference_in_float64(model, plan, args, kwargs, notes) if verify else None
     apply_plan(model, plan, undo)
     found = _run_folded(model, args, kwargs)

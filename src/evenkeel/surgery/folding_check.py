@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from evenkeel.surgery.folding_sites import Site, again
 from evenkeel.surgery.folding_weights import Weights
+from evenkeel.surgery.registry import rest_of
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
@@ -37,13 +38,14 @@ def layer_difference(
     """
     old, new = _twin(site, before), _twin(site, after)
     normalize = copy.deepcopy(norm).double()
+    behind = copy.deepcopy(rest_of(norm)).double()
     rest = site.call.args[1:], site.call.kwargs
     kwargs = {name: value for name, value in rest[1].items() if name != "input"}
     x = x.detach().double()
     with torch.no_grad():
         if is_producer:
             expected = normalize(along(site, old(x, *rest[0], **kwargs)))
-            found = along(site, new(x, *rest[0], **kwargs))
+            found = behind(along(site, new(x, *rest[0], **kwargs)))
         else:
             expected = old(along(site, normalize(x)))
             found = new(along(site, x))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,19 +11,15 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from evenkeel.nn.batch_norm import FusedBatchNorm
-from evenkeel.nn.cross_iteration import CrossIterationBatchNorm
-from evenkeel.nn.sync import SyncBatchNorm
 from evenkeel.nn.variant import Variant
 from evenkeel.surgery.observe import has_hooks
+from evenkeel.surgery.registry import computes_as, is_frozen, is_norm
 from evenkeel.surgery.trace import ModuleCall, Trace, Value
 
 #: What takes a batch norm in.
 LINEAR: tuple[type[nn.Module], ...] = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear
 )  # fmt: skip
-#: Modules that are looked at as a whole, and not by the functions that they call.
-WHOLE = (_BatchNorm, _ConvNd, nn.Linear)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -49,9 +44,15 @@ class Layers:
         """Why a batch norm can't be taken out, seen by itself; None where it can."""
         if self.paths[layer] == [""]:
             return "is the model itself"
-        if not _evaluates_plainly(layer):
-            return f"is a {type(layer).__name__}, whose evaluation may be more than batch norm by running moments"
-        if layer.training:
+        kind = type(layer)
+        if computes_as(kind) is None:
+            return (
+                f"is a {kind.__name__}, whose evaluation may be more than batch norm by running moments; "
+                f"ek.surgery.register({kind.__name__}, ...) says what it is"
+            )
+        if isinstance(layer, Variant) and layer.own_evaluation is not None:
+            return f"is a {kind.__name__}, which evaluates {layer.own_evaluation}"
+        if layer.training and not is_frozen(layer):
             return "is in training mode; call its eval()"
         if layer.running_mean is None or layer.running_var is None:
             return "has no running moments (track_running_stats=False)"
@@ -69,7 +70,7 @@ class Layers:
             return "has a parametrization (torch.nn.utils.parametrize.remove_parametrizations takes it away)"
         if has_hooks(module):
             return "has hooks (weight_norm and spectral_norm of torch.nn.utils are such)"
-        if "forward" in vars(module) or not (isinstance(module, _BatchNorm) or _is_plain_linear(module)):
+        if "forward" in vars(module) or not (is_norm(module) or _is_plain_linear(module)):
             return f"has a forward of its own ({type(module).__name__})"
         if module._modules and isinstance(module, LINEAR):
             return "has modules of its own"
@@ -99,6 +100,16 @@ class Layers:
         return None
 
 
+def is_whole(module: nn.Module) -> bool:
+    """Whether a module is looked at as a whole, and not by the functions that it calls."""
+    return isinstance(module, _ConvNd | nn.Linear) or is_norm(module)
+
+
+def channels_of(layer: nn.Module) -> int:
+    """How many channels a batch norm has; those of other packages do not all say it."""
+    return len(layer.running_mean) if is_frozen(layer) else layer.num_features  # type: ignore[arg-type, return-value]
+
+
 def input_of(call: ModuleCall) -> torch.Tensor | None:
     """The tensor that a layer's call is about, where there is no other argument."""
     given = [*call.args, *call.kwargs.values()]
@@ -109,18 +120,6 @@ def input_of(call: ModuleCall) -> torch.Tensor | None:
 def _extra(call: ModuleCall) -> list[str]:
     positional = [f"argument {i + 1}" for i in range(1, len(call.args))]
     return positional + [f"{name}=" for name in call.kwargs if name != "input"]
-
-
-def _evaluates_plainly(layer: _BatchNorm) -> bool:
-    kind: Any = type(layer)
-    if kind.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward, FusedBatchNorm.forward):
-        return True
-    return (
-        isinstance(layer, Variant)
-        and kind.forward in (Variant.forward, SyncBatchNorm.forward, CrossIterationBatchNorm.forward)
-        and kind.normalize_running is Variant.normalize_running
-        and kind.uses_batch is Variant.uses_batch
-    )
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
@@ -141,8 +140,8 @@ def _unfit(layer: _BatchNorm) -> str | None:
     for name, value in there.items():
         if is_lazy(value):
             return f"is lazy and has no {name} yet"
-        if tuple(value.shape) != (layer.num_features,):
-            return f"has a {name} of shape {tuple(value.shape)}, and {layer.num_features} channels"
+        if tuple(value.shape) != (channels_of(layer),):
+            return f"has a {name} of shape {tuple(value.shape)}, and {channels_of(layer)} channels"
         if value.is_meta:
             return f"has a {name} without data (on the meta device)"
         if not bool(value.isfinite().all()):

@@ -22,6 +22,7 @@ from evenkeel.surgery.folding_weights import (
     rounded,
     weights_of,
 )
+from evenkeel.surgery.registry import rest_of
 from evenkeel.surgery.trace import Call, ModuleCall, Trace
 
 
@@ -72,14 +73,19 @@ class Planner:
     def _place(self, path: str, norm: _BatchNorm) -> dict[str, Any]:
         """Fold into the layer before, else into the one after; the row's changes."""
         call, reasons = self._trace.calls_of(norm)[0], []
+        ends = type(rest_of(norm)) is nn.Identity
         for where in ("before", "after"):
+            if where == "after" and not ends:
+                reasons.append(f"calls {', '.join(rest_of(norm)._modules)} behind the normalization")
+                continue
             site = site_before(self._trace, call, self._gone) if where == "before" else site_after(self._trace, call)
             if isinstance(site, str):
                 reasons.append(site)
                 continue
             found = self._fold(norm, call, site, where)
             if isinstance(found, float):
-                self._gone.add(call)
+                if ends:
+                    self._gone.add(call)
                 self.plan.gone.append(path)
                 return {"into": site.call.path, "where": where, "difference": found}
             reasons.append(f"{site.call} {found}")
@@ -123,7 +129,7 @@ def apply_plan(model: nn.Module, plan: Plan, undo: ExitStack) -> None:
         parent, _, name = path.rpartition(".")
         modules = model.get_submodule(parent)._modules
         undo.callback(modules.update, {name: modules[name]})
-        modules[name] = nn.Identity().eval()
+        modules[name] = rest_of(modules[name])  # type: ignore[arg-type]
 
 
 def _first(call: ModuleCall) -> Tensor:

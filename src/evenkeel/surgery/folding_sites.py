@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evenkeel.surgery.folding_layers import LINEAR, WHOLE, input_of
+from evenkeel.surgery.folding_layers import LINEAR, channels_of, input_of, is_whole
 from evenkeel.surgery.folding_weights import channels
 from evenkeel.surgery.trace import Call, FunctionCall, ModuleCall, Trace, Value, version_of
 
@@ -155,7 +155,7 @@ def _checked(call: ModuleCall, tensor: Tensor, axis: int, size: int, norm: Modul
     """Why a layer's channels are not those that the batch norm normalizes, if they are not."""
     legal = -1 if isinstance(call.module, nn.Linear) else 1
     ranks = None if legal == -1 else len(call.module.kernel_size) + 2  # type: ignore[arg-type]
-    if axis == legal % tensor.dim() and ranks in (None, tensor.dim()) and size == norm.module.num_features:
+    if axis == legal % tensor.dim() and ranks in (None, tensor.dim()) and size == channels_of(norm.module):
         return None
     return f"its channels are not those of {call}"
 
@@ -164,7 +164,7 @@ def _unit(call: Call) -> Call:
     """What a call is a part of: a layer that is looked at as a whole, or itself."""
     outer: Call | None = call
     while outer is not None:
-        if isinstance(outer, ModuleCall) and isinstance(outer.module, WHOLE):
+        if isinstance(outer, ModuleCall) and is_whole(outer.module):
             call = outer
         outer = outer.inside
     return call

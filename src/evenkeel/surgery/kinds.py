@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from evenkeel import nn as layers
 from evenkeel.nn.skipped import CountsSkipped
+from evenkeel.surgery.registered import Registered, twin_of
+from evenkeel.surgery.registry import known
 
 #: Why a layer of ours keeps its class.
 ALREADY = "is evenkeel's already"
@@ -39,15 +41,23 @@ def target_of(layer: _BatchNorm, sync: bool | None) -> type[nn.Module] | str:
     Args:
         sync: Whether layers are to be synchronized; None leaves that as it is.
     """
-    kind = type(layer)
-    if kind not in _DROP_INS:
-        if isinstance(layer, CountsSkipped):
-            return ALREADY
-        return f"is a {kind.__name__}, whose own forward or state an evenkeel layer would not have"
+    kind: Any = type(layer)
+    registered = known(kind)
+    if isinstance(layer, CountsSkipped | Registered) and kind not in _DROP_INS and (sync is None or registered is None):
+        return ALREADY
+    if kind not in _DROP_INS and registered is None:
+        return (
+            f"is a {kind.__name__}, whose own forward or state an evenkeel layer would not have. If it has neither, or "
+            f"only modules that it calls behind the batch norm, ek.surgery.register({kind.__name__}, ...) says so"
+        )
     if any(name in layer.__dict__ for name in ("forward", "__call__")):
         return "has a forward of its own"
     if nn.utils.parametrize.is_parametrized(layer):
         return "is parametrized"
+    if registered is not None:
+        if sync is not None and not registered.frozen and sync != issubclass(kind, _SYNC):
+            return f"is a {kind.__name__}, which only its own package can {'' if sync else 'un'}synchronize"
+        return ALREADY if isinstance(layer, Registered) else twin_of(kind)
     lazy = isinstance(layer, nn.modules.lazy.LazyModuleMixin)
     if sync is True and kind not in _SYNC:
         return "does not know its channels yet: run the model once first" if lazy else layers.SyncBatchNorm
@@ -68,10 +78,9 @@ def change_class(layer: _BatchNorm, kind: type[nn.Module], process_group: Any) -
     if kind is layers.SyncBatchNorm:
         attributes["process_group"] = group if process_group is None else process_group
     layer.__class__ = kind  # type: ignore[assignment]
-    if not counted and not isinstance(
-        layer, nn.modules.lazy.LazyModuleMixin
-    ):  # which does so when it knows its channels
-        layer.count_skipped()  # type: ignore[operator]
+    lazy = isinstance(layer, nn.modules.lazy.LazyModuleMixin)  # which does so when it knows its channels
+    if isinstance(layer, CountsSkipped) and not counted and not lazy:
+        layer.count_skipped()
 
 
 def is_changed(layer: nn.Module) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from evenkeel.moments import Moments, wide_dtype
+from evenkeel.nn.variant import OWN_SCALE
 from evenkeel.surgery.merging_checks import WHAT, Counts, check_states, per_norm
 from evenkeel.surgery.report import Report
 
@@ -102,6 +103,13 @@ def _pool(states: list[Mapping[str, Any]], path: str, counts: list[float]) -> tu
             f"{WHAT}: {path + 'running_cov'!r} is a whitening layer's covariance, which is not pooled here; keep its "
             "batch norms where they are, with local=True"
         )
+    for state in states:
+        kind = getattr(state, "_metadata", {}).get(path.removesuffix("."), {}).get(OWN_SCALE)
+        if kind is not None:
+            raise ValueError(
+                f"{WHAT}: {path + _VAR!r} is that of a {kind}; it does not pool as a variance does. Keep the batch "
+                "norms where they are, with local=True"
+            )
     device = states[0][path + _MEAN].device
     parts, within = [], torch.zeros((), dtype=wide_dtype(device), device=device)
     for client, (state, n) in enumerate(zip(states, counts, strict=True)):

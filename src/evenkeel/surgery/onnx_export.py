@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evenkeel.control.selection import named, select
+from evenkeel.control.selection import named
 from evenkeel.nn.variant import Variant
 from evenkeel.surgery.folding_check import difference
 from evenkeel.surgery.nested import call_of, map_tensors, tensors_in
 from evenkeel.surgery.preparing import prepare_export
+from evenkeel.surgery.registry import is_frozen
 from evenkeel.surgery.report import Report
+from evenkeel.surgery.selection import chosen
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -85,8 +87,8 @@ def export_onnx(
             "export_onnx: the model is in training mode, and the file would be as in evaluation; call model.eval() "
             "first, or give training=True to keep batch norms in training mode"
         )
-    layers = select("export_onnx", prepared, None)
-    by_batch = [path for path, layer in layers.items() if training and layer.training]
+    layers = chosen("export_onnx", prepared)
+    by_batch = [path for path, layer in layers.items() if training and layer.training and not is_frozen(layer)]
     _refuse(path for path in by_batch if isinstance(layers[path], Variant))
     prepared.eval()
     target = Path(path)
@@ -98,7 +100,8 @@ def export_onnx(
         for layer in by_batch:
             prepared.get_submodule(layer).train()
         given = inspect.signature(prepared.forward).bind(*args, **kwargs).arguments
-        _check_dynamic(dynamic_shapes, args, kwargs, given, file)
+        if dynamic_shapes:
+            _check_dynamic(dynamic_shapes, args, kwargs, given, file)
         others = map_tensors(_other_values, args), map_tensors(_other_values, kwargs)
         found = [_difference(prepared, a, k, file, bool(by_batch)) for a, k in ((args, kwargs), others)]
         if not max(found) <= tolerance:
@@ -108,7 +111,7 @@ def export_onnx(
             )
         os.replace(file, target)
     names = ("difference", "on other values")
-    return Report("export_onnx", {**report.summary, **dict(zip(names, found, strict=True))}, report.rows)
+    return Report("export_onnx", {**report.summary, **dict(zip(names, found, strict=True))}, report.rows, report.notes)
 
 
 def _write(
@@ -221,8 +224,8 @@ def _check_dynamic(
     """Raise where an axis was asked to be dynamic, and has a number in the file."""
     import onnx
 
-    by_argument = dynamic_shapes if isinstance(dynamic_shapes, Mapping) else (dynamic_shapes or ())
-    asked = dict(_asked(by_argument, given if isinstance(by_argument, Mapping) else [*args, *kwargs.values()]))
+    values = given if isinstance(dynamic_shapes, Mapping) else [*args, *kwargs.values()]
+    asked = dict(_asked(dynamic_shapes, values))
     inputs = onnx.load(path).graph.input
     tensors = _by_name([one.name for one in inputs], given, tensors_in((args, kwargs)))
     for one in inputs:

@@ -12,12 +12,14 @@ from torch import fx, nn
 
 from evenkeel import nn as layers
 from evenkeel.activations import resolve
-from evenkeel.control.selection import named, select
+from evenkeel.control.selection import named
 from evenkeel.nn.batch_norm import FusedBatchNorm
 from evenkeel.nn.variant import Variant
 from evenkeel.surgery.convert import restore, take_back
 from evenkeel.surgery.kinds import PLAIN, class_before, name_of
+from evenkeel.surgery.registry import notes_on
 from evenkeel.surgery.report import Report
+from evenkeel.surgery.selection import chosen
 
 Model = TypeVar("Model", bound=nn.Module)
 _PLAIN = {**PLAIN, layers.Sequential: nn.Sequential}
@@ -61,7 +63,7 @@ def to_torch(model: Model) -> tuple[Model, Report]:
         >>> type(model) is nn.Sequential, type(model[1]) is nn.BatchNorm2d, report.rows[1]["was"]
         (True, True, 'ek.BatchNorm2d')
     """
-    select("to_torch", model, None)  # says what is no model
+    chosen("to_torch", model)  # says what is no model
     found: dict[str, nn.Module] = {path: each for path, each in model.named_modules() if isinstance(each, _OURS)}
     refused: dict[str, str] = {}
     for path, module in found.items():
@@ -81,7 +83,7 @@ def to_torch(model: Model) -> tuple[Model, Report]:
         {"path": path, "was": was[path], "is": name_of(type(module)), "note": _note(module)}
         for path, module in found.items()
     ]
-    return model, Report("to_torch", {"layers": len(rows)}, rows)
+    return model, Report("to_torch", {"layers": len(rows)}, rows, notes_on(model))
 
 
 def make_plain(what: str, model: nn.Module, undo: ExitStack) -> None:

@@ -9,12 +9,14 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from evenkeel import nn as layers
-from evenkeel.control.selection import named, select
+from evenkeel.control.selection import named
 from evenkeel.errors import describe
+from evenkeel.nn.variant import Variant
 from evenkeel.surgery.kinds import name_of
 from evenkeel.surgery.plain import make_plain
+from evenkeel.surgery.registry import is_frozen, notes_on
 from evenkeel.surgery.report import Report
+from evenkeel.surgery.selection import chosen, refuse_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,14 +45,15 @@ def prepare_export(
             ``VirtualBatchNorm`` has no reference. The model is as before.
 
     Example:
-        >>> model = layers.Sequential(nn.Conv2d(3, 8, 3), layers.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> import evenkeel as ek
+        >>> model = ek.Sequential(nn.Conv2d(3, 8, 3), ek.BatchNorm2d(8), nn.ReLU()).eval()
         >>> prepared, report = prepare_export(model)
         >>> type(prepared[1]) is nn.BatchNorm2d, type(prepared) is nn.Sequential, report.rows[0]["was"]
         (True, True, 'ek.BatchNorm2d')
     """
     if training not in ("refuse", "allow"):
         raise ValueError(f"prepare_export: training must be 'refuse' or 'allow'; got {describe(training)}")
-    found = select("prepare_export", model, None)
+    found = chosen("prepare_export", model)
     notes = {path: _by_the_batch(layer) for path, layer in found.items()}
     unready = [f"{named(path)} {why}" for path, layer in found.items() if (why := _not_ready(layer))]
     if training == "refuse":
@@ -60,29 +63,30 @@ def prepare_export(
             f"prepare_export: {'; '.join(unready)}. Call model.eval(), give layers running moments (ek.recalibrate "
             "sets them from data), or allow what normalizes with the batch by training='allow'; the model is as before"
         )
-    model = model if inplace else copy.deepcopy(model)
-    kinds = {path: type(layer) for path, layer in select("prepare_export", model, None).items()}
+    if not inplace:
+        refuse_sharded("prepare_export", model)
+        model = copy.deepcopy(model)
+    kinds = {path: type(layer) for path, layer in chosen("prepare_export", model).items()}
     with ExitStack() as undo:
         make_plain("prepare_export", model, undo)
         undo.pop_all()
     rows: list[dict[str, Any]] = []
-    for path, layer in select("prepare_export", model, None).items():
+    for path, layer in chosen("prepare_export", model).items():
         is_now = type(layer)
         rows.append({"path": path, "was": name_of(kinds[path]), "is": name_of(is_now), "note": notes[path]})
     changed = sum(row["was"] != row["is"] for row in rows)
-    return model, Report("prepare_export", {"batch norms": len(rows), "made plain": changed}, rows)
+    summary = {"batch norms": len(rows), "made plain": changed}
+    return model, Report("prepare_export", summary, rows, notes_on(model))
 
 
 def _by_the_batch(layer: _BatchNorm) -> str | None:
     """Why a layer normalizes with the batch, in words that follow its path."""
     if layer.running_mean is None:
         return "has no running moments"
-    return "is in training mode" if layer.training else None
+    return "is in training mode" if layer.training and not is_frozen(layer) else None
 
 
 def _not_ready(layer: _BatchNorm) -> str | None:
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return "does not know its channels yet: run the model once"
-    if isinstance(layer, layers.VirtualBatchNorm) and layer._reference is None:
-        return "has no reference batch: see ek.collect_reference"
-    return None
+    return layer.unready() if isinstance(layer, Variant) else None

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from evenkeel.control.selection import Where, select
+from evenkeel.control.selection import Where
+from evenkeel.control.uncompiled import uncompiled
 from evenkeel.errors import describe
 from evenkeel.surgery.batches import Forward, check_loader, passes_over, run_batch
 from evenkeel.surgery.collecting import Seen, in_one_pass, layer_by_layer, modes_kept, reason_to_leave
+from evenkeel.surgery.registry import notes_on
 from evenkeel.surgery.report import Report
+from evenkeel.surgery.selection import chosen
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -89,12 +92,12 @@ def recalibrate(
         averaging Izmailov et al. (2018), arXiv:1803.05407, section 3.2; after merging Jordan et al. (2022), REPAIR,
         arXiv:2211.08403.
     """
-    chosen = select("recalibrate", model, where)
+    layers = chosen("recalibrate", model, where)
     for name, value, legal in (("tolerance", tolerance, 0.0), ("max_batches", max_batches, 1)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < legal):
             raise ValueError(f"recalibrate: {name} must be None or a number of {legal} or more; got {describe(value)}")
-    left = {path: reason_to_leave(layer) for path, layer in chosen.items()}
-    targets = {path: layer for path, layer in chosen.items() if left[path] is None}
+    left = {path: reason_to_leave(layer) for path, layer in layers.items()}
+    targets = {path: layer for path, layer in layers.items() if left[path] is None}
     passes = len(targets) if sequential else 1
     check_loader("recalibrate", loader, passes)
     before = {layer: buffers_of(layer) for layer in targets.values()}
@@ -104,14 +107,18 @@ def recalibrate(
 
     with ExitStack() as undo:
         undo.callback(put_back, before)
-        with modes_kept(model), passes_over(loader, max_batches, progress, "recalibrate", passes) as begin:
+        with (
+            modes_kept(model),
+            uncompiled(),
+            passes_over(loader, max_batches, progress, "recalibrate", passes) as begin,
+        ):
             collect = layer_by_layer if sequential else in_one_pass
             seen = collect(list(targets.values()), call, begin, set_moments, tolerance, group)
         undo.pop_all()
-    rows = [_row(path, layer, seen.get(layer), before.get(layer), left[path]) for path, layer in chosen.items()]
+    rows = [_row(path, layer, seen.get(layer), before.get(layer), left[path]) for path, layer in layers.items()]
     batches = max((one.batches for one in seen.values()), default=0)
-    summary = {"layers": len(targets), "left": len(chosen) - len(targets), "batches": batches}
-    notes = []
+    summary = {"layers": len(targets), "left": len(layers) - len(targets), "batches": batches}
+    notes = notes_on(model)
     if sequential and any(one.calls > 1 for one in seen.values()):
         notes.append("Layers that run several times in a forward were settled with their own old moments in between.")
     return model, Report("recalibrate", summary, rows, notes)

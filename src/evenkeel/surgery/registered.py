@@ -1,0 +1,88 @@
+"""What convert makes of the layers of other packages' classes: their own class, with the batch norm on our kernels.
+
+Such a class is derived from ours and from theirs, so that isinstance, attributes and whatever else theirs has stay.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from evenkeel import nn as layers
+from evenkeel.arguments import State
+from evenkeel.fusion.call import passes_by
+from evenkeel.nn.batch_norm import FusedBatchNorm, fx_node
+from evenkeel.surgery.registry import ORIGIN, known
+
+passes_by(__file__)
+#: What a class that is derived from one of torch.nn's is derived from here.
+_OURS: dict[type[_BatchNorm], type[_BatchNorm]] = {
+    nn.BatchNorm1d: layers.BatchNorm1d,
+    nn.BatchNorm2d: layers.BatchNorm2d,
+    nn.BatchNorm3d: layers.BatchNorm3d,
+    nn.SyncBatchNorm: layers.SyncBatchNorm,
+}
+
+
+class Registered(nn.Module):
+    """A layer of a known class: the batch norm of its next base, and then its own modules."""
+
+    _registered: type[nn.Module]
+    _then: tuple[str, ...]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            node = fx_node(self, x, None, None, {})
+            if node is not None:
+                return node  # type: ignore[no-any-return]
+        if isinstance(self, Frozen) and not self.fits(x):
+            return self._registered.forward(self, x)  # type: ignore[no-any-return]
+        y = super().forward(x)
+        for name in self._then:
+            part = self._modules.get(name)
+            if part is not None:
+                y = part(y)
+        return y  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _empty, (self._registered,), dict(self.__dict__)
+
+
+class Frozen(nn.Module):
+    """The batch norm of a layer with fixed moments; it is none of torch.nn's, which tools would train."""
+
+    _ranks = (4,)
+    too_few = "error"
+    defers_in_training = True
+    forward = FusedBatchNorm.forward
+    normalization = FusedBatchNorm.normalization
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether the result is what the class's own code computes; types mix in each package's own way."""
+        mean: Tensor = self.running_mean  # type: ignore[assignment]
+        return x.dim() == 4 and x.dtype == mean.dtype and x.shape[1:2] == mean.shape and x.is_floating_point()
+
+    def _unpacked(self) -> tuple[Any, Any, State]:
+        mean, var, eps = self.running_mean, self.running_var, self.eps
+        state = State(mean, var, None, False, False, 0.0, eps, type(self).__name__)  # type: ignore[arg-type]
+        return self.weight, self.bias, state
+
+
+@cache
+def twin_of(kind: Any) -> type[nn.Module]:
+    """The class that the layers of a known one get."""
+    found = known(kind)
+    if found is None:
+        raise TypeError(f"{kind.__qualname__} is not known here; call ek.surgery.register({kind.__name__}, ...) first")
+    base = Frozen if found.frozen else next((ours for theirs, ours in _OURS.items() if issubclass(kind, theirs)), None)
+    bases = (Registered, base or layers.BatchNorm, kind)
+    return type(kind.__name__, bases, {"__module__": __name__, ORIGIN: kind, "_then": found.then})
+
+
+def _empty(kind: Any) -> nn.Module:
+    """A layer without attributes, which a copy or pickle sets."""
+    twin = twin_of(kind)
+    return twin.__new__(twin)
