@@ -213,6 +213,16 @@ def test_synchronized_ones(kinds):
         assert type(model[1]) is kinds[kind]
 
 
+def test_state_from_and_for_elsewhere(kinds):
+    """Fixed moments are no data's, so they are not pooled; they are written like any others."""
+    model = net(kinds["torchvision FrozenBatchNorm2d"](3), nn.BatchNorm2d(3))
+    merged, report = ek.merge_statistics([model.state_dict()] * 2, [8, 8])
+    assert [row["path"] for row in report.rows] == ["1", "3"]
+    assert all(torch.equal(merged[f"1.{name}"], value) for name, value in model[1].named_buffers())
+    assert merged["1.running_var"].data_ptr() != model[1].running_var.data_ptr()
+    assert list(ek.to_flax(model)["batch_stats"]) == ["1", "3"]
+
+
 def test_nothing_is_imported_and_other_classes_of_the_same_name_are_not_taken(monkeypatch):
     """A class is known if it is what its module has under its name."""
     made = packages.load(monkeypatch)

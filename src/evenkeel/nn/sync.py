@@ -122,7 +122,7 @@ class SyncBatchNorm(Variant):
                 return super().forward(x, residual, activation=activation, mask=mask)
             from evenkeel.nn import uncompiled
 
-            return uncompiled.run(self.forward, x, residual, activation=activation, mask=mask)  # type: ignore[no-any-return]
+            return uncompiled.run(SyncBatchNorm.forward, self, x, residual, activation=activation, mask=mask)  # type: ignore[no-any-return]
         try:
             if distributed.preflight_is_on():
                 self._compare_notes(x)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from evenkeel.control.selection import named, select
+from evenkeel.control.selection import named
 from evenkeel.errors import describe
 from evenkeel.nn.batch_norm import BatchNorm
+from evenkeel.surgery.selection import chosen
 
 #: Values per channel of a training batch: for all layers, or for each by its path.
 Count: TypeAlias = float | Mapping[str, float] | None
@@ -151,7 +152,7 @@ def export_layers(
     what: str, model: nn.Module, convention: Convention, count: Count
 ) -> dict[tuple[str, ...], dict[str, np.ndarray]]:
     """Every batch norm's entries, by the parts of its path; () for a model that is one itself."""
-    layers = select(what, model, None)
+    layers = chosen(what, model)
     if not layers:
         raise ValueError(f"{what}: the model has no batch norm (a torch.nn.modules.batchnorm._BatchNorm)")
     return {

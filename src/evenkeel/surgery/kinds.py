@@ -103,8 +103,13 @@ def change_back(layer: nn.Module) -> None:
         kind = kind.cls_to_become  # it has learned its channels since
     layer.__class__ = kind
     if not counted:
-        layer._buffers.pop("skipped_updates", None)
-        layer._non_persistent_buffers_set.discard("skipped_updates")
+        stop_counting(layer)
     layer.__dict__.pop("process_group", None)
     if group is not None:
         layer.__dict__["process_group"] = group[0]
+
+
+def stop_counting(layer: nn.Module) -> None:
+    """Take away what :class:`CountsSkipped` adds to a layer."""
+    layer._buffers.pop("skipped_updates", None)
+    layer._non_persistent_buffers_set.discard("skipped_updates")

@@ -28,7 +28,8 @@ def merge_statistics(
         mean = Σ n_k·mean_k / n
         var = (Σ (n_k − 1)·var_k + Σ n_k·(mean_k − mean)²) / (n − 1)
 
-    both variances unbiased, as running ones are. The second sum, the spread between clients, is what an average of the
+    both variances unbiased, as running ones are. Moments without a counter that are equal in all clients are those of
+    a frozen layer, as torchvision's, and stay. The second sum, the spread between clients, is what an average of the
     variances leaves out. ``num_batches_tracked`` is summed. Every other floating-point tensor, γ and β included,
     becomes the mean weighted by n_k; everything else has to be equal.
 
@@ -110,6 +111,11 @@ def _pool(states: list[Mapping[str, Any]], path: str, counts: list[float]) -> tu
                 f"{WHAT}: {path + _VAR!r} is that of a {kind}; it does not pool as a variance does. Keep the batch "
                 "norms where they are, with local=True"
             )
+    moments = {path + name: states[0][path + name] for name in (_MEAN, _VAR)}
+    if path + _BATCHES not in states[0] and all(
+        torch.equal(state[k], v) for state in states for k, v in moments.items()
+    ):
+        return moments, {"path": path.removesuffix("."), "spread": 0.0, "variance ratio": 1.0}
     device = states[0][path + _MEAN].device
     parts, within = [], torch.zeros((), dtype=wide_dtype(device), device=device)
     for client, (state, n) in enumerate(zip(states, counts, strict=True)):

@@ -16,7 +16,7 @@ from evenkeel.control.selection import named
 from evenkeel.nn.batch_norm import FusedBatchNorm
 from evenkeel.nn.variant import Variant
 from evenkeel.surgery.convert import restore, take_back
-from evenkeel.surgery.kinds import PLAIN, class_before, name_of
+from evenkeel.surgery.kinds import PLAIN, class_before, name_of, stop_counting
 from evenkeel.surgery.registry import notes_on
 from evenkeel.surgery.report import Report
 from evenkeel.surgery.selection import chosen
@@ -100,8 +100,7 @@ def make_plain(what: str, model: nn.Module, undo: ExitStack) -> None:
         if plain is not None:
             undo.callback(restore, module, module.__class__, dict(vars(module)), dict(module._buffers))
             module.__class__ = plain
-            module._buffers.pop("skipped_updates", None)
-            module._non_persistent_buffers_set.discard("skipped_updates")
+            stop_counting(module)
     for module, graph in graphs:
         if graph is not None:
             undo.callback(setattr, module, "graph", module.graph)

@@ -48,7 +48,8 @@ class Registered(nn.Module):
         return y  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _empty, (self._registered,), dict(self.__dict__)
+        # As any object, but for the class, which can't be found by its name.
+        return _empty, (self._registered,), *super().__reduce_ex__(max(int(protocol), 2))[2:]
 
 
 class Frozen(nn.Module):
