@@ -38,7 +38,7 @@ help:
 	@echo 'make demo     some claims about batch normalization, on real data: verdicts, and evenkeel-demo.html'
 	@echo 'make lab      all claims in quick form: verdicts, and evenkeel-lab.html'
 	@echo 'make test     run the tests'
-	@echo 'make fuzz     100,000 random programs through convert, with fresh seeds'
+	@echo 'make fuzz     100,000 random programs through convert and as many bad calls, with fresh seeds'
 	@echo 'make check    format, lint, types, layers of imports'
 	@echo 'make bench    time the layers and whole networks: tables, and bench-results/bench.html; what bench/gpu.py stored, too'
 	@echo 'make claims   measure all claims in full form, alone on the machine: the pages in docs/claims; with DATA=FOLDER, which'
@@ -73,9 +73,10 @@ endif
 test: $(VENV)/.built
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-# Half an hour or more on two cores. FUSION_FUZZ_SEED=N begins at a seed, as a failure names it.
+# Half an hour or more on two cores. FUSION_FUZZ_SEED=N and CALL_FUZZ_SEED=N begin at a seed, as a failure names it.
 fuzz: $(VENV)/.built
-	@FUSION_FUZZ=200000 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/fusion/test_program_fuzz.py -k fresh $(ARGS)
+	@FUSION_FUZZ=200000 CALL_FUZZ=200000 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal -q \
+	  tests/fusion/test_program_fuzz.py tests/nn/test_bad_calls.py -k fresh $(ARGS)
 
 # The page is drawn also when a result was wrong, which it then says; ARGS goes to the layers' benchmark.
 bench: $(VENV)/.built

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from evenkeel.activations import Activation
 from evenkeel.errors import describe
 from evenkeel.layout import is_dense
 from evenkeel.moments import Moments
+
+#: What errors call the function; layers are called by their class.
+FUNCTION = "batch_norm"
 
 
 class State(NamedTuple):
@@ -38,7 +42,7 @@ class State(NamedTuple):
     update: bool
     momentum: float | None
     eps: float
-    what: str = "batch_norm"
+    what: str = FUNCTION
     skipped: Tensor | None = None
     mask: Tensor | None = None
     keep: bool = False
@@ -64,35 +68,40 @@ def check_arguments(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{what}: x must be a tensor of shape (N, C, *S); got {describe(x)}")
+    check_kind(what, "x", x)
     if x.dim() < 2 or (ranks is not None and x.dim() not in ranks):
         legal = "two or more" if ranks is None else " or ".join(map(str, ranks))
         raise ValueError(f"{what}: x must have {legal} dimensions, channels second; got {describe(x)}")
     if not x.is_floating_point():
-        raise TypeError(
-            f"{what}: x must be real floating-point; got {describe(x)}. Convert it first, as with x.float()"
-        )
+        remedy = "Normalize x.real and x.imag" if x.is_complex() else "Convert it first, as with x.float()"
+        raise TypeError(f"{what}: x must be real floating-point; got {describe(x)}. {remedy}")
     channels = x.shape[1]
     vectors = {"weight": weight, "bias": bias, "running_mean": state.running_mean, "running_var": state.running_var}
-    for name, value in vectors.items():
-        if value is None:
-            continue
+    given = {name: value for name, value in vectors.items() if value is not None}
+    for name, value in given.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise TypeError(f"{what}: {name} must be a real floating-point tensor or None; got {describe(value)}")
+        check_kind(what, name, value)
+        if value.device != x.device:
+            raise ValueError(f"{what}: x is on {x.device}, so {name} must be there too; got {describe(value)}")
+        if name.startswith("running") and value.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{what}: there is no gradient for {name}, so it must not require one; detach it")
+    shapes = {value.shape for value in given.values()}
+    if len(shapes) == 1 and value.dim() == 1:
+        # It is x that does not fit, not a vector.
+        check_channels(what, x, len(value), ", ".join(given) if what == FUNCTION else "the layer")
+    for name, value in given.items():
         if value.shape != (channels,):
             raise ValueError(
                 f"{what}: x has {channels} channels (dimension 1 of {tuple(x.shape)}), so {name} must have shape "
                 f"({channels},); got {describe(value)}"
             )
-        if value.device != x.device:
-            raise ValueError(f"{what}: x is on {x.device}, so {name} must be there too; got {describe(value)}")
-    batches = state.num_batches_tracked
-    if batches is not None and batches.device != x.device:
-        raise ValueError(
-            f"{what}: x is on {x.device}, so num_batches_tracked must be there too; got {describe(batches)}"
-        )
+    if state.num_batches_tracked is not None:
+        check_counter(what, state.num_batches_tracked, x.device)
     if residual is not None:
         if not isinstance(residual, Tensor) or not residual.is_floating_point():
             raise TypeError(f"{what}: the residual must be a real floating-point tensor; got {describe(residual)}")
+        check_kind(what, "the residual", residual)
         if residual.shape != x.shape:
             raise ValueError(f"{what}: the residual must have x's shape {tuple(x.shape)}; got {describe(residual)}")
         if residual.device != x.device:
@@ -102,8 +111,7 @@ def check_arguments(
         raise ValueError(f"{what}: running_mean and running_var come together or not at all; {missing} is None")
     if not state.training and state.running_mean is None:
         raise ValueError(f"{what}: inference needs running_mean and running_var; pass them, or set training=True")
-    if not (state.eps > 0 or (state.eps == 0 and not state.training)):
-        raise ValueError(f"{what}: eps must be positive (or 0, with running moments alone); got {state.eps!r}")
+    check_numbers(what, state.eps, state.momentum, state.training, state.training and state.update)
     averages = state.training and state.update and state.running_mean is not None and state.momentum is None
     if averages and state.num_batches_tracked is None:
         raise ValueError(
@@ -117,6 +125,56 @@ def check_arguments(
             f"larger batch (drop_last=True drops a short last one), {moments}, or give "
             "ek.BatchNorm too_few='running' or 'skip'"
         )
+
+
+def check_channels(what: str, x: Tensor, channels: int, owner: str = "the layer") -> None:
+    """Raise a ValueError unless x has as many channels as the layer, or whatever else owns them."""
+    if x.shape[1] == channels:
+        return
+    hint = ""
+    if x.dim() > 2 and x.shape[-1] == channels:
+        hint = ". Its last dimension fits: if x is (N, *S, C), give x.movedim(-1, 1)"
+    raise ValueError(
+        f"{what}: x has {x.shape[1]} channels (dimension 1 of {tuple(x.shape)}), and {owner} {channels}; "
+        f"got {describe(x)}{hint}"
+    )
+
+
+def check_kind(what: str, name: str, value: Tensor) -> None:
+    """Raise a TypeError unless a tensor is of the ordinary kind: a number for each place of a shape, or on meta."""
+    if value.is_nested:
+        remedy = "Pad it, as with .to_padded_tensor(0.0), and say by mask= which values count"
+    elif value.is_quantized:
+        remedy = "Convert it first, with .dequantize()"
+    elif value.layout is not torch.strided:
+        remedy = "Convert it first, with .to_dense()"
+    else:
+        return
+    raise TypeError(f"{what}: {name} must be an ordinary dense tensor; got {describe(value)}. {remedy}")
+
+
+def check_counter(what: str, batches: Any, device: torch.device) -> None:
+    """Raise unless it can count batches that are on a device."""
+    if not isinstance(batches, Tensor) or batches.is_complex() or batches.dtype == torch.bool:
+        raise TypeError(f"{what}: num_batches_tracked must be an int64 tensor; got {describe(batches)}")
+    check_kind(what, "num_batches_tracked", batches)
+    if batches.device != device:
+        raise ValueError(f"{what}: x is on {device}, so num_batches_tracked must be there too; got {describe(batches)}")
+
+
+def check_numbers(what: str, eps: Any, momentum: Any, training: bool, update: bool) -> None:
+    """Raise unless eps and, where moments are updated, momentum are numbers that leave finite values finite."""
+    try:
+        scales = eps > 0 or (eps == 0 and not training)
+        averages = not update or momentum is None or momentum - momentum == 0
+    except TypeError:
+        raise TypeError(
+            f"{what}: eps and momentum must be numbers; got {describe(eps)} and {describe(momentum)}"
+        ) from None
+    if not scales:
+        raise ValueError(f"{what}: eps must be positive (or 0, with running moments alone); got {eps!r}")
+    if not averages:
+        raise ValueError(f"{what}: momentum must be finite, or None for the average of all batches; got {momentum!r}")
 
 
 def check_inplace(what: str, x: Tensor, residual: Any, act: Activation) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evenkeel.activations import Activation
 from evenkeel.arguments import State
-from evenkeel.layout import counted, per_channel, reduced_dims
+from evenkeel.layout import counted, dense, per_channel, reduced_dims
 from evenkeel.moments import Moments, compute_dtype, wide_dtype
 from evenkeel.running import update_running
 
@@ -35,6 +35,7 @@ def differentiable(
     ``torch.nn.functional.batch_norm`` is not: several of its mixed higher derivatives in training are wrong. It is good
     for the running moments, whose derivative nobody asks for.
     """
+    x = dense(x)
     given, counts = x, None
     if state.mask is not None:
         counts = state.mask.unsqueeze(1)

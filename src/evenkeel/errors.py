@@ -26,7 +26,10 @@ def describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         article = "an" if dtype[0] in "aeiou" else "a"
-        return f"{article} {dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+        if value.is_nested:
+            return f"{article} {dtype} nested tensor of {value.size(0)} parts on {value.device}"
+        layout = "" if value.layout is torch.strided else str(value.layout).removeprefix("torch.").lstrip("_") + " "
+        return f"{article} {dtype} {layout}tensor of shape {tuple(value.shape)} on {value.device}"
     if value is None:
         return "None"
     kind, text = type(value).__name__, repr(value)

@@ -20,7 +20,7 @@ __all__ = ["batch_norm", "length_mask", "moments"]
 
 
 def batch_norm(
-    x: Tensor,
+    input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,
@@ -46,7 +46,7 @@ def batch_norm(
     is the unbiased one.
 
     Args:
-        x: Values of shape (N, C, *S), floating-point.
+        input: x, values of shape (N, C, *S), floating-point.
         running_mean, running_var: Population moments (C,), updated in place when ``training``; both or neither. Needed
             when not ``training``.
         weight, bias: γ and β, shape (C,); ones and zeros where None.
@@ -101,11 +101,11 @@ def batch_norm(
         Ioffe, Szegedy (2015), "Batch Normalization", arXiv:1502.03167, algorithms 1 and 2.
     """
     refuse_jit("ek.functional.batch_norm")
-    if has_torch_function((x, running_mean, running_var, weight, bias, residual)):
+    if has_torch_function((input, running_mean, running_var, weight, bias, residual)):
         return handle_torch_function(  # type: ignore[no-any-return]
             batch_norm,
-            (x, running_mean, running_var, weight, bias, residual),
-            x,
+            (input, running_mean, running_var, weight, bias, residual),
+            input,
             running_mean,
             running_var,
             weight,
@@ -122,7 +122,7 @@ def batch_norm(
         )
     state = State(running_mean, running_var, None, training, training, momentum, eps)
     options = Options(activation, inplace, mask, sample_weight, padding)
-    return layer_batch_norm(x, residual, weight, bias, state, options)
+    return layer_batch_norm(input, residual, weight, bias, state, options)
 
 
 def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
@@ -195,20 +195,30 @@ def layer_batch_norm(
             layer_batch_norm, (x, residual), x, residual, weight, bias, state, options, ranks, too_few
         )
     act = resolve(what, activation)
-    if not _plainly_legal(x, residual, weight, bias, state, ranks):
+    try:
+        plain = _plainly_legal(x, residual, weight, bias, state, ranks)
+    except (AttributeError, TypeError, RuntimeError):
+        plain = False  # something can't even be asked; what, is said next
+    if not plain:
         check_arguments(what, x, residual, weight, bias, state, ranks, too_few)
         if state.training and x.numel() == x.shape[1] > 0:
             state = without_variance(state, too_few)
-    if mask is not None or sample_weight is not None:
-        if inplace:
-            raise ValueError(f"{what}: inplace=True goes without a mask and sample_weight; leave one of them out")
-        state = take_mask(state, mask, padding, x, too_few)
-        if sample_weight is not None:
-            return weighted(x, residual, weight, bias, state, act, sample_weight)
-    elif inplace:
-        check_inplace(what, x, residual, act)
-        return batch_norm_(x, weight, bias, state, act)
-    return fused.batch_norm(x, residual, weight, bias, state, act)
+    try:
+        if mask is not None or sample_weight is not None or padding != "zero":
+            if inplace:
+                raise ValueError(f"{what}: inplace=True goes without mask, sample_weight and padding; leave them out")
+            state = take_mask(state, mask, padding, x, too_few)
+            if sample_weight is not None:
+                with fused.unchanged(state):
+                    return weighted(x, residual, weight, bias, state, act, sample_weight)
+        elif inplace:
+            check_inplace(what, x, residual, act)
+            return batch_norm_(x, weight, bias, state, act)
+        return fused.batch_norm(x, residual, weight, bias, state, act)
+    except RuntimeError:
+        if plain:  # what torch says of a tensor of a kind that it can't take is no help
+            check_arguments(what, x, residual, weight, bias, state, ranks, too_few)
+        raise
 
 
 def check_layer_call(
@@ -235,12 +245,13 @@ def _plainly_legal(x: Any, residual: Any, weight: Any, bias: Any, state: State, 
         and ranks is not None
         and x.dim() in ranks
         and eps > 0
+        and (momentum is None or momentum - momentum == 0)  # finite
         and not (training and x.numel() == x.shape[1])
         and (residual is None or (type(residual) is Tensor and residual.is_cpu))
         and (weight is None or weight.is_cpu)
         and (bias is None or bias.is_cpu)
-        and (running_mean is None or running_mean.is_cpu)
-        and (running_var is None or running_var.is_cpu)
+        and (running_mean is None or (running_mean.is_cpu and not running_mean.requires_grad))
+        and (running_var is None or (running_var.is_cpu and not running_var.requires_grad))
         and (batches.is_cpu if batches is not None else momentum is not None)
         and not torch.compiler.is_compiling()
     )

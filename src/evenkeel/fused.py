@@ -7,6 +7,7 @@ differentiable torch (``composite``) where a transform asks for more than a back
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +22,7 @@ from evenkeel.layout import counted, dense, per_channel
 from evenkeel.moments import wide_dtype
 from evenkeel.running import update_running
 from evenkeel.second_run import is_second_run
+from evenkeel.unchanged import Unchanged
 
 _UNSUPPORTED = "evenkeel: unsupported: "
 _log = logging.getLogger("evenkeel")
@@ -49,10 +51,13 @@ def batch_norm(
         return _traced(x, residual, weight, bias, state, act)
     if state.update and is_second_run():
         state = state._replace(update=False)
-    if transformed():
-        return composite.differentiable(x, residual, weight, bias, state, act)
+    # What transformed() asks, without a second look at the compiler.
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        with unchanged(state):
+            return composite.differentiable(x, residual, weight, bias, state, act)
     if type(x) not in PLAIN:
-        return composite.torch_operators(x, residual, weight, bias, state, act)
+        with unchanged(state):
+            return composite.torch_operators(x, residual, weight, bias, state, act)
     if not x.is_contiguous():
         x = dense(x)
     if torch.is_grad_enabled() and (
@@ -96,7 +101,7 @@ def measure(x: Tensor, state: State) -> Tensor:
             if not declined(error):
                 raise
             announce_declined(error)
-    with torch.no_grad():
+    with torch.no_grad(), unchanged(state):
         saved, count = _reference_measure(x, state)
         _reference_update(x, saved, count, state)
     return saved
@@ -280,7 +285,8 @@ def _forward(
                 raise
             check_arguments(what, x, residual, weight, bias, state)
             announce_declined(error)
-    return reference_forward(x, residual, weight, bias, state, act, saved)
+    with unchanged(state):
+        return reference_forward(x, residual, weight, bias, state, act, saved)
 
 
 def after_kernel(x: Tensor, saved: Tensor, state: State, *others: Tensor) -> None:
@@ -316,6 +322,13 @@ def announce_declined(error: RuntimeError) -> None:
             "the fast kernels do not take this dtype or layout of %s: the reference back end runs, which is slower",
             reason,
         )
+
+
+def unchanged(state: State) -> AbstractContextManager[None]:
+    """Inside, an exception leaves the buffers of a state as they were."""
+    if not state.update or torch.compiler.is_compiling():
+        return nullcontext()
+    return Unchanged((state.running_mean, state.running_var, state.num_batches_tracked, state.skipped))
 
 
 def reference_forward(

@@ -118,9 +118,10 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State
         else:
             fused.after_kernel(x, saved, state, x)
             return saved
-    y, moments = fused.reference_forward(x, None, weight, bias, state, act)
-    x.copy_(y)
-    return moments
+    with fused.unchanged(state):
+        y, moments = fused.reference_forward(x, None, weight, bias, state, act)
+        x.copy_(y)
+        return moments
 
 
 def _invert(y: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, act: Activation) -> Tensor:

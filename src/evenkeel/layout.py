@@ -22,24 +22,41 @@ def is_dense(x: Tensor) -> bool:
 
 
 def dense(x: Tensor) -> Tensor:
-    """``x`` itself where it is dense, else a copy in the nearer of the two layouts; differentiable.
+    """``x`` in the memory format in which torch's batch norms give their result: itself, or a copy; differentiable.
 
-    The nearer one is channels-last where no dimension has a smaller stride than the channels, else contiguous.
+    Under torch.func.vmap always itself: how it lies is not seen there.
     """
-    if is_dense(x):
-        return x
-    if not _is_nearer_to_channels_last(x):
-        return x.contiguous()
-    memory_format = _CHANNELS_LAST.get(x.dim())
-    if memory_format is not None:
-        return x.contiguous(memory_format=memory_format)
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x if x.is_contiguous() or _is_batched(x) else x.contiguous(memory_format=memory_format(x))
 
 
-def _is_nearer_to_channels_last(x: Tensor) -> bool:
-    if x.dim() == 2 or x.shape[1] == 1 or x.stride(1) == 0:
-        return False
-    return all(x.stride(1) < x.stride(d) for d in range(x.dim()) if d != 1 and x.shape[d] > 1)
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Channels-last for x of four or five dimensions whose strides rise in that order, else contiguous.
+
+    x may have gaps, as a slice has, but not values that share memory. This is torch's own rule (c10/core/
+    MemoryFormat.h), save that a dimension of one value has no say.
+    """
+    last = _CHANNELS_LAST.get(x.dim())
+    if last is None or x.shape[1] == 1:
+        return torch.contiguous_format
+    least = 1
+    for dim in (1, *range(x.dim() - 1, 1, -1), 0):
+        if x.shape[dim] != 1:
+            if x.stride(dim) < least:
+                return torch.contiguous_format
+            least = x.stride(dim) * x.shape[dim]
+    return last
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Whether torch.func.vmap has a dimension of x that is not seen here."""
+    if torch.compiler.is_compiling():  # which can't look closer
+        return torch._C._are_functorch_transforms_active()
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def reduced_dims(x: Tensor) -> list[int]:

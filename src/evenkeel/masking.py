@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from evenkeel.activations import Activation
-from evenkeel.arguments import State
+from evenkeel.arguments import State, check_kind
 from evenkeel.composite import normalized
 from evenkeel.errors import describe
 from evenkeel.layout import counted, per_channel, reduced_dims
@@ -15,6 +17,7 @@ from evenkeel.running import update_running
 
 TOO_FEW = ("error", "running", "skip")
 PADDINGS = ("zero", "keep")
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def length_mask(lengths: Tensor, size: int) -> Tensor:
@@ -35,8 +38,11 @@ def length_mask(lengths: Tensor, size: int) -> Tensor:
         >>> length_mask(torch.tensor([1, 3]), 3).int().tolist()
         [[1, 0, 0], [1, 1, 1]]
     """
-    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+    if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
         raise TypeError(f"length_mask: lengths must be a tensor of integers, shape (N,); got {describe(lengths)}")
+    check_kind("length_mask", "lengths", lengths)
+    if not hasattr(size, "__index__"):
+        raise TypeError(f"length_mask: size must be an integer, the steps after padding; got {describe(size)}")
     if lengths.dim() != 1:
         raise ValueError(f"length_mask: lengths must have shape (N,), a number for each; got {describe(lengths)}")
     if lengths.is_cpu and lengths.numel() and not (lengths.min() >= 0 and lengths.max() <= size):
@@ -52,17 +58,35 @@ def common_mask(mask: Tensor, x: Tensor) -> Tensor | None:
     return mask.expand(x.shape[0], 1, *x.shape[2:]).squeeze(1).contiguous() if mask.shape[1] == 1 else None
 
 
+def check_policy(what: str, too_few: Any) -> None:
+    """Raise unless it says what one value per channel is in training."""
+    if too_few not in TOO_FEW:
+        raise ValueError(f"{what}: too_few must be one of {TOO_FEW}; got {describe(too_few)}")
+
+
+def check_padding(what: str, padding: Any) -> None:
+    """Raise unless it says what comes out where a mask does not count."""
+    if padding not in PADDINGS:
+        raise ValueError(f"{what}: padding must be one of {PADDINGS}; got {describe(padding)}")
+
+
+def named_mask(what: str, mask: Any, x: Tensor) -> Tensor:
+    """The mask with as many dimensions as x, or an error that begins with what was called."""
+    if isinstance(mask, Tensor):
+        check_kind(what, "the mask", mask)
+    try:
+        return broadcast_mask(mask, x)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{what}: {error}") from None
+
+
 def take_mask(state: State, mask: Tensor | None, padding: str, x: Tensor, too_few: str) -> State:
     """The state with a mask, after a look at whether it is legal and leaves a variance."""
     what = state.what
-    if padding not in PADDINGS:
-        raise ValueError(f"{what}: padding must be one of {PADDINGS}; got {describe(padding)}")
+    check_padding(what, padding)
     if mask is None:
         return state
-    try:
-        common = common_mask(mask, x)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{what}: {error}") from None
+    common = common_mask(named_mask(what, mask, x), x)
     if common is None:
         raise ValueError(f"{what}: the mask must be the same for all channels, (N,) or (N, *S); got {describe(mask)}")
     state = state._replace(mask=common, keep=padding == "keep")
@@ -128,13 +152,18 @@ def _broadcast_weight(what: str, sample_weight: Tensor, x: Tensor) -> Tensor:
     legal = (x.shape[0],), (x.shape[0], *x.shape[2:])
     if not isinstance(sample_weight, Tensor) or not sample_weight.is_floating_point():
         raise TypeError(f"{what}: sample_weight must be a floating-point tensor; got {describe(sample_weight)}")
+    check_kind(what, "sample_weight", sample_weight)
     if tuple(sample_weight.shape) not in legal or sample_weight.device != x.device:
         raise ValueError(
             f"{what}: sample_weight must have shape {' or '.join(map(str, dict.fromkeys(legal)))} and be on "
             f"{x.device}; got {describe(sample_weight)}"
         )
-    if sample_weight.is_cpu and not torch.compiler.is_compiling() and not bool((sample_weight >= 0).all()):
-        raise ValueError(f"{what}: sample_weight must not be negative or NaN; it has {sample_weight.min().item()}")
+    if sample_weight.is_cpu and not torch.compiler.is_compiling():
+        illegal = sample_weight[~((sample_weight >= 0) & (sample_weight < torch.inf))]
+        if illegal.numel() > 0:
+            raise ValueError(
+                f"{what}: sample_weight must not be negative, infinite or NaN; it has {illegal.flatten()[0].item()}"
+            )
     if sample_weight.dim() == 1:
         return sample_weight.view(-1, *([1] * (x.dim() - 1)))
     return sample_weight.unsqueeze(1)

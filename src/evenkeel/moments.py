@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from evenkeel.arguments import check_kind
 from evenkeel.errors import describe
 from evenkeel.layout import per_channel, reduced_dims
 from evenkeel.ranks import gather, group_of
@@ -183,6 +184,7 @@ def check_values(x: Tensor) -> None:
     """Raise unless ``x`` is a floating-point tensor of shape (N, C, *S)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"moments are taken of a tensor of shape (N, C, *S); got {describe(x)}")
+    check_kind("moments", "x", x)
     if not x.is_floating_point():
         raise TypeError(f"moments need floating-point values; got {describe(x)}. Convert it first, as with x.float()")
     if x.dim() < 2:

@@ -237,7 +237,7 @@ def test_activation_in_the_call(inplace):
     y = layer.train()(x, activation="leaky_relu")
     layer.reset_running_stats()
     with torch.no_grad(), accumulate_statistics(layer):
-        found = [layer(x=part.clone(), activation="leaky_relu", inplace=inplace) for part in x.split(16)]
+        found = [layer(input=part.clone(), activation="leaky_relu", inplace=inplace) for part in x.split(16)]
     assert torch.equal(found[0], y)
     assert_moments(layer, expected)
 

@@ -173,7 +173,11 @@ def test_illegal_lengths(lengths, error):
         ({"mask": torch.ones(4, dtype=torch.bool), "inplace": True}, ValueError, "inplace"),
         ({"sample_weight": torch.ones(3)}, ValueError, "sample_weight must have shape"),
         ({"sample_weight": torch.ones(4, dtype=torch.int64)}, TypeError, "sample_weight must be a floating"),
-        ({"sample_weight": -torch.ones(4)}, ValueError, "must not be negative"),
+        ({"sample_weight": -torch.ones(4)}, ValueError, "must not be negative, infinite or NaN; it has -1.0"),
+        ({"sample_weight": torch.tensor([1, 1, 1, torch.inf])}, ValueError, "infinite or NaN; it has inf"),
+        ({"sample_weight": torch.tensor([1, torch.nan, 1, 1])}, ValueError, "infinite or NaN; it has nan"),
+        ({"sample_weight": torch.ones(4).to_sparse()}, TypeError, "sample_weight must be an ordinary dense tensor"),
+        ({"mask": torch.ones(4, dtype=torch.bool).to_sparse()}, TypeError, "the mask must be an ordinary dense tensor"),
     ],
 )
 def test_illegal_calls(keywords, error, words):

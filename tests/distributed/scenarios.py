@@ -166,6 +166,8 @@ def many() -> Any:
     single = SyncBatchNorm(2)
     said(lambda: single(torch.ones(1 - rank, 2)))
     found["nothing changed"] = int(single.num_batches_tracked), single.running_mean
+    for policy in ("running", "skip"):
+        found[f"too few, {policy}"] = one_value(policy, rank)
     masked = SyncBatchNorm(2)
     y = masked(torch.randn(3, 2), mask=torch.zeros(3, dtype=torch.bool))
     found["all masked"] = y.detach(), int(masked.num_batches_tracked), masked.running_mean
@@ -188,6 +190,20 @@ def many() -> Any:
         found["without autograd"] = layer_of(case, batch)(x)
     found["state"] = list(pickle.loads(pickle.dumps(SyncBatchNorm(2))).state_dict())
     return found
+
+
+def one_value(too_few: str, rank: int) -> dict[str, Tensor]:
+    """A step in which rank 0 has one value per channel, and rank 1 none."""
+    layer = SyncBatchNorm(2, too_few=too_few, dtype=torch.float64)
+    with torch.no_grad():
+        for value, fill in zip(
+            (layer.weight, layer.bias, layer.running_mean, layer.running_var), (3, 5, 1, 4), strict=True
+        ):
+            value.fill_(fill)
+    leaf = torch.full((1 - rank, 2), 7.0, dtype=torch.float64, requires_grad=True)
+    y = layer(leaf)
+    y.sum().backward()
+    return {"y": y.detach(), "dx": leaf.grad, "moments": torch.stack([layer.running_mean, layer.running_var])}
 
 
 def compiled() -> Any:

@@ -54,6 +54,15 @@ def test_alone_it_is_batch_norm_to_the_bit(training: bool, track: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_alone_it_has_a_second_derivative(masked: bool) -> None:
+    """With other ranks it is refused by name, see test_what_has_no_derivative_says_so."""
+    layer = SyncBatchNorm(2, dtype=torch.float64)
+    x = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([True, True, False, True]) if masked else None
+    assert torch.autograd.gradgradcheck(lambda x: layer(x, activation="silu", mask=mask), (x,))
+
+
 def test_alone_one_value_is_an_error() -> None:
     layer = nn.Sequential(SyncBatchNorm(2))
     with pytest.raises(ValueError, match=r"SyncBatchNorm '0': one value per channel has no variance"):

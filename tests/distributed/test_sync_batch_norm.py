@@ -160,6 +160,17 @@ def test_one_value_over_all_ranks_is_an_error_and_one_on_each_is_not(ranks: Scen
         torch.testing.assert_close(running_var, torch.tensor([0.9 + 0.1 * 2, 0.9 + 0.1 * 8]))
 
 
+def test_one_value_over_all_ranks_where_it_is_no_error(ranks: Scenarios) -> None:
+    """Normalized by the running moments (mean 1, variance 4), as constants; or the bias. Neither counts."""
+    rstd = (4 + 1e-5) ** -0.5
+    for policy, y, dx in (("running", 6 * rstd * 3 + 5, rstd * 3), ("skip", 5, 0)):
+        for rank, found in enumerate(each[f"too few, {policy}"] for each in ranks("many")):
+            expected = torch.full((1 - rank, 2), 1.0, dtype=torch.float64)
+            torch.testing.assert_close(found["y"], expected * y)
+            torch.testing.assert_close(found["dx"], expected * dx)
+            assert found["moments"].tolist() == [[1, 1], [4, 4]]
+
+
 def test_no_values_at_all_change_nothing(ranks: Scenarios) -> None:
     for found in ranks("many"):
         y, batches, mean = found["all masked"]

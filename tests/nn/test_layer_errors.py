@@ -40,7 +40,12 @@ CALLS = {
     ),
     "x bool": Bad((GOOD > 0,), TypeError, ("real floating-point", "a bool tensor", "x.float()")),
     "x complex": Bad((GOOD + 0j,), TypeError, ("real floating-point", "a complex64 tensor")),
-    "x channels": Bad((GOOD[:, :4],), ValueError, ("x has 4 channels", "(4, 4, 3, 3)", "(4,)", "shape (5,) on cpu")),
+    "x channels": Bad((GOOD[:, :4],), ValueError, ("x has 4 channels", "(4, 4, 3, 3)", "and the layer 5;")),
+    "x channels last": Bad(
+        (GOOD.movedim(1, -1),),
+        ValueError,
+        ("x has 3 channels", "and the layer 5;", "if x is (N, *S, C), give x.movedim(-1, 1)"),
+    ),
     "x meta": Bad((GOOD.to("meta"),), ValueError, ("x is on meta", "must be there too", "shape (5,) on cpu")),
     "residual None-like": bad_residual(0.0, TypeError, "real floating-point tensor", "got 0.0 (float)"),
     "residual list": bad_residual([1], TypeError, "real floating-point tensor", "got [1] (list)"),
@@ -152,14 +157,53 @@ def test_the_message_names_the_layer(layer_type, backend):
     assert_refused(layer, lambda: layer(x), ValueError, (f"{layer_type.__name__}: x has 2 channels",))
 
 
+#: How a tensor (4, 5) becomes one of another kind, what the error calls it, and the remedy in it.
+KINDS = {
+    "sparse": (torch.Tensor.to_sparse, "float32 sparse_coo tensor of shape (4, 5)", ".to_dense()"),
+    "csr": (torch.Tensor.to_sparse_csr, "float32 sparse_csr tensor of shape (4, 5)", ".to_dense()"),
+    "mkldnn": (torch.Tensor.to_mkldnn, "float32 mkldnn tensor of shape (4, 5)", ".to_dense()"),
+    "nested": (lambda x: torch.nested.nested_tensor([x, x[:2]]), "float32 nested tensor of 2 parts", "mask="),
+    "jagged": (
+        lambda x: torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged),
+        "float32 nested tensor of 2 parts",
+        "mask=",
+    ),
+    "quantized": (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "a qint8 tensor", ".dequantize()"),
+    "complex": (lambda x: x + 0j, "a complex64 tensor", "x.real"),
+    "integer": (torch.Tensor.int, "an int32 tensor", "x.float()"),
+}
+
+
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
-@pytest.mark.parametrize("convert", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, torch.Tensor.to_mkldnn])
-def test_other_memory_than_strided(convert, backend):
-    layer = randomize(ek.BatchNorm1d(CHANNELS))
-    before = snapshot(layer)
-    with pytest.raises((RuntimeError, ValueError, TypeError)):
-        layer(convert(torch.randn(4, CHANNELS)))
-    assert_untouched(layer, before)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel:UserWarning")
+@trainings
+@pytest.mark.parametrize(("convert", "came", "remedy"), KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("layer_type", [ek.BatchNorm, ek.BatchNorm1d, ek.L1BatchNorm, ek.SyncBatchNorm])
+def test_other_kinds_of_tensors(layer_type, convert, came, remedy, training, backend):
+    layer, x = randomize(layer_type(CHANNELS)).train(training), convert(torch.randn(4, CHANNELS))
+    assert_refused(
+        layer, lambda: layer(x), TypeError, (layer_type.__name__, f"got {came}" if came[0] != "f" else came, remedy)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@trainings
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var", "residual"])
+@pytest.mark.parametrize("kind", ["sparse", "mkldnn"])
+def test_other_kinds_beside_x(name, kind, training, backend):
+    moments = {"running_mean": torch.zeros(CHANNELS), "running_var": torch.ones(CHANNELS)}
+    shape = (4, CHANNELS) if name == "residual" else (CHANNELS,)
+    keywords = moments | {name: KINDS[kind][0](torch.rand(shape))}
+    with pytest.raises(TypeError, match=rf"{name} must be .*{kind}.*to_dense"):
+        ek.functional.batch_norm(torch.randn(4, CHANNELS), **keywords, training=training)
+    assert torch.equal(moments["running_mean"], torch.zeros(CHANNELS))
+    layer = randomize(ek.BatchNorm1d(CHANNELS)).train(training)
+    if name != "residual":  # in place of the layer's own
+        value = KINDS[kind][0](torch.rand(CHANNELS))
+        setattr(layer, name, nn.Parameter(value) if name in ("weight", "bias") else value)
+    with pytest.raises(TypeError, match=rf"{name} must be .*{kind}.*to_dense"):
+        layer(torch.randn(4, CHANNELS), **({"residual": keywords["residual"]} if name == "residual" else {}))
 
 
 def test_a_refused_call_leaves_no_trace(backend):

@@ -47,9 +47,9 @@ def test_signature_is_torchs(ours, theirs, shape):
 
 @pytest.mark.parametrize("layer_type", [ek.BatchNorm, ek.BatchNorm1d, ek.BatchNorm2d, ek.BatchNorm3d])
 def test_call_signature(layer_type):
-    """layer(x, residual=None, *, activation=None, inplace=False, mask=None, sample_weight=None, padding="zero")."""
+    """layer(input, residual=None, *, activation=None, inplace=False, mask=None, sample_weight=None, padding="zero")."""
     x, residual, activation, inplace, *counting = inspect.signature(layer_type(3).forward).parameters.values()
-    assert (x.name, x.default) == ("x", inspect.Parameter.empty)
+    assert (x.name, x.default) == ("input", inspect.Parameter.empty)
     assert (residual.name, residual.default) == ("residual", None)
     assert residual.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     assert (activation.name, activation.default) == ("activation", None)

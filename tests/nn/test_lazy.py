@@ -55,7 +55,7 @@ def test_the_first_call_takes_all_arguments() -> None:
     layer, ordinary = LazyBatchNorm2d(), ek.BatchNorm2d(5)
     x, residual = torch.randn(2, 4, 5, 3, 3).unbind()
     assert torch.equal(layer(x, residual, activation="relu"), ordinary(x, residual, activation="relu"))
-    assert torch.equal(LazyBatchNorm2d()(x=x, activation="silu"), ek.BatchNorm2d(5)(x, activation="silu"))
+    assert torch.equal(LazyBatchNorm2d()(input=x, activation="silu"), ek.BatchNorm2d(5)(x, activation="silu"))
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
 from evenkeel.nn.recurrent import BatchNormGRU, BatchNormLSTM
-from evenkeel.nn.recurrent_cells import BatchNormLSTMCell
+from evenkeel.nn.recurrent_cells import BatchNormGRUCell, BatchNormLSTMCell
 from evenkeel.nn.stepwise import StepwiseBatchNorm
 
 X = torch.zeros(4, 2, 3)
@@ -72,6 +74,53 @@ def test_call(arguments: tuple, keywords: dict, error: type[Exception], words: s
 def test_a_single_sequence_is_evaluated_and_trains_by_its_input() -> None:
     assert BatchNormLSTM(3, 4).eval()(X[:, 0])[0].shape == (4, 4)
     assert BatchNormGRU(3, 4, normalize="input")(torch.randn(4, 3))[0].shape == (4, 4)
+
+
+@pytest.mark.parametrize("normalize", ["recurrent", "input"])
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"eps": -1.0}, "eps must be positive"),
+        ({"eps": 0.0}, "eps must be positive"),
+        ({"eps": float("nan")}, "eps must be positive"),
+        ({"momentum": float("nan")}, "momentum must be finite"),
+        ({"momentum": float("inf")}, "momentum must be finite"),
+    ],
+    ids=str,
+)
+def test_numbers_that_make_nan(option: dict, words: str, normalize: str) -> None:
+    layers = [
+        BatchNormLSTM(3, 4, normalize=normalize, num_layers=2, **option),
+        BatchNormGRU(3, 4, normalize=normalize, **option),
+    ]
+    calls = [lambda layer=layer: layer(torch.randn(4, 2, 3)) for layer in layers]
+    if normalize == "recurrent":
+        cells = [BatchNormLSTMCell(3, 4, **option), BatchNormGRUCell(3, 4, **option)]
+        calls += [lambda cell=cell: cell(torch.randn(2, 3), step=1) for cell in cells]
+        layers += cells
+    for layer, call in zip(layers, calls, strict=True):
+        before = [buffer.clone() for buffer in layer.buffers()]
+        with pytest.raises(ValueError, match=words):
+            call()
+        assert all(torch.equal(a, b) for a, b in zip(layer.buffers(), before, strict=True))
+
+
+def test_eps_may_be_0_where_the_running_moments_normalize() -> None:
+    y, _ = BatchNormLSTM(3, 4, eps=0.0).eval()(torch.randn(4, 2, 3))
+    assert y.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize(
+    "convert", [torch.Tensor.to_sparse, torch.Tensor.to_mkldnn, lambda x: torch.nested.nested_tensor([x[0], x[1]])]
+)
+def test_other_kinds_of_tensors(convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    layer = BatchNormLSTM(3, 4)
+    with pytest.raises(TypeError, match="the input must be an ordinary dense tensor"):
+        layer(convert(X))
+    state = torch.zeros(1, 2, 4)
+    with pytest.raises((TypeError, ValueError), match="the initial state c must be"):
+        layer(X, (state, convert(torch.zeros(2, 2, 4))))
 
 
 @pytest.mark.parametrize("step", [-1, 1.0, None, True])

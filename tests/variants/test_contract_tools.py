@@ -45,19 +45,19 @@ def test_compiles(variant):
 
 
 def fewer_channels(x):
-    return {"x": x[:, 1:]}
+    return {"input": x[:, 1:]}
 
 
 def integers(x):
-    return {"x": x.long()}
+    return {"input": x.long()}
 
 
 def one_dimension(x):
-    return {"x": x.flatten()}
+    return {"input": x.flatten()}
 
 
 def no_tensor(x):
-    return {"x": x.tolist()}
+    return {"input": x.tolist()}
 
 
 def a_residual_that_broadcasts(x):
@@ -93,7 +93,7 @@ def test_wrong_input(variant, wrong, training):
     x = torch.randn(small(variant), dtype=torch.float64)
     keywords = variant.keywords(x)
     with pytest.raises((TypeError, ValueError), match=rf"\b{type(layer).__name__}\b"):
-        layer(**{"x": x, **keywords, **wrong(x)})
+        layer(**{"input": x, **keywords, **wrong(x)})
     assert all(torch.equal(value, buffers_of(twin)[name]) for name, value in buffers_of(layer).items())
     assert_same(run(layer, x, **keywords), run(twin, x, **keywords))
 

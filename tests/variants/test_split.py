@@ -223,7 +223,7 @@ def test_wrong_arguments():
     for wrong in (1, 0, 2.0, "2"):
         with pytest.raises(ValueError, match="num_splits must be an integer of at least 2"):
             SplitBatchNorm(3, wrong)
-    with pytest.raises(TypeError, match="from_batch_norm takes a batch norm"):
+    with pytest.raises(TypeError, match=r"from_batch_norm: takes over torch.nn.BatchNorm1d/2d/3d"):
         SplitBatchNorm.from_batch_norm(torch.nn.Linear(2, 2))
     for wrong in (-1, 2, None, 1.0):
         with pytest.raises(ValueError, match="the parts are 0"), SplitBatchNorm(3).using(wrong):

@@ -10,12 +10,13 @@ from torch.overrides import has_torch_function
 
 from evenkeel.activations import NONE, resolve
 from evenkeel.arguments import State
-from evenkeel.errors import describe, locate
+from evenkeel.errors import locate
 from evenkeel.functional import BESIDE_JIT, Options, check_layer_call, layer_batch_norm
 from evenkeel.fused import Normalization, is_plain
 from evenkeel.fusion.call import begin, passes_by
 from evenkeel.fusion.scope import current
-from evenkeel.masking import TOO_FEW
+from evenkeel.masking import check_policy
+from evenkeel.nn.constructed import Constructed
 from evenkeel.nn.controlled import Controlled
 from evenkeel.nn.skipped import CountsSkipped, counter_beside
 
@@ -28,6 +29,11 @@ def refuse_script(module: torch.nn.Module) -> NoReturn:
         f"evenkeel.{type(module).__name__} does not go through torch.jit.script, which can't express what it fuses. "
         f"{BESIDE_JIT}"
     )
+
+
+def policy_repr(too_few: str) -> str:
+    """How a layer shows its ``too_few``, where that is not the default."""
+    return f", too_few={too_few!r}" if too_few != "error" else ""
 
 
 def fx_node(
@@ -56,7 +62,7 @@ def fx_node(
     return act.forward(tracer.create_proxy("call_module", tracer.path_of_module(layer), given, keywords))
 
 
-class FusedBatchNorm(Controlled, CountsSkipped):
+class FusedBatchNorm(Constructed, Controlled, CountsSkipped):
     """What all drop-in layers share: the forward. State, constructor and state_dict are ``torch.nn``'s."""
 
     #: Legal numbers of dimensions of the input; None for any from two on.
@@ -84,14 +90,13 @@ class FusedBatchNorm(Controlled, CountsSkipped):
 
     def set_policy(self, too_few: str) -> None:
         """What one value per channel is in training from now on; see :class:`BatchNorm`."""
-        if too_few not in TOO_FEW:
-            raise ValueError(f"{type(self).__name__}: too_few must be one of {TOO_FEW}; got {describe(too_few)}")
+        check_policy(type(self).__name__, too_few)
         if too_few != self.too_few:
             self.too_few = too_few
 
     def forward(  # type: ignore[override]
         self,
-        x: Tensor,
+        input: Tensor,
         residual: Tensor | None = None,
         *,
         activation: str | torch.nn.Module | None = None,
@@ -103,7 +108,7 @@ class FusedBatchNorm(Controlled, CountsSkipped):
         """``activation(bn(x) + residual)`` as one fused operation.
 
         Args:
-            x: Shape (N, C, *S).
+            input: x, shape (N, C, *S).
             residual: Added before the activation; of x's shape.
             activation: None, a name or a module, as :func:`evenkeel.functional.batch_norm` lists them.
             inplace: Write the result into x's memory, and rebuild x in the backward; for None, leaky_relu and elu.
@@ -113,19 +118,19 @@ class FusedBatchNorm(Controlled, CountsSkipped):
         """
         if residual is None and activation is None and not torch.compiler.is_compiling():
             scope = current()
-            if scope is not None and mask is None and sample_weight is None and not inplace:
-                deferred = begin(self, scope, x, FusedBatchNorm.forward)
+            if scope is not None and mask is None and sample_weight is None and not inplace and padding == "zero":
+                deferred = begin(self, scope, input, FusedBatchNorm.forward)
                 if deferred is not None:
                     return deferred
         weight, bias, state = self._unpacked()
         options = Options(activation, inplace, mask, sample_weight, padding)
-        if has_torch_function((x, residual)):
+        if has_torch_function((input, residual)):
             more = {"inplace": inplace, "mask": mask, "sample_weight": sample_weight, "padding": padding}
-            node = fx_node(self, x, residual, activation, more)
+            node = fx_node(self, input, residual, activation, more)
             if node is not None:
                 return node  # type: ignore[no-any-return]
         try:
-            return layer_batch_norm(x, residual, weight, bias, state, options, self._ranks, self.too_few)
+            return layer_batch_norm(input, residual, weight, bias, state, options, self._ranks, self.too_few)
         except (TypeError, ValueError) as error:
             if not torch.compiler.is_compiling():
                 locate(error, self)
@@ -164,7 +169,7 @@ class FusedBatchNorm(Controlled, CountsSkipped):
         return Normalization(state, weight, bias) if check_layer_call(x, weight, bias, state, self._ranks) else None
 
     def extra_repr(self) -> str:
-        return str(super().extra_repr()) + (f", too_few={self.too_few!r}" if self.too_few != "error" else "")
+        return f"{super().extra_repr()}{policy_repr(self.too_few)}"
 
     def _check_input_dim(self, input: Tensor) -> None:
         """torch.nn's hook for the same check; the forward makes it itself."""
@@ -181,7 +186,7 @@ class BatchNorm(FusedBatchNorm):
         y = act((x − mean) / √(var + eps) · weight + bias + residual)
 
     The batch's variance is the biased one where it normalizes, and the unbiased one where it enters ``running_var``.
-    Called as ``layer(x, residual=None, *, activation=None, inplace=False, mask=None, sample_weight=None,
+    Called as ``layer(input, residual=None, *, activation=None, inplace=False, mask=None, sample_weight=None,
     padding="zero")``, see :func:`evenkeel.functional.batch_norm`; the activation is never part of the module, so that
     every tool that takes the layer for an ordinary batch norm is right.
 

@@ -9,12 +9,11 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from evenkeel import fused
-from evenkeel.activations import NONE, resolve
-from evenkeel.arguments import check_arguments
+from evenkeel.activations import NONE, Activation
+from evenkeel.arguments import check_arguments, check_channels, check_kind
 from evenkeel.errors import describe
-from evenkeel.functional import refuse_jit
-from evenkeel.layout import counted
-from evenkeel.moments import broadcast_mask, compute_dtype
+from evenkeel.functional import Options
+from evenkeel.moments import compute_dtype
 from evenkeel.nn.plain import by_batch
 from evenkeel.nn.tables import adopt, expand_rows, options_of
 from evenkeel.nn.variant import Variant
@@ -146,50 +145,58 @@ class ConditionalBatchNorm(Variant):
 
     def forward(  # type: ignore[override]
         self,
-        x: Tensor,
+        input: Tensor,
         residual: Tensor | None = None,
         *,
         condition: Tensor | None = None,
         activation: str | torch.nn.Module | None = None,
+        inplace: bool = False,
         mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        padding: str = "zero",
     ) -> Tensor:
         """``activation(bn(x)·γ(condition) + β(condition) + residual)``.
 
         Args:
-            x: Shape (N, C, *S).
-            residual: Added before the activation; of x's shape.
+            input: x, shape (N, C, *S).
             condition: A class per sample, int64 (N,), or weights of the classes (N, K); or an embedding (N, E).
-            activation: None, a name or a module, as :func:`evenkeel.functional.batch_norm` lists them.
-            mask: Which values count, True for those; shape (N,) or (N, *S). The others come out as 0.
+            residual, activation, inplace, mask, sample_weight, padding: As for
+                :meth:`evenkeel.nn.variant.Variant.forward`.
         """
+        options = Options(activation, inplace, mask, sample_weight, padding)
+        return self._call(input, residual, options, condition=condition)
+
+    def check(self, x: Any, residual: Any, condition: Any = None) -> None:
         what = type(self).__name__
-        refuse_jit(what)
-        act = resolve(what, activation)
         # Tables are looked up by row, so their channels are checked with x's below.
         weight, bias = (self.weight, self.bias) if self.num_classes is None else (None, None)
-        check_arguments(what, x, residual, weight, bias, self._state(), self._ranks)
-        if x.shape[1] != self.num_features:
-            raise ValueError(f"{what}: x must have {self.num_features} channels at dimension 1; got {describe(x)}")
+        check_arguments(what, x, residual, weight, bias, self._checked(), self._ranks)
+        check_channels(what, x, self.num_features)
+        table = (self.num_classes, self.num_features)
+        for name, value in self.named_parameters(recurse=False) if self.num_classes is not None else ():
+            if value.shape != table:
+                raise ValueError(f"{what}: {name} must have a row for each class, {table}; got {describe(value)}")
+
+    def compute(
+        self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None, condition: Tensor | None = None
+    ) -> Tensor:
         dtype = compute_dtype(x)
         gain, shift = self._affine(x, condition)
-        counts = None if mask is None else broadcast_mask(mask, x)
-        if counts is not None:
-            x, residual = counted(counts, x), None if residual is None else counted(counts, residual)
-
         wide, moments = x.to(dtype), None
         if self.uses_batch():
-            y, moments = by_batch(wide, None, None, None, self.eps, NONE, counts, self.counts())
+            y, moments = by_batch(wide, None, None, None, self.eps, NONE, mask, self.counts())
         else:
             y = fused.batch_norm(wide, None, None, None, self._state(), NONE)
-        if gain is not None and shift is not None:
+        if gain is not None:
             spread = (*x.shape[:2], *[1] * (x.dim() - 2))
-            y = torch.addcmul(shift.to(dtype).view(spread), y, gain.to(dtype).view(spread))
+            gain = gain.to(dtype).view(spread)
+            y = y * gain if shift is None else torch.addcmul(shift.to(dtype).view(spread), y, gain)
         if residual is not None:
             y = y + residual
         y = act.forward(y).to(x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
         if moments is not None:
             self.update_running(moments)
-        return y if counts is None else counted(counts, y)
+        return y
 
     def _affine(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """γ and β of each sample, (N, C); None where there are no tables."""
@@ -211,9 +218,9 @@ class ConditionalBatchNorm(Variant):
             return None, None
         if mixed:
             weights = condition.to(self.weight.dtype)
-            return weights @ self.weight, weights @ self.bias
+            return weights @ self.weight, None if self.bias is None else weights @ self.bias
         embedding = torch.nn.functional.embedding
-        return embedding(condition, self.weight), embedding(condition, self.bias)
+        return embedding(condition, self.weight), None if self.bias is None else embedding(condition, self.bias)
 
     def _check_condition(self, x: Tensor, condition: Any) -> bool:
         """Whether a legal condition is floating-point; raise for one that is not legal."""
@@ -225,6 +232,7 @@ class ConditionalBatchNorm(Variant):
         if not isinstance(condition, Tensor):
             came = "none came" if condition is None else f"got {describe(condition)}"
             raise TypeError(f"{what}: each sample needs its condition, {legal}; {came}. Call layer(x, condition=...)")
+        check_kind(what, "the condition", condition)
         if condition.is_floating_point():
             fits = condition.shape == (N, self.num_classes or self.embedding_features)
         else:

@@ -132,21 +132,25 @@ class CrossIterationBatchNorm(Remembering):
 
     def reset_window(self) -> None:
         self._last: deque[tuple[Moments, _Slopes | None]] = deque(maxlen=self.window - 1)
-        self._recall: Recall[Moments | None] = Recall(self._recalled)
+        self._recall: Recall[Moments | None] = Recall(maxlen=self._recalled)
 
     def forward(  # type: ignore[override]
         self,
-        x: Tensor,
+        input: Tensor,
         residual: Tensor | None = None,
         *,
         activation: str | torch.nn.Module | None = None,
+        inplace: bool = False,
         mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        padding: str = "zero",
         producer_weight: Tensor | None = None,
     ) -> Tensor:
         """``activation(bn(x) + residual)``.
 
         Args:
-            x, residual, activation, mask: As for :meth:`evenkeel.nn.variant.Variant.forward`.
+            input, residual, activation, inplace, mask, sample_weight, padding: As for
+                :meth:`evenkeel.nn.variant.Variant.forward`.
             producer_weight: The weight of what produced x, its first dimension the output channel; for this call it
                 takes the place of the attached module's.
         """
@@ -154,7 +158,10 @@ class CrossIterationBatchNorm(Remembering):
             self._check_weight(producer_weight)
         self._given = producer_weight
         try:
-            return super().forward(x, residual, activation=activation, mask=mask)
+            return super().forward(
+                input, residual, activation=activation, inplace=inplace, mask=mask, sample_weight=sample_weight,
+                padding=padding,
+            )  # fmt: skip
         finally:
             self._given = None
 
@@ -176,7 +183,7 @@ class CrossIterationBatchNorm(Remembering):
         var = moments.m2 / moments.count.clamp(min=1)
         y = normalize(x, moments.mean, var, self.weight, self.bias, self.eps, residual, act)
         if self.counts():
-            self._recall.keep(key, earlier)
+            self._recall.append((key, earlier))
         if adds:
             self._last.append((own, slopes))
         self.update_running(own)

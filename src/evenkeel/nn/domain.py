@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from evenkeel import fused
-from evenkeel.activations import Activation, resolve
-from evenkeel.arguments import State, check_arguments
+from evenkeel.activations import Activation
+from evenkeel.arguments import State, check_arguments, check_channels
 from evenkeel.errors import describe
-from evenkeel.functional import refuse_jit
-from evenkeel.layout import counted
-from evenkeel.moments import Moments, broadcast_mask
+from evenkeel.functional import Options
+from evenkeel.moments import Moments
 from evenkeel.nn.choices import Choices
 from evenkeel.nn.kinds import Groups
 from evenkeel.nn.plain import by_batch
@@ -138,50 +137,48 @@ class DomainBatchNorm(Variant):
             torch.Size([3, 16])
         """
         layer = cls(domains=domains, share_affine=share_affine, **options_of(f"{cls.__name__}.from_batch_norm", bn))
-        if bn.bias is None:
-            layer.bias = None
         adopt(layer, bn)
-        for name, parameter in bn.named_parameters():
-            if share_affine:
-                setattr(layer, name, parameter)
-            else:
-                getattr(layer, name).requires_grad_(parameter.requires_grad)
+        for name, parameter in bn.named_parameters() if share_affine else ():
+            setattr(layer, name, parameter)
         return layer
 
     def forward(  # type: ignore[override]
         self,
-        x: Tensor,
+        input: Tensor,
         residual: Tensor | None = None,
         *,
         domain: Domain | None = None,
         activation: str | torch.nn.Module | None = None,
+        inplace: bool = False,
         mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        padding: str = "zero",
     ) -> Tensor:
         """``activation(bn(x) + residual)`` with the domain's statistics.
 
         Args:
-            x: Shape (N, C, *S).
-            residual: Added before the activation; of x's shape.
+            input: x, shape (N, C, *S).
             domain: A name, a number, or a number per sample, int64 (N,); else what ``use_domain`` has chosen.
-            activation: None, a name or a module, as :func:`evenkeel.functional.batch_norm` lists them.
-            mask: Which values count, True for those; shape (N,) or (N, *S). The others come out as 0.
+            residual, activation, inplace, mask, sample_weight, padding: As for
+                :meth:`evenkeel.nn.variant.Variant.forward`.
         """
-        what = type(self).__name__
-        refuse_jit(what)
-        act = resolve(what, activation)
-        rows = self.rows_of(self.domain if domain is None else domain, what)
+        rows = self.rows_of(self.domain if domain is None else domain, type(self).__name__)
+        return self._call(input, residual, Options(activation, inplace, mask, sample_weight, padding), rows=rows)
+
+    def check(self, x: Any, residual: Any, rows: int | list[int] = 0) -> None:
         self._check(rows[0] if isinstance(rows, list) else rows, x, residual)
-        counts = None if mask is None else broadcast_mask(mask, x)
-        if counts is not None:
-            x, residual = counted(counts, x), None if residual is None else counted(counts, residual)
+
+    def compute(
+        self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None, rows: int | list[int] = 0
+    ) -> Tensor:
         found: dict[int, Moments] = {}
         if isinstance(rows, list):
-            y = self._by_sample(x, residual, rows, act, counts, found)
+            y = self._by_sample(x, residual, rows, act, mask, found)
         else:
-            y = self._one(rows, x, residual, act, counts, found)
+            y = self._one(rows, x, residual, act, mask, found)
         if found and self.counts():
             self.update_running(_rows(found, len(self.domains)))
-        return y if counts is None else counted(counts, y)
+        return y
 
     def _one(
         self,
@@ -224,7 +221,7 @@ class DomainBatchNorm(Variant):
 
     def _bank(self, row: int) -> tuple[Tensor | None, Tensor | None, State]:
         """A domain's weight, bias and state."""
-        state = self._state()
+        state = self._checked()
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
         if not self.share_affine:
@@ -242,8 +239,7 @@ class DomainBatchNorm(Variant):
         weight, bias, state = self._bank(row)
         what = f"{type(self).__name__}, domain {self.domains[row]!r}"
         check_arguments(what, x, residual, weight, bias, state, self._ranks)
-        if x.shape[1] != self.num_features:
-            raise ValueError(f"{what}: x must have {self.num_features} channels at dimension 1; got {describe(x)}")
+        check_channels(what, x, self.num_features)
 
     def rows_of(self, domain: Any, what: str) -> int | list[int]:
         """The domain's row, or the row of each sample; raise where there is no such domain."""
@@ -292,6 +288,8 @@ def _names(what: str, domains: Any) -> tuple[str, ...]:
 
 
 def _row(values: Tensor | None, row: int) -> Tensor | None:
+    if values is not None and (values.dim() == 0 or values.shape[0] <= row):
+        raise ValueError(f"DomainBatchNorm: each domain has a row of weights and moments; got {describe(values)}")
     return None if values is None else values[row]
 
 

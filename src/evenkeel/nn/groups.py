@@ -55,6 +55,9 @@ def normalize_groups(
         y, and the moments of the groups, or None where they have entered the running ones.
     """
     if len(sizes) > 1 and _native(x):
+        inputs = [t for t in (x, residual, weight, bias) if t is not None]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs) and any(t.is_inference() for t in inputs):
+            fused.refuse_inference(state.what)
         try:
             y, saved = _apply(dense(x), residual, weight, bias, len(sizes), sizes[0], state, act, pooled)
         except RuntimeError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,22 +20,16 @@ Value = TypeVar("Value")
 runs_eagerly = _disable_dynamo
 
 
-class Recall(Generic[Value]):
+class Recall(deque[tuple[Tensor, Value]]):
     """What the last forwards computed with, so that a checkpoint's second run of one computes with the same.
 
     Such a layer's forward changes what it computes with next, and the second run comes after that. It is told by the
     statistics of its batch, which are those of the first run to the bit.
     """
 
-    def __init__(self, length: int) -> None:
-        self._kept: deque[tuple[Tensor, Value]] = deque(maxlen=length)
-
-    def keep(self, statistics: Tensor, value: Value) -> None:
-        self._kept.append((statistics, value))
-
     def find(self, statistics: Tensor) -> tuple[Value] | None:
         """The value of the newest forward with these statistics, in a tuple, or None where there is none."""
-        for known, value in reversed(self._kept):
+        for known, value in reversed(self):
             if known.device == statistics.device and torch.equal(known, statistics):
                 return (value,)
         return None

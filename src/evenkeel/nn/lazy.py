@@ -32,9 +32,9 @@ class _LazyFused(FusedBatchNorm):
         super(FusedBatchNorm, self).__init__(eps, momentum, affine, track_running_stats, device, dtype, **newer)  # type: ignore[arg-type]
         self.set_policy(too_few)
 
-    def initialize_parameters(self, x: Any, *args: Any, **kwargs: Any) -> None:
+    def initialize_parameters(self, input: Any, *args: Any, **kwargs: Any) -> None:
         """Make parameters and buffers for x's channels; what else the first call is given does not matter here."""
-        what = type(self).__name__
+        what, x = type(self).__name__, input
         legal = "two or more" if self._ranks is None else " or ".join(map(str, self._ranks))
         asked = f"{what}: the first x gives the number of channels, so it must be a floating-point tensor"
         if not isinstance(x, Tensor) or not x.is_floating_point():

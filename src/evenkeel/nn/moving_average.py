@@ -108,7 +108,7 @@ class MovingAverageBatchNorm(Remembering):
     def reset_window(self) -> None:
         self._squares: deque[Tensor] = deque(maxlen=self.window - 1)
         self._products: deque[Tensor] = deque(maxlen=self.window - 1)
-        self._recall: Recall[tuple[Tensor, Tensor, bool]] = Recall(self._recalled)
+        self._recall: Recall[tuple[Tensor, Tensor, bool]] = Recall(maxlen=self._recalled)
 
     @runs_eagerly
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
@@ -132,7 +132,7 @@ class MovingAverageBatchNorm(Remembering):
         scale = r if self.weight is None else self.weight * r.to(compute_dtype(self.weight))
         y = normalize(x, torch.zeros_like(average), var, scale, self.bias, self.eps, residual, act)
         if counts and not found:
-            self._recall.keep(square, (average, r, pools))
+            self._recall.append((square, (average, r, pools)))
             self._squares.append(torch.where(count > 0, square, torch.nan))
             # About 0, which is known: no degree of freedom is spent on a mean, so that the unbiased variance of one
             # value more is the mean square itself.

@@ -16,6 +16,7 @@ from evenkeel.errors import describe
 from evenkeel.functional import refuse_jit
 from evenkeel.moments import compute_dtype
 from evenkeel.nn.batch_norm import BatchNorm1d, refuse_script
+from evenkeel.nn.constructed import Constructed
 from evenkeel.nn.recurrent_equations import (
     GRU,
     LSTM,
@@ -33,12 +34,13 @@ from evenkeel.nn.recurrent_equations import (
 )
 from evenkeel.nn.sequences import Sequences, valid_steps
 from evenkeel.nn.stepwise import Run
+from evenkeel.unchanged import unchanged
 
 Normalize = Literal["recurrent", "input"]
 Lengths = Tensor | Sequence[int]
 
 
-class _BatchNormRNN(nn.Module):
+class _BatchNormRNN(Constructed):
     """What both layers share: everything but the equations and the form of the state."""
 
     _kind: Equations
@@ -52,6 +54,9 @@ class _BatchNormRNN(nn.Module):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         normalize: Normalize = "recurrent",
         max_length: int = 100,
@@ -59,13 +64,15 @@ class _BatchNormRNN(nn.Module):
         momentum: float | None = 0.1,
         gamma: float | None = None,
         initial_noise: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         what = type(self).__name__
         for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
             check_size(what, name, value)
+        if proj_size != 0:
+            raise ValueError(
+                f"{what}: there are no projections here, so proj_size must be 0; got {describe(proj_size)}"
+            )
         if normalize not in ("recurrent", "input"):
             raise ValueError(f"{what}: normalize is 'recurrent' or 'input'; got {describe(normalize)}")
         if isinstance(dropout, bool) or not 0 <= dropout <= 1:
@@ -77,6 +84,7 @@ class _BatchNormRNN(nn.Module):
         if dropout > 0 and num_layers == 1:
             warnings.warn(f"{what}: dropout acts between layers, and there is one", UserWarning, stacklevel=3)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.proj_size = proj_size
         self.bias, self.batch_first, self.dropout, self.bidirectional = bias, batch_first, dropout, bidirectional
         self.normalize, self.max_length, self.initial_noise = normalize, max_length, initial_noise
         self.gamma = (0.1 if normalize == "recurrent" else 1.0) if gamma is None else gamma
@@ -129,7 +137,8 @@ class _BatchNormRNN(nn.Module):
                     norm.check_legal(seqs.sizes)
         wide = compute_dtype(x)
         initial = tuple(seqs.sort(part if batched else part.unsqueeze(1)).to(wide) for part in initial)
-        y, final = self._layers(x, seqs, initial)
+        with unchanged(self):
+            y, final = self._layers(x, seqs, initial)
         final = tuple(seqs.unsort(part).to(x.dtype) for part in final)
         output = seqs.restore(y)
         if not batched:
@@ -238,7 +247,8 @@ class BatchNormLSTM(_BatchNormRNN):
     In evaluation the running moments normalize. Padding never enters a statistic.
 
     Args:
-        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional: As in ``torch.nn.LSTM``.
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: As in
+            ``torch.nn.LSTM``; ``proj_size`` is 0.
         normalize: ``"recurrent"``, the default, or ``"input"``.
         max_length: Steps with running moments of their own; later steps take the last one's in evaluation, see
             :class:`StepwiseBatchNorm`. For "recurrent" only. Default 100.
@@ -247,7 +257,6 @@ class BatchNormLSTM(_BatchNormRNN):
         initial_noise: In training, where no ``hx`` is given, h starts as normal noise of this standard deviation, drawn
             anew each time, instead of 0 (the default). Against exploding gradients where the first steps of all
             sequences are alike: their states are then alike too, and BN_t multiplies the gradient by γ/√ε a step.
-        device, dtype: Of the parameters and buffers.
 
     Shape:
         ``layer(input, hx=None, *, mask=None, lengths=None) -> output, (h_n, c_n)``, shapes as ``torch.nn.LSTM``:
@@ -263,7 +272,7 @@ class BatchNormLSTM(_BatchNormRNN):
         sequence's end. A forward in training updates each running moment once.
 
     Differs:
-        From ``torch.nn.LSTM`` by the normalization, ``mask`` and ``lengths``, and by having no ``proj_size``.
+        From ``torch.nn.LSTM`` by the normalization, ``mask`` and ``lengths``, and by having no projections.
 
     Numerics:
         Gates and states are computed in float32 or wider, and returned in the input's dtype. A step at which one

@@ -6,11 +6,12 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from evenkeel.functional import refuse_jit
 from evenkeel.moments import compute_dtype
 from evenkeel.nn.batch_norm import refuse_script
+from evenkeel.nn.constructed import Constructed
 from evenkeel.nn.recurrent_equations import (
     GRU,
     LSTM,
@@ -26,9 +27,10 @@ from evenkeel.nn.recurrent_equations import (
     weights,
 )
 from evenkeel.nn.stepwise import Run, check_step
+from evenkeel.unchanged import unchanged
 
 
-class _BatchNormCell(nn.Module):
+class _BatchNormCell(Constructed):
     """What both cells share."""
 
     _kind: Equations
@@ -38,13 +40,13 @@ class _BatchNormCell(nn.Module):
         input_size: int,
         hidden_size: int,
         bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         max_length: int = 100,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         gamma: float = 0.1,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_size(type(self).__name__, "input_size", input_size)
@@ -72,10 +74,11 @@ class _BatchNormCell(nn.Module):
             norm.check_legal([rows.shape[0]], step)
         wide = compute_dtype(x)
         state = tuple((part if x.dim() == 2 else part.unsqueeze(0)).to(wide) for part in state)
-        runs = [Run(norm) for norm in norms]
-        state = kind.step(F.linear(rows, given.ih), state, given, runs, step)
-        for run in runs:
-            run.finish()
+        with unchanged(self):
+            runs = [Run(norm) for norm in norms]
+            state = kind.step(F.linear(rows, given.ih), state, given, runs, step)
+            for run in runs:
+                run.finish()
         return tuple((part if x.dim() == 2 else part.squeeze(0)).to(x.dtype) for part in state)
 
     def extra_repr(self) -> str:
@@ -98,9 +101,8 @@ class BatchNormLSTMCell(_BatchNormCell):
     The cell state itself is carried on as it is, so that gradients flow through it.
 
     Args:
-        input_size, hidden_size, bias: As in ``torch.nn.LSTMCell``.
+        input_size, hidden_size, bias, device, dtype: As in ``torch.nn.LSTMCell``.
         max_length, eps, momentum, gamma: Of the three normalizations, see :class:`StepwiseBatchNorm`.
-        device, dtype: Of the parameters and buffers.
 
     Shape:
         x (N, input_size), h and c (N, hidden_size), zeros where no state is given; or all without N.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evenkeel.activations import NAMED
+from evenkeel.arguments import check_kind
 from evenkeel.errors import describe
 from evenkeel.nn.stepwise import Run, StepwiseBatchNorm
 
@@ -138,6 +139,7 @@ def check_features(what: str, x: Any, size: int, weight: Tensor, ranks: tuple[in
     legal = " or ".join(map(str, ranks))
     if not isinstance(x, Tensor):
         raise TypeError(f"{what}: the input must be a tensor of {legal} dimensions; got {describe(x)}")
+    check_kind(what, "the input", x)
     if not x.is_floating_point() or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
         raise TypeError(
             f"{what}: the input must have the dtype of the weights, {str(weight.dtype).removeprefix('torch.')}; got "
@@ -162,10 +164,17 @@ def check_state(what: str, kind: Equations, hx: Any, shape: tuple[int, ...], x: 
         came = f"{len(parts)} values" if isinstance(parts, tuple | list) else describe(hx)
         raise TypeError(f"{what}: the initial state is a tuple ({', '.join(kind.states)}); got {came}")
     for name, part in zip(kind.states, parts, strict=True):
-        if not isinstance(part, Tensor) or part.shape != shape or part.device != x.device or part.dtype != x.dtype:
+        if (
+            not isinstance(part, Tensor)
+            or part.is_nested
+            or part.shape != shape
+            or part.device != x.device
+            or part.dtype != x.dtype
+        ):
             dtype = str(x.dtype).removeprefix("torch.")
             raise (ValueError if isinstance(part, Tensor) else TypeError)(
                 f"{what}: the initial state {name} must be a {dtype} tensor of shape {shape} on {x.device}; got "
                 f"{describe(part)}"
             )
+        check_kind(what, f"the initial state {name}", part)
     return tuple(parts)

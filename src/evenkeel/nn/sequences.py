@@ -103,7 +103,14 @@ def valid_steps(
         raise ValueError(f"{what}: mask and lengths say the same; give one of them")
     if mask is not None:
         shape = (batch, steps) if batch_first else (steps, batch)
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape or mask.device != x.device:
+        if (
+            not isinstance(mask, Tensor)
+            or mask.is_nested
+            or mask.layout is not torch.strided
+            or mask.dtype != torch.bool
+            or mask.shape != shape
+            or mask.device != x.device
+        ):
             raise (ValueError if isinstance(mask, Tensor) and mask.dtype == torch.bool else TypeError)(
                 f"{what}: a mask is boolean, True where a step counts, of shape {shape} (that of the input without its "
                 f"features) on {x.device}; got {describe(mask)}"
@@ -111,7 +118,10 @@ def valid_steps(
         return mask.t() if batch_first else mask
     if lengths is None:
         return None
-    given = torch.as_tensor(lengths)
+    try:
+        given = torch.as_tensor(lengths)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{what}: lengths are {batch} integers, one per sequence; got {describe(lengths)}") from None
     if given.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8) or given.shape != (batch,):
         raise ValueError(f"{what}: lengths are {batch} integers, one per sequence; got {describe(given)}")
     if batch and not 0 <= int(given.min()) <= int(given.max()) <= steps:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from evenkeel import fused
 from evenkeel.activations import Activation
@@ -15,6 +15,7 @@ from evenkeel.arguments import check_arguments
 from evenkeel.errors import describe
 from evenkeel.functional import moments
 from evenkeel.nn.choices import Choices
+from evenkeel.nn.tables import adopt, options_of
 from evenkeel.nn.variant import Variant
 
 
@@ -129,9 +130,7 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
         self._choices: Choices[int] = Choices()
 
     @classmethod
-    def from_batch_norm(
-        cls, bn: torch.nn.Module, num_splits: int = 2, *, shared_affine: bool = False
-    ) -> SplitBatchNorm:
+    def from_batch_norm(cls, bn: Any, num_splits: int = 2, *, shared_affine: bool = False) -> SplitBatchNorm:
         """A split layer in a batch norm's place: it takes over its parameters and buffers, the auxiliary ones copies.
 
         Args:
@@ -139,19 +138,15 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
             num_splits, shared_affine: As the constructor's.
 
         Raises:
-            TypeError: ``bn`` is not a batch norm.
+            TypeError: ``bn`` is not ``torch.nn``'s or evenkeel's drop-in layer, or has hooks.
 
         Example:
             >>> SplitBatchNorm.from_batch_norm(torch.nn.BatchNorm2d(8), 3).num_splits
             3
         """
-        if not isinstance(bn, _BatchNorm):
-            raise TypeError(f"SplitBatchNorm.from_batch_norm takes a batch norm of torch.nn's kind; got {describe(bn)}")
-        like = bn.weight if bn.weight is not None else bn.running_mean
-        layer = cls(
-            bn.num_features, num_splits, bn.eps, bn.momentum, bn.affine, bn.track_running_stats, shared_affine,
-            None if like is None else like.device, None if like is None else like.dtype,
-        )  # fmt: skip
+        options = options_of(f"{cls.__name__}.from_batch_norm", bn)
+        layer = cls(num_splits=num_splits, shared_affine=shared_affine, **options)
+        adopt(layer, bn)
         for part in layer._parts():
             with torch.no_grad():
                 for name, value in (*bn.named_parameters(recurse=False), *bn.named_buffers(recurse=False)):
@@ -160,6 +155,8 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
                         if isinstance(value, torch.nn.Parameter) and part is not layer:
                             new = torch.nn.Parameter(new, value.requires_grad)
                         setattr(part, name, new)
+            if bn.bias is None:
+                part.register_parameter("bias", None)
         return layer.train(bn.training)
 
     @contextmanager
@@ -184,6 +181,11 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
             )
         with self._choices.choosing(index):
             yield self
+
+    def check(self, x: Any, residual: Any) -> None:
+        super().check(x, residual)
+        for part in self.aux_bn:
+            part.check(x, residual)  # type: ignore[operator]
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
         parts = self._parts()

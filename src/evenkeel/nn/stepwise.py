@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from evenkeel import fused
-from evenkeel.activations import NONE, Activation, resolve
-from evenkeel.arguments import State, check_arguments
+from evenkeel.activations import NONE, Activation
+from evenkeel.arguments import State, check_arguments, check_counter, check_kind, check_numbers
 from evenkeel.errors import describe
-from evenkeel.functional import refuse_jit
+from evenkeel.functional import Options
 from evenkeel.moments import Moments, wide_dtype
 from evenkeel.nn.variant import Variant
 
@@ -109,30 +110,42 @@ class StepwiseBatchNorm(Variant):
 
     def forward(  # type: ignore[override]
         self,
-        x: Tensor,
+        input: Tensor,
         residual: Tensor | None = None,
         *,
         step: int,
         activation: str | torch.nn.Module | None = None,
+        inplace: bool = False,
+        mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        padding: str = "zero",
     ) -> Tensor:
         """``activation(bn(x) + residual)`` at one time step.
 
         Args:
-            x: Shape (N, C).
+            input: x, shape (N, C).
             residual: Added before the activation; of x's shape.
             step: Which time step x is, from 0 on.
             activation: None, a name or a module, as :func:`evenkeel.functional.batch_norm` lists them.
+            inplace, mask, sample_weight, padding: Refused: these calls have no use for them.
         """
+        return self._call(input, residual, Options(activation, inplace, mask, sample_weight, padding), step=step)
+
+    def check(self, x: Any, residual: Any, step: Any = 0) -> None:
         what = type(self).__name__
-        refuse_jit(what)
-        act = resolve(what, activation)
         check_step(what, step)
+        self._check_tensors()
         mean = None if self.running_mean is None else self.running_mean[0]
         var = None if self.running_var is None else self.running_var[0]
         # The running moments are there for a single sample: check_legal knows when it may use them.
-        state = State(mean, var, None, self.uses_batch() and mean is None, False, self.momentum, self.eps, what)
-        check_arguments(what, x, residual, self.weight, self.bias, state, self._ranks)
+        training = self.uses_batch()
+        state = State(mean, var, self.num_batches_tracked, training, training, self.momentum, self.eps, what)
+        check_arguments(what, x, residual, self.weight, self.bias, state, self._ranks, "others")
         self.check_legal([x.shape[0]], step)
+
+    def compute(
+        self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None, step: int = 0
+    ) -> Tensor:
         run = Run(self)
         y = run(x, step, self.bias, residual, act)
         run.finish()
@@ -144,7 +157,10 @@ class StepwiseBatchNorm(Variant):
         Args:
             batch_sizes: Samples at the steps ``first``, ``first + 1`` and so on, never rising.
         """
-        if not (self.uses_batch() and batch_sizes):
+        self._check_tensors()
+        batch = self.uses_batch()
+        check_numbers(type(self).__name__, self.eps, self.momentum, batch, self.training and self.track_running_stats)
+        if not (batch and batch_sizes):
             return
         if (first == 0 and batch_sizes[0] == 1) or (self.running_mean is None and batch_sizes[-1] == 1):
             raise ValueError(
@@ -152,6 +168,27 @@ class StepwiseBatchNorm(Variant):
                 f"steps; got a batch of {batch_sizes[0]} at step {first}. Use a larger batch (drop_last=True drops a "
                 "short last one), or evaluate with model.eval()"
             )
+
+    def _check_tensors(self) -> None:
+        """Raise unless parameters and buffers are what the constructor makes."""
+        what, rows = type(self).__name__, (self.max_length, self.num_features)
+        kept = {"running_mean": self.running_mean, "running_var": self.running_var}
+        if len({value is None for value in (*kept.values(), self.num_batches_tracked)}) > 1:
+            raise ValueError(f"{what}: running_mean, running_var and num_batches_tracked come together")
+        shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {name: (value, rows) for name, value in kept.items()}
+        shapes |= {"weight": (self.weight, rows[1:]), "bias": (self.bias, rows[1:])}
+        for name, (value, shape) in shapes.items():
+            if value is None:
+                continue
+            if not value.is_floating_point() or value.is_nested or value.shape != shape:
+                raise ValueError(f"{what}: {name} must be floating-point, of shape {shape}; got {describe(value)}")
+            check_kind(what, name, value)
+        if self.num_batches_tracked is not None:
+            check_counter(what, self.num_batches_tracked, self.num_batches_tracked.device)
+            if self.num_batches_tracked.shape != rows[:1]:
+                raise ValueError(
+                    f"{what}: num_batches_tracked must have shape {rows[:1]}; got {describe(self.num_batches_tracked)}"
+                )
 
     def population(self) -> tuple[Tensor, Tensor]:
         """Mean and variance (T, C) for evaluation; after the last step that a batch has reached, that step's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +15,11 @@ from evenkeel.activations import Activation, is_untouched
 from evenkeel.arguments import State, check_arguments
 from evenkeel.distributed import Step, agree
 from evenkeel.errors import describe, locate, module_path
-from evenkeel.functional import check_layer_call, moments
+from evenkeel.functional import Options, check_layer_call, moments
 from evenkeel.fused import Normalization, is_plain
-from evenkeel.layout import dense
+from evenkeel.masking import check_policy, without_variance
 from evenkeel.moments import Moments
-from evenkeel.nn.batch_norm import FusedBatchNorm
+from evenkeel.nn.batch_norm import FusedBatchNorm, policy_repr
 from evenkeel.nn.synchronized import Call, Synchronized, refuse_second_derivative, synchronized_backward
 from evenkeel.nn.variant import Variant, normalize
 from evenkeel.ranks import group_of
@@ -41,10 +42,9 @@ class SyncBatchNorm(Variant):
     one rank, it is :class:`evenkeel.BatchNorm`.
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats: As :class:`evenkeel.BatchNorm`.
+        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: As :class:`evenkeel.BatchNorm`.
         process_group: The ranks that normalize together; default: all ranks.
-        device, dtype: Of the parameters and buffers.
-        options: What else this torch's batch norms take (``bias``).
+        too_few: As :class:`evenkeel.BatchNorm`, for one value per channel over all ranks.
 
     Shape:
         (N, C, *S) -> (N, C, *S). N and S may differ between ranks, and N may be 0 on some: such a rank takes part, in
@@ -91,6 +91,7 @@ class SyncBatchNorm(Variant):
     defers_in_training = True
     #: Where a layer that was made from another one remembers the class of that.
     CAME_FROM = "_came_from"
+    too_few = "error"
 
     def __init__(
         self,
@@ -102,34 +103,50 @@ class SyncBatchNorm(Variant):
         process_group: ProcessGroup | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **options: Any,
+        *,
+        bias: bool = True,
+        too_few: str = "error",
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.set_policy(too_few)
         self.process_group = process_group
+
+    def set_policy(self, too_few: str) -> None:
+        """As :meth:`evenkeel.BatchNorm.set_policy`."""
+        check_policy(type(self).__name__, too_few)
+        if too_few != self.too_few:
+            self.too_few = too_few
 
     def forward(  # type: ignore[override]
         self,
-        x: Tensor,
+        input: Tensor,
         residual: Tensor | None = None,
         *,
         activation: str | torch.nn.Module | None = None,
+        inplace: bool = False,
         mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        padding: str = "zero",
     ) -> Tensor:
         """``activation(bn(x) + residual)``; see :class:`evenkeel.nn.variant.Variant`. The ranks may differ in x's
         batch and positions, in its mask, and in which of them have one."""
-        if torch.compiler.is_compiling():
-            if self._group() is None:
-                return super().forward(x, residual, activation=activation, mask=mask)
+        keywords: dict[str, Any] = {"activation": activation, "inplace": inplace, "mask": mask, "padding": padding}
+        keywords["sample_weight"] = sample_weight
+        if torch.compiler.is_compiling() and self._group() is not None:
             from evenkeel.nn import uncompiled
 
-            return uncompiled.run(SyncBatchNorm.forward, self, x, residual, activation=activation, mask=mask)  # type: ignore[no-any-return]
-        try:
-            if distributed.preflight_is_on():
-                self._compare_notes(x)
-            return super().forward(x, residual, activation=activation, mask=mask)
-        except (TypeError, ValueError, RuntimeError) as error:
-            locate(error, self)
-            raise
+            return uncompiled.run(SyncBatchNorm.forward, self, input, residual, **keywords)  # type: ignore[no-any-return]
+        if not torch.compiler.is_compiling() and distributed.preflight_is_on():
+            try:
+                self._compare_notes(input)
+            except (ValueError, RuntimeError) as error:
+                locate(error, self)
+                raise
+        return super().forward(input, residual, **keywords)
+
+    def _guard(self, options: Options) -> AbstractContextManager[None]:
+        alone = options.mask is None and self._group() is None
+        return nullcontext() if alone else super()._guard(options)  # alone it is fused.batch_norm, which needs none
 
     def normalization(self, x: Tensor) -> Normalization | None:
         """As :meth:`evenkeel.BatchNorm.normalization`, with the moments of all ranks in training."""
@@ -149,34 +166,49 @@ class SyncBatchNorm(Variant):
         group, what = self._group(), type(self).__name__
         if group is None and mask is None:
             state = self._state()._replace(update=self.counts())
+            if x.numel() == x.shape[1] > 0:
+                state = without_variance(state, self.too_few)
             return fused.batch_norm(x, residual, self.weight, self.bias, state, act)
         if group is None:
             total = Moments.from_tensor(x, mask)
-            _refuse_single(total, what)
-            var = total.m2 / total.count.clamp(min=1)
-            y = normalize(x, total.mean, var, self.weight, self.bias, self.eps, residual, act)
+            mean, var, _ = self._normalizing(total)
+            y = normalize(x, mean, var, self.weight, self.bias, self.eps, residual, act)
         else:
             if fused.transformed():
                 raise RuntimeError(
                     f"{what}: ranks can't be synchronized under torch.func or forward-mode differentiation; use "
                     "ek.BatchNorm there, or a process group of one rank"
                 )
-            x = dense(x)
-            total, saved = self.pooled(x, mask, group)
+            total, saved, count = self.pooled(x, mask, group)
             step = self._step(x) if distributed.preflight_is_on() else None
             call = Call(act, group, what, None if residual is None else residual.dtype, step)
-            y = Synchronized.apply(x, residual, self.weight, self.bias, saved, total.count, call)
+            y = Synchronized.apply(x, residual, self.weight, self.bias, saved, count, call)
         self.update_running(total)
         return y
 
-    def pooled(self, x: Tensor, mask: Tensor | None, group: ProcessGroup) -> tuple[Moments, Tensor]:
-        """The moments of all ranks, and (mean, var, rstd), (3, C)."""
-        what = type(self).__name__
+    def pooled(self, x: Tensor, mask: Tensor | None, group: ProcessGroup) -> tuple[Moments, Tensor, Tensor]:
+        """The moments of all ranks; (mean, var, rstd) that normalize, (3, C); and the count that the backward needs."""
         with torch.no_grad():
-            total = moments(x.detach(), mask).all_reduce(group, what=what)
-            _refuse_single(total, what)
-            var = total.m2 / total.count.clamp(min=1)
-            return total, torch.stack([total.mean, var, (var + self.eps).rsqrt()])
+            total = moments(x.detach(), mask).all_reduce(group, what=type(self).__name__)
+            mean, var, count = self._normalizing(total)
+            return total, torch.stack([mean, var, (var + self.eps).rsqrt()]), count
+
+    def _normalizing(self, total: Moments) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and variance that normalize, and for how many values they stand; where they are constants, infinity."""
+        mean, var, count = total.mean, total.m2 / total.count.clamp(min=1), total.count
+        single = count == 1
+        if self.too_few == "running" and self.running_mean is not None and self.running_var is not None:
+            mean = torch.where(single, self.running_mean.to(mean.dtype), mean)
+            var = torch.where(single, self.running_var.to(var.dtype), var)
+            count = torch.where(single, torch.inf, count)
+        # Other devices would have to be waited for.
+        elif self.too_few != "skip" and count.device.type == "cpu" and mean.numel() > 0 and bool(single.all()):
+            legal = "too_few='running' (which needs running moments) or 'skip'"
+            raise ValueError(
+                f"{type(self).__name__}: one value per channel, counted over all ranks, has no variance, so it can't "
+                f"normalize; use larger batches, evaluate with model.eval(), or give the layer {legal}"
+            )
+        return mean, var, count
 
     @classmethod
     def convert_sync_batchnorm(
@@ -222,7 +254,7 @@ class SyncBatchNorm(Variant):
         else:
             new = cls(
                 layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats, process_group,
-                device="meta",
+                device="meta", too_few=getattr(layer, "too_few", "error"),
             )  # fmt: skip
             new.weight, new.bias = layer.weight, layer.bias
             new.running_mean, new.running_var = layer.running_mean, layer.running_var
@@ -245,6 +277,9 @@ class SyncBatchNorm(Variant):
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}{policy_repr(self.too_few)}"
+
     def _group(self) -> ProcessGroup | None:
         """The ranks to normalize with now, or None where this one is alone."""
         return group_of(self.process_group, type(self).__name__) if self.training else None
@@ -252,7 +287,7 @@ class SyncBatchNorm(Variant):
     @property
     def _too_few(self) -> str:  # type: ignore[override]
         """One value per channel on this rank will do if other ranks have more."""
-        return "error" if self._group() is None else "others"
+        return self.too_few if self._group() is None else "others"
 
     def _step(self, x: Any) -> Step:
         legal = isinstance(x, Tensor) and x.dim() >= 2
@@ -287,8 +322,7 @@ class SyncNormalization(Normalization):
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, act: Activation | None
     ) -> tuple[Tensor | None, Tensor]:
         check_arguments(self.state.what, x, None, weight, bias, self.state, None, "others")
-        total, saved = self.layer.pooled(x, None, self.group)
-        self.count = total.count
+        total, saved, self.count = self.layer.pooled(x, None, self.group)
         y = None if act is None else self.apply(x, None, weight, bias, saved, act)
         self.layer.update_running(total)
         return y, saved
@@ -312,12 +346,3 @@ class SyncNormalization(Normalization):
 
     def differentiable_backward(self, *_: Any) -> tuple[Tensor | None, ...]:
         refuse_second_derivative(self.state.what)
-
-
-def _refuse_single(total: Moments, what: str) -> None:
-    """Raise where each channel has one value; not on devices that would have to be waited for."""
-    if total.count.device.type == "cpu" and total.mean.numel() > 0 and bool((total.count == 1).all()):
-        raise ValueError(
-            f"{what}: one value per channel, counted over all ranks, has no variance, so it can't normalize; use "
-            "larger batches, or evaluate with model.eval()"
-        )

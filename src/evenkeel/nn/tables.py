@@ -43,6 +43,11 @@ def options_of(what: str, bn: Any) -> dict[str, Any]:
             f"{what}: the {type(bn).__name__} has a hook or a forward of its own, which would be lost. Remove it "
             "first, and put it on the new layer"
         )
+    if getattr(bn, "too_few", "error") != "error":
+        raise TypeError(
+            f"{what}: the {type(bn).__name__} has too_few={bn.too_few!r}, which would be lost; go without it by "
+            "bn.set_policy('error')"
+        )
     of = next(chain(bn.parameters(), bn.buffers()), None)
     return {
         "num_features": bn.num_features,
@@ -57,7 +62,11 @@ def options_of(what: str, bn: Any) -> dict[str, Any]:
 
 def adopt(layer: Any, bn: _BatchNorm) -> None:
     """Give a new layer the values, the mode and the legal ranks of the batch normalization that it takes over."""
+    if bn.bias is None:
+        layer.register_parameter("bias", None)
     layer.load_state_dict(bn.state_dict(), strict=False)
+    for name, parameter in bn.named_parameters():
+        getattr(layer, name).requires_grad_(parameter.requires_grad)
     layer.train(bn.training)
     layer._ranks = _RANKS[type(bn)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import torch
@@ -10,24 +11,28 @@ from torch import Tensor
 from evenkeel import fused
 from evenkeel.activations import Activation, resolve
 from evenkeel.arguments import State, check_arguments
-from evenkeel.functional import check_layer_call, refuse_jit
+from evenkeel.errors import locate
+from evenkeel.functional import Options, check_layer_call, refuse_jit
 from evenkeel.fused import Normalization, is_plain
 from evenkeel.fusion.call import begin, passes_by
 from evenkeel.fusion.scope import current
-from evenkeel.layout import counted, per_channel
-from evenkeel.moments import Moments, broadcast_mask, compute_dtype
+from evenkeel.layout import counted, dense, per_channel
+from evenkeel.masking import check_padding, named_mask
+from evenkeel.moments import Moments, compute_dtype
 from evenkeel.nn.batch_norm import fx_node, refuse_script
+from evenkeel.nn.constructed import Constructed
 from evenkeel.nn.controlled import Controlled
 from evenkeel.nn.skipped import CountsSkipped, counter_beside
 from evenkeel.running import averaged, update_running
 from evenkeel.second_run import is_second_run
+from evenkeel.unchanged import Unchanged
 
 passes_by(__file__)
 #: Where a state_dict's metadata say whose running_var is no variance.
 OWN_SCALE = "running_var"
 
 
-class Variant(Controlled, CountsSkipped):
+class Variant(Constructed, Controlled, CountsSkipped):
     """A batch normalization whose training forward is its own; constructor, state and evaluation are ``torch.nn``'s.
 
     A subclass supplies :meth:`normalize_batch`, and buffers or arguments of its own where it has any. In evaluation the
@@ -51,59 +56,118 @@ class Variant(Controlled, CountsSkipped):
     #: How evaluation differs from scaling and shifting each channel by what the running moments say.
     own_evaluation: str | None = None
 
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        newer = {} if bias else {"bias": False}  # older versions of torch do not have it
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
+
     def forward(  # type: ignore[override]
         self,
-        x: Tensor,
+        input: Tensor,
         residual: Tensor | None = None,
         *,
         activation: str | torch.nn.Module | None = None,
+        inplace: bool = False,
         mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        padding: str = "zero",
     ) -> Tensor:
         """``activation(bn(x) + residual)``.
 
         Args:
-            x: Shape (N, C, *S).
+            input: x, shape (N, C, *S).
             residual: Added before the activation; of x's shape.
             activation: None, a name or a module, as :func:`evenkeel.functional.batch_norm` lists them.
-            mask: Which values count, True for those; shape (N,) or (N, *S). The others come out as 0.
+            mask: Which values count, True for those; shape (N,) or (N, *S).
+            padding: What the mask leaves out comes out as: "zero", or "keep" for what it is in x.
+            inplace, sample_weight: Refused: only :class:`evenkeel.BatchNorm` and its kin take them.
         """
         if residual is None and activation is None and mask is None and not torch.compiler.is_compiling():
             scope = current()
-            if scope is not None:
-                deferred = begin(self, scope, x, Variant.forward)
+            if scope is not None and sample_weight is None and not inplace and padding == "zero":
+                deferred = begin(self, scope, input, Variant.forward)
                 if deferred is not None:
                     return deferred
-        what = type(self).__name__
-        refuse_jit(what)
-        if not isinstance(x, Tensor):
-            node = fx_node(self, x, residual, activation, {"mask": mask})
-            if node is not None:
-                return node  # type: ignore[no-any-return]
-        act = resolve(what, activation)
-        check_arguments(what, x, residual, self.weight, self.bias, self._state(), self._ranks, self._too_few)
-        if mask is not None:
-            if not self._masks:
-                raise ValueError(f"{what}: a mask has no meaning for this layer; leave it out, or use ek.BatchNorm")
-            mask = broadcast_mask(mask, x)
-            # NaN in what is masked would reach the parameters' gradients, as 0·NaN.
-            x = counted(mask, x)
-            residual = None if residual is None else counted(mask, residual)
-        if self.uses_batch():
-            y = self.normalize_batch(x, residual, act, mask)
-        else:
-            y = self.normalize_running(x, residual, act)
-        return y if mask is None else counted(mask, y)
+        return self._call(input, residual, Options(activation, inplace, mask, sample_weight, padding))
 
-    def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
-        """The forward where the batch normalizes: in training, and without running moments always.
+    def _call(self, x: Tensor, residual: Tensor | None, options: Options, **more: Any) -> Tensor:
+        """A call, or an error that leaves the layer as it was.
 
         Args:
+            more: What the calls of this class take besides; passed on to :meth:`check` and :meth:`compute`.
+        """
+        refuse_jit(type(self).__name__)
+        if not isinstance(x, Tensor):
+            activation, inplace, mask, sample_weight, padding = options
+            given = {"inplace": inplace, "mask": mask, "sample_weight": sample_weight, "padding": padding, **more}
+            node = fx_node(self, x, residual, activation, given)
+            if node is not None:
+                return node  # type: ignore[no-any-return]
+        if torch.compiler.is_compiling():
+            return self._answer(x, residual, options, **more)
+        try:
+            with self._guard(options):
+                return self._answer(x, residual, options, **more)
+        except (TypeError, ValueError, RuntimeError) as error:
+            locate(error, self)
+            raise
+
+    def _answer(self, x: Tensor, residual: Tensor | None, options: Options, **more: Any) -> Tensor:
+        what, (activation, inplace, mask, sample_weight, padding) = type(self).__name__, options
+        act = resolve(what, activation)
+        refused = {"inplace=True": inplace, "sample_weight": sample_weight is not None}
+        refused["a mask"] = mask is not None and not self._masks
+        for name, asked in refused.items():
+            if asked:
+                raise ValueError(f"{what}: {name} has no meaning for this layer; leave it out, or use ek.BatchNorm")
+        check_padding(what, padding)
+        self.check(x, residual, **more)
+        x = given = dense(x)
+        counts = None
+        if mask is not None:
+            counts = named_mask(what, mask, x)
+            # NaN in what is masked would reach the parameters' gradients, as 0·NaN.
+            x = counted(counts, x)
+            residual = None if residual is None else counted(counts, residual)
+        y = self.compute(x, residual, act, counts, **more)
+        return y if counts is None else counted(counts, y, given if padding == "keep" else None)
+
+    def _guard(self, options: Options) -> AbstractContextManager[None]:
+        """What leaves the layer as it was when a call raises."""
+        return Unchanged(modules=self.modules() if self._modules else (self,))
+
+    def check(self, x: Any, residual: Any) -> None:
+        """Raise unless the layer can normalize x."""
+        what = type(self).__name__
+        check_arguments(what, x, residual, self.weight, self.bias, self._checked(), self._ranks, self._too_few)
+
+    def compute(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        """The forward of legal arguments.
+
+        Args:
+            x: Contiguous or channels-last, 0 where the mask does not count.
             mask: None, or boolean with as many dimensions as x, broadcastable to it.
         """
+        if self.uses_batch():
+            return self.normalize_batch(x, residual, act, mask)
+        return self.normalize_running(x, residual, act)
+
+    def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        """:meth:`compute` where the batch does: in training, and without running moments always."""
         raise NotImplementedError
 
     def normalize_running(self, x: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
-        """The forward where the running moments normalize."""
+        """:meth:`compute` where the running moments do."""
         return fused.batch_norm(x, residual, self.weight, self.bias, self._state(), act)
 
     def normalization(self, x: Tensor) -> Normalization | None:
@@ -166,6 +230,10 @@ class Variant(Controlled, CountsSkipped):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.own_scale is not None and hasattr(destination, "_metadata"):  # beside the version of the layer's class
             destination._metadata[prefix[:-1]][OWN_SCALE] = f"{type(self).__name__}, which keeps {self.own_scale}"
+
+    def _checked(self) -> State:
+        """The state as check_arguments is to see it: variants update their moments themselves."""
+        return self._state()._replace(update=self.training and self.track_running_stats)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """torch.nn's hook for the same check; the forward makes it itself."""

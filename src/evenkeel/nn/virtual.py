@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evenkeel.activations import Activation
-from evenkeel.arguments import State, check_arguments
+from evenkeel.arguments import State, check_arguments, check_numbers
 from evenkeel.moments import Moments
 from evenkeel.nn.variant import Variant, normalize
 
@@ -87,6 +87,10 @@ class VirtualBatchNorm(Variant):
         what = f"{type(self).__name__}.set_reference"
         check_arguments(what, x, None, self.weight, self.bias, self._state()._replace(training=True), self._ranks)
         self._reference = Moments.from_tensor(x.detach() if detach else x, mask)
+
+    def check(self, x: Any, residual: Any) -> None:
+        super().check(x, residual)
+        check_numbers(type(self).__name__, self.eps, self.momentum, True, self.training and self.track_running_stats)
 
     def uses_batch(self) -> bool:
         return True

@@ -107,7 +107,7 @@ class Collector:
             raise ValueError(
                 f"a {type(layer).__name__} is called with sample_weight=, which can't be pooled; use mask="
             )
-        x: Tensor = args[0] if args else keywords["x" if "x" in keywords else "input"]
+        x: Tensor = args[0] if args else keywords["input"]
         parts, samples = self._batch.get(layer, ([], 0))
         parts.append(moments_of(x.detach(), keywords.get("mask")))
         self._batch[layer] = parts, max(samples, x.shape[0])
@@ -182,7 +182,7 @@ def by_the_batch(targets: Iterable[_BatchNorm]) -> Iterator[None]:
     targets = list(targets)
 
     def choose(layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        x: Tensor = args[0] if args else keywords["x" if "x" in keywords else "input"]
+        x: Tensor = args[0] if args else keywords["input"]
         layer.training = x.numel() != x.shape[1]
 
     with held_off(targets), ExitStack() as stack:
