@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from torch import Tensor
 from evenkeel.activations import Activation
 from evenkeel.errors import describe
 from evenkeel.layout import is_dense
-from evenkeel.moments import Moments
+
+if TYPE_CHECKING:
+    from evenkeel.moments import Moments
 
 #: What errors call the function; layers are called by their class.
 FUNCTION = "batch_norm"
@@ -85,7 +87,7 @@ def check_arguments(
         if value.device != x.device:
             raise ValueError(f"{what}: x is on {x.device}, so {name} must be there too; got {describe(value)}")
         if name.startswith("running") and value.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{what}: there is no gradient for {name}, so it must not require one; detach it")
+            refuse_derivative(what, name)
     shapes = {value.shape for value in given.values()}
     if len(shapes) == 1 and value.dim() == 1:
         # It is x that does not fit, not a vector.
@@ -125,6 +127,14 @@ def check_arguments(
             f"larger batch (drop_last=True drops a short last one), {moments}, or give "
             "ek.BatchNorm too_few='running' or 'skip'"
         )
+
+
+def refuse_derivative(what: str, name: str) -> NoReturn:
+    """Raise because a running statistic requires a gradient, or has a tangent."""
+    raise RuntimeError(
+        f"{what}: batch normalization is not differentiable in its running statistics, so {name} must not require a "
+        "gradient or have a tangent; detach it"
+    )
 
 
 def check_channels(what: str, x: Tensor, channels: int, owner: str = "the layer") -> None:

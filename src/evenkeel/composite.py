@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from evenkeel.activations import Activation
-from evenkeel.arguments import State
+from evenkeel.arguments import State, refuse_derivative
 from evenkeel.layout import counted, dense, per_channel, reduced_dims
 from evenkeel.moments import Moments, compute_dtype, wide_dtype
 from evenkeel.running import update_running
@@ -35,6 +36,10 @@ def differentiable(
     ``torch.nn.functional.batch_norm`` is not: several of its mixed higher derivatives in training are wrong. It is good
     for the running moments, whose derivative nobody asks for.
     """
+    if forward_ad._current_level >= 0:
+        for name, running in (("running_mean", state.running_mean), ("running_var", state.running_var)):
+            if running is not None and forward_ad.unpack_dual(running).tangent is not None:
+                refuse_derivative(state.what, name)
     x = dense(x)
     given, counts = x, None
     if state.mask is not None:

@@ -128,7 +128,7 @@ class _Around:
         self._seen.moments = None
         pooled = self.control.pool is not None and not self.control.paused
         if pooled and flag and layer.training and not is_second_run():
-            x = inputs[0] if inputs else keywords.get("x", keywords.get("input"))
+            x = inputs[0] if inputs else keywords.get("input")
             if isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2 and x.numel() > 0:
                 self._seen.moments = moments_of(x.detach(), keywords.get("mask"))
 

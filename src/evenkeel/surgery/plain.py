@@ -143,7 +143,7 @@ def _plain_calls(what: str, module: fx.GraphModule, changing: Collection[nn.Modu
 
 def _take_apart(what: str, graph: fx.Graph, node: fx.Node) -> None:
     """``bn(x, residual, activation=...)`` as three nodes."""
-    given: Mapping[str, Any] = {**dict(zip(("x", "residual"), node.args, strict=False)), **node.kwargs}
+    given: Mapping[str, Any] = {**dict(zip(("input", "residual"), node.args, strict=False)), **node.kwargs}
     more = [name for name in ("mask", "sample_weight") if given.get(name) is not None]
     if more:
         raise ValueError(
@@ -152,7 +152,7 @@ def _take_apart(what: str, graph: fx.Graph, node: fx.Node) -> None:
         )
     act = resolve(str(node.target), given.get("activation"))
     with graph.inserting_before(node):
-        x = fx.Proxy(graph.call_module(str(node.target), (given.get("x", given.get("input")),)))
+        x = fx.Proxy(graph.call_module(str(node.target), (given.get("input"),)))
         y: Any = x if given.get("residual") is None else operator.add(x, fx.Proxy(given["residual"]))
         result: Any = act.forward(y)
     node.replace_all_uses_with(result.node)
