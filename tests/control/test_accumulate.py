@@ -323,6 +323,55 @@ def test_function_transforms(kind, transform):
     assert_moments(layer, expected)
 
 
+class SequenceFirst(nn.BatchNorm1d):
+    """For (N, L, C), as many channels as steps, with a mask that says what to leave out."""
+
+    def forward(self, x, ignored=None):
+        y = x.clone()
+        rows = x[~ignored] if ignored is not None else x.flatten(0, 1)
+        y[~ignored if ignored is not None else torch.ones(x.shape[:2], dtype=torch.bool)] = super().forward(rows)
+        return y
+
+
+class Reimplemented(nn.BatchNorm1d):
+    """As timm's layers, which repeat torch's code."""
+
+    def forward(self, x):
+        mean, var = (None, None) if not self.track_running_stats else (self.running_mean, self.running_var)
+        return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps)
+
+
+class Overwriting(Reimplemented):
+    def forward(self, x):
+        return x.copy_(super().forward(x))
+
+
+def test_a_subclass_that_normalizes_something_else_than_it_is_given():
+    layer, x = SequenceFirst(4), torch.randn(6, 4, 4) + torch.arange(4) * 5
+    ignored = torch.rand(6, 4) > 0.5
+    expected = expected_after(buffers(layer), [torch.cat([x[~ignored], x.flatten(0, 1)])], 0.1)
+    with accumulate_statistics(layer):
+        layer(x, ignored=ignored)
+        layer(x)
+    assert_moments(layer, expected)
+
+
+def test_a_subclass_with_a_forward_of_its_own():
+    layer, x = Reimplemented(4), values(1)
+    expected = expected_after(buffers(layer), [x], 0.1)
+    with accumulate_statistics(layer):
+        for part in x.split(4):
+            layer(part)
+    assert_moments(layer, expected)
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="a Overwriting has a forward of its own that overwrites its input"),
+        accumulate_statistics(layer := Overwriting(4)),
+    ):
+        layer(x.clone())
+    assert layer.num_batches_tracked.item() == 0
+
+
 def test_the_momentum_of_the_forward():
     layer, x = ek.BatchNorm1d(4, momentum=0.5), values(1)
     expected = expected_after(buffers(layer), [x], 0.5)

@@ -63,6 +63,38 @@ def test_a_copy_is_an_ordinary_layer(block, copied, kind):
     assert (other.running_mean > 5).all()
 
 
+@every_block
+@every_kind
+def test_a_block_around_a_copy_from_a_block(block, kind):
+    """Whether it runs there or not."""
+    layer = Block(1, kind).norm
+    with block(layer):
+        other = copy.deepcopy(layer)
+        with block(other):
+            pass
+        with block(other):
+            other(torch.randn(8, 4))
+        assert layer.num_batches_tracked.item() == 0
+    assert other.num_batches_tracked.item() == (block is accumulate_statistics)
+    assert_untouched(other)
+
+
+@every_block
+def test_a_layer_that_is_converted_inside(block):
+    model, x = nn.Sequential(nn.BatchNorm1d(4)), torch.randn(8, 4)
+    with block(model):
+        ek.convert(model)
+        assert isinstance(model[0], ek.BatchNorm1d)
+        model(x)
+        assert model[0].num_batches_tracked.item() == 0
+    pooled = int(block is accumulate_statistics)
+    assert model[0].num_batches_tracked.item() == pooled
+    assert_untouched(model[0])
+    with block(model):
+        model(x)
+    assert model[0].num_batches_tracked.item() == 2 * pooled
+
+
 def test_a_copy_of_a_ghost_feeds_itself():
     layer = ek.GhostBatchNorm(1, 4, momentum=1.0)
     with accumulate_statistics(layer):
