@@ -95,7 +95,10 @@ def measure(x: Tensor, state: State) -> Tensor:
             saved: Tensor = fast.measure_(
                 x, running_mean, running_var, batches, training, update and sink is None, momentum, eps, skipped
             )
-            after_kernel(x, saved, state)
+            if sink is None:
+                mark_updated(state)
+            else:
+                fill_sink(x, saved, state)
             return saved
         except RuntimeError as error:
             if not declined(error):
@@ -278,7 +281,10 @@ def _forward(
                 x, residual, weight, bias, running_mean, running_var, batches, training, update and sink is None,
                 momentum, eps, act.code, act.a, act.b, skipped, mask, keep,
             )  # fmt: skip
-            after_kernel(x, result[1], state)
+            if sink is None:
+                mark_updated(state)
+            else:
+                fill_sink(x, result[1], state)
             return result  # type: ignore[no-any-return]
         except RuntimeError as error:
             if not declined(error):
@@ -289,13 +295,10 @@ def _forward(
         return reference_forward(x, residual, weight, bias, state, act, saved)
 
 
-def after_kernel(x: Tensor, saved: Tensor, state: State, *others: Tensor) -> None:
-    """What is left to do about the running moments after a fast operator, which was told of no sink."""
-    if state.sink is None or not (state.training and state.update):
-        mark_updated(state, *others)
-        return
-    mark_updated(state._replace(update=False), *others)
-    _reference_update(x, saved, x.numel() // max(x.shape[1], 1) if state.mask is None else state.mask.sum(), state)
+def fill_sink(x: Tensor, saved: Tensor, state: State) -> None:
+    """Give the sink what a fast operator, which knows of none, has found."""
+    count = x.numel() // max(x.shape[1], 1) if state.mask is None else state.mask.sum()
+    _reference_update(x, saved, count, state)
 
 
 def mark_updated(state: State, *others: Tensor) -> None:

@@ -116,7 +116,11 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State
             check_arguments(what, x, None, weight, bias, state)
             fused.announce_declined(error)
         else:
-            fused.after_kernel(x, saved, state, x)
+            if state.sink is None:
+                fused.mark_updated(state, x)
+            else:
+                fused.mark_updated(state._replace(update=False), x)
+                fused.fill_sink(x, saved, state)
             return saved
     with fused.unchanged(state):
         y, moments = fused.reference_forward(x, None, weight, bias, state, act)

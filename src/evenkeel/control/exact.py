@@ -215,7 +215,8 @@ class _Passes:
             site = site or Site(moments)
         if site is None:
             raise RuntimeError(f"backward_as_one_batch: step used a {what} more often when it was called again")
-        if self._pooled is None and call.too_few != "skip" and bool((site.moments.count == 1).any()):
+        single = call.options.sample_weight is None and call.too_few != "skip"
+        if self._pooled is None and single and bool((site.moments.count == 1).any()):
             raise ValueError(f"{what}: one value per channel, in all micro-batches together, has no variance")
         if torch.is_grad_enabled() and call.x.requires_grad:
             self._terms.append(site.term(call))

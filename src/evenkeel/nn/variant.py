@@ -199,7 +199,7 @@ class Variant(Constructed, Controlled, CountsSkipped):
         """
         if not self.counts():
             return
-        sink = self._state().sink
+        sink = None if self._control is None else self._control.sink()
         if sink is None:
             self.enter(moments, self.momentum)
         else:
