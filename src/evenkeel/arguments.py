@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evenkeel.activations import Activation
 from evenkeel.errors import describe
-from evenkeel.layout import is_dense
+from evenkeel.layout import check_kind, is_dense
 
 if TYPE_CHECKING:
     from evenkeel.moments import Moments
@@ -148,19 +148,6 @@ def check_channels(what: str, x: Tensor, channels: int, owner: str = "the layer"
         f"{what}: x has {x.shape[1]} channels (dimension 1 of {tuple(x.shape)}), and {owner} {channels}; "
         f"got {describe(x)}{hint}"
     )
-
-
-def check_kind(what: str, name: str, value: Tensor) -> None:
-    """Raise a TypeError unless a tensor is of the ordinary kind: a number for each place of a shape, or on meta."""
-    if value.is_nested:
-        remedy = "Pad it, as with .to_padded_tensor(0.0), and say by mask= which values count"
-    elif value.is_quantized:
-        remedy = "Convert it first, with .dequantize()"
-    elif value.layout is not torch.strided:
-        remedy = "Convert it first, with .to_dense()"
-    else:
-        return
-    raise TypeError(f"{what}: {name} must be an ordinary dense tensor; got {describe(value)}. {remedy}")
 
 
 def check_counter(what: str, batches: Any, device: torch.device) -> None:

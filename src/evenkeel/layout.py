@@ -5,7 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from evenkeel.errors import describe
+
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def check_kind(what: str, name: str, value: Tensor) -> None:
+    """Raise a TypeError unless a tensor is of the ordinary kind: a number for each place of a shape, or on meta."""
+    if value.is_nested:
+        remedy = "Pad it, as with .to_padded_tensor(0.0), and say by mask= which values count"
+    elif value.is_quantized:
+        remedy = "Convert it first, with .dequantize()"
+    elif value.layout is not torch.strided:
+        remedy = "Convert it first, with .to_dense()"
+    else:
+        return
+    raise TypeError(f"{what}: {name} must be an ordinary dense tensor; got {describe(value)}. {remedy}")
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from evenkeel.activations import Activation
-from evenkeel.arguments import State, check_kind
+from evenkeel.arguments import State
 from evenkeel.composite import normalized
 from evenkeel.errors import describe
-from evenkeel.layout import counted, per_channel, reduced_dims
+from evenkeel.layout import check_kind, counted, per_channel, reduced_dims
 from evenkeel.moments import broadcast_mask, wide_dtype
 from evenkeel.running import update_running
 

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from evenkeel.arguments import check_kind
 from evenkeel.errors import describe
-from evenkeel.layout import per_channel, reduced_dims
+from evenkeel.layout import check_kind, per_channel, reduced_dims
 from evenkeel.ranks import gather, group_of
 
 if TYPE_CHECKING:

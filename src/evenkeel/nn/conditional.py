@@ -10,9 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from evenkeel import fused
 from evenkeel.activations import NONE, Activation
-from evenkeel.arguments import check_arguments, check_channels, check_kind
+from evenkeel.arguments import check_arguments, check_channels
 from evenkeel.errors import describe
 from evenkeel.functional import Options
+from evenkeel.layout import check_kind
 from evenkeel.moments import compute_dtype
 from evenkeel.nn.plain import by_batch
 from evenkeel.nn.tables import adopt, expand_rows, options_of

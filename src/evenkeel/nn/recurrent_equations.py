@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evenkeel.activations import NAMED
-from evenkeel.arguments import check_kind
 from evenkeel.errors import describe
+from evenkeel.layout import check_kind
 from evenkeel.nn.stepwise import Run, StepwiseBatchNorm
 
 _TANH = NAMED["tanh"]

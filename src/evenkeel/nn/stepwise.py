@@ -10,9 +10,10 @@ from torch import Tensor
 
 from evenkeel import fused
 from evenkeel.activations import NONE, Activation
-from evenkeel.arguments import State, check_arguments, check_counter, check_kind, check_numbers
+from evenkeel.arguments import State, check_arguments, check_counter, check_numbers
 from evenkeel.errors import describe
 from evenkeel.functional import Options
+from evenkeel.layout import check_kind
 from evenkeel.moments import Moments, wide_dtype
 from evenkeel.nn.variant import Variant
 
