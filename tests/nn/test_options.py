@@ -283,6 +283,25 @@ def test_running_moments_have_no_gradient(kind: type[nn.Module], training: bool,
 
 
 @layers
+def test_errors_name_the_layers_place(kind: type[nn.Module]) -> None:
+    layer, x, needed = made(kind)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Identity(), layer])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks[1](x, activation="rectified", **needed)
+
+    with pytest.raises(ValueError, match=rf"^{kind.__name__} 'blocks.1': activation must be one of"):
+        Model()(x)
+    layer.running_mean.requires_grad_()
+    with pytest.raises(RuntimeError, match=r"there is no gradient for running_mean"):
+        layer(x, **needed)
+
+
+@layers
 def test_calls_take_an_argument_or_name_it(kind: type[nn.Module], backend: str) -> None:
     layer, x, needed = made(kind)
     mask = torch.tensor([True, True, False])

@@ -131,7 +131,7 @@ class FusedBatchNorm(Constructed, Controlled, CountsSkipped):
                 return node  # type: ignore[no-any-return]
         try:
             return layer_batch_norm(input, residual, weight, bias, state, options, self._ranks, self.too_few)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             if not torch.compiler.is_compiling():
                 locate(error, self)
             raise
