@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
+import warnings
 
 import pytest
 import torch
@@ -260,7 +261,7 @@ def test_what_nobody_registered_is_listed_by_name_with_what_to_do():
     model, report = ek.convert(model)
     assert [type(layer) for layer in model[:2]] == [ek.BatchNorm2d, Named]
     assert "ek.surgery.register(Named, ...)" in report.rows[1]["reason"]
-    words = f"'2.0', '2.1', '2.2' and 1 more: {__name__}.Fixed is not known, and may compute more than a batch norm"
+    words = f"2.0, 2.1, 2.2 and 1 more: {__name__}.Fixed is not known, and may compute more than a batch norm"
     for notes in (report.notes, ek.fold(model.eval(), X.float())[1].notes, ek.recalibrate(model, [X.float()])[1].notes):
         assert [note.partition(";")[0] for note in notes] == [words]
     _, report = ek.recalibrate(nn.Sequential(Behind(3)), [torch.randn(9, 3)])
@@ -292,10 +293,50 @@ def test_register():
     assert_same(model, twin)
     saved = pickle.dumps(model)
     registry._known.clear()
-    registered = sys.modules["evenkeel.surgery.registered"]
-    registered.twin_of.cache_clear()
     with pytest.raises(TypeError, match=r"is not known here; call ek\.surgery\.register"):
         pickle.loads(saved)
+
+
+def test_registered_layers_are_called_as_before():
+    ek.surgery.register(Named)
+    model, twin = net(Named(3)), net(Named(3))
+    ek.convert(model)
+    torch.testing.assert_close(model[1](input=X), twin[1](input=X))
+    with pytest.raises(TypeError):
+        model[1](X, None)
+
+
+def test_what_is_registered_and_not_there_is_a_reason():
+    """A name that is not right would leave an activation out."""
+    x = torch.randn(9, 3)
+    for then, change, words in (
+        (["lats"], lambda layer: None, "has no 'lats', which is registered for its class (Behind)"),
+        (["last"], lambda layer: vars(layer).update(last=torch.tanh), "has a 'last' that is no module"),
+    ):
+        ek.surgery.register(Behind, then=then)
+        model = nn.Sequential(nn.Linear(3, 3), Behind(3)).eval()
+        if change(model[1]) is None and then == ["last"]:
+            del model[1]._modules["last"]
+        expected = model(x)
+        model, report = ek.convert(model)
+        assert words in report.rows[0]["reason"]
+        model, report = ek.fold(model, x)
+        assert words in report.rows[0]["reason"]
+        torch.testing.assert_close(model(x), expected)
+    ek.surgery.register(Behind, then=["last"])  # said anew, it holds from then on
+    layer = Behind(3).eval()
+    torch.testing.assert_close(ek.convert(copy.deepcopy(layer))[0](x), layer(x))
+    layer.last = None
+    torch.testing.assert_close(ek.convert(copy.deepcopy(layer))[0](x), nn.BatchNorm1d.forward(layer, x))
+
+
+def test_scripts_are_refused_with_the_way_out(kinds):
+    for name in ("timm BatchNormAct2d", "torchvision FrozenBatchNorm2d"):
+        model, _ = ek.convert(net(kinds[name](3)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(RuntimeError, match=r"ek\.to_torch\(model\)"):
+                torch.jit.script(model)
 
 
 @pytest.mark.parametrize(

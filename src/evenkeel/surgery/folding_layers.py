@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from evenkeel.nn.variant import Variant
 from evenkeel.surgery.observe import has_hooks
-from evenkeel.surgery.registry import computes_as, is_frozen, is_norm
+from evenkeel.surgery.registry import computes_as, is_frozen, is_norm, misfit
 from evenkeel.surgery.trace import ModuleCall, Trace, Value
 
 #: What takes a batch norm in.
@@ -50,6 +50,8 @@ class Layers:
                 f"is a {kind.__name__}, whose evaluation may be more than batch norm by running moments; "
                 f"ek.surgery.register({kind.__name__}, ...) says what it is"
             )
+        if (reason := misfit(layer)) is not None:
+            return reason
         if isinstance(layer, Variant) and layer.own_evaluation is not None:
             return f"is a {kind.__name__}, which evaluates {layer.own_evaluation}"
         if layer.training and not is_frozen(layer):

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from evenkeel import nn as layers
 from evenkeel.nn.skipped import CountsSkipped
 from evenkeel.surgery.registered import Registered, twin_of
-from evenkeel.surgery.registry import known
+from evenkeel.surgery.registry import known, misfit
 
 #: Why a layer of ours keeps its class.
 ALREADY = "is evenkeel's already"
@@ -55,6 +55,8 @@ def target_of(layer: _BatchNorm, sync: bool | None) -> type[nn.Module] | str:
     if nn.utils.parametrize.is_parametrized(layer):
         return "is parametrized"
     if registered is not None:
+        if (reason := misfit(layer)) is not None:
+            return reason
         if sync is not None and not registered.frozen and sync != issubclass(kind, _SYNC):
             return f"is a {kind.__name__}, which only its own package can {'' if sync else 'un'}synchronize"
         return ALREADY if isinstance(layer, Registered) else twin_of(kind)

@@ -15,7 +15,7 @@ from evenkeel import nn as layers
 from evenkeel.arguments import State
 from evenkeel.fusion.call import passes_by
 from evenkeel.nn.batch_norm import FusedBatchNorm, fx_node
-from evenkeel.surgery.registry import ORIGIN, known
+from evenkeel.surgery.registry import ORIGIN, Known, known
 
 passes_by(__file__)
 #: What a class that is derived from one of torch.nn's is derived from here.
@@ -33,7 +33,8 @@ class Registered(nn.Module):
     _registered: type[nn.Module]
     _then: tuple[str, ...]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any = None, *, input: Any = None) -> Tensor:
+        x = input if x is None else x  # torch.nn's name for it
         if not isinstance(x, Tensor):
             node = fx_node(self, x, None, None, {})
             if node is not None:
@@ -42,7 +43,7 @@ class Registered(nn.Module):
             return self._registered.forward(self, x)  # type: ignore[no-any-return]
         y = super().forward(x)
         for name in self._then:
-            part = self._modules.get(name)
+            part = getattr(self, name, None)
             if part is not None:
                 y = part(y)
         return y  # type: ignore[no-any-return]
@@ -60,11 +61,16 @@ class Frozen(nn.Module):
     defers_in_training = True
     forward = FusedBatchNorm.forward
     normalization = FusedBatchNorm.normalization
+    __prepare_scriptable__ = FusedBatchNorm.__prepare_scriptable__
 
     def fits(self, x: Tensor) -> bool:
-        """Whether the result is what the class's own code computes; types mix in each package's own way."""
-        mean: Tensor = self.running_mean  # type: ignore[assignment]
-        return x.dim() == 4 and x.dtype == mean.dtype and x.shape[1:2] == mean.shape and x.is_floating_point()
+        """Whether the result is what the class's own code computes: types mix in each package's own way."""
+        if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+            return False
+        mean, var, *affine = (getattr(self, name) for name in ("running_mean", "running_var", "weight", "bias"))
+        if mean.requires_grad or var.requires_grad:
+            return False
+        return all(v is None or (v.dtype == x.dtype and v.shape == x.shape[1:2]) for v in (mean, var, *affine))
 
     def _unpacked(self) -> tuple[Any, Any, State]:
         mean, var, eps = self.running_mean, self.running_var, self.eps
@@ -72,12 +78,16 @@ class Frozen(nn.Module):
         return self.weight, self.bias, state
 
 
-@cache
 def twin_of(kind: Any) -> type[nn.Module]:
     """The class that the layers of a known one get."""
     found = known(kind)
     if found is None:
         raise TypeError(f"{kind.__qualname__} is not known here; call ek.surgery.register({kind.__name__}, ...) first")
+    return _twin(kind, found)
+
+
+@cache
+def _twin(kind: Any, found: Known) -> type[nn.Module]:
     base = Frozen if found.frozen else next((ours for theirs, ours in _OURS.items() if issubclass(kind, theirs)), None)
     bases = (Registered, base or layers.BatchNorm, kind)
     return type(kind.__name__, bases, {"__module__": __name__, ORIGIN: kind, "_then": found.then})

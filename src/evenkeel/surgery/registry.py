@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from evenkeel.control.selection import named
 from evenkeel.errors import describe
 
 Kind = TypeVar("Kind", bound=type[nn.Module])
@@ -21,6 +22,8 @@ class Known(NamedTuple):
 
     then: tuple[str, ...] = ()
     frozen: bool = False
+    #: Whether a layer may lack what ``then`` names.
+    lacking: bool = False
 
 
 #: Where a class that ek.convert makes for the layers of a known one has that one.
@@ -33,7 +36,7 @@ _PACKAGES: dict[str, dict[str, Known]] = {
     "detectron2.layers.batch_norm": {"FrozenBatchNorm2d": Known(frozen=True)},
     "timm.layers.norm_act": {
         "BatchNormAct2d": Known(_ACT),
-        "SyncBatchNormAct": Known(_ACT),
+        "SyncBatchNormAct": Known(_ACT, lacking=True),
         "FrozenBatchNorm2d": Known(frozen=True),
         "FrozenBatchNormAct2d": Known(_ACT, frozen=True),
     },
@@ -57,9 +60,9 @@ def register(kind: Kind, *, then: Sequence[str] = (), frozen: bool = False) -> K
 
     Args:
         kind: The class, derived from a batch norm of ``torch.nn``, or any module if ``frozen``.
-        then: Attributes of its layers that are modules, in the order in which they are called. A layer may lack some.
-        frozen: The layer normalizes with ``running_mean`` and ``running_var`` in training too, and ``weight`` and
-            ``bias`` are as fixed as these; all four are buffers or parameters of shape (C,), and ``eps`` is a number.
+        then: Attributes of its layers, modules or None, in the order in which they are called.
+        frozen: The layer normalizes with ``running_mean`` and ``running_var`` in training too. These, ``weight`` and
+            ``bias`` are tensors of shape (C,), and ``eps`` is a number.
 
     Returns:
         ``kind``: for a class without ``then``, ``@ek.surgery.register`` above it does.
@@ -126,6 +129,18 @@ def computes_as(kind: type[Any]) -> type[Any] | None:
     return None
 
 
+def misfit(layer: nn.Module) -> str | None:
+    """Why a layer is not what is known of its class, in words that follow its path; None if it is."""
+    base = computes_as(type(layer))
+    found = None if base is None else known(base)
+    for name in found.then if found else ():
+        if not (hasattr(layer, name) or (found and found.lacking)):
+            return f"has no {name!r}, which is registered for its class ({type(layer).__name__})"
+        if not isinstance(getattr(layer, name, None), nn.Module | None):
+            return f"has a {name!r} that is no module, which is registered for its class ({type(layer).__name__})"
+    return None
+
+
 def rest_of(layer: nn.Module) -> nn.Module:
     """What a layer does behind the batch norm: its own modules, by their names; an Identity for nothing."""
     base = computes_as(type(layer))
@@ -144,6 +159,7 @@ def notes_on(model: nn.Module) -> list[str]:
     scripted: list[str] = []
     unknown: dict[type[nn.Module], list[str]] = {}
     for path, module in model.named_modules():
+        path = named(path)
         if isinstance(module, torch.jit.ScriptModule):
             if not any(path.startswith(f"{outer}.") for outer in scripted):
                 scripted.append(path)
@@ -153,7 +169,7 @@ def notes_on(model: nn.Module) -> list[str]:
     for kind, paths in unknown.items():
         more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
         notes.append(
-            f"{', '.join(map(repr, paths[:3]))}{more}: {kind.__module__}.{kind.__qualname__} is not known, and may "
+            f"{', '.join(paths[:3])}{more}: {kind.__module__}.{kind.__qualname__} is not known, and may "
             f"compute more than a batch norm; ek.surgery.register({kind.__name__}, ...) says what it does."
         )
     return notes
