@@ -233,5 +233,6 @@ def test_validators_by_exact_class():
 
 
 def test_pickles_have_nothing_of_evenkeel():
-    model, _ = ek.to_torch(ek.convert(built())[0])
-    assert b"evenkeel" not in pickle.dumps(model)
+    for model in (ek.convert(built())[0], ek.SyncBatchNorm.convert_sync_batchnorm(built())):
+        assert b"evenkeel" in pickle.dumps(model)
+        assert b"evenkeel" not in pickle.dumps(ek.to_torch(model)[0])

@@ -101,6 +101,7 @@ def make_plain(what: str, model: nn.Module, undo: ExitStack) -> None:
             undo.callback(restore, module, module.__class__, dict(vars(module)), dict(module._buffers))
             module.__class__ = plain
             stop_counting(module)
+            vars(module).pop(layers.SyncBatchNorm.CAME_FROM, None)
     for module, graph in graphs:
         if graph is not None:
             undo.callback(setattr, module, "graph", module.graph)
