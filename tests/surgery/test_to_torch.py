@@ -166,6 +166,15 @@ def test_graphs_are_taken_apart(operation):
     assert ek.fold(graph, X)[1].summary["folded"] == 1
 
 
+def test_graphs_of_converted_layers_are_taken_apart():
+    model = Fused()
+    model.bn, model.last = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    graph = fx.symbolic_trace(ek.convert(model)[0].eval())
+    expected = graph(X)
+    graph, _ = ek.to_torch(graph)
+    torch.testing.assert_close(graph(X), expected)
+
+
 def test_graphs_with_masks_are_refused():
     class Masked(nn.Module):
         def __init__(self):

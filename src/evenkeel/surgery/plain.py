@@ -88,7 +88,8 @@ def to_torch(model: Model) -> tuple[Model, Report]:
 
 def make_plain(what: str, model: nn.Module, undo: ExitStack) -> None:
     """Make what has a counterpart in torch.nn its counterpart, in a way that ``undo`` undoes; all else stays."""
-    changing = {module for module in model.modules() if class_before(module) in _PLAIN}
+    ours = [module for module in model.modules() if isinstance(module, _OURS)]
+    changing = {module for module in ours if (kind := class_before(module)) in _PLAIN or not issubclass(kind, _OURS)}
     graphs = [
         (module, _plain_calls(what, module, changing))
         for module in model.modules()
