@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import evenkeel as ek
+from evenkeel.bench import agreement as agreement_module
 from evenkeel.bench import arms, network_run
 from evenkeel.bench.agreement import agreement, judge
 from evenkeel.bench.check import WrongResultError
@@ -41,6 +42,21 @@ def test_the_small_network_agrees(layout):
     assert agreement("MobileNetV2", batch=2, size=64, layout=layout) <= 10
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_layer_that_is_wrong_is_found_in_the_small_network(monkeypatch, layout):
+    """However much room the roundings leave: here eps of one layer is another."""
+
+    def wrong(net):
+        found = use_evenkeel(net)
+        [*_, last] = [module for module in found.modules() if isinstance(module, ek.BatchNorm2d)]
+        last.eps = 0.1
+        return found
+
+    monkeypatch.setattr(agreement_module, "use_evenkeel", wrong)
+    with pytest.raises(WrongResultError, match="is off by"):
+        agreement("MobileNetV2", batch=2, size=64, layout=layout)
+
+
 def test_every_layer_is_replaced_with_the_same_parameters():
     net = build("DenseNet-121", 32)
     before = {name: value.data_ptr() for name, value in net.state_dict(keep_vars=True).items()}
@@ -66,10 +82,14 @@ def test_relu_is_fused_in_resnet():
 
 def test_a_wrong_network_is_found():
     with pytest.raises(WrongResultError, match="b is off"):
-        judge({"a": 1e-7, "b": 1e-3}, {"a": 1e-7, "b": 1e-6}, 1e-7)
-    with pytest.raises(WrongResultError):
-        judge({"a": float("nan")}, {"a": 1e-7}, 1e-7)
-    assert judge({"a": 2e-7}, {"a": 1e-9}, 1e-7) == pytest.approx(2)
+        judge({"a": 1e-7, "b": 1e-3}, [{"a": 1e-7, "b": 1e-6}])
+    with pytest.raises(WrongResultError, match="a is off by nan"):
+        judge({"a": float("nan"), "b": 1e-7}, [{"a": 1e-7, "b": 1e-7}])
+    with pytest.raises(WrongResultError, match=r"the median tensor by 0\.0001"):  # off everywhere, if not by much
+        judge(dict.fromkeys("abc", 1e-4), [{"a": 1e-6, "b": 1e-6, "c": 1e-2}])
+    assert judge({"a": 2e-6}, [{"a": 1e-6}]) == pytest.approx(2)
+    gate = {"a": 1e-6, "b": 5e-3, "c": 1e-6}  # one that falls the other way moves one tensor, here another
+    assert judge({"a": 6e-3, "b": 1e-6, "c": 1e-6}, [gate, gate]) == pytest.approx(1.2)
 
 
 class FakeWorker:

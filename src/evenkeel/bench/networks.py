@@ -41,3 +41,14 @@ def batch_of(batch: int, size: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(batch, 3, size, size, generator=generator)
     return images, torch.randint(CLASSES, (batch,), generator=generator)
+
+
+def roundings(images: Tensor, eps: float) -> list[Tensor]:
+    """The images, and four times the images with every value up or down by the share eps of itself.
+
+    What a network gives for them differs as much as right results may: in a deep one with gates and few values a
+    channel, roundings grow, and another processor's are others.
+    """
+    generator = torch.Generator().manual_seed(2)
+    signs = [2.0 * torch.randint(2, images.shape, generator=generator) - 1 for _ in range(4)]
+    return [images, *(images * (1 + eps * each.to(images)) for each in signs)]
