@@ -11,6 +11,7 @@ from torch import Tensor
 from evenkeel.activations import Activation
 from evenkeel.errors import describe
 from evenkeel.layout import check_kind, is_dense
+from evenkeel.updates import UpdateCounts
 
 if TYPE_CHECKING:
     from evenkeel.moments import Moments
@@ -30,8 +31,8 @@ class State(NamedTuple):
         momentum: Weight of the batch in the update; None averages over all batches.
         eps: Added to the variance.
         what: What was called, the first words of an error.
-        skipped: Counts, per channel, the updates that were left out because the batch's moments were not finite; or
-            None.
+        updates: Counts, per channel, the updates that were left out because something not finite would have been
+            stored; or None.
         mask: Which values count, (N, *S), or None.
         keep: Whether values that do not count stay as they are; else they come out as 0.
         sink: What takes the batch's moments where ``update`` is set, in place of the running ones; or None.
@@ -45,10 +46,17 @@ class State(NamedTuple):
     momentum: float | None
     eps: float
     what: str = FUNCTION
-    skipped: Tensor | None = None
+    updates: UpdateCounts | None = None
     mask: Tensor | None = None
     keep: bool = False
     sink: Callable[[Moments], None] | None = None
+
+    def counts(self) -> Tensor | None:
+        """What an operator that updates counts in. It declines what is not as the running mean is; see running."""
+        updates = self.updates
+        if updates is None or not self.update or self.sink is not None or self.running_mean is None:
+            return None
+        return updates.beside(self.running_mean) if updates.tensor is None else updates.tensor
 
 
 def check_arguments(

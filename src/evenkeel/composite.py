@@ -155,11 +155,16 @@ def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: St
             running_mean, running_var = running_mean.clone(), running_var.clone()
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, 0.0, eps)
     # A program of torch's own operators is asked for, and torch.func lets only these write to buffers.
-    plain = torch.compiler.is_exporting() or torch._C._functorch.peek_interpreter_stack() is not None
+    plain = torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
     if running_mean is None or running_var is None or (plain and momentum is not None):
         y = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum or 0.0, eps)
         if batches is not None:
             batches.add_(1)
+        return y
+    if not plain and running_mean.dtype.itemsize < compute_dtype(x).itemsize:
+        # Rounded before they are averaged, the batch's moments would lose digits, and more of them overflow.
+        y = F.batch_norm(x, running_mean.clone(), running_var.clone(), weight, bias, True, 0.0, eps)
+        _update(x.detach(), state)
         return y
     # momentum 1 writes the batch's own moments, of which update_running takes what is finite.
     mean, unbiased = torch.zeros_like(running_mean), torch.zeros_like(running_var)

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from evenkeel import fused, kernels
-from evenkeel.activations import NONE, resolve
+from evenkeel.activations import resolve
 from evenkeel.arguments import State, check_arguments, check_inplace
 from evenkeel.inplace import batch_norm_
 from evenkeel.kernels import reference
 from evenkeel.masking import common_mask, length_mask, take_mask, weighted, without_variance
-from evenkeel.moments import Moments, check_values
+from evenkeel.moments import Moments, Weighting, check_values, check_weighting
 
 __all__ = ["batch_norm", "length_mask", "moments"]
 
@@ -34,6 +34,7 @@ def batch_norm(
     inplace: bool = False,
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    weighting: Weighting = "frequency",
     padding: str = "zero",
 ) -> Tensor:
     """``activation(bn(x) + residual)`` in one fused operation.
@@ -64,8 +65,11 @@ def batch_norm(
         mask: Which values count, boolean, True for those: shape (N,) or (N, *S), the same for all channels; see
             :func:`length_mask` for sequences. Moments and gradients are those of the values that count; the others may
             be anything, NaN included, and have the gradient 0. A batch in which none counts changes nothing.
-        sample_weight: How often a value counts, floating-point, not negative, shape (N,) or (N, *S): the mean is
+        sample_weight: How much a value counts, floating-point, not negative, shape (N,) or (N, *S): the mean is
             Σw·x/Σw, the variance Σw·(x − mean)²/Σw. A value of weight 0 is normalized, but does not count.
+        weighting: What weights mean, which the unbiased variance depends on: ``"frequency"``, how often a value is
+            there, so that it is Σw·(x − mean)²/(Σw − 1), and Σw must be above 1; or ``"importance"``, how much it
+            matters beside the others, Σw·(x − mean)²/(Σw − Σw²/Σw), the same in any unit.
         padding: What a mask leaves out comes out as: ``"zero"``, or ``"keep"`` for what it is in x, with its gradient.
 
     Shape:
@@ -118,26 +122,35 @@ def batch_norm(
             inplace=inplace,
             mask=mask,
             sample_weight=sample_weight,
+            weighting=weighting,
             padding=padding,
         )
     state = State(running_mean, running_var, None, training, training, momentum, eps)
-    options = Options(activation, inplace, mask, sample_weight, padding)
+    options = Options(activation, inplace, mask, sample_weight, padding, weighting)
     return layer_batch_norm(input, residual, weight, bias, state, options)
 
 
-def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
+def moments(
+    x: Tensor,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    weighting: Weighting = "frequency",
+) -> Moments:
     """Count, mean and sum of squared deviations per channel, as a mergeable :class:`~evenkeel.Moments`.
 
     Args:
         x: Values of shape (N, C, *S), floating-point.
         mask: Which values count; see :meth:`evenkeel.Moments.from_tensor`, which this equals, on native kernels where
             they apply. Where a gradient is asked for, the result is differentiable.
+        sample_weight, weighting: Of each value, and what that means; see there too.
 
     Example:
         >>> moments(torch.tensor([[1.0, 5.0], [3.0, 5.0]])).mean.tolist()
         [2.0, 5.0]
     """
     check_values(x)
+    if sample_weight is not None or weighting != "frequency":
+        return Moments.from_tensor(x, mask, sample_weight, weighting)
     common = None if mask is None else common_mask(mask, x)
     if (
         type(x) is not Tensor
@@ -156,16 +169,6 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
     return Moments(count, mean, var * count)
 
 
-def call_moments(x: Tensor, mask: Tensor | None = None, sample_weight: Tensor | None = None) -> Moments:
-    """The moments that a layer's call with these arguments normalizes with; no gradient."""
-    if sample_weight is None:
-        return moments(x.detach(), mask)
-    found: list[Moments] = []
-    state = State(None, None, None, True, True, None, 1.0, "moments", sink=found.append)
-    weighted(x.detach(), None, None, None, take_mask(state, mask, "zero", x, "skip"), NONE, sample_weight)
-    return found[0]
-
-
 class Options(NamedTuple):
     """What a call asks besides normalizing; see :func:`batch_norm`."""
 
@@ -174,6 +177,7 @@ class Options(NamedTuple):
     mask: Tensor | None = None
     sample_weight: Tensor | None = None
     padding: str = "zero"
+    weighting: Weighting = "frequency"
 
 
 def layer_batch_norm(
@@ -189,7 +193,7 @@ def layer_batch_norm(
     """What the function above and a layer's forward call; see :class:`evenkeel.BatchNorm`."""
     what = state.what
     refuse_jit(what)
-    activation, inplace, mask, sample_weight, padding = options
+    activation, inplace, mask, sample_weight, padding, weighting = options
     if has_torch_function((x, residual)):
         return handle_torch_function(  # type: ignore[no-any-return]
             layer_batch_norm, (x, residual), x, residual, weight, bias, state, options, ranks, too_few
@@ -204,13 +208,16 @@ def layer_batch_norm(
         if state.training and x.numel() == x.shape[1] > 0:
             state = without_variance(state, too_few)
     try:
-        if mask is not None or sample_weight is not None or padding != "zero":
+        if mask is not None or sample_weight is not None or padding != "zero" or weighting != "frequency":
+            check_weighting(what, weighting)
             if inplace:
-                raise ValueError(f"{what}: inplace=True goes without mask, sample_weight and padding; leave them out")
+                raise ValueError(
+                    f"{what}: inplace=True goes without mask, sample_weight, weighting and padding; leave them out"
+                )
             state = take_mask(state, mask, padding, x, too_few)
             if sample_weight is not None:
                 with fused.unchanged(state):
-                    return weighted(x, residual, weight, bias, state, act, sample_weight)
+                    return weighted(x, residual, weight, bias, state, act, sample_weight, weighting, too_few)
         elif inplace:
             check_inplace(what, x, residual, act)
             return batch_norm_(x, weight, bias, state, act)

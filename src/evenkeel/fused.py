@@ -23,6 +23,7 @@ from evenkeel.moments import wide_dtype
 from evenkeel.running import update_running
 from evenkeel.second_run import is_second_run
 from evenkeel.unchanged import Unchanged
+from evenkeel.updates import COUNTS
 
 _UNSUPPORTED = "evenkeel: unsupported: "
 _log = logging.getLogger("evenkeel")
@@ -87,13 +88,13 @@ def measure(x: Tensor, state: State) -> Tensor:
     """
     if state.update and is_second_run():
         state = state._replace(update=False)
-    running_mean, running_var, batches, training, update, momentum, eps, _, skipped, _, _, sink = state
+    running_mean, running_var, batches, training, update, momentum, eps, _, _, _, _, sink = state
     x = x.detach()
     fast = kernels.operators(x)
     if fast is not None:
         try:
             saved: Tensor = fast.measure_(
-                x, running_mean, running_var, batches, training, update and sink is None, momentum, eps, skipped
+                x, running_mean, running_var, batches, training, update and sink is None, momentum, eps, state.counts()
             )
             if sink is None:
                 mark_updated(state)
@@ -271,7 +272,7 @@ def _forward(
 
     Unless the latter is given, the running statistics are updated as ``state`` says.
     """
-    running_mean, running_var, batches, training, update, momentum, eps, what, skipped, mask, keep, sink = state
+    running_mean, running_var, batches, training, update, momentum, eps, what, _, mask, keep, sink = state
     fast = kernels.operators(x)
     if fast is not None:
         try:
@@ -279,7 +280,7 @@ def _forward(
                 return fast.finish(x, saved, weight, bias, residual, act.code, act.a, act.b), saved
             result = fast.forward_(
                 x, residual, weight, bias, running_mean, running_var, batches, training, update and sink is None,
-                momentum, eps, act.code, act.a, act.b, skipped, mask, keep,
+                momentum, eps, act.code, act.a, act.b, state.counts(), mask, keep,
             )  # fmt: skip
             if sink is None:
                 mark_updated(state)
@@ -305,7 +306,8 @@ def mark_updated(state: State, *others: Tensor) -> None:
     """Tell autograd what a fast operator has overwritten: the running moments where they were updated, and others."""
     changed = [*others]
     if state.update and state.running_mean is not None:
-        for buffer in (state.running_mean, state.running_var, state.num_batches_tracked, state.skipped):
+        counts = None if state.updates is None else state.updates.tensor
+        for buffer in (state.running_mean, state.running_var, state.num_batches_tracked, counts):
             if buffer is not None and not buffer.is_inference():
                 changed.append(buffer)
     torch._C._increment_version(changed)
@@ -317,9 +319,12 @@ def declined(error: RuntimeError) -> bool:
 
 
 def announce_declined(error: RuntimeError) -> None:
-    """Say once for each argument that the reference back end runs because of it. (x alone: it is empty.)"""
+    """Say once for each argument that the reference back end runs because of it.
+
+    (x alone: it is empty. The counts: the reference puts them right, so that it runs this once.)
+    """
     reason = str(error).partition(_UNSUPPORTED)[2].partition("\n")[0].strip()
-    if reason and reason != "x" and reason not in _declined_for:
+    if reason and reason not in ("x", COUNTS) and reason not in _declined_for:
         _declined_for.add(reason)
         _log.warning(
             "the fast kernels do not take this dtype or layout of %s: the reference back end runs, which is slower",
@@ -331,7 +336,7 @@ def unchanged(state: State) -> AbstractContextManager[None]:
     """Inside, an exception leaves the buffers of a state as they were."""
     if not state.update or torch.compiler.is_compiling():
         return nullcontext()
-    return Unchanged((state.running_mean, state.running_var, state.num_batches_tracked, state.skipped))
+    return Unchanged((state.running_mean, state.running_var, state.num_batches_tracked, state.counts()))
 
 
 def reference_forward(

@@ -102,13 +102,13 @@ _apply = super(torch.autograd.Function, _InplaceBatchNorm).apply
 
 def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation) -> Tensor:
     """(mean, var, rstd) as one (3, C) tensor; x becomes y, and the running moments are updated."""
-    running_mean, running_var, batches, training, update, momentum, eps, what, skipped, *_ = state
+    running_mean, running_var, batches, training, update, momentum, eps, what, *_ = state
     fast = kernels.operators(x)
     if fast is not None:
         try:
             saved: Tensor = fast.inplace_(
                 x, weight, bias, running_mean, running_var, batches, training, update and state.sink is None, momentum,
-                eps, act.code, act.a, act.b, skipped,
+                eps, act.code, act.a, act.b, state.counts(),
             )  # fmt: skip
         except RuntimeError as error:
             if not fused.declined(error):

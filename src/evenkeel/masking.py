@@ -11,8 +11,16 @@ from evenkeel.activations import Activation
 from evenkeel.arguments import State
 from evenkeel.composite import normalized
 from evenkeel.errors import describe
-from evenkeel.layout import check_kind, counted, per_channel, reduced_dims
-from evenkeel.moments import broadcast_mask, wide_dtype
+from evenkeel.layout import check_kind, counted, per_channel
+from evenkeel.moments import (
+    LEAST_FREQUENCY,
+    Moments,
+    Weighting,
+    broadcast_mask,
+    broadcast_weight,
+    check_weighting,
+    wide_dtype,
+)
 from evenkeel.running import update_running
 
 TOO_FEW = ("error", "running", "skip")
@@ -120,23 +128,29 @@ def weighted(
     state: State,
     act: Activation,
     sample_weight: Tensor,
+    weighting: Weighting = "frequency",
+    too_few: str | None = None,
 ) -> Tensor:
-    """``act(bn(x) + residual)`` with moments in which a value counts as often as its weight says; in plain torch."""
-    w = _broadcast_weight(state.what, sample_weight, x)
+    """``act(bn(x) + residual)`` with weighted moments, in plain torch.
+
+    Args:
+        weighting: As in :meth:`Moments.from_tensor`.
+        too_few: What weights without a variance to learn from are; None does not look at it.
+    """
+    check_weighting(state.what, weighting)
+    w = broadcast_weight(state.what, sample_weight, x)
     mask = None if state.mask is None else state.mask.unsqueeze(1)
     given = x
     if mask is not None:
         x, w = counted(mask, x), counted(mask, w)
-    wide, dims = wide_dtype(x.device), reduced_dims(x)
+    if too_few is not None and state.training and w.is_cpu and not torch.compiler.is_compiling():
+        state = _enough_weight(state, w.expand(x.shape[0], 1, *x.shape[2:]), weighting, x, too_few)
+    wide = wide_dtype(x.device)
     if state.training:
-        w = w.to(wide).expand(x.shape[0], 1, *x.shape[2:])
-        total = w.sum()
-        share = w / total.where(total > 0, 1)
-        values = x.to(wide)
-        mean = (share * values).sum(dims)
-        var = (share * (values - per_channel(mean, x)).square()).sum(dims)
+        moments = Moments.from_tensor(x, mask, sample_weight, weighting)
+        mean, var = moments.mean, moments.var_or_zero
         if state.update:
-            update_running(state, mean.detach(), var.detach(), total.detach())
+            update_running(state, mean.detach(), var.detach(), moments.count.detach(), squares=moments.squares)
     else:
         assert state.running_mean is not None and state.running_var is not None
         mean, var = state.running_mean.to(wide), state.running_var.to(wide)
@@ -148,22 +162,26 @@ def weighted(
     return y if mask is None else counted(mask, y, given if state.keep else None)
 
 
-def _broadcast_weight(what: str, sample_weight: Tensor, x: Tensor) -> Tensor:
-    legal = (x.shape[0],), (x.shape[0], *x.shape[2:])
-    if not isinstance(sample_weight, Tensor) or not sample_weight.is_floating_point():
-        raise TypeError(f"{what}: sample_weight must be a floating-point tensor; got {describe(sample_weight)}")
-    check_kind(what, "sample_weight", sample_weight)
-    if tuple(sample_weight.shape) not in legal or sample_weight.device != x.device:
+def _enough_weight(state: State, w: Tensor, weighting: Weighting, x: Tensor, too_few: str) -> State:
+    """The state, after a look at whether the weights (N, 1, *S) leave a variance: to normalize with, or to learn from.
+
+    Where none counts at all, nothing changes, as with a mask.
+    """
+    total, values = w.to(torch.float64).sum().item(), int((w > 0).sum())
+    enough = values > 1 if weighting == "importance" else total >= LEAST_FREQUENCY
+    learns = state.update and state.running_mean is not None
+    if values == 0 or enough or (values > 1 and not learns):
+        return state
+    if too_few != "error":
+        return without_variance(state, too_few)
+    remedy = "evaluate with model.eval(), or give the layer too_few='running' or 'skip'"
+    if values == 1:
         raise ValueError(
-            f"{what}: sample_weight must have shape {' or '.join(map(str, dict.fromkeys(legal)))} and be on "
-            f"{x.device}; got {describe(sample_weight)}"
+            f"{state.what}: sample_weight lets one value per channel count, which has no variance; got {describe(x)}. "
+            f"Let more count, {remedy}"
         )
-    if sample_weight.is_cpu and not torch.compiler.is_compiling():
-        illegal = sample_weight[~((sample_weight >= 0) & (sample_weight < torch.inf))]
-        if illegal.numel() > 0:
-            raise ValueError(
-                f"{what}: sample_weight must not be negative, infinite or NaN; it has {illegal.flatten()[0].item()}"
-            )
-    if sample_weight.dim() == 1:
-        return sample_weight.view(-1, *([1] * (x.dim() - 1)))
-    return sample_weight.unsqueeze(1)
+    raise ValueError(
+        f"{state.what}: sample_weight says how often values count, and they count {total:g} times in all; the running "
+        "variance is unbiased by Σw − 1, so that Σw must be above 1. Give weighting='importance' where only the "
+        f"weights' ratios matter, {remedy}"
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,13 @@ from evenkeel.ranks import gather, group_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+#: What weights mean: how often a value is there, or how much it matters beside the others.
+Weighting = Literal["frequency", "importance"]
+WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
+#: Frequencies that add up to less leave no variance to learn from: above 1, by more than the rounding, in any dtype, of
+#: weights that were scaled to add up to 1.
+LEAST_FREQUENCY = 1 + 1 / 64
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -31,14 +38,17 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 class Moments:
     """Count, mean and sum of squared deviations (M2) of each channel; merging them is exact.
 
-    For the values v of a channel: mean = Σv / count and m2 = Σ(v − mean)². Two sets a and b merge to
+    For the values v of a channel: mean = Σv / count and m2 = Σ(v − mean)²; with weights w, count = Σw,
+    mean = Σwv / count and m2 = Σw(v − mean)². Two sets a and b merge to
     n = n_a + n_b, δ = mean_b − mean_a, mean = mean_a + δ·n_b/n, m2 = m2_a + m2_b + δ²·n_a·n_b/n, which is free of the
     cancellation that Σv² − (Σv)²/n suffers from.
 
     Args:
-        count: Number of values per channel, shape () when it is the same for all channels, else (C,).
+        count: Number of values per channel, or their weight; shape () when it is the same for all channels, else (C,).
         mean: Shape (C,). Zero where the count is zero.
         m2: Shape (C,), not negative. Zero where the count is zero.
+        squares: Σw² of weights that say how much values matter, shape as ``count``; merging adds it up. None is the
+            count itself: that of values which count once, or as often as their weights say.
 
     Numerics:
         float64 (float32 on devices without it), whatever the values' dtype.
@@ -57,6 +67,7 @@ class Moments:
     count: Tensor
     mean: Tensor
     m2: Tensor
+    squares: Tensor | None = None
 
     @classmethod
     def empty(cls, channels: int, *, device: torch.device | str | None = None) -> Moments:
@@ -66,25 +77,43 @@ class Moments:
         return cls(torch.zeros((), dtype=dtype, device=device), zeros, zeros.clone())
 
     @classmethod
-    def from_tensor(cls, x: Tensor, mask: Tensor | None = None) -> Moments:
+    def from_tensor(
+        cls,
+        x: Tensor,
+        mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        weighting: Weighting = "frequency",
+    ) -> Moments:
         """Moments of each channel of ``x``, over its batch and all its positions.
 
         Args:
             x: Floating-point values, shape (N, C, *S).
             mask: Which values count, boolean; shape (N,), (N, *S), or any that broadcasts against ``x`` with as many
                 dimensions. Values that do not count may be anything, NaN included.
+            sample_weight: Of each value, floating-point, not negative; shape (N,) or (N, *S).
+            weighting: What weights mean: ``"frequency"``, how often a value is there, or ``"importance"``, how much it
+                matters beside the others, in any unit. Mean and variance are the same; see :attr:`var_unbiased`.
 
         Raises:
-            TypeError: ``x`` is not a floating-point tensor, or ``mask`` is not boolean.
-            ValueError: ``x`` has fewer than two dimensions, or ``mask`` does not fit.
+            TypeError: ``x`` is not a floating-point tensor, ``mask`` is not boolean, or the weights are not
+                floating-point.
+            ValueError: ``x`` has fewer than two dimensions, ``mask`` or the weights do not fit, some are negative or
+                not finite (looked at on the CPU alone), or there is no such weighting.
 
         Numerics:
             Two passes around a first estimate of the mean, so that a mean of 10⁶ deviations costs no digits.
             Differentiable with respect to ``x``.
         """
         check_values(x)
+        check_weighting("moments", weighting)
         wide, dims = wide_dtype(x.device), reduced_dims(x)
         values = x.to(wide)
+        if sample_weight is not None:
+            weights = broadcast_weight("moments", sample_weight, x).to(wide)
+            if mask is not None:
+                mask = broadcast_mask(mask, x)
+                values, weights = torch.where(mask, values, 0), torch.where(mask, weights, 0)
+            return _of_weighted(values, weights, weighting)
         if mask is None:
             count = torch.tensor(x.numel() // max(x.shape[1], 1), dtype=wide, device=x.device)
             divisor = count.clamp(min=1)
@@ -128,19 +157,26 @@ class Moments:
                 f"{other.mean.shape[0]} there"
             )
         count = self.count + other.count
-        share = other.count / count.clamp(min=1)
+        share = other.count / count.where(count > 0, 1)
         delta = other.mean - self.mean
         # An empty side has the mean 0, which must not enter; share is then exactly 0 or 1.
         mean = torch.where(other.count > 0, self.mean + delta * share, self.mean)
         mean = torch.where(self.count > 0, mean, other.mean)
-        return Moments(count, mean, self.m2 + other.m2 + delta * delta * (self.count * share))
+        m2 = self.m2 + other.m2 + delta * delta * (self.count * share)
+        if self.squares is None and other.squares is None:
+            return Moments(count, mean, m2)
+        return Moments(count, mean, m2, self._squares + other._squares)
+
+    @property
+    def _squares(self) -> Tensor:
+        return self.count if self.squares is None else self.squares
 
     def all_reduce(self, group: ProcessGroup | None = None, *, what: str = "Moments.all_reduce") -> Moments:
         """The moments of all ranks' values together, with the same bits on every rank; these themselves where
         torch.distributed is not initialized, or the group has one rank.
 
         Every rank of the group calls it, with as many channels; one without values gives :meth:`empty` ones. One
-        collective of 3·C values; the parts are merged pairwise in the ranks' order.
+        collective of 4·C values; the parts are merged pairwise in the ranks' order.
 
         Args:
             group: Default: all ranks.
@@ -156,12 +192,15 @@ class Moments:
         members = group_of(group, what)
         if members is None:
             return self
-        packed = torch.stack([self.count.expand_as(self.mean), self.mean, self.m2])
-        rows = gather(packed, members, what).unbind(1)  # count, mean, m2 of (ranks, C) each
+        # The squares always: ranks that differ in having weights send as much.
+        counts = self.count.expand_as(self.mean), self._squares.expand_as(self.mean)
+        packed = torch.stack([counts[0], self.mean, self.m2, counts[1]])
+        rows = gather(packed, members, what).unbind(1)  # count, mean, m2, squares of (ranks, C) each
         while (half := rows[0].shape[0] // 2) > 0:
             merged = Moments(*(r[:half] for r in rows)).merge(Moments(*(r[half : 2 * half] for r in rows)))
             rest = [r[2 * half :] for r in rows]
-            rows = tuple(map(torch.cat, zip((merged.count, merged.mean, merged.m2), rest, strict=True)))
+            parts = merged.count, merged.mean, merged.m2, merged._squares
+            rows = tuple(map(torch.cat, zip(parts, rest, strict=True)))
         return Moments(*(r[0] for r in rows))
 
     @property
@@ -170,13 +209,77 @@ class Moments:
         return self.m2 / self.count
 
     @property
+    def var_or_zero(self) -> Tensor:
+        """As :attr:`var`, and 0 where there is no value."""
+        return self.m2 / self.count.where(self.count > 0, 1)
+
+    @property
     def var_unbiased(self) -> Tensor:
-        """Unbiased variance m2 / (count − 1), the one that running moments keep; NaN below two values."""
-        return self.m2 / (self.count - 1).where(self.count > 1, torch.nan)
+        """Unbiased variance, the one that running moments keep; NaN where that many values have none.
+
+        m2 / (count − 1); with weights for importance m2 / (Σw − Σw²/Σw), which is the same where all are 1.
+        """
+        freedom = degrees_of_freedom(self.count, self.squares)
+        return self.m2 / freedom.where(freedom > 0, torch.nan)
 
     def __repr__(self) -> str:
         count = f"{self.count.item():g}" if self.count.dim() == 0 else f"{self.count.tolist()}"
         return f"Moments(channels={self.mean.shape[0]}, count={count}, device={self.mean.device})"
+
+
+def degrees_of_freedom(count: Tensor, squares: Tensor | None) -> Tensor:
+    """What m2 is divided by for the unbiased variance: n − 1, or Σw − Σw²/Σw. 0 where there is none."""
+    if squares is None:
+        return (count - 1).where(count >= LEAST_FREQUENCY, 0)
+    lost = squares / count.where(count > 0, 1)
+    # One weight alone leaves the rounding of the quotient.
+    return (count - lost).where(lost < count * (1 - 8 * torch.finfo(count.dtype).eps), 0)
+
+
+def _of_weighted(values: Tensor, weights: Tensor, weighting: Weighting) -> Moments:
+    """The moments of values (N, C, *S) with weights that broadcast to them; those of a mask's False are 0 in both."""
+    dims = reduced_dims(values)
+    common = weights.shape[1] == 1
+    weights = weights.expand(values.shape[0], -1, *values.shape[2:])
+    count = weights.sum() if common else weights.sum(dims)
+    divisor = count.where(count > 0, 1)
+    share = weights / (divisor if common else per_channel(divisor, values))
+    centre = (share * values).detach().sum(dims)
+    deviation = values - per_channel(centre, values)
+    correction = (share * deviation).sum(dims)
+    m2 = (weights * deviation * deviation).sum(dims) - count * correction * correction
+    squares = None
+    if weighting == "importance":
+        squares = weights.square().sum() if common else weights.square().sum(dims)
+    return Moments(count, centre + correction, m2.clamp(min=0), squares)
+
+
+def check_weighting(what: str, weighting: Any) -> None:
+    """Raise unless it says what weights mean."""
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"{what}: weighting must be one of {WEIGHTINGS}; got {describe(weighting)}")
+
+
+def broadcast_weight(what: str, sample_weight: Any, x: Tensor) -> Tensor:
+    """Weights with as many dimensions as x, broadcastable to its shape."""
+    legal = (x.shape[0],), (x.shape[0], *x.shape[2:])
+    if not isinstance(sample_weight, Tensor) or not sample_weight.is_floating_point():
+        raise TypeError(f"{what}: sample_weight must be a floating-point tensor; got {describe(sample_weight)}")
+    check_kind(what, "sample_weight", sample_weight)
+    if tuple(sample_weight.shape) not in legal or sample_weight.device != x.device:
+        raise ValueError(
+            f"{what}: sample_weight must have shape {' or '.join(map(str, dict.fromkeys(legal)))} and be on "
+            f"{x.device}; got {describe(sample_weight)}"
+        )
+    if sample_weight.is_cpu and not torch.compiler.is_compiling():
+        illegal = sample_weight[~((sample_weight >= 0) & (sample_weight < torch.inf))]
+        if illegal.numel() > 0:
+            raise ValueError(
+                f"{what}: sample_weight must not be negative, infinite or NaN; it has {illegal.flatten()[0].item()}"
+            )
+    if sample_weight.dim() == 1:
+        return sample_weight.view(-1, *([1] * (x.dim() - 1)))
+    return sample_weight.unsqueeze(1)
 
 
 def check_values(x: Tensor) -> None:

@@ -29,7 +29,7 @@ for _schema in (
     # Mean and biased variance per channel, of the values that the mask (N, *S) lets count.
     "stats(Tensor x, Tensor? mask) -> Tensor",
     # Mean, var and rstd that normalize x, (3, C); the running moments are updated as by forward_.
-    f"measure_(Tensor x, {_RUNNING}, bool training, bool update, float? momentum, float eps, Tensor(e!)? skipped=None)"
+    f"measure_(Tensor x, {_RUNNING}, bool training, bool update, float? momentum, float eps, Tensor(e!)? counts=None)"
     " -> Tensor saved",
     f"apply({_BN}, Tensor? residual, {_ACT}) -> Tensor",
     # The rest of forward_, of which measure_ is the first part.
@@ -40,13 +40,13 @@ for _schema in (
     f" bool training, float eps, {_ACT}) -> (Tensor y, Tensor saved)",
     # As forward, and updates the running moments where `update` says so; momentum None averages over all batches.
     f"forward_(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, {_RUNNING}, bool training, bool update,"
-    # Channels whose moments are not finite keep their running ones, and are counted in `skipped`. Values that the mask
-    # (N, *S) does not let count come out as 0, or as x where `keep` says so.
-    f" float? momentum, float eps, {_ACT}, Tensor(e!)? skipped=None, Tensor? mask=None, bool keep=False)"
+    # Channels of which something not finite would be stored keep their running moments; `counts` (3, C) are those of
+    # evenkeel/updates.py. Values that the mask (N, *S) does not let count come out as 0, or as x where `keep` says so.
+    f" float? momentum, float eps, {_ACT}, Tensor(e!)? counts=None, Tensor? mask=None, bool keep=False)"
     " -> (Tensor y, Tensor saved)",
     # As forward_; x becomes y.
     f"inplace_(Tensor(a!) x, Tensor? weight, Tensor? bias, {_RUNNING}, bool training, bool update, float? momentum,"
-    f" float eps, {_ACT}, Tensor(e!)? skipped=None) -> Tensor saved",
+    f" float eps, {_ACT}, Tensor(e!)? counts=None) -> Tensor saved",
     # x from y, in y's layout: none, leaky_relu, elu.
     f"invert(Tensor y, Tensor saved, Tensor? weight, Tensor? bias, {_ACT}) -> Tensor",
     "backward(Tensor dy, Tensor x, Tensor saved, Tensor? weight, Tensor? bias, Tensor? y, Tensor? residual,"
@@ -58,7 +58,7 @@ for _schema in (
     # As forward_ in training and backward, of consecutive groups of samples, each normalized by itself; the last takes
     # all that are left. The running moments take the groups in as one batch where `pooled` says so, else one by one.
     f"forward_groups_(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, {_RUNNING}, int groups, int size,"
-    f" bool pooled, bool update, float? momentum, float eps, {_ACT}, Tensor(e!)? skipped)"
+    f" bool pooled, bool update, float? momentum, float eps, {_ACT}, Tensor(e!)? counts)"
     " -> (Tensor y, Tensor saved)",
     "backward_groups(Tensor dy, Tensor x, Tensor saved, Tensor? weight, Tensor? bias, Tensor? y, Tensor? residual,"
     f" int groups, int size, {_ACT}, bool need_input, bool need_residual, bool need_weight, bool need_bias)"

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from evenkeel.updates import UpdateCounts
+
 
 class Unchanged(AbstractContextManager[None]):
     """Inside of ``with``, an exception puts tensors and modules back to what they were at the beginning.
@@ -32,9 +34,10 @@ class Unchanged(AbstractContextManager[None]):
         for module in modules:
             attributes, buffers = module.__dict__, module._buffers
             self._attributes += ((attributes, attributes.copy()), (buffers, buffers.copy()))
+            counts = [value.tensor for value in attributes.values() if isinstance(value, UpdateCounts)]
             self._deques += [(value, tuple(value)) for value in attributes.values() if isinstance(value, deque)]
             if module.training:
-                written += [buffer for buffer in buffers.values() if buffer is not None]
+                written += [tensor for tensor in (*buffers.values(), *counts) if tensor is not None]
         written = [tensor for tensor in written if _has_values(tensor)]
         self._tensors = [(t, t.detach().clone() if t.requires_grad else t.clone()) for t in written]
 

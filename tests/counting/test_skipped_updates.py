@@ -40,7 +40,7 @@ def test_only_the_poisoned_channel_stays(bad, shape, way, momentum):
 
 def test_the_counter_is_no_part_of_the_state():
     layer = ek.BatchNorm2d(3)
-    assert "skipped_updates" in dict(layer.named_buffers())
+    assert "skipped_updates" not in dict(layer.named_buffers())
     assert layer.state_dict().keys() == torch.nn.BatchNorm2d(3).state_dict().keys()
     layer.skipped_updates += 2
     assert copy.deepcopy(layer).skipped_updates.tolist() == [2, 2, 2]
@@ -54,3 +54,68 @@ def test_evaluation_and_clean_batches_count_nothing():
     layer(torch.randn(4, 2))
     layer.eval()(torch.full((4, 2), torch.nan))
     assert layer.skipped_updates.tolist() == [0, 0]
+
+
+# What is stored has to be finite, not only what was computed.
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("way", ["native", "reference", "compiled", "compiled reference", "inplace", "groups"])
+def test_one_large_value_in_half_precision(way):
+    x = torch.randn(64, 2).half()
+    x[0, 0] = 30000
+    layer = (ek.GhostBatchNorm(2, 32) if way == "groups" else ek.BatchNorm1d(2)).half()
+    with ek.kernels.use("reference" if "reference" in way else "auto"):
+        if "compiled" in way:
+            torch._dynamo.reset()
+            torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        else:
+            layer(x, **({"inplace": True} if way == "inplace" else {}))
+    assert (layer.running_mean[0], layer.running_var[0]) == (0, 1)
+    assert layer.running_mean[1] != 0
+    assert layer.skipped_updates.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("way", ["native", "reference", "compiled reference"])
+def test_what_fits_once_it_is_averaged_is_stored(way):
+    """The batch's variance alone does not fit into float16: a tenth of it does."""
+    x = torch.tensor([[-300.0], [300.0]]).half()
+    layer = ek.BatchNorm1d(1).half()
+    torch._dynamo.reset()
+    with ek.kernels.use("reference" if "reference" in way else "auto"):
+        (torch.compile(layer, fullgraph=True, backend="aot_eager") if "compiled" in way else layer)(x)
+    assert layer.running_var.item() == torch.tensor(0.9 + 0.1 * 180000).half().item()
+    assert layer.skipped_updates.tolist() == [0]
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_bound_is_what_the_dtype_rounds_to_infinity(dtype, kernels):
+    """Means in double around the largest number of the buffers' dtype."""
+    largest = torch.finfo(dtype).max
+    half_step = (largest - torch.nextafter(torch.tensor(largest, dtype=dtype), torch.tensor(0, dtype=dtype)).item()) / 2
+    at = torch.tensor([largest + share * half_step for share in (0, 0.99, 1, 1.01)], dtype=torch.float64)
+    layer = ek.BatchNorm1d(4, momentum=1.0, dtype=dtype)
+    fits = at.to(dtype).isfinite()
+    with ek.kernels.use(kernels):
+        layer(torch.stack([at, at]))
+    assert layer.running_mean.tolist() == torch.where(fits, at, 0).to(dtype).tolist()
+    assert layer.skipped_updates.tolist() == (~fits).long().tolist()
+    assert fits.tolist() == [True, True, False, False]
+
+
+def test_a_variance_beyond_float32():
+    layer = ek.BatchNorm1d(1)
+    layer(torch.tensor([[-1e30], [1e30]]))
+    assert (layer.running_mean.item(), layer.running_var.item()) == (0, 1)
+    assert layer.skipped_updates.tolist() == [1]
+
+
+def test_covariances_are_stored_where_they_are_finite():
+    layer = ek.WhiteningBatchNorm(2, group_size=1).half()
+    x = torch.randn(64, 2).half()
+    x[0, 0] = 30000
+    layer(x)
+    assert layer.running_cov[0].item() == 1
+    assert 0 < layer.running_cov[1].item() != 1

@@ -122,6 +122,21 @@ def test_moments_of_all_ranks(ranks: Scenarios) -> None:
         assert "lose their gradient" in words
 
 
+def test_weights_and_their_squares_add_up(ranks: Scenarios) -> None:
+    """Also where some ranks have weights and others do not."""
+    from evenkeel import Moments
+
+    data = torch.randn(20, 3, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 1e6
+    data += torch.arange(20).view(-1, 1, 1) // 7
+    weights = torch.cat([torch.arange(1.0, 8.0) / 100, torch.ones(13)])
+    whole = Moments.from_tensor(data, sample_weight=weights, weighting="importance")
+    for part in ranks("moments"):
+        for name in ("count", "mean", "m2", "squares", "var_unbiased"):
+            expected = getattr(whole, name).expand(3)
+            torch.testing.assert_close(getattr(part["weighted"], name), expected, rtol=1e-8, atol=0, msg=name)
+        assert torch.equal(part["total"].squares, part["total"].count)
+
+
 def test_empty_parts_change_no_bit(ranks: Scenarios) -> None:
     from evenkeel import Moments
 

@@ -73,7 +73,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _state(model: nn.Module) -> list[Any]:
-    buffers = [b.detach().clone() for name, b in model.named_buffers() if not name.endswith("skipped_updates")]
+    buffers = [b.detach().clone() for b in model.buffers()]
     parts = [(type(part).__name__, part.training) for part in model.modules()]
     return [buffers, model.steps, list(model.log), model.branch.calls, model.feature, model.ends.features, parts,
             torch.get_rng_state()]  # fmt: skip

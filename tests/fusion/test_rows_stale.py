@@ -92,7 +92,7 @@ def _replace_forward(model: Any) -> None:
 
 def _to_plain_layer(model: Any) -> None:
     new = nn.BatchNorm2d(3).double()
-    new.load_state_dict({k: v for k, v in model.bn.state_dict().items() if k != "skipped_updates"})
+    new.load_state_dict(model.bn.state_dict())
     model.bn = new
 
 

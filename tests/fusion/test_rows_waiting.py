@@ -46,7 +46,7 @@ READS: dict[str, Any] = {
     "bias": lambda m: m.bn.bias * 2,
     "state_dict of the layer": lambda m: _values(m.bn),
     "state_dict of the model": _values,
-    "named_buffers()": lambda m: {n: b.clone() for n, b in m.named_buffers() if not n.endswith("skipped_updates")},
+    "named_buffers()": lambda m: {n: b.clone() for n, b in m.named_buffers()},
     "get_buffer": lambda m: m.get_buffer("bn.running_mean").sum(),
     "_buffers": lambda m: m.bn._buffers["running_var"].clone(),
     "parameters()": lambda m: [p.sum() for p in m.bn.parameters()],

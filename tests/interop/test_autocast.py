@@ -3,7 +3,6 @@
 import pytest
 import torch
 from interop.interop_models import SHAPE, Block, twins
-from support.buffers import kept_buffers
 from torch import nn
 
 import evenkeel as ek
@@ -18,7 +17,7 @@ def run(block, x, dtype):
         "y": y.detach(),
         "x": x.grad,
         **{name: p.grad for name, p in block.named_parameters()},
-        **{name: buffer.clone() for name, buffer in kept_buffers(block).items()},
+        **{name: buffer.clone() for name, buffer in block.named_buffers()},
     }
 
 

@@ -77,8 +77,8 @@ def samples_of_forward_(layout):
 
 def samples_of_measure_(layout):
     running = vector(), vector()
-    skipped = torch.zeros(CHANNELS, dtype=torch.int64)
-    yield values(layout), *running, torch.tensor(3), True, True, 0.1, EPS, skipped
+    counts = torch.zeros(3, CHANNELS, dtype=torch.int64)
+    yield values(layout), *running, torch.tensor(3), True, True, 0.1, EPS, counts
     yield values(layout), *running, torch.tensor(3), True, True, None, EPS, None
     yield values(layout), None, None, None, True, False, 0.0, EPS, None
     yield values(layout), *running, None, False, False, 0.1, EPS, None
@@ -104,9 +104,9 @@ def samples_of_backward(layout):
 
 def samples_of_forward_groups_(layout):
     running = vector(), vector()
-    skipped = torch.zeros(CHANNELS, dtype=torch.int64)
+    counts = torch.zeros(3, CHANNELS, dtype=torch.int64)
     affine = vector(), vector()
-    yield values(layout), values(layout), *affine, *running, torch.tensor(3), 2, 1, True, True, 0.1, EPS, *RELU, skipped
+    yield values(layout), values(layout), *affine, *running, torch.tensor(3), 2, 1, True, True, 0.1, EPS, *RELU, counts
     yield values(layout), None, None, None, *running, torch.tensor(3), 2, 1, False, True, None, EPS, *NONE, None
     yield values(layout), None, *affine, None, None, None, 2, 1, True, False, 0.0, EPS, *SOFTPLUS, None
 

@@ -185,13 +185,13 @@ def test_the_two_halves_are_the_whole(kernel, shape, layout, activation, residua
         x, weight, bias, act = problem.x, problem.weight, problem.bias, activation_of(activation)
         fused, buffers = torch.ops.evenkeel, []
         for _ in range(2):
-            skipped = torch.zeros(x.shape[1], dtype=torch.int64)
-            buffers.append([problem.running_mean.clone(), problem.running_var.clone(), torch.tensor(3), skipped])
+            counts = torch.zeros(3, x.shape[1], dtype=torch.int64)
+            buffers.append([problem.running_mean.clone(), problem.running_var.clone(), torch.tensor(3), counts])
         how = training, True, momentum, EPS
-        *running, skipped = buffers[0]
-        y, saved = fused.forward_(x, problem.residual, weight, bias, *running, *how, *act, skipped)
-        *running, skipped = buffers[1]
-        found = fused.measure_(x, *running, *how, skipped)
+        *running, counts = buffers[0]
+        y, saved = fused.forward_(x, problem.residual, weight, bias, *running, *how, *act, counts)
+        *running, counts = buffers[1]
+        found = fused.measure_(x, *running, *how, counts)
         assert torch.equal(found, saved)
         assert torch.equal(fused.finish(x, found, weight, bias, problem.residual, *act), y)
         for one, other in zip(*buffers, strict=True):

@@ -29,6 +29,7 @@ def test_signature_is_torchs_and_more_keywords():
         ("inplace", False, inspect.Parameter.KEYWORD_ONLY),
         ("mask", None, inspect.Parameter.KEYWORD_ONLY),
         ("sample_weight", None, inspect.Parameter.KEYWORD_ONLY),
+        ("weighting", "frequency", inspect.Parameter.KEYWORD_ONLY),
         ("padding", "zero", inspect.Parameter.KEYWORD_ONLY),
     ]
 

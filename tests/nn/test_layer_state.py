@@ -8,7 +8,6 @@ import pickle
 import pytest
 import torch
 from nn.layer_pairs import CHANNELS, PAIR_IDS, PAIRS, assert_untouched, randomize, snapshot
-from support.buffers import kept_buffers
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -47,7 +46,7 @@ def test_signature_is_torchs(ours, theirs, shape):
 
 @pytest.mark.parametrize("layer_type", [ek.BatchNorm, ek.BatchNorm1d, ek.BatchNorm2d, ek.BatchNorm3d])
 def test_call_signature(layer_type):
-    """layer(input, residual=None, *, activation=None, inplace=False, mask=None, sample_weight=None, padding="zero")."""
+    """layer(input, residual=None, *, activation=None, inplace=False, mask=None, sample_weight=None, weighting=, …)."""
     x, residual, activation, inplace, *counting = inspect.signature(layer_type(3).forward).parameters.values()
     assert (x.name, x.default) == ("input", inspect.Parameter.empty)
     assert (residual.name, residual.default) == ("residual", None)
@@ -55,7 +54,8 @@ def test_call_signature(layer_type):
     assert (activation.name, activation.default) == ("activation", None)
     assert (inplace.name, inplace.default) == ("inplace", False)
     assert activation.kind is inplace.kind is inspect.Parameter.KEYWORD_ONLY
-    assert [(p.name, p.default) for p in counting] == [("mask", None), ("sample_weight", None), ("padding", "zero")]
+    expected = {"mask": None, "sample_weight": None, "weighting": "frequency", "padding": "zero"}
+    assert {p.name: p.default for p in counting} == expected
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in counting)
 
 
@@ -80,7 +80,8 @@ def test_construction_agrees(ours, theirs, shape, keywords):
         assert value.is_meta or torch.equal(value, expected), name
     public = [name for name in vars(oracle) if not name.startswith("_")]
     assert {name: getattr(layer, name) for name in public} == {name: getattr(oracle, name) for name in public}
-    assert vars(layer).keys() == vars(oracle).keys()
+    assert vars(layer).keys() - vars(oracle).keys() == {"_updates"}
+    assert list(dict(layer.named_buffers())) == list(dict(oracle.named_buffers()))
 
 
 def test_positional_arguments():
@@ -187,7 +188,7 @@ def test_reset():
     weight = layer.weight.detach().clone()
     layer.reset_running_stats()
     fresh = ek.BatchNorm2d(CHANNELS).state_dict()
-    for name, value in kept_buffers(layer).items():
+    for name, value in layer.named_buffers():
         assert torch.equal(value, fresh[name]), name
     assert torch.equal(layer.weight, weight)
     layer.reset_parameters()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from recurrent_oracle import flat, gradients, layers, randomize
-from support.buffers import kept_buffers
 from torch.nn.utils.rnn import pad_sequence
 
 from evenkeel.nn.recurrent import BatchNormGRU, BatchNormLSTM
@@ -60,7 +59,7 @@ def test_a_cell_steps_as_the_layer_does(kind: str, make: type, training: bool) -
         h = state[0] if kind == "LSTM" else state
         torch.testing.assert_close(h, output[t])
     torch.testing.assert_close(flat(state), [part[0] for part in flat(final)])
-    for name, buffer in kept_buffers(cell).items():
+    for name, buffer in cell.named_buffers():
         head, _, tail = name.partition(".")
         torch.testing.assert_close(buffer, layer.get_buffer(f"{head}_l0.{tail}"))
 

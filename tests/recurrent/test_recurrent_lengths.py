@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from recurrent_oracle import flat, randomize
-from support.buffers import kept_buffers
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from evenkeel.nn.recurrent import BatchNormGRU, BatchNormLSTM
@@ -106,8 +105,8 @@ def test_nothing_valid_changes_nothing(make: type, normalize: str) -> None:
 
 def test_one_sequence_left_is_normalized_by_the_running_moments() -> None:
     layer = randomize(BatchNormLSTM(3, 4, max_length=6), trained=True)
-    before = {name: buffer.clone() for name, buffer in kept_buffers(layer).items()}
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
     layer(torch.randn(6, 3, 3), lengths=[6, 3, 2])
-    for name, buffer in kept_buffers(layer).items():
+    for name, buffer in layer.named_buffers():
         changed = (buffer != before[name]).view(6, -1).any(1).tolist()
         assert changed == [True] * 3 + [False] * 3, name

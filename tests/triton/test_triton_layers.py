@@ -88,6 +88,38 @@ def test_a_channel_that_is_not_finite_keeps_its_running_moments(device, shape, b
     assert layer.running_mean[0].item() == pytest.approx(kept.item(), rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_batch_that_was_left_out_does_not_weigh_in_an_average(device, shape, masked):
+    layer = ek.BatchNorm2d(shape[1], momentum=None).to(device)
+    mask = torch.ones(shape[0], *shape[2:], dtype=torch.bool)
+    given = [torch.randn(shape) * 3 + k for k in range(4)]
+    for k, x in enumerate(given):
+        if k % 2 == 0:
+            x[1, 1, 0, 0] = math.nan
+        layer(x.to(device), **({"mask": mask.to(device)} if masked else {}))
+    assert layer.num_batches_tracked.item() == 4
+    assert layer.skipped_updates.tolist() == [2 * (channel == 1) for channel in range(shape[1])]
+    for channel in (0, 1):
+        taken = [x[:, channel].double() for x in given if x[:, channel].isfinite().all()]
+        mean, var = (sum(f(x).item() for x in taken) / len(taken) for f in (torch.mean, torch.var))
+        assert layer.running_mean[channel].item() == pytest.approx(mean, rel=1e-4, abs=1e-5)
+        assert layer.running_var[channel].item() == pytest.approx(var, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_is_stored_is_finite(device, shape):
+    layer = ek.BatchNorm2d(shape[1]).half().to(device)
+    x = torch.randn(shape).half()
+    x[0, 0, 0, 0] = 30000
+    layer(x.to(device))
+    count = x.numel() // shape[1]
+    left_out = 0.1 * 30000**2 / count > 65520
+    assert layer.skipped_updates.tolist() == [int(left_out and channel == 0) for channel in range(shape[1])]
+    assert layer.running_var.isfinite().all()
+    assert (layer.running_var[0].item() == 1) == left_out
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_running_moments_over_several_batches(device, shape, momentum):

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from support.buffers import kept_buffers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from variants.cases_remedies import renorm, spread
@@ -37,7 +36,7 @@ def test_is_batch_norm_without_corrections(shape, bounds):
     for module in (layer, plain):
         leaves = [x.clone().requires_grad_(), *module.parameters()]
         y = module(leaves[0], residual, activation="relu")
-        outcomes.append([y, *torch.autograd.grad(y, leaves, dy), *kept_buffers(module).values()])
+        outcomes.append([y, *torch.autograd.grad(y, leaves, dy), *module.buffers()])
     for found, expected in zip(*outcomes, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
@@ -150,7 +149,7 @@ def test_a_checkpoint_finds_its_corrections_again(use_reentrant):
         for x in batches:
             x.grad = None
         torch.stack(ys).pow(3).sum().backward()
-        outcomes.append([*(t.grad.clone() for t in (*batches, *module.parameters())), *kept_buffers(module).values()])
+        outcomes.append([*(t.grad.clone() for t in (*batches, *module.parameters())), *module.buffers()])
     assert all(torch.equal(found, expected) for found, expected in zip(*outcomes, strict=True))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,13 @@ from evenkeel.control.selection import Where, named, select
 from evenkeel.control.uncompiled import uncompiled
 from evenkeel.moments import Moments
 from evenkeel.nn.controlled import Pool
+from evenkeel.nn.skipped import CountsSkipped
 from evenkeel.nn.variant import Variant
 from evenkeel.running import update_running
+from evenkeel.updates import UpdateCounts
+
+#: What evenkeel's layers count themselves, for torch.nn's.
+_updates: WeakKeyDictionary[_BatchNorm, UpdateCounts] = WeakKeyDictionary()
 
 
 class Accumulated:
@@ -159,6 +165,7 @@ def enter(layer: _BatchNorm, moments: Moments, momentum: float | None) -> None:
         return
     mean, var = layer.running_mean, layer.running_var
     assert mean is not None and var is not None  # others take no part
-    skipped = getattr(layer, "skipped_updates", None)
-    state = State(mean, var, layer.num_batches_tracked, True, True, momentum, layer.eps, skipped=skipped)
-    update_running(state, moments.mean, moments.m2 / moments.count.where(moments.count > 0, 1), moments.count)
+    own = layer._updates if isinstance(layer, CountsSkipped) else None
+    updates = own or _updates.setdefault(layer, UpdateCounts())
+    state = State(mean, var, layer.num_batches_tracked, True, True, momentum, layer.eps, updates=updates)
+    update_running(state, moments.mean, moments.var_or_zero, moments.count, squares=moments.squares)

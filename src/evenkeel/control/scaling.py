@@ -17,8 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from evenkeel.control.controlling import control_of, updating
 from evenkeel.control.selection import Where, select
 from evenkeel.errors import describe
-
-_SKIPPED = "skipped_updates"
+from evenkeel.nn.skipped import CountsSkipped
+from evenkeel.updates import SKIPPED
 
 
 class Scaler(Protocol):
@@ -128,15 +128,15 @@ class _Before:
         #: A lazy layer has counted nothing, and has buffers later.
         self._lazy = _is_lazy(layer)
         self._buffers = {
-            name: value.clone()
-            for name, value in layer._buffers.items()
-            if value is not None and name != _SKIPPED and not self._lazy
+            name: value.clone() for name, value in layer._buffers.items() if value is not None and not self._lazy
         }
+        counts = layer.update_counts() if isinstance(layer, CountsSkipped) else None
+        self._counts = None if counts is None else counts.clone()
         self._kept = {name: list(value) for name, value in vars(layer).items() if isinstance(value, deque)}
         self._burning_in = vars(layer).get("_burning_in")
 
     def put_back(self) -> None:
-        layer, skipped = self.layer, self.layer._buffers.get(_SKIPPED)
+        layer = self.layer
         if self._pool is not None:
             self._pool.moments = self._moments
         if self._burning_in is not None:
@@ -150,9 +150,11 @@ class _Before:
                 layer.reset_running_stats()
             return
         with torch.no_grad():
-            mean, var = (getattr(layer, name) for name in ("running_mean", "running_var"))
-            if skipped is not None and skipped.device == mean.device:
-                skipped.add_((mean != self._buffers["running_mean"]) | (var != self._buffers["running_var"]))
+            counts = layer.update_counts() if isinstance(layer, CountsSkipped) else None
+            if counts is not None and self._counts is not None:
+                mean, var = (getattr(layer, name) for name in ("running_mean", "running_var"))
+                counts[SKIPPED] += (mean != self._buffers["running_mean"]) | (var != self._buffers["running_var"])
+                counts[SKIPPED + 1 :] = self._counts[SKIPPED + 1 :]  # those of the average
             for name, values in self._buffers.items():
                 getattr(layer, name).copy_(values)
 

@@ -15,8 +15,8 @@ from evenkeel.activations import resolve
 from evenkeel.arguments import State, check_arguments
 from evenkeel.functional import Options, layer_batch_norm
 from evenkeel.layout import counted, per_channel, reduced_dims
-from evenkeel.masking import _broadcast_weight, take_mask
-from evenkeel.moments import Moments, compute_dtype
+from evenkeel.masking import take_mask
+from evenkeel.moments import Moments, broadcast_weight, compute_dtype
 from evenkeel.nn.variant import normalize
 
 
@@ -46,7 +46,8 @@ class Call(NamedTuple):
 
     def moments(self) -> Moments:
         """Those of the values that count."""
-        return functional.call_moments(self.x, self.state.mask, self.options.sample_weight)
+        options = self.options
+        return functional.moments(self.x.detach(), self.state.mask, options.sample_weight, options.weighting)
 
     def normalized(self, mean: Tensor, var: Tensor) -> Tensor:
         """The result by these moments."""
@@ -68,7 +69,7 @@ class Site:
 
     def __init__(self, moments: Moments) -> None:
         self.moments = moments
-        self.leaves = [moments.mean.clone(), moments.m2 / moments.count.where(moments.count > 0, 1)]
+        self.leaves = [moments.mean.clone(), moments.var_or_zero]
         self.derivatives = [torch.zeros_like(leaf) for leaf in self.leaves]
 
     def term(self, call: Call) -> Tensor:
@@ -78,7 +79,7 @@ class Site:
         dtype, dims = compute_dtype(x), reduced_dims(x)
         centred = x.to(dtype) - per_channel(self.moments.mean, x).to(dtype)
         centred = centred if counts is None else counted(counts, centred)
-        often = 1 if weights is None else _broadcast_weight(call.state.what, weights, x).to(dtype)
+        often = 1 if weights is None else broadcast_weight(call.state.what, weights, x).to(dtype)
         sums = by_mean * (often * centred).sum(dims) + by_var * (often * centred.square()).sum(dims)
         return (sums / self.moments.count.where(self.moments.count > 0, 1)).sum()
 

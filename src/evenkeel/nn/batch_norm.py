@@ -16,9 +16,10 @@ from evenkeel.fused import Normalization, is_plain
 from evenkeel.fusion.call import begin, passes_by
 from evenkeel.fusion.scope import current
 from evenkeel.masking import check_policy
+from evenkeel.moments import Weighting
 from evenkeel.nn.constructed import Constructed
 from evenkeel.nn.controlled import Controlled
-from evenkeel.nn.skipped import CountsSkipped, counter_beside
+from evenkeel.nn.skipped import CountsSkipped
 
 passes_by(__file__)
 
@@ -36,9 +37,7 @@ def policy_repr(too_few: str) -> str:
     return f", too_few={too_few!r}" if too_few != "error" else ""
 
 
-def fx_node(
-    layer: torch.nn.Module, x: Any, residual: Any, activation: str | torch.nn.Module | None, more: dict[str, Any]
-) -> Any:
+def fx_node(layer: torch.nn.Module, x: Any, residual: Any, options: Options, **more: Any) -> Any:
     """The call of a layer as a node of the graph that torch.fx is tracing, or None where none is, or of this layer.
 
     The graph keeps the layer itself, with its buffers and its mode, as it does torch.nn's. The node has what the call
@@ -51,8 +50,9 @@ def fx_node(
     tracer: Any = None if proxy is None else proxy.tracer
     if tracer is None or tracer.root is layer:
         return None
-    default = {"inplace": False, "padding": "zero"}
-    act, keywords = NONE, {name: value for name, value in more.items() if value is not default.get(name)}
+    default, asked = Options._field_defaults, {**options._asdict(), **more}
+    activation = asked.pop("activation")
+    act, keywords = NONE, {name: value for name, value in asked.items() if value is not default.get(name)}
     if isinstance(activation, str):
         keywords = {"activation": activation, **keywords}
     elif activation is not None:
@@ -103,6 +103,7 @@ class FusedBatchNorm(Constructed, Controlled, CountsSkipped):
         inplace: bool = False,
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        weighting: Weighting = "frequency",
         padding: str = "zero",
     ) -> Tensor:
         """``activation(bn(x) + residual)`` as one fused operation.
@@ -113,7 +114,8 @@ class FusedBatchNorm(Constructed, Controlled, CountsSkipped):
             activation: None, a name or a module, as :func:`evenkeel.functional.batch_norm` lists them.
             inplace: Write the result into x's memory, and rebuild x in the backward; for None, leaky_relu and elu.
             mask: Which values count, boolean, shape (N,) or (N, *S).
-            sample_weight: How often a value counts, shape (N,) or (N, *S).
+            sample_weight: How much a value counts, shape (N,) or (N, *S).
+            weighting: What weights mean: "frequency", how often a value is there, or "importance", how much it matters.
             padding: What the mask leaves out comes out as: "zero", or "keep" for what it is in x.
         """
         if residual is None and activation is None and not torch.compiler.is_compiling():
@@ -123,10 +125,9 @@ class FusedBatchNorm(Constructed, Controlled, CountsSkipped):
                 if deferred is not None:
                     return deferred
         weight, bias, state = self._unpacked()
-        options = Options(activation, inplace, mask, sample_weight, padding)
+        options = Options(activation, inplace, mask, sample_weight, padding, weighting)
         if has_torch_function((input, residual)):
-            more = {"inplace": inplace, "mask": mask, "sample_weight": sample_weight, "padding": padding}
-            node = fx_node(self, input, residual, activation, more)
+            node = fx_node(self, input, residual, options)
             if node is not None:
                 return node  # type: ignore[no-any-return]
         try:
@@ -151,7 +152,7 @@ class FusedBatchNorm(Constructed, Controlled, CountsSkipped):
         update = training and self.track_running_stats
         state = State(
             running_mean, running_var, batches, training or running_mean is None, update, self.momentum, self.eps,
-            type(self).__name__, counter_beside(running_mean, buffers.get("skipped_updates")),
+            type(self).__name__, self._updates or self.count_skipped(),
         )  # fmt: skip
         if update and self._control is not None:
             state = self._control.applied(state)
@@ -187,8 +188,8 @@ class BatchNorm(FusedBatchNorm):
 
     The batch's variance is the biased one where it normalizes, and the unbiased one where it enters ``running_var``.
     Called as ``layer(input, residual=None, *, activation=None, inplace=False, mask=None, sample_weight=None,
-    padding="zero")``, see :func:`evenkeel.functional.batch_norm`; the activation is never part of the module, so that
-    every tool that takes the layer for an ordinary batch norm is right.
+    weighting="frequency", padding="zero")``, see :func:`evenkeel.functional.batch_norm`; the activation is never part
+    of the module, so that every tool that takes the layer for an ordinary batch norm is right.
 
     Args:
         num_features: Number of channels C.
@@ -206,8 +207,9 @@ class BatchNorm(FusedBatchNorm):
     State:
         ``running_mean``, ``running_var`` and ``num_batches_tracked``, updated in training by each forward, once per
         batch: a forward that activation checkpointing repeats does not count again, an empty batch changes nothing.
-        A channel in which a batch has a NaN or an infinity keeps its running moments, and ``skipped_updates`` (C,)
-        counts that; it is not in the state_dict, which is that of ``torch.nn.BatchNorm2d``, both ways.
+        A channel of which something not finite would be stored keeps its running moments, and ``skipped_updates`` (C,)
+        counts that; with ``momentum=None`` such a batch has no weight in the average. The counter is no buffer and not
+        in the state_dict: these are those of ``torch.nn.BatchNorm2d``, both ways.
 
     Differs:
         From ``torch.nn.BatchNorm*`` only by the arguments of the call, ``too_few``, ``skipped_updates``, its speed, and

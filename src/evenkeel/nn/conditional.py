@@ -14,7 +14,7 @@ from evenkeel.arguments import check_arguments, check_channels
 from evenkeel.errors import describe
 from evenkeel.functional import Options
 from evenkeel.layout import check_kind
-from evenkeel.moments import compute_dtype
+from evenkeel.moments import Weighting, compute_dtype
 from evenkeel.nn.plain import by_batch
 from evenkeel.nn.tables import adopt, expand_rows, options_of
 from evenkeel.nn.variant import Variant
@@ -154,6 +154,7 @@ class ConditionalBatchNorm(Variant):
         inplace: bool = False,
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        weighting: Weighting = "frequency",
         padding: str = "zero",
     ) -> Tensor:
         """``activation(bn(x)·γ(condition) + β(condition) + residual)``.
@@ -161,10 +162,10 @@ class ConditionalBatchNorm(Variant):
         Args:
             input: x, shape (N, C, *S).
             condition: A class per sample, int64 (N,), or weights of the classes (N, K); or an embedding (N, E).
-            residual, activation, inplace, mask, sample_weight, padding: As for
+            residual, activation, inplace, mask, sample_weight, weighting, padding: As for
                 :meth:`evenkeel.nn.variant.Variant.forward`.
         """
-        options = Options(activation, inplace, mask, sample_weight, padding)
+        options = Options(activation, inplace, mask, sample_weight, padding, weighting)
         return self._call(input, residual, options, condition=condition)
 
     def check(self, x: Any, residual: Any, condition: Any = None) -> None:

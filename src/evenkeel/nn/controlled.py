@@ -27,17 +27,18 @@ class Pool:
     def take(self, moments: Moments) -> None:
         """Merge a batch's moments in."""
 
+        parts = {name: value.detach() for name, value in vars(moments).items() if value is not None}
+
         def merge(*values: Tensor) -> None:
-            own = type(moments)(**dict(zip(vars(moments), values, strict=True)))
+            own = type(moments)(**dict(zip(parts, values, strict=True)))
             with self._lock:
                 self.moments = own if self.moments is None else self.moments.merge(own)
                 self.momentum = self.layer.momentum
 
-        values = [value.detach() for value in vars(moments).values()]
         if torch._C._functorch.peek_interpreter_stack() is None:
-            merge(*values)
+            merge(*parts.values())
         else:
-            _Given.apply(merge, *values)
+            _Given.apply(merge, *parts.values())
 
     def forget(self) -> None:
         """Begin anew."""

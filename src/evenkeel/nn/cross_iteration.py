@@ -12,7 +12,7 @@ from evenkeel import functional
 from evenkeel.activations import Activation
 from evenkeel.errors import describe
 from evenkeel.layout import per_channel
-from evenkeel.moments import Moments, compute_dtype
+from evenkeel.moments import Moments, Weighting, compute_dtype
 from evenkeel.nn.history import Recall, Remembering, has_values, runs_eagerly
 from evenkeel.nn.variant import normalize
 from evenkeel.second_run import is_second_run
@@ -143,13 +143,14 @@ class CrossIterationBatchNorm(Remembering):
         inplace: bool = False,
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        weighting: Weighting = "frequency",
         padding: str = "zero",
         producer_weight: Tensor | None = None,
     ) -> Tensor:
         """``activation(bn(x) + residual)``.
 
         Args:
-            input, residual, activation, inplace, mask, sample_weight, padding: As for
+            input, residual, activation, inplace, mask, sample_weight, weighting, padding: As for
                 :meth:`evenkeel.nn.variant.Variant.forward`.
             producer_weight: The weight of what produced x, its first dimension the output channel; for this call it
                 takes the place of the attached module's.
@@ -160,7 +161,7 @@ class CrossIterationBatchNorm(Remembering):
         try:
             return super().forward(
                 input, residual, activation=activation, inplace=inplace, mask=mask, sample_weight=sample_weight,
-                padding=padding,
+                weighting=weighting, padding=padding,
             )  # fmt: skip
         finally:
             self._given = None

@@ -14,7 +14,7 @@ from evenkeel.activations import Activation
 from evenkeel.arguments import State, check_arguments, check_channels
 from evenkeel.errors import describe
 from evenkeel.functional import Options
-from evenkeel.moments import Moments
+from evenkeel.moments import Moments, Weighting
 from evenkeel.nn.choices import Choices
 from evenkeel.nn.kinds import Groups
 from evenkeel.nn.plain import by_batch
@@ -152,6 +152,7 @@ class DomainBatchNorm(Variant):
         inplace: bool = False,
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        weighting: Weighting = "frequency",
         padding: str = "zero",
     ) -> Tensor:
         """``activation(bn(x) + residual)`` with the domain's statistics.
@@ -159,11 +160,13 @@ class DomainBatchNorm(Variant):
         Args:
             input: x, shape (N, C, *S).
             domain: A name, a number, or a number per sample, int64 (N,); else what ``use_domain`` has chosen.
-            residual, activation, inplace, mask, sample_weight, padding: As for
+            residual, activation, inplace, mask, sample_weight, weighting, padding: As for
                 :meth:`evenkeel.nn.variant.Variant.forward`.
         """
         rows = self.rows_of(self.domain if domain is None else domain, type(self).__name__)
-        return self._call(input, residual, Options(activation, inplace, mask, sample_weight, padding), rows=rows)
+        return self._call(
+            input, residual, Options(activation, inplace, mask, sample_weight, padding, weighting), rows=rows
+        )
 
     def check(self, x: Any, residual: Any, rows: int | list[int] = 0) -> None:
         self._check(rows[0] if isinstance(rows, list) else rows, x, residual)

@@ -111,7 +111,7 @@ class _Groups(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         y, saved = torch.ops.evenkeel.forward_groups_(
             x, residual, weight, bias, state.running_mean, state.running_var, state.num_batches_tracked, groups, size,
-            pooled, state.update, state.momentum, state.eps, act.code, act.a, act.b, state.skipped,
+            pooled, state.update, state.momentum, state.eps, act.code, act.a, act.b, state.counts(),
         )  # fmt: skip
         fused.mark_updated(state)
         ctx.save_for_backward(x, weight, saved, *ops.gate_needs(act.code, residual, bias, y))

@@ -31,6 +31,7 @@ class _LazyFused(FusedBatchNorm):
         # Past FusedBatchNorm's constructor, which asks for the number of channels.
         super(FusedBatchNorm, self).__init__(eps, momentum, affine, track_running_stats, device, dtype, **newer)  # type: ignore[arg-type]
         self.set_policy(too_few)
+        self.count_skipped()
 
     def initialize_parameters(self, input: Any, *args: Any, **kwargs: Any) -> None:
         """Make parameters and buffers for x's channels; what else the first call is given does not matter here."""

@@ -14,7 +14,7 @@ from evenkeel.arguments import State, check_arguments, check_counter, check_numb
 from evenkeel.errors import describe
 from evenkeel.functional import Options
 from evenkeel.layout import check_kind
-from evenkeel.moments import Moments, wide_dtype
+from evenkeel.moments import Moments, Weighting, wide_dtype
 from evenkeel.nn.variant import Variant
 
 
@@ -119,6 +119,7 @@ class StepwiseBatchNorm(Variant):
         inplace: bool = False,
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        weighting: Weighting = "frequency",
         padding: str = "zero",
     ) -> Tensor:
         """``activation(bn(x) + residual)`` at one time step.
@@ -128,9 +129,11 @@ class StepwiseBatchNorm(Variant):
             residual: Added before the activation; of x's shape.
             step: Which time step x is, from 0 on.
             activation: None, a name or a module, as :func:`evenkeel.functional.batch_norm` lists them.
-            inplace, mask, sample_weight, padding: Refused: these calls have no use for them.
+            inplace, mask, sample_weight, weighting, padding: Refused: these calls have no use for them.
         """
-        return self._call(input, residual, Options(activation, inplace, mask, sample_weight, padding), step=step)
+        return self._call(
+            input, residual, Options(activation, inplace, mask, sample_weight, padding, weighting), step=step
+        )
 
     def check(self, x: Any, residual: Any, step: Any = 0) -> None:
         what = type(self).__name__

@@ -18,8 +18,9 @@ from evenkeel.errors import describe, locate, module_path
 from evenkeel.functional import Options, check_layer_call, moments
 from evenkeel.fused import Normalization, is_plain
 from evenkeel.masking import check_policy, without_variance
-from evenkeel.moments import Moments
+from evenkeel.moments import Moments, Weighting
 from evenkeel.nn.batch_norm import FusedBatchNorm, policy_repr
+from evenkeel.nn.skipped import CountsSkipped
 from evenkeel.nn.synchronized import Call, Synchronized, refuse_second_derivative, synchronized_backward
 from evenkeel.nn.variant import Variant, normalize
 from evenkeel.ranks import group_of
@@ -65,7 +66,7 @@ class SyncBatchNorm(Variant):
         Moments and sums are exchanged and merged in float64, and have the same bits on all ranks.
 
     Cost:
-        One collective in the forward (3·C values of float64 from each rank) and, where x wants a gradient, one in the
+        One collective in the forward (4·C values of float64 from each rank) and, where x wants a gradient, one in the
         backward (2·C). x is read once for the moments and once to normalize; in the backward once for the sums, once
         for dx, and once more for dresidual behind an activation. Saved: as :class:`evenkeel.BatchNorm`.
 
@@ -126,12 +127,13 @@ class SyncBatchNorm(Variant):
         inplace: bool = False,
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        weighting: Weighting = "frequency",
         padding: str = "zero",
     ) -> Tensor:
         """``activation(bn(x) + residual)``; see :class:`evenkeel.nn.variant.Variant`. The ranks may differ in x's
         batch and positions, in its mask, and in which of them have one."""
         keywords: dict[str, Any] = {"activation": activation, "inplace": inplace, "mask": mask, "padding": padding}
-        keywords["sample_weight"] = sample_weight
+        keywords |= {"sample_weight": sample_weight, "weighting": weighting}
         if torch.compiler.is_compiling() and self._group() is not None:
             from evenkeel.nn import uncompiled
 
@@ -195,7 +197,7 @@ class SyncBatchNorm(Variant):
 
     def _normalizing(self, total: Moments) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and variance that normalize, and for how many values they stand; where they are constants, infinity."""
-        mean, var, count = total.mean, total.m2 / total.count.clamp(min=1), total.count
+        mean, var, count = total.mean, total.var_or_zero, total.count
         single = count == 1
         if self.too_few == "running" and self.running_mean is not None and self.running_var is not None:
             mean = torch.where(single, self.running_mean.to(mean.dtype), mean)
@@ -259,9 +261,9 @@ class SyncBatchNorm(Variant):
             new.weight, new.bias = layer.weight, layer.bias
             new.running_mean, new.running_var = layer.running_mean, layer.running_var
             new.num_batches_tracked = layer.num_batches_tracked
-            new.register_buffer("skipped_updates", layer._buffers.get("skipped_updates"), persistent=False)
-            if new._buffers["skipped_updates"] is None:
-                new.count_skipped()
+            if isinstance(layer, CountsSkipped):
+                new._updates = layer._updates
+            new._place_counts()
             vars(new)[cls.CAME_FROM] = vars(layer).get(cls.CAME_FROM, type(layer))
             return new.train(layer.training)
         raise ValueError(

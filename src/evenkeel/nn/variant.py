@@ -18,11 +18,11 @@ from evenkeel.fusion.call import begin, passes_by
 from evenkeel.fusion.scope import current
 from evenkeel.layout import counted, dense, per_channel
 from evenkeel.masking import check_padding, named_mask
-from evenkeel.moments import Moments, compute_dtype
+from evenkeel.moments import Moments, Weighting, check_weighting, compute_dtype
 from evenkeel.nn.batch_norm import fx_node, refuse_script
 from evenkeel.nn.constructed import Constructed
 from evenkeel.nn.controlled import Controlled
-from evenkeel.nn.skipped import CountsSkipped, counter_beside
+from evenkeel.nn.skipped import CountsSkipped
 from evenkeel.running import averaged, update_running
 from evenkeel.second_run import is_second_run
 from evenkeel.unchanged import Unchanged
@@ -80,6 +80,7 @@ class Variant(Constructed, Controlled, CountsSkipped):
         inplace: bool = False,
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
+        weighting: Weighting = "frequency",
         padding: str = "zero",
     ) -> Tensor:
         """``activation(bn(x) + residual)``.
@@ -90,7 +91,7 @@ class Variant(Constructed, Controlled, CountsSkipped):
             activation: None, a name or a module, as :func:`evenkeel.functional.batch_norm` lists them.
             mask: Which values count, True for those; shape (N,) or (N, *S).
             padding: What the mask leaves out comes out as: "zero", or "keep" for what it is in x.
-            inplace, sample_weight: Refused: only :class:`evenkeel.BatchNorm` and its kin take them.
+            inplace, sample_weight, weighting: Refused: only :class:`evenkeel.BatchNorm` and its kin take them.
         """
         if residual is None and activation is None and mask is None and not torch.compiler.is_compiling():
             scope = current()
@@ -98,7 +99,7 @@ class Variant(Constructed, Controlled, CountsSkipped):
                 deferred = begin(self, scope, input, Variant.forward)
                 if deferred is not None:
                     return deferred
-        return self._call(input, residual, Options(activation, inplace, mask, sample_weight, padding))
+        return self._call(input, residual, Options(activation, inplace, mask, sample_weight, padding, weighting))
 
     def _call(self, x: Tensor, residual: Tensor | None, options: Options, **more: Any) -> Tensor:
         """A call, or an error that leaves the layer as it was.
@@ -108,9 +109,7 @@ class Variant(Constructed, Controlled, CountsSkipped):
         """
         refuse_jit(type(self).__name__)
         if not isinstance(x, Tensor):
-            activation, inplace, mask, sample_weight, padding = options
-            given = {"inplace": inplace, "mask": mask, "sample_weight": sample_weight, "padding": padding, **more}
-            node = fx_node(self, x, residual, activation, given)
+            node = fx_node(self, x, residual, options, **more)
             if node is not None:
                 return node  # type: ignore[no-any-return]
         if torch.compiler.is_compiling():
@@ -123,9 +122,11 @@ class Variant(Constructed, Controlled, CountsSkipped):
             raise
 
     def _answer(self, x: Tensor, residual: Tensor | None, options: Options, **more: Any) -> Tensor:
-        what, (activation, inplace, mask, sample_weight, padding) = type(self).__name__, options
+        what, (activation, inplace, mask, sample_weight, padding, weighting) = type(self).__name__, options
         act = resolve(what, activation)
         refused = {"inplace=True": inplace, "sample_weight": sample_weight is not None}
+        check_weighting(what, weighting)
+        refused[f"{weighting=}"] = weighting != "frequency"
         refused["a mask"] = mask is not None and not self._masks
         for name, asked in refused.items():
             if asked:
@@ -207,9 +208,9 @@ class Variant(Constructed, Controlled, CountsSkipped):
 
     def enter(self, moments: Moments, momentum: float | None) -> None:
         """Let moments enter the running ones, whatever the mode."""
-        var = moments.m2.detach() / moments.count.clamp(min=1)
         state = self._state()._replace(momentum=momentum, sink=None)
-        update_running(state, moments.mean, var, moments.count, self.averaged_var)
+        with torch.no_grad():  # a checkpoint counts what is kept for the backward
+            update_running(state, moments.mean, moments.var_or_zero, moments.count, self.averaged_var, moments.squares)
 
     def averaged_var(self, running: Tensor, biased: Tensor, unbiased: Tensor, momentum: float | Tensor) -> Tensor:
         """The running variance after ``running`` when a batch's enters it with the weight ``momentum``."""
@@ -218,7 +219,7 @@ class Variant(Constructed, Controlled, CountsSkipped):
     def _state(self) -> State:
         return State(
             self.running_mean, self.running_var, self.num_batches_tracked, self.uses_batch(), False, self.momentum,
-            self.eps, type(self).__name__, counter_beside(self.running_mean, self._buffers.get("skipped_updates")),
+            self.eps, type(self).__name__, self._updates or self.count_skipped(),
             sink=None if self._control is None else self._control.sink(),
         )  # fmt: skip
 

@@ -126,7 +126,8 @@ class VirtualBatchNorm(Variant):
             x.reshape(1, N * C, *x.shape[2:]),
             None if mask is None else mask.expand_as(x).reshape(1, N * C, *x.shape[2:]),
         )
-        count, mean, m2 = (part.to(x.device) for part in vars(self._reference).values())
+        reference = self._reference
+        count, mean, m2 = (part.to(x.device) for part in (reference.count, reference.mean, reference.m2))
         merged = Moments(count.expand(C).repeat(N), mean.repeat(N), m2.repeat(N)).merge(own)
         shape = (N, C, *[1] * (x.dim() - 2))
         return merged.mean.view(shape), (merged.m2 / merged.count.clamp(min=1)).view(shape)
@@ -140,8 +141,8 @@ class VirtualBatchNorm(Variant):
         """What copies and pickles take: the reference without its graph, which can't be copied, and no pass."""
         state: dict[str, Any] = super().__getstate__()
         state.pop("_collecting", None)
-        if self._reference is not None:
-            state["_reference"] = Moments(*(part.detach() for part in vars(self._reference).values()))
+        if (reference := self._reference) is not None:
+            state["_reference"] = Moments(*(part.detach() for part in (reference.count, reference.mean, reference.m2)))
         return state
 
 

@@ -13,6 +13,8 @@ from evenkeel.layout import is_channels_last
 from evenkeel.moments import Moments, compute_dtype, wide_dtype
 from evenkeel.nn.inverse_sqrt import newton, zca
 from evenkeel.nn.variant import Variant
+from evenkeel.running import averaged_so_far, note_averaged
+from evenkeel.updates import UpdateCounts
 
 METHODS = ("newton", "zca")
 
@@ -113,6 +115,7 @@ class WhiteningBatchNorm(Variant):
         groups = num_features // self.group_size
         identity = torch.eye(self.group_size, device=device, dtype=dtype).repeat(groups, 1, 1)
         self.register_buffer("running_cov", identity if track_running_stats else None)
+        self._cov_updates = UpdateCounts()  # of the groups
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
@@ -184,15 +187,22 @@ class WhiteningBatchNorm(Variant):
         if self.running_cov is None:
             return
         assert isinstance(moments, Comoments)
+        batches, groups, products = self.num_batches_tracked, self.running_cov[:, 0, 0], moments.products
+        enough = moments.count > 1
         factor: float | Tensor | None = momentum
         if factor is None:
-            assert self.num_batches_tracked is not None
-            factor = 1 / self.num_batches_tracked.clamp(min=1).to(moments.products.dtype)  # these are counted already
+            assert batches is not None
+            counts = self._cov_updates.beside(groups)
+            so_far = averaged_so_far(batches - enough.to(batches.dtype), counts)  # these are counted already
+            factor = (1 / (so_far + 1).to(products.dtype))[:, None, None]
         with torch.no_grad():
-            running = self.running_cov.to(moments.products.dtype)
-            cov = moments.products / (moments.count - 1).clamp(min=1)
-            good = cov.isfinite().all(-1).all(-1)[:, None, None] & (moments.count > 1)
-            self.running_cov.copy_(torch.where(good, running + (cov - running) * factor, running))
+            running = self.running_cov.to(products.dtype)
+            cov = products / (moments.count - 1).clamp(min=1)
+            new = (running + (cov - running) * factor).to(self.running_cov.dtype)
+            good = new.isfinite().flatten(1).all(-1) & enough
+            if momentum is None and batches is not None:
+                note_averaged(counts, so_far, good, batches)
+            self.running_cov.copy_(torch.where(good[:, None, None], new, self.running_cov))
 
 
 @dataclass(frozen=True, eq=False)

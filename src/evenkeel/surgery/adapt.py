@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from evenkeel.control.selection import Where
 from evenkeel.control.uncompiled import uncompiled
 from evenkeel.errors import describe
-from evenkeel.functional import call_moments
+from evenkeel.functional import moments as moments_of
 from evenkeel.surgery.batches import Forward, check_loader, passes_over, run_batch
 from evenkeel.surgery.collecting import Seen, in_one_pass, layer_by_layer, modes_kept, reason_to_leave
 from evenkeel.surgery.entropy import MakeOptimizer, minimize_entropy
@@ -152,7 +152,8 @@ class ByTheBatch:
         layer = self.layer
         if layer.training or x.numel() == 0:
             return self._forward(x, *args, **keywords)
-        found = call_moments(x, keywords.get("mask"), keywords.get("sample_weight"))
+        asked = {name: keywords[name] for name in ("mask", "sample_weight", "weighting") if name in keywords}
+        found = moments_of(x.detach(), **asked)
         buffers, source = layer._buffers, vars(layer)[_SOURCE]
         before = {name: buffers[name] for name in ("running_mean", "running_var")}
         try:

@@ -122,7 +122,7 @@ class Collector:
             seen.batches += 1
             seen.calls = max(seen.calls, len(parts))
             if self._keep:
-                seen.spread.append((own.count, own.mean, own.m2 / own.count.clamp(min=1)))
+                seen.spread.append((own.count, own.mean, own.var_or_zero))
         self._batch.clear()
 
 

@@ -74,14 +74,13 @@ def target_of(layer: _BatchNorm, sync: bool | None) -> type[nn.Module] | str:
 def change_class(layer: _BatchNorm, kind: type[nn.Module], process_group: Any) -> None:
     """Make a layer one of another class; :func:`change_back` undoes it."""
     attributes = layer.__dict__
-    counted, grouped = "skipped_updates" in layer._buffers, "process_group" in attributes
+    counted, grouped = "_updates" in attributes, "process_group" in attributes
     group = attributes.get("process_group")
     attributes.setdefault(_WAS, (type(layer), counted, (group,) if grouped else None))
     if kind is layers.SyncBatchNorm:
         attributes["process_group"] = group if process_group is None else process_group
     layer.__class__ = kind  # type: ignore[assignment]
-    lazy = isinstance(layer, nn.modules.lazy.LazyModuleMixin)  # which does so when it knows its channels
-    if isinstance(layer, CountsSkipped) and not counted and not lazy:
+    if isinstance(layer, CountsSkipped) and not counted:
         layer.count_skipped()
 
 
@@ -113,5 +112,4 @@ def change_back(layer: nn.Module) -> None:
 
 def stop_counting(layer: nn.Module) -> None:
     """Take away what :class:`CountsSkipped` adds to a layer."""
-    layer._buffers.pop("skipped_updates", None)
-    layer._non_persistent_buffers_set.discard("skipped_updates")
+    layer.__dict__.pop("_updates", None)

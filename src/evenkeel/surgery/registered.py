@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from evenkeel import nn as layers
 from evenkeel.arguments import State
+from evenkeel.functional import Options
 from evenkeel.fusion.call import passes_by
 from evenkeel.nn.batch_norm import FusedBatchNorm, fx_node
 from evenkeel.surgery.registry import ORIGIN, Known, known
@@ -36,7 +37,7 @@ class Registered(nn.Module):
     def forward(self, x: Any = None, *, input: Any = None) -> Tensor:
         x = input if x is None else x  # torch.nn's name for it
         if not isinstance(x, Tensor):
-            node = fx_node(self, x, None, None, {})
+            node = fx_node(self, x, None, Options())
             if node is not None:
                 return node  # type: ignore[no-any-return]
         if isinstance(self, Frozen) and not self.fits(x):

@@ -11,6 +11,7 @@ from torch import Tensor
 from evenkeel.kernels.triton import DTYPES
 from evenkeel.kernels.triton.tiling import View
 from evenkeel.layout import is_channels_last
+from evenkeel.updates import COUNTS
 
 IN_INTERPRETER = 4
 """Multiprocessors that Triton's interpreter is taken to have, so that reductions are split there too."""
@@ -52,6 +53,12 @@ def check_vectors(x: Tensor, **vectors: Tensor | None) -> None:
             vector.shape != x.shape[1:2] or vector.device != x.device or not vector.is_contiguous()
         ):
             raise unsupported(name)
+
+
+def check_counts(x: Tensor, counts: Tensor | None) -> None:
+    """Refuse counts of updates that are not as the running moments are; see :class:`evenkeel.updates.UpdateCounts`."""
+    if counts is not None and (counts.shape != (3, x.shape[1]) or counts.device != x.device):
+        raise unsupported(COUNTS)
 
 
 @lru_cache(maxsize=64)

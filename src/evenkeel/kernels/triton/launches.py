@@ -45,7 +45,7 @@ class Running(NamedTuple):
     mean: Tensor | None = None
     var: Tensor | None = None
     batches: Tensor | None = None
-    skipped: Tensor | None = None
+    counts: Tensor | None = None
     update: bool = False
     momentum: float | None = 0.0
 
@@ -98,10 +98,10 @@ def moments(
         )  # fmt: skip
         merge_kernel[up(view.c, _CHANNELS),](
             parts, saved, coefficients, _or(weight, x), _or(bias, x), _or(running.mean, x), _or(running.var, x),
-            _or(running.batches, x), _or(running.skipped, x), view.c, cut.splits, running.momentum or 0.0, eps,
+            _or(running.batches, x), _or(running.counts, x), view.c, cut.splits, running.momentum or 0.0, eps,
             SPLITS=min(power_of_two(cut.splits), _MERGED), B=_CHANNELS, HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None, UPDATE=updates, CUMULATIVE=running.momentum is None,
-            HAS_SKIPPED=running.skipped is not None, COEFFICIENTS=True,
+            HAS_COUNTS=running.counts is not None, COEFFICIENTS=True,
         )  # fmt: skip
     return saved, coefficients
 
@@ -163,12 +163,12 @@ def forward(
     with launching(x):
         forward_kernel[cut.blocks,](
             x, _or(residual, x), _bytes(mask, x), y, saved, _or(weight, x), _or(bias, x), _or(running.mean, x),
-            _or(running.var, x), _or(running.batches, x), _or(running.skipped, x), view.n, view.c, view.s,
+            _or(running.var, x), _or(running.batches, x), _or(running.counts, x), view.n, view.c, view.s,
             running.momentum or 0.0, eps, act.a, act.b,
             A=cut.a, B=cut.b, LAST=view.last, WIDE=view.wide, ACT=act.code, HAS_RESIDUAL=residual is not None,
             MASKED=mask is not None, KEEP=keep, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
             UPDATE=running.update and running.mean is not None, CUMULATIVE=running.momentum is None,
-            HAS_SKIPPED=running.skipped is not None, COUNT_BATCH=counting, num_warps=cut.warps,
+            HAS_COUNTS=running.counts is not None, COUNT_BATCH=counting, num_warps=cut.warps,
         )  # fmt: skip
     return saved
 

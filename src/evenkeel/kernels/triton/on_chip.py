@@ -17,11 +17,11 @@ from evenkeel.kernels.triton.tile import counting, held, place, total
 
 @triton.jit
 def forward_kernel(
-    x, residual, mask, y, saved, weight, bias, running_mean, running_var, batches, skipped, N, C, S, momentum, eps,
+    x, residual, mask, y, saved, weight, bias, running_mean, running_var, batches, counts_of, N, C, S, momentum, eps,
     a, b,
     A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, ACT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, UPDATE: tl.constexpr, CUMULATIVE: tl.constexpr, HAS_SKIPPED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, UPDATE: tl.constexpr, CUMULATIVE: tl.constexpr, HAS_COUNTS: tl.constexpr,
     COUNT_BATCH: tl.constexpr,
 ):  # fmt: skip
     """Moments in two passes over registers, the running ones updated, and y."""
@@ -44,7 +44,7 @@ def forward_kernel(
     var = tl.where(var < 0, 0.0, var)  # NaN stays
     centre, scale, shift = conclude(
         number.to(tl.float64), mean, var, channels, channels < C, saved, saved, weight, bias, running_mean, running_var,
-        batches, skipped, C, momentum, eps, HAS_WEIGHT, HAS_BIAS, UPDATE, CUMULATIVE, HAS_SKIPPED, False,
+        batches, counts_of, C, momentum, eps, HAS_WEIGHT, HAS_BIAS, UPDATE, CUMULATIVE, HAS_COUNTS, False,
     )  # fmt: skip
     v = (values - centre) * scale + shift
     if HAS_RESIDUAL:

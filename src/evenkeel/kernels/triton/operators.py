@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evenkeel.kernels.triton import launches
-from evenkeel.kernels.triton.device import alike, check_vectors, unsupported, view_of
+from evenkeel.kernels.triton.device import alike, check_counts, check_vectors, unsupported, view_of
 from evenkeel.kernels.triton.launches import Act, Given, Running
 from evenkeel.kernels.triton.tiling import View
 
@@ -26,12 +26,13 @@ def stats(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def measure_(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, training: bool,
-    update: bool, momentum: float | None, eps: float, skipped: Tensor | None = None,
+    update: bool, momentum: float | None, eps: float, counts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """(mean, var, rstd), (3, C), of what normalizes x; updates the running moments as `forward_`."""
     view = view_of(x)
-    check_vectors(x, running_mean=running_mean, running_var=running_var, skipped_updates=skipped)
-    running = Running(running_mean, running_var, batches, skipped, update and training, momentum)
+    check_vectors(x, running_mean=running_mean, running_var=running_var)
+    check_counts(x, counts)
+    running = Running(running_mean, running_var, batches, counts, update and training, momentum)
     _count_call()
     return launches.measure(x, None, None, None, running, training, eps, view)[0]
 
@@ -99,16 +100,15 @@ def forward(
 def forward_(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
     running_var: Tensor | None, batches: Tensor | None, training: bool, update: bool, momentum: float | None,
-    eps: float, activation: int, a: float, b: float, skipped: Tensor | None = None, mask: Tensor | None = None,
+    eps: float, activation: int, a: float, b: float, counts: Tensor | None = None, mask: Tensor | None = None,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `forward`, and updates the running moments where ``update`` says so."""
     view = view_of(x)
-    check_vectors(
-        x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var, skipped_updates=skipped
-    )
+    check_vectors(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    check_counts(x, counts)
     residual = None if residual is None else alike("residual", residual, x)
-    running = Running(running_mean, running_var, batches, skipped, update and training, momentum)
+    running = Running(running_mean, running_var, batches, counts, update and training, momentum)
     _count_call()
     y = torch.empty_like(x, dtype=_result_dtype(x, residual))
     act = Act(activation, a, b)
@@ -118,14 +118,13 @@ def forward_(
 def inplace_(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,
     batches: Tensor | None, training: bool, update: bool, momentum: float | None, eps: float, activation: int,
-    a: float, b: float, skipped: Tensor | None = None,
+    a: float, b: float, counts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As `forward_`; x becomes y."""
     view = view_of(x)
-    check_vectors(
-        x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var, skipped_updates=skipped
-    )
-    running = Running(running_mean, running_var, batches, skipped, update and training, momentum)
+    check_vectors(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    check_counts(x, counts)
+    running = Running(running_mean, running_var, batches, counts, update and training, momentum)
     _count_call()
     act = Act(activation, a, b)
     return launches.forward(x, None, None, False, x, weight, bias, running, training, eps, view, act)

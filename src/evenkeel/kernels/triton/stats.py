@@ -63,9 +63,9 @@ def part_kernel(
 
 @triton.jit
 def merge_kernel(
-    parts, saved, coefficients, weight, bias, running_mean, running_var, batches, skipped, C, splits, momentum, eps,
+    parts, saved, coefficients, weight, bias, running_mean, running_var, batches, counts_of, C, splits, momentum, eps,
     SPLITS: tl.constexpr, B: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, UPDATE: tl.constexpr,
-    CUMULATIVE: tl.constexpr, HAS_SKIPPED: tl.constexpr, COEFFICIENTS: tl.constexpr,
+    CUMULATIVE: tl.constexpr, HAS_COUNTS: tl.constexpr, COEFFICIENTS: tl.constexpr,
 ):  # fmt: skip
     """saved = count, mean, biased variance, 1/√(var + eps); coefficients; the running moments updated."""
     channels = tl.program_id(0) * B + tl.arange(0, B)[None, :]
@@ -86,7 +86,7 @@ def merge_kernel(
     var = m2 / divisor
     conclude(
         count, mean, var, channels, exists, saved, coefficients, weight, bias, running_mean, running_var, batches,
-        skipped, C, momentum, eps, HAS_WEIGHT, HAS_BIAS, UPDATE, CUMULATIVE, HAS_SKIPPED, COEFFICIENTS,
+        counts_of, C, momentum, eps, HAS_WEIGHT, HAS_BIAS, UPDATE, CUMULATIVE, HAS_COUNTS, COEFFICIENTS,
     )  # fmt: skip
 
 
@@ -105,14 +105,15 @@ def _parts(parts, channels, start, splits, C, SPLITS: tl.constexpr):
 
 @triton.jit
 def conclude(
-    count, mean, var, channels, exists, saved, coefficients, weight, bias, running_mean, running_var, batches, skipped,
-    C, momentum, eps, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, UPDATE: tl.constexpr, CUMULATIVE: tl.constexpr,
-    HAS_SKIPPED: tl.constexpr, COEFFICIENTS: tl.constexpr,
+    count, mean, var, channels, exists, saved, coefficients, weight, bias, running_mean, running_var, batches,
+    counts_of, C, momentum, eps, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, UPDATE: tl.constexpr,
+    CUMULATIVE: tl.constexpr, HAS_COUNTS: tl.constexpr, COEFFICIENTS: tl.constexpr,
 ):  # fmt: skip
     """What follows from a batch's moments: saved (3, C), the coefficients (3, C) of y, and the running moments.
 
-    A channel whose moments are not finite keeps its running ones and is counted in `skipped`; so does one of fewer than
-    two values, which has no variance, but is not counted.
+    A channel of which something not finite would be stored keeps its running moments and is counted; so does one of
+    fewer than two values, which has no variance, but is not counted. `counts_of` (3, C) are those of
+    evenkeel/updates.py.
     """
     rstd = 1.0 / tl.sqrt(var + eps)
     tl.store(saved + channels, mean, mask=exists)
@@ -124,22 +125,32 @@ def conclude(
         tl.store(coefficients + C + channels, scale, mask=exists)
         tl.store(coefficients + 2 * C + channels, shift, mask=exists)
     if UPDATE:
-        finite = (tl.abs(mean) < float("inf")) & (tl.abs(var) < float("inf"))
-        taken = finite & (count > 1)
+        enough = count > 1
         factor = momentum
         if CUMULATIVE:
-            factor = 1.0 / tl.maximum(tl.load(batches), 1).to(tl.float64)
+            # Of the average, over the batches before this one, which is counted already where it has enough values.
+            before = tl.zeros_like(channels).to(tl.int64) + tl.load(batches)
+            before -= enough.to(tl.int64)
+            so_far = before
+            if HAS_COUNTS:
+                at = tl.load(counts_of + 2 * C + channels, mask=exists, other=0)
+                so_far = tl.where(at == before, tl.load(counts_of + C + channels, mask=exists, other=0), before)
+            factor = 1.0 / (so_far + 1).to(tl.float64)
         unbiased = var * (count / tl.maximum(count - 1, 1.0))
-        was = tl.load(running_mean + channels, mask=exists, other=0.0)
-        new = (1 - factor) * was.to(tl.float64) + factor * mean
-        tl.store(running_mean + channels, tl.where(taken, new.to(was.dtype), was), mask=exists)
-        was = tl.load(running_var + channels, mask=exists, other=0.0)
-        new = (1 - factor) * was.to(tl.float64) + factor * unbiased
-        tl.store(running_var + channels, tl.where(taken, new.to(was.dtype), was), mask=exists)
-        if HAS_SKIPPED:
-            times = tl.load(skipped + channels, mask=exists, other=0)
-            bad = (count > 1) & (finite == 0)
-            tl.store(skipped + channels, times + bad.to(times.dtype), mask=exists)
+        mean_was = tl.load(running_mean + channels, mask=exists, other=0.0)
+        var_was = tl.load(running_var + channels, mask=exists, other=0.0)
+        mean_new = ((1 - factor) * mean_was.to(tl.float64) + factor * mean).to(mean_was.dtype)
+        var_new = ((1 - factor) * var_was.to(tl.float64) + factor * unbiased).to(var_was.dtype)
+        finite = (tl.abs(mean_new) < float("inf")) & (tl.abs(var_new) < float("inf"))
+        taken = finite & enough
+        tl.store(running_mean + channels, tl.where(taken, mean_new, mean_was), mask=exists)
+        tl.store(running_var + channels, tl.where(taken, var_new, var_was), mask=exists)
+        if HAS_COUNTS:
+            skipped = tl.load(counts_of + channels, mask=exists, other=0)
+            tl.store(counts_of + channels, skipped + (enough & (finite == 0)).to(tl.int64), mask=exists)
+            if CUMULATIVE:
+                tl.store(counts_of + C + channels, so_far + taken.to(tl.int64), mask=exists)
+                tl.store(counts_of + 2 * C + channels, before + enough.to(tl.int64), mask=exists)
     return centre, scale, shift
 
 

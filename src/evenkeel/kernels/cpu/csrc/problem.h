@@ -3,6 +3,7 @@
 // Names as everywhere in the project: N samples, C channels, S positions, M = N*S values per channel.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 namespace evenkeel {
@@ -58,7 +59,9 @@ struct Problem {
   void* y = nullptr;               // written by the forward (may be x); with relu and a residual, read by the backward
   double* running_mean = nullptr;  // updated when training and not nullptr
   double* running_var = nullptr;
-  int64_t* skipped = nullptr;  // C counters of updates that were left out because the moments were not finite
+  double mean_below = HUGE_VAL, var_below = HUGE_VAL;  // what their dtypes can store
+  const int64_t* batches = nullptr;                    // so far, where the running moments average over all of them
+  int64_t* counts = nullptr;                           // 3, C: see evenkeel/updates.py
 
   double* mean = nullptr;  // C values each: the moments that normalize
   double* var = nullptr;   // biased

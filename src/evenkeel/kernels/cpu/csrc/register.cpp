@@ -90,7 +90,7 @@ Tensor grad_input(const Tensor& dy, const Tensor& x, const Tensor& mean, const T
 // What a forward keeps besides y; in training with `update` it also updates the running moments, and the number of
 // batches. Without a momentum they average over all batches so far.
 struct Buffers {
-  const Optional &mean, &var, &batches, &skipped;
+  const Optional &mean, &var, &batches, &counts;
   bool training, update;
   std::optional<double> momentum;
   double eps;
@@ -116,22 +116,22 @@ Running take_running(Operands& o, const Buffers& buffers) {
   }
   REQUIRE(!running.update || !has_moments || buffers.momentum || running.batches,
           "momentum None without num_batches_tracked");
-  if (buffers.skipped && running.update) {
-    const Tensor& t = *buffers.skipped;
-    REQUIRE(dtype_code(t) == aoti_torch_dtype_int64() && t.numel() == p.channels && t.is_cpu() && t.is_contiguous(),
-            "skipped_updates");
-    p.skipped = static_cast<int64_t*>(t.data_ptr());
+  if (buffers.counts && running.update) {
+    const Tensor& t = *buffers.counts;
+    REQUIRE(dtype_code(t) == aoti_torch_dtype_int64() && t.numel() == 3 * p.channels && t.is_cpu() && t.is_contiguous(),
+            "update counts");
+    p.counts = static_cast<int64_t*>(t.data_ptr());
   }
+  p.momentum = buffers.momentum.value_or(0);
+  if (!buffers.momentum) p.batches = running.batches;
   p.training = buffers.training;
   p.eps = buffers.eps;
-  if (running.update) p.running_mean = running.mean, p.running_var = running.var;
+  if (running.update && has_moments) {
+    p.running_mean = running.mean, p.running_var = running.var;
+    p.mean_below = evenkeel::infinite_from(dtype_of(*buffers.mean, "running_mean"));
+    p.var_below = evenkeel::infinite_from(dtype_of(*buffers.var, "running_var"));
+  }
   return running;
-}
-
-// The weight of the next batch.
-double momentum_of(const Buffers& buffers, const Running& running) {
-  if (buffers.momentum) return *buffers.momentum;
-  return running.batches ? 1.0 / static_cast<double>(*running.batches + 1) : 0;
 }
 
 void put_running(const Buffers& buffers, const Running& running) {
@@ -142,7 +142,6 @@ Tensor run_forward(Operands& o, const Buffers& buffers,
                    decltype(Kernels::forward) Kernels::* kernel = &Kernels::forward) {
   Problem& p = o.p;
   const Running running = take_running(o, buffers);
-  p.momentum = momentum_of(buffers, running);
   Tensor saved = empty_rows(3, p.channels);
   o.set_moments(doubles(saved));
   if (!p.training)
@@ -157,7 +156,7 @@ std::tuple<Tensor, Tensor> forward_(const Tensor& x, const Optional& residual, c
                                     const Optional& bias, const Optional& running_mean, const Optional& running_var,
                                     const Optional& num_batches_tracked, bool training, bool update,
                                     std::optional<double> momentum, double eps, int64_t activation, double a, double b,
-                                    const Optional& skipped, const Optional& mask, bool keep) {
+                                    const Optional& counts, const Optional& mask, bool keep) {
   Operands o(x, {activation, a, b});
   o.take_affine(weight, bias);
   o.take_residual(residual);
@@ -165,17 +164,17 @@ std::tuple<Tensor, Tensor> forward_(const Tensor& x, const Optional& residual, c
   Tensor y = empty_as(o.x);
   o.p.y = y.data_ptr();
   Tensor saved =
-      run_forward(o, {running_mean, running_var, num_batches_tracked, skipped, training, update, momentum, eps});
+      run_forward(o, {running_mean, running_var, num_batches_tracked, counts, training, update, momentum, eps});
   return {y, saved};
 }
 
 // What forward_ does, without y.
 Tensor measure_(const Tensor& x, const Optional& running_mean, const Optional& running_var,
                 const Optional& num_batches_tracked, bool training, bool update, std::optional<double> momentum,
-                double eps, const Optional& skipped) {
+                double eps, const Optional& counts) {
   Operands o(x, {});
   o.take_mask({}, nullptr);
-  return run_forward(o, {running_mean, running_var, num_batches_tracked, skipped, training, update, momentum, eps},
+  return run_forward(o, {running_mean, running_var, num_batches_tracked, counts, training, update, momentum, eps},
                      &Kernels::measure);
 }
 
@@ -185,13 +184,13 @@ std::tuple<Tensor, Tensor> forward_groups_(const Tensor& x, const Optional& resi
                                            const Optional& running_var, const Optional& num_batches_tracked,
                                            int64_t group_count, int64_t group_size, bool pooled, bool update,
                                            std::optional<double> momentum, double eps, int64_t activation, double a,
-                                           double b, const Optional& skipped) {
+                                           double b, const Optional& counts) {
   Operands o(x, {activation, a, b});
   Problem& p = o.p;
   const Groups groups = groups_of(p, group_count, group_size);
   o.take_affine(weight, bias);
   o.take_residual(residual);
-  const Buffers buffers{running_mean, running_var, num_batches_tracked, skipped, true, update, momentum, eps};
+  const Buffers buffers{running_mean, running_var, num_batches_tracked, counts, true, update, momentum, eps};
   const Running running = take_running(o, buffers);
   Tensor y = empty_as(o.x);
   p.y = y.data_ptr();
@@ -200,7 +199,6 @@ std::tuple<Tensor, Tensor> forward_groups_(const Tensor& x, const Optional& resi
   Doubles merged(pooled ? 2 * p.channels : 0);
   for (int64_t g = 0; g < groups.count; ++g) {
     Problem part = groups.part(p, g);
-    part.momentum = momentum_of(buffers, running);
     if (pooled) part.running_mean = part.running_var = nullptr;
     run(part, &Kernels::forward);
     if (!pooled && running.batches) ++*running.batches;
@@ -208,7 +206,6 @@ std::tuple<Tensor, Tensor> forward_groups_(const Tensor& x, const Optional& resi
   if (pooled && p.running_mean) {
     merge(groups, p, merged.data(), merged.data() + p.channels);
     p.mean = merged.data(), p.var = p.mean + p.channels;
-    p.momentum = momentum_of(buffers, running);
     evenkeel::update_running(p, static_cast<double>(p.per_channel()), 0, p.channels);
   }
   put_running(buffers, running);
@@ -227,13 +224,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Optional& residual, co
 Tensor inplace_(const Tensor& x, const Optional& weight, const Optional& bias, const Optional& running_mean,
                 const Optional& running_var, const Optional& num_batches_tracked, bool training, bool update,
                 std::optional<double> momentum, double eps, int64_t activation, double a, double b,
-                const Optional& skipped) {
+                const Optional& counts) {
   REQUIRE(is_dense(x, false) || is_dense(x, true), "x in place");
   Operands o(x, {activation, a, b});
   o.take_affine(weight, bias);
   o.take_mask({}, nullptr);
   o.p.y = x.data_ptr();
-  return run_forward(o, {running_mean, running_var, num_batches_tracked, skipped, training, update, momentum, eps});
+  return run_forward(o, {running_mean, running_var, num_batches_tracked, counts, training, update, momentum, eps});
 }
 
 Tensor invert(const Tensor& y, const Tensor& saved, const Optional& weight, const Optional& bias, int64_t activation,
