@@ -166,5 +166,5 @@ def test_under_vmap(masked):
 
     found = torch.func.vmap(moments)(x)
     for index, part in enumerate(x):
-        for values, value in zip(found, moments(part), strict=True):
-            torch.testing.assert_close(values[index], value)
+        for batched, value in zip(found, moments(part), strict=True):
+            torch.testing.assert_close(batched[index], value)
