@@ -156,9 +156,13 @@ def sync_statistics(
     parts = (v.split([len(m.mean) for m in own]) for v in (pooled.count, pooled.mean, pooled.m2))
     for (name, layer), known, mean, m2 in zip(layers.items(), *parts, strict=True):
         assert layer.running_mean is not None and layer.running_var is not None
-        for running, value in ((layer.running_mean, mean), (layer.running_var, m2 / known.clamp(min=1))):
-            good = (known > 0).view_as(running).to(running.device)
-            running.copy_(torch.where(good, value.view_as(running).to(running.device), running))
+        old = layer.running_mean, layer.running_var
+        values = mean, m2 / known.where(known > 0, 1)
+        new = [value.view_as(running).to(running) for running, value in zip(old, values, strict=True)]
+        # What a buffer in half precision can't store leaves the channel as it is.
+        good = (known > 0).view_as(new[0]).to(new[0].device) & new[0].isfinite() & new[1].isfinite()
+        for running, value in zip(old, new, strict=True):
+            running.copy_(torch.where(good, value, running))
         batches = layer.num_batches_tracked
         if batches is not None:
             numbers = torch.tensor([other.layers[name].batches for other in notes], dtype=torch.float64)

@@ -358,6 +358,10 @@ def moments() -> Any:
     alone = ek.Moments.empty(3) if rank else ek.Moments.from_tensor(data)
     alone = alone.all_reduce()
     nothing = ek.Moments.empty(2).all_reduce()
+    half = ek.BatchNorm1d(2).half()
+    half.running_mean.copy_(torch.tensor([400.0, 1.0]) * (rank - 1))
+    half.num_batches_tracked.fill_(1)
+    ek.sync_statistics(half)
     weights = None if rank == 1 else torch.arange(1.0, len(own) + 1) / 100  # some ranks have weights, others none
     weighted = ek.Moments.from_tensor(own, sample_weight=weights, weighting="importance").all_reduce()
     differentiable = ek.Moments.from_tensor(own.clone().requires_grad_())
@@ -367,6 +371,7 @@ def moments() -> Any:
         "alone": alone,
         "nothing": nothing,
         "weighted": weighted,
+        "half": half.state_dict(),
         "gradient": said(differentiable.all_reduce),
     }
 

@@ -137,6 +137,15 @@ def test_weights_and_their_squares_add_up(ranks: Scenarios) -> None:
         assert torch.equal(part["total"].squares, part["total"].count)
 
 
+def test_what_a_buffer_can_not_hold_stays(ranks: Scenarios) -> None:
+    """The spread between the ranks' means, 400 apart, does not fit into float16."""
+    for rank, part in enumerate(ranks("moments")):
+        assert part["half"]["running_mean"].tolist() == [400 * (rank - 1), 0]
+        torch.testing.assert_close(
+            part["half"]["running_var"].double(), torch.tensor([1, 5 / 3]).double(), rtol=1e-3, atol=0
+        )
+
+
 def test_empty_parts_change_no_bit(ranks: Scenarios) -> None:
     from evenkeel import Moments
 

@@ -199,3 +199,11 @@ def test_errors():
     ):
         with pytest.raises(kind, match=words):
             ek.adapt(*arguments, **options)
+
+
+def test_moments_that_the_buffers_can_not_hold():
+    model = nn.Sequential(ek.BatchNorm1d(2)).half()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"too large for its buffers of torch\.float16; the model is as before"):
+        ek.adapt(model, [torch.tensor([[0.0, 300.0], [1.0, -300.0]]).half()])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -154,6 +154,13 @@ def test_equal_entries_stay_as_they_are_infinities_too():
     assert not report.rows
 
 
+def test_what_the_dtype_can_not_hold_is_an_error():
+    """Each client's moments fit into float16; the spread between them does not."""
+    states = [client(torch.randn(8, C) + shift, dtype=torch.float16) for shift in (-400, 400)]
+    with pytest.raises(ValueError, match=r"'running_var' has values that are too large for torch\.float16"):
+        ek.merge_statistics(states, [8, 8])
+
+
 def test_dtypes_of_the_first_are_kept():
     low, high = client(torch.randn(8, C), dtype=torch.bfloat16), client(torch.randn(8, C), dtype=torch.float64)
     merged, _ = ek.merge_statistics([low, high], [8, 8])

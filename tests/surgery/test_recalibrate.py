@@ -233,6 +233,15 @@ def test_dtypes_and_layouts(dtype):
     torch.testing.assert_close(model[0].running_var.double(), var, rtol=1e-5, atol=0)
 
 
+def test_moments_that_the_buffers_can_not_hold():
+    model = nn.Sequential(nn.BatchNorm1d(2)).half()
+    data = [torch.tensor([[0.0, 300.0], [1.0, -300.0]]).half()]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"too large for its buffers of torch\.float16; the model is as before"):
+        ek.recalibrate(model, data)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_two_thousand_images():
     """A ResNet's moments over 2,000 real images are those of one float64 pass, to 1e-5."""
     sklearn = pytest.importorskip("sklearn.datasets")

@@ -221,8 +221,17 @@ def _cumulate(
         source = vars(layer)[_SOURCE]
         single = seen.moments.count <= 1
         var = torch.where(single, torch.zeros_like(seen.moments.m2), seen.moments.var_unbiased)
-        for name, target in (("running_mean", seen.moments.mean), ("running_var", var)):
-            layer._buffers[name].copy_(blended(source[name].to(target.device), target, prior, seen.samples))  # type: ignore[union-attr]
+        new = {
+            name: blended(source[name].to(target.device), target, prior, seen.samples).to(source[name].dtype)
+            for name, target in (("running_mean", seen.moments.mean), ("running_var", var))
+        }
+        if not all(bool(values.isfinite().all()) for values in new.values()):
+            raise RuntimeError(
+                f"adapt: the moments of a {type(layer).__name__} are too large for its buffers of "
+                f"{source['running_var'].dtype}; the model is as before"
+            )
+        for name, values in new.items():
+            layer._buffers[name].copy_(values)  # type: ignore[union-attr]
 
     with modes_kept(model), uncompiled(), passes_over(loader, max_batches, progress, "adapt", passes) as begin:
         if entropy:

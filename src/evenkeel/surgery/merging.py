@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evenkeel.moments import Moments, wide_dtype
+from evenkeel.moments import LEAST_FREQUENCY, Moments, wide_dtype
 from evenkeel.nn.variant import OWN_SCALE
 from evenkeel.surgery.merging_checks import WHAT, Counts, check_states, per_norm
 from evenkeel.surgery.report import Report
@@ -132,7 +132,7 @@ def _pool(states: list[Mapping[str, Any]], path: str, counts: list[float]) -> tu
         within = within + count * var
     total, n = Moments.merge_all(parts), sum(counts)
     between = sum(part.count * (part.mean - total.mean).square() for part in parts)
-    if n <= 1:
+    if n < LEAST_FREQUENCY:
         raise ValueError(f"{WHAT}: a variance needs more than one value, {path + _VAR!r} is given {n:g} in all")
     spread = torch.where(total.m2 > 0, between / total.m2, 0).mean().sqrt()
     ratio = torch.where(total.m2 > 0, total.var_unbiased * total.count.clamp(min=1) / within, 1).mean()
@@ -140,8 +140,12 @@ def _pool(states: list[Mapping[str, Any]], path: str, counts: list[float]) -> tu
     mean, var = (states[0][path + name].to(total.mean) for name in (_MEAN, _VAR))
     merged = {
         path + _MEAN: torch.where(total.count > 0, total.mean, mean),
-        path + _VAR: torch.where(total.count > 1, total.var_unbiased, var),
+        path + _VAR: torch.where(total.var_unbiased.isnan(), var, total.var_unbiased),
     }
+    for name, value in merged.items():
+        dtype = states[0][name].dtype
+        if not bool(value.to(dtype).isfinite().all()):
+            raise ValueError(f"{WHAT}: {name!r} has values that are too large for {dtype}; merge in a wider dtype")
     if path + _BATCHES in states[0]:
         merged[path + _BATCHES] = torch.stack([s[path + _BATCHES].to(device) for s in states]).sum(0)
     row = {"path": path.removesuffix("."), "spread": spread.item(), "variance ratio": ratio.item()}

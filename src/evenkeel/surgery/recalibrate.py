@@ -136,8 +136,14 @@ def set_moments(layer: _BatchNorm, seen: Seen) -> None:
     if not bool((moments.mean.isfinite() & moments.m2.isfinite()).all()):
         raise RuntimeError(f"recalibrate: the input of {_what(layer)} is not finite; the model is as before")
     assert layer.running_mean is not None and layer.running_var is not None
-    layer.running_mean.copy_(moments.mean)
-    layer.running_var.copy_(moments.var_unbiased)
+    mean, var = moments.mean.to(layer.running_mean.dtype), moments.var_unbiased.to(layer.running_var.dtype)
+    if not bool((mean.isfinite() & var.isfinite()).all()):
+        raise RuntimeError(
+            f"recalibrate: the moments of {_what(layer)} are too large for its buffers of {var.dtype}; the model is as "
+            "before"
+        )
+    layer.running_mean.copy_(mean)
+    layer.running_var.copy_(var)
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.fill_(seen.batches)
 
