@@ -113,8 +113,9 @@ def compile_all(kind: str, architecture: int | str) -> list[dict[str, Any]]:
         mask = torch.ones(shape[0], *shape[2:], dtype=torch.bool) if number % 4 == 3 else None
         activation = 1 if residual is not None else 5
         y, saved = operators.forward_(
-            x, residual, vector, vector, vector.clone(), vector.clone(), torch.tensor(0), True, True, 0.1, 1e-5,
-            activation, 0.0, 0.0, torch.zeros(channels, dtype=torch.int64), mask, False,
+            x, residual, vector, vector, vector.clone(), vector.clone(), torch.tensor(0), True, True,
+            None if number % 2 else 0.1, 1e-5, activation, 0.0, 0.0, torch.zeros(3, channels, dtype=torch.int64), mask,
+            False,
         )  # fmt: skip
         operators.backward(
             x, x, saved, vector, vector, y if residual is not None else None, None, True, activation, 0.0, 0.0, True,
