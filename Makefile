@@ -31,7 +31,7 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo lab claims test fuzz check bench models native sanitize arm format clean FORCE
-CHECKS := check-format check-lint check-types check-layers check-kernels
+CHECKS := check-format check-lint check-types check-public check-layers check-kernels
 .PHONY: $(CHECKS)
 
 help:
@@ -126,6 +126,10 @@ check-lint:
 check-types:
 	@echo 'mypy'
 	@$(BIN)/mypy --no-error-summary
+
+check-public:
+	@echo 'pyright'
+	@$(BIN)/python tests/packaging/public_types.py
 
 check-layers:
 	@echo 'lint-imports'

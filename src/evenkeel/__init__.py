@@ -1,8 +1,9 @@
 """Batch normalization for PyTorch: fast, right where it usually goes wrong, and shown by evidence."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from evenkeel import control, distributed, functional, kernels, nn, schedule
+from evenkeel import control, distributed, functional, kernels, memory, nn, schedule
 from evenkeel.control import (
     accumulate_statistics,
     assert_frozen,
@@ -16,63 +17,97 @@ from evenkeel.control import (
 from evenkeel.distributed import sync_statistics
 from evenkeel.memory import reuse_memory
 from evenkeel.moments import Moments
-from evenkeel.nn import *  # noqa: F403  (its __all__ says which)
+from evenkeel.nn import *
 from evenkeel.schedule import MomentumSchedule
 
 if TYPE_CHECKING:
     from evenkeel import surgery
-    from evenkeel.surgery import *  # noqa: F403
+    from evenkeel.surgery import *
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormGRU",
+    "BatchNormGRUCell",
+    "BatchNormLSTM",
+    "BatchNormLSTMCell",
+    "BatchRenorm",
+    "ConditionalBatchNorm",
+    "CrossIterationBatchNorm",
+    "DomainBatchNorm",
+    "GhostBatchNorm",
+    "L1BatchNorm",
+    "LazyBatchNorm",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "LinearRamp",
     "Moments",
     "MomentumSchedule",
+    "MovingAverageBatchNorm",
+    "RangeBatchNorm",
+    "Report",
+    "Sequential",
+    "SplitBatchNorm",
+    "StepwiseBatchNorm",
+    "SyncBatchNorm",
+    "VirtualBatchNorm",
+    "WhiteningBatchNorm",
     "__version__",
     "accumulate_statistics",
+    "adapt",
     "assert_frozen",
     "backward_as_one_batch",
+    "center_weights",
+    "collect_reference",
     "control",
+    "convert",
+    "convert_domains",
     "distributed",
+    "export_onnx",
+    "fold",
     "follow_scaler",
     "freeze",
+    "from_flax",
+    "from_keras",
     "frozen",
     "functional",
     "kernels",
-    "nn",
-    "pause_statistics",
-    "reuse_memory",
-    "schedule",
-    "sync_statistics",
-    "unfreeze",
-]
-__all__ += nn.__all__
-#: What evenkeel.surgery has; it is imported when one of these is asked for.
-_SURGERY = (
-    "Report",
-    "adapt",
-    "convert",
-    "export_onnx",
-    "fold",
-    "from_flax",
-    "from_keras",
+    "memory",
     "merge_statistics",
+    "nn",
     "param_groups",
+    "pause_statistics",
     "prepare_export",
     "recalibrate",
     "reset_adaptation",
+    "reuse_memory",
     "revert",
+    "schedule",
+    "surgery",
+    "sync_statistics",
     "to_flax",
     "to_keras",
     "to_torch",
-)
-__all__ += ["surgery", *_SURGERY]
+    "unfreeze",
+    "use_domain",
+    "using_split",
+]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "surgery" or name in _SURGERY:
-        from importlib import import_module
+if not TYPE_CHECKING:  # for type checkers any name would then be there
 
-        surgery = import_module("evenkeel.surgery")
-        return surgery if name == "surgery" else getattr(surgery, name)
-    raise AttributeError(f"module 'evenkeel' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """evenkeel.surgery and what it has: imported when one of these is asked for."""
+        if name in __all__:
+            surgery = import_module("evenkeel.surgery")
+            return surgery if name == "surgery" else getattr(surgery, name)
+        raise AttributeError(f"module 'evenkeel' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -16,13 +16,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evenkeel.errors import describe
+
+ActivationName: TypeAlias = Literal[
+    "relu", "relu6", "leaky_relu", "elu", "silu", "gelu", "gelu_tanh", "hardswish", "hardsigmoid", "sigmoid", "tanh",
+    "mish", "softplus",
+]  # fmt: skip
+#: What a user may ask for by ``activation=``; of modules those of ``MODULES``.
+ActivationLike: TypeAlias = ActivationName | nn.Module | None
 
 
 class Activation(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from evenkeel.errors import describe
+from evenkeel.errors import check_module, describe
 from evenkeel.moments import Moments, wide_dtype
 from evenkeel.ranks import explained, group_of
 
@@ -44,7 +44,9 @@ def preflight(on: bool = True) -> None:
         >>> preflight(False)
     """
     global _preflight
-    _preflight = bool(on)
+    if not isinstance(on, bool):
+        raise TypeError(f"preflight: on is True or False; got {describe(on)}")
+    _preflight = on
 
 
 def preflight_is_on() -> bool:
@@ -63,6 +65,8 @@ class Step(NamedTuple):
     gradient: bool
 
     def __str__(self) -> str:
+        if not self.mode:  # moments, without a layer
+            return f"{self.direction} of {self.channels} channels, {self.dtype}"
         wanted = "with" if self.gradient else "without"
         return (
             f"{self.direction} of {self.layer}, {self.channels} channels, {self.dtype}, {self.mode}, {wanted} a "
@@ -119,6 +123,7 @@ def sync_statistics(
 
     Raises:
         TypeError: the model is not a module.
+        ValueError: it has no batch norm.
         RuntimeError: on every rank, where the ranks' models or counts don't fit together, before anything is changed.
 
     Example:
@@ -130,21 +135,21 @@ def sync_statistics(
         variances", eq. 2.1.
     """
     what = "sync_statistics"
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"{what}: model must be a torch.nn.Module; got {describe(model)}")
+    check_module(what, model)
     group = group_of(process_group, what)
+    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
     if group is None:
+        _check_some(found, model, what)
         return
     layers = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None
+        name: layer for name, layer in found.items() if layer.running_mean is not None and layer.running_var is not None
     }
     notes = [_Note(count, {name: _Buffers.of(layer) for name, layer in layers.items()})] * dist.get_world_size(group)
     with explained(group, what):
         dist.all_gather_object(notes, notes[0], group=group)
     _check_notes(notes, dist.get_process_group_ranks(group), what)
-    if not layers:
+    if not layers:  # on all ranks
+        _check_some(found, model, what)
         return
     # Only their ratios count; none below 1 is what Moments ask for.
     unit = min((given for given, _ in notes if given), default=1.0) if count is not None else 1.0
@@ -167,6 +172,11 @@ def sync_statistics(
         if batches is not None:
             numbers = torch.tensor([other.layers[name].batches for other in notes], dtype=torch.float64)
             batches.copy_(numbers.mean(0).round())
+
+
+def _check_some(layers: dict[str, _BatchNorm], model: torch.nn.Module, what: str) -> None:
+    if not layers:
+        raise ValueError(f"{what}: there is no batch norm in {type(model).__name__}, so there is nothing to pool")
 
 
 class _Buffers(NamedTuple):

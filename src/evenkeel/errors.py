@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import torch
@@ -38,6 +38,18 @@ def describe(value: Any) -> str:
     if isinstance(value, Sized) and not isinstance(value, str | bytes):
         return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind} of {len(value)} entries"
     return f"{text[:_LONGEST]}... ({kind})"
+
+
+def check_module(what: str, model: Any) -> None:
+    """Raise a TypeError unless ``model`` is a module."""
+    if not isinstance(model, torch.nn.Module):
+        hint = ". A state_dict has no layers: load it into its model first" if isinstance(model, Mapping) else ""
+        raise TypeError(f"{what}: model must be a torch.nn.Module; got {describe(model)}{hint}")
+
+
+def is_count(value: Any, least: int = 1) -> bool:
+    """Whether a value is an integer from ``least`` on and below 2**31, more than which there is of nothing."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
 
 
 def module_path(module: torch.nn.Module) -> str | None:

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from evenkeel import fused, kernels
-from evenkeel.activations import resolve
+from evenkeel.activations import ActivationLike, resolve
 from evenkeel.arguments import State, check_arguments, check_inplace
 from evenkeel.inplace import batch_norm_
 from evenkeel.kernels import reference
-from evenkeel.masking import common_mask, length_mask, take_mask, weighted, without_variance
+from evenkeel.masking import Padding, common_mask, length_mask, take_mask, weighted, without_variance
 from evenkeel.moments import Moments, Weighting, check_values, check_weighting
 
 __all__ = ["batch_norm", "length_mask", "moments"]
@@ -29,13 +29,13 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
-    activation: str | torch.nn.Module | None = None,
+    activation: ActivationLike = None,
     residual: Tensor | None = None,
     inplace: bool = False,
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
     weighting: Weighting = "frequency",
-    padding: str = "zero",
+    padding: Padding = "zero",
 ) -> Tensor:
     """``activation(bn(x) + residual)`` in one fused operation.
 
@@ -172,11 +172,11 @@ def moments(
 class Options(NamedTuple):
     """What a call asks besides normalizing; see :func:`batch_norm`."""
 
-    activation: str | torch.nn.Module | None = None
+    activation: ActivationLike = None
     inplace: bool = False
     mask: Tensor | None = None
     sample_weight: Tensor | None = None
-    padding: str = "zero"
+    padding: Padding = "zero"
     weighting: Weighting = "frequency"
 
 

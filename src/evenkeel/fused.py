@@ -125,6 +125,9 @@ class Normalization:
     """
 
     __slots__ = ("bias", "state", "weight")
+    state: State
+    weight: Tensor | None
+    bias: Tensor | None
 
     def __init__(self, state: State, weight: Tensor | None, bias: Tensor | None) -> None:
         self.state, self.weight, self.bias = state, weight, bias

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from evenkeel.activations import Activation
 from evenkeel.arguments import State
 from evenkeel.composite import normalized
-from evenkeel.errors import describe
+from evenkeel.errors import describe, is_count
 from evenkeel.layout import check_kind, counted, per_channel
 from evenkeel.moments import (
     LEAST_FREQUENCY,
@@ -23,8 +23,10 @@ from evenkeel.moments import (
 )
 from evenkeel.running import update_running
 
-TOO_FEW = ("error", "running", "skip")
-PADDINGS = ("zero", "keep")
+TooFew: TypeAlias = Literal["error", "running", "skip"]
+TOO_FEW = get_args(TooFew)
+Padding: TypeAlias = Literal["zero", "keep"]
+PADDINGS = get_args(Padding)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -39,7 +41,7 @@ def length_mask(lengths: Tensor, size: int) -> Tensor:
         (N,) -> (N, L), boolean; the mask of an x of shape (N, C, L).
 
     Raises:
-        TypeError: ``lengths`` are not integers.
+        TypeError: ``lengths`` are no integers of a dense tensor.
         ValueError: ``lengths`` are not of shape (N,), or, on the CPU, some are below 0 or above ``size``.
 
     Example:
@@ -53,6 +55,8 @@ def length_mask(lengths: Tensor, size: int) -> Tensor:
         raise TypeError(f"length_mask: size must be an integer, the steps after padding; got {describe(size)}")
     if lengths.dim() != 1:
         raise ValueError(f"length_mask: lengths must have shape (N,), a number for each; got {describe(lengths)}")
+    if not is_count(size, 0):
+        raise ValueError(f"length_mask: size must be an integer from 0 on, below 2**31; got {describe(size)}")
     if lengths.is_cpu and lengths.numel() and not (lengths.min() >= 0 and lengths.max() <= size):
         raise ValueError(
             f"length_mask: lengths must be from 0 to size, {size}; got {lengths.min().item()} to {lengths.max().item()}"

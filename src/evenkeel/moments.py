@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from evenkeel.errors import describe
+from evenkeel.errors import describe, is_count
 from evenkeel.layout import check_kind, per_channel, reduced_dims
 from evenkeel.ranks import gather, group_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from evenkeel.distributed import Step
+
 #: What weights mean: how often a value is there, or how much it matters beside the others.
-Weighting = Literal["frequency", "importance"]
+Weighting: TypeAlias = Literal["frequency", "importance"]
 WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 #: Frequencies that add up to less leave no variance to learn from: above 1, by more than the rounding, in any dtype, of
 #: weights that were scaled to add up to 1.
@@ -69,9 +71,29 @@ class Moments:
     m2: Tensor
     squares: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        """Raise unless these are tensors whose shapes fit together."""
+        if not (isinstance(self.count, Tensor) and isinstance(self.mean, Tensor) and isinstance(self.m2, Tensor)):
+            given = ", ".join(f"{name} {describe(getattr(self, name))}" for name in ("count", "mean", "m2"))
+            raise TypeError(
+                f"Moments: count, mean and m2 must be tensors; got {given}. Moments.from_tensor(x) takes data"
+            )
+        one_each = self.count.dim() == self.mean.dim() and all(
+            size in (1, channels) for size, channels in zip(self.count.shape, self.mean.shape, strict=True)
+        )
+        if self.mean.shape != self.m2.shape or not (self.count.dim() == 0 or one_each):
+            given = ", ".join(f"{name} {tuple(getattr(self, name).shape)}" for name in ("count", "mean", "m2"))
+            raise ValueError(f"Moments: mean and m2 must have shape (C,), count () or (C,); got {given}")
+
     @classmethod
     def empty(cls, channels: int, *, device: torch.device | str | None = None) -> Moments:
-        """The moments of no values at all: the neutral element of :meth:`merge`."""
+        """The moments of no values at all: the neutral element of :meth:`merge`.
+
+        Raises:
+            ValueError: ``channels`` is no number of them.
+        """
+        if not is_count(channels, 0):
+            raise ValueError(f"Moments.empty: channels must be an integer from 0 on; got {describe(channels)}")
         dtype = wide_dtype(torch.device(device or "cpu"))
         zeros = torch.zeros(channels, dtype=dtype, device=device)
         return cls(torch.zeros((), dtype=dtype, device=device), zeros, zeros.clone())
@@ -132,7 +154,12 @@ class Moments:
         return cls(count, centre + correction, m2.clamp(min=0))
 
     def merge(self, *others: Moments) -> Moments:
-        """The moments of all values together. Any order gives the same, up to rounding; empty parts change nothing."""
+        """The moments of all values together. Any order gives the same, up to rounding; empty parts change nothing.
+
+        Raises:
+            TypeError: one of them is no :class:`Moments`.
+            ValueError: they have other numbers of channels.
+        """
         merged = self
         for other in others:
             merged = merged._merge_one(other)
@@ -143,14 +170,19 @@ class Moments:
         """Merge one or more parts.
 
         Raises:
+            TypeError: these are no :class:`Moments`.
             ValueError: there is no part, so the number of channels is unknown (start from :meth:`empty` instead).
         """
+        if not isinstance(parts, Iterable):
+            raise TypeError(f"merge_all takes several Moments; got {describe(parts)}")
         known = list(parts)
         if not known:
             raise ValueError("merge_all was given no moments; it needs at least one (Moments.empty(C) is neutral)")
+        _check_moments(known[0])
         return known[0].merge(*known[1:])
 
     def _merge_one(self, other: Moments) -> Moments:
+        _check_moments(other)
         if self.mean.shape != other.mean.shape:
             raise ValueError(
                 f"moments merge only with moments of as many channels: {self.mean.shape[0]} here, "
@@ -171,7 +203,13 @@ class Moments:
     def _squares(self) -> Tensor:
         return self.count if self.squares is None else self.squares
 
-    def all_reduce(self, group: ProcessGroup | None = None, *, what: str = "Moments.all_reduce") -> Moments:
+    def all_reduce(
+        self,
+        group: ProcessGroup | None = None,
+        *,
+        what: str = "Moments.all_reduce",
+        step: Callable[[], Step] | None = None,
+    ) -> Moments:
         """The moments of all ranks' values together, with the same bits on every rank; these themselves where
         torch.distributed is not initialized, or the group has one rank.
 
@@ -181,10 +219,11 @@ class Moments:
         Args:
             group: Default: all ranks.
             what: What was called, the first words of an error.
+            step: What this rank is doing, for an error where the ranks differ.
 
         Raises:
-            RuntimeError: a gradient is asked for (``ek.SyncBatchNorm`` is differentiable, this is not); or a rank did
-                not come.
+            RuntimeError: a gradient is asked for (``ek.SyncBatchNorm`` is differentiable, this is not); a rank did not
+                come; or, on the CPU, the ranks have other numbers of channels, which is then said on all of them.
             ValueError: this process is not in the group.
         """
         if torch.is_grad_enabled() and any(part.requires_grad for part in (self.count, self.mean, self.m2)):
@@ -195,7 +234,7 @@ class Moments:
         # The squares always: ranks that differ in having weights send as much.
         counts = self.count.expand_as(self.mean), self._squares.expand_as(self.mean)
         packed = torch.stack([counts[0], self.mean, self.m2, counts[1]])
-        rows = gather(packed, members, what).unbind(1)  # count, mean, m2, squares of (ranks, C) each
+        rows = gather(packed, members, what, step).unbind(1)  # count, mean, m2, squares of (ranks, C) each
         while (half := rows[0].shape[0] // 2) > 0:
             merged = Moments(*(r[:half] for r in rows)).merge(Moments(*(r[half : 2 * half] for r in rows)))
             rest = [r[2 * half :] for r in rows]
@@ -282,6 +321,11 @@ def broadcast_weight(what: str, sample_weight: Any, x: Tensor) -> Tensor:
     return sample_weight.unsqueeze(1)
 
 
+def _check_moments(value: object) -> None:
+    if not isinstance(value, Moments):
+        raise TypeError(f"moments merge with Moments, such as Moments.from_tensor(x); got {describe(value)}")
+
+
 def check_values(x: Tensor) -> None:
     """Raise unless ``x`` is a floating-point tensor of shape (N, C, *S)."""
     if not isinstance(x, Tensor):
@@ -297,6 +341,7 @@ def broadcast_mask(mask: Tensor, x: Tensor) -> Tensor:
     """``mask`` with as many dimensions as ``x``, broadcastable to its shape."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"a mask is a boolean tensor, True where a value counts; got {describe(mask)}")
+    check_kind("moments", "the mask", mask)
     if mask.device != x.device:
         raise ValueError(f"the mask must be on the device of x, {x.device}; got {describe(mask)}")
     without_channels = (x.shape[0], *x.shape[2:])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from evenkeel.errors import describe
+from evenkeel.control.selection import Where, select_some
+from evenkeel.errors import describe, is_count
+
+__all__ = ["MomentumSchedule", "Schedule", "cosine", "cumulative_then_exponential", "linear", "step_decay"]
 
 #: From the number of steps made so far (0, 1, …) to the momentum of the forwards until the next step.
 Schedule = Callable[[int], float]
@@ -26,15 +28,17 @@ class MomentumSchedule:
             are in it now.
         schedule: A function from the number of steps to the momentum, between 0 and 1, in PyTorch's sense
             (``running = (1 − momentum)·running + momentum·batch``).
-        where: ``where(name, layer)`` chooses among the layers; all of them by default.
+        where: A pattern for the layers' paths, a module's path, or several; or a function, ``where(path, layer)``, that
+            chooses among the layers. None for all.
 
     State:
         :meth:`state_dict` has the number of steps, not the schedule, as of ``torch.optim.lr_scheduler.LambdaLR``. The
         momentum is no part of a model's state_dict, so load both.
 
     Raises:
-        TypeError: the model is not a module.
-        ValueError: there is no batch norm to set, or the schedule gives no momentum; no layer is then changed.
+        TypeError: the model is not a module, the schedule no function, or ``where`` none of these.
+        ValueError: there is no batch norm, or none that ``where`` means, or the schedule gives no momentum; no layer is
+            then changed.
         RuntimeError: a step after :meth:`close`.
 
     Example:
@@ -51,19 +55,16 @@ class MomentumSchedule:
         model: torch.nn.Module,
         schedule: Schedule,
         *,
-        where: Callable[[str, torch.nn.Module], bool] | None = None,
+        where: Where = None,
     ) -> None:
-        if not isinstance(model, torch.nn.Module):
-            raise TypeError(f"MomentumSchedule: model must be a torch.nn.Module; got {describe(model)}")
-        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
-        chosen = [module for name, module in layers if where is None or where(name, module)]
-        if not chosen:
-            raise ValueError(
-                f"MomentumSchedule: there is no batch norm to set: {type(model).__name__} has {len(layers)}"
-                + (f", and where chose none of {[name for name, _ in layers]}" if layers else "")
+        layers = select_some("MomentumSchedule", model, where)
+        if not callable(schedule):
+            raise TypeError(
+                "MomentumSchedule: schedule must be a function from the number of steps to the momentum, such as "
+                f"ek.schedule.linear(0.5, 0.1, steps=9); got {describe(schedule)}"
             )
         self._schedule = schedule
-        self._layers = [(layer, layer.momentum) for layer in chosen]
+        self._layers = [(layer, layer.momentum) for layer in layers.values()]
         self._closed = False
         self._set(0)
 
@@ -87,12 +88,12 @@ class MomentumSchedule:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from another schedule's state, and set the momentum that holds there."""
-        steps = state_dict.get("steps")
-        if not isinstance(steps, int) or steps < 0:
+        steps = state_dict.get("steps") if isinstance(state_dict, dict) else None
+        if not is_count(steps, 0):
             raise ValueError(
-                f"MomentumSchedule: the state has a number of steps, as state_dict() gives; got {state_dict}"
+                f"MomentumSchedule: the state has a number of steps, as state_dict() gives; got {describe(state_dict)}"
             )
-        self._set(steps)
+        self._set(cast(int, steps))
 
     def close(self) -> None:
         """Give every layer the momentum that it had before. A second time does nothing."""
@@ -131,7 +132,7 @@ def cumulative_then_exponential(momentum: float = 0.1) -> Schedule:
         >>> [round(cumulative_then_exponential(0.3)(step), 3) for step in range(5)]
         [1.0, 0.5, 0.333, 0.3, 0.3]
     """
-    _check(momentum=momentum)
+    _check("cumulative_then_exponential", momentum=momentum)
     return lambda step: max(1 / (step + 1), momentum)
 
 
@@ -146,8 +147,8 @@ def step_decay(initial: float = 0.5, factor: float = 0.5, *, every: int, least: 
         The training programs of PointNet and PointNet++ (Qi, Yi, Su, Guibas, 2017, arXiv:1706.02413) decay the momentum
         so, from 0.5 by 0.5 down to 0.01.
     """
-    _check(initial=initial, factor=factor, least=least)
-    _check_steps(every=every)
+    _check("step_decay", initial=initial, factor=factor, least=least)
+    _check_steps("step_decay", every=every)
     return lambda step: float(max(initial * factor ** (step // every), least))
 
 
@@ -158,8 +159,8 @@ def linear(initial: float, final: float, *, steps: int) -> Schedule:
         >>> [linear(0.5, 0.1, steps=4)(step) for step in (0, 1, 4, 9)]
         [0.5, 0.4, 0.1, 0.1]
     """
-    _check(initial=initial, final=final)
-    _check_steps(steps=steps)
+    _check("linear", initial=initial, final=final)
+    _check_steps("linear", steps=steps)
     return lambda step: final + (initial - final) * max(1 - step / steps, 0.0)
 
 
@@ -170,18 +171,18 @@ def cosine(initial: float, final: float, *, steps: int) -> Schedule:
         >>> [round(cosine(0.5, 0.1, steps=4)(step), 3) for step in (0, 1, 2, 4, 9)]
         [0.5, 0.441, 0.3, 0.1, 0.1]
     """
-    _check(initial=initial, final=final)
-    _check_steps(steps=steps)
+    _check("cosine", initial=initial, final=final)
+    _check_steps("cosine", steps=steps)
     return lambda step: final + (initial - final) * (1 + math.cos(math.pi * min(step / steps, 1.0))) / 2
 
 
-def _check(**momenta: float) -> None:
+def _check(what: str, **momenta: float) -> None:
     for name, value in momenta.items():
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ValueError(f"{name} must be between 0 and 1; got {describe(value)}")
+            raise ValueError(f"{what}: {name} must be between 0 and 1; got {describe(value)}")
 
 
-def _check_steps(**counts: int) -> None:
+def _check_steps(what: str, **counts: int) -> None:
     for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive number of steps; got {describe(value)}")
+        if not is_count(value):
+            raise ValueError(f"{what}: {name} must be a positive number of steps; got {describe(value)}")

@@ -215,7 +215,6 @@ def test_where():
     assert unfreeze(model, where="stem?.*") == ["stem2.norm", "stem2.last.0"]
     assert frozen(model, where="stem2.norm") == {"stem2.norm": Frozen(statistics=False, affine=False)}
     assert freeze(model["stem"].norm) == [""]
-    assert freeze(nn.Linear(3, 3)) == []
 
 
 def test_a_layer_in_two_places_is_meant_by_either_path():
@@ -235,8 +234,17 @@ def test_errors(function):
         function(nn.Linear(3, 3), where="bn")
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module; got 3 \(int\)"):
         function(3)
-    with pytest.raises(TypeError, match=r"a pattern for paths or several; got 3 \(int\)"):
-        function(model, where=[3])
+    for where, came in (([3], r"3 \(int\)"), (3, r"3 \(int\)"), (b"norm", r"110 \(int\)"), (model.norm, "BatchNorm2d")):
+        with pytest.raises(TypeError, match=rf"{function.__name__}: where takes a pattern .* got {came}"):
+            function(model, where=where)
+    with pytest.raises(
+        TypeError, match=rf"{function.__name__}: where is called with a path and its layer, which .* can't"
+    ):
+        function(model, where=lambda path: True)
+    with pytest.raises(ValueError, match=rf"{function.__name__}: where chose no batch norm\. .*'norm', 'last\.0'"):
+        function(model, where=lambda path, layer: False)
+    with pytest.raises(ValueError, match=rf"{function.__name__}: where=\[\] has no pattern"):
+        function(model, where=[])
     assert frozen(model) == dict.fromkeys(PATHS, Frozen(statistics=False, affine=False))
 
 

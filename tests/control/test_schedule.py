@@ -174,12 +174,27 @@ def test_a_schedule_that_gives_no_momentum_changes_nothing(value: object) -> Non
 
 
 def test_nothing_to_set() -> None:
-    with pytest.raises(ValueError, match="Sequential has 0"):
+    with pytest.raises(ValueError, match="MomentumSchedule: there is no batch norm in Sequential"):
         MomentumSchedule(nn.Sequential(nn.Linear(2, 2)), lambda step: 0.1)
-    with pytest.raises(ValueError, match=r"where chose none of \['1', '2', '3', '5'\]"):
+    with pytest.raises(ValueError, match=r"where chose no batch norm\. The model's are: '1', '2', '3', '5'"):
         MomentumSchedule(model_of(), lambda step: 0.1, where=lambda name, layer: False)
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
         MomentumSchedule([nn.BatchNorm1d(2)], lambda step: 0.1)
+
+
+def test_where_is_that_of_all_functions() -> None:
+    model = model_of()
+    before = momenta(model)
+    with MomentumSchedule(model, lambda step: 0.7, where="1"):
+        assert model[1].momentum == 0.7
+        assert momenta(model).count(0.7) == 1
+    with pytest.raises(ValueError, match="where='gone' matches no batch norm"):
+        MomentumSchedule(model, lambda step: 0.7, where="gone")
+    with pytest.raises(TypeError, match="schedule must be a function from the number of steps to the momentum"):
+        MomentumSchedule(model, 0.5)  # type: ignore[arg-type]
+    assert momenta(model) == before
+    with pytest.raises(ValueError, match="the state has a number of steps"):
+        MomentumSchedule(model, lambda step: 0.7).load_state_dict([3])  # type: ignore[arg-type]
 
 
 def test_a_shared_layer_is_restored_once() -> None:

@@ -270,6 +270,28 @@ def flights() -> Any:
     return found
 
 
+def unlike() -> Any:
+    """Without preflight: rank 1 of three has more channels, or fewer."""
+    rank = dist.get_rank()
+    odd = rank == 1
+    preflight(False)
+    found: dict[str, Any] = {}
+    for name, channels in (("more", 4 + odd), ("fewer", 4 - odd), ("many", 4 + 4000 * odd)):
+        layer, x = SyncBatchNorm(channels), torch.randn(5, channels, requires_grad=True)
+        found[name] = said(lambda layer=layer, x=x: layer(x))
+        found[f"{name}, unchanged"] = int(layer.num_batches_tracked), float(layer.running_mean.abs().max())
+        found[f"{name}, activated"] = said(lambda layer=layer, x=x: nn.Sequential(layer)(x.detach()))
+        found[f"{name}, moments"] = said(lambda x=x: ek.functional.moments(x.detach()).all_reduce())
+        model = ek.BatchNorm1d(channels)
+        found[f"{name}, recalibrated"] = said(lambda model=model, x=x: ek.recalibrate(model, [x.detach()]))
+    bn, bn2 = SyncBatchNorm(4), SyncBatchNorm(3)
+    outputs = [bn(torch.randn(5, 4, requires_grad=True)).sum(), bn2(torch.randn(5, 3, requires_grad=True)).sum()]
+    found["backward"] = said(outputs[odd].backward)
+    alike = SyncBatchNorm(4)
+    found["still working"] = said(lambda: alike(torch.randn(5, 4, requires_grad=True)).sum().backward())
+    return found
+
+
 def dying() -> Any:
     """Rank 1 dies between its forward and its backward."""
     layer = SyncBatchNorm(3)
@@ -324,7 +346,8 @@ def pooling() -> Any:
     found["other counts"] = said(lambda: sync_statistics(model, count=1.0 if rank == 2 else None))
     found["illegal count"] = said(lambda: sync_statistics(model, count=-1.0 if rank == 2 else 1.0))
     found["unchanged"] = all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    sync_statistics(nn.Linear(2, 2))
+    found["no layers"] = said(lambda: sync_statistics(nn.Linear(2, 2)))
+    sync_statistics(nn.BatchNorm1d(2, track_running_stats=False))
     return found
 
 
@@ -396,6 +419,7 @@ SCENARIOS = {
     "many": Scenario(many, 2),
     "compiled": Scenario(compiled, 2),
     "flights": Scenario(flights, 3),
+    "unlike": Scenario(unlike, 3),
     "dying": Scenario(dying, 2, timeout=5.0),
     "silent": Scenario(silent, 2, timeout=1.0),
     "pooling": Scenario(pooling, 3),

@@ -102,6 +102,11 @@ def test_what_does_not_fit_together_is_an_error_on_all_ranks(what: str, words: s
         assert part["unchanged"]
 
 
+def test_a_model_without_batch_norms_is_an_error_on_all_ranks(ranks: Scenarios) -> None:
+    words = "sync_statistics: there is no batch norm in Linear, so there is nothing to pool"
+    assert [part["no layers"] for part in ranks("pooling")] == [("ValueError", words)] * 3
+
+
 def test_moments_of_all_ranks(ranks: Scenarios) -> None:
     data = torch.randn(20, 3, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 1e6
     data += torch.arange(20).view(-1, 1, 1) // 7

@@ -35,3 +35,29 @@ def test_ranks_that_agree_are_let_through(ranks: Scenarios) -> None:
 @pytest.mark.parametrize(("value", "on"), [(None, False), ("0", False), ("1", True)])
 def test_the_environment_turns_it_on(value: str | None, on: bool, ranks: Scenarios) -> None:
     assert [found[value] for found in ranks("environment")] == [on, on]
+
+
+@pytest.mark.parametrize("what", ["more", "fewer", "many"])
+def test_other_channels_are_said_on_all_ranks_without_a_preflight_too(what: str, ranks: Scenarios) -> None:
+    channels = {"more": 5, "fewer": 3, "many": 4004}[what]
+    for found in ranks("unlike"):
+        for case in (what, f"{what}, activated"):
+            kind, words = found[case]
+            assert kind == "RuntimeError", words
+            assert "the ranks differ in channels" in words
+            assert " of rank 1 (rank 0: forward of " in words
+            assert f", {channels} channels, float32, training, with" in words
+        assert found[f"{what}, unchanged"] == (0, 0.0)
+        for case, function in (("moments", "Moments.all_reduce"), ("recalibrated", "recalibrate")):
+            kind, words = found[f"{what}, {case}"]
+            assert kind == "RuntimeError", words
+            assert words.startswith(f"{function}: the ranks differ in channels at ")
+            assert "of rank 1 (rank 0: exchange of 4 channels, float64" in words
+
+
+def test_other_backwards_are_said_on_all_ranks_without_a_preflight_too(ranks: Scenarios) -> None:
+    for found in ranks("unlike"):
+        kind, words = found["backward"]
+        assert kind == "RuntimeError", words
+        assert "the ranks differ in channels at a SyncBatchNorm of rank 1 (rank 0: backward of " in words
+        assert found["still working"] == ("", "")

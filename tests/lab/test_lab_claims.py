@@ -72,7 +72,7 @@ def test_a_claim_is_chosen_by_name_or_number():
 def whole(tmp_path_factory):
     """A quick run of everything, as a user starts it: its document and its results."""
     out = tmp_path_factory.mktemp("lab") / "lab.html"
-    command = [sys.executable, "-m", "evenkeel.cli", "lab", "run", "--quick", "--seeds", str(SEEDS), "--jobs", "2"]
+    command = [sys.executable, "-m", "evenkeel", "lab", "run", "--quick", "--seeds", str(SEEDS), "--jobs", "2"]
     ended = subprocess.run([*command, "--json", "--out", str(out)], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout), out

@@ -48,10 +48,3 @@ def test_import_is_light() -> None:
     # Whatever else comes along belongs to torch or to Python: the package has no other cost than its own modules.
     others = {name.partition(".")[0] for name in brought} - sys.stdlib_module_names
     assert others <= {"evenkeel", "torch"}
-
-
-def test_operations_on_models_are_found() -> None:
-    """They are imported when they are asked for, so their names stand twice."""
-    assert sorted(evenkeel._SURGERY) == sorted(evenkeel.surgery.__all__)
-    assert all(getattr(evenkeel, name) is getattr(evenkeel.surgery, name) for name in evenkeel._SURGERY)
-    assert {"surgery", *evenkeel._SURGERY} <= set(evenkeel.__all__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import pickle
 import re
 import shlex
@@ -352,6 +353,64 @@ def test_pickles_do_not_run(name: str) -> None:
     assert ("was not loaded" in said) == (name != "w.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("holder", "prefix"),
+    [
+        ("model_state_dict", ""),
+        ("state_dict", "model."),
+        ("model", "module."),
+        ("ema", "_orig_mod."),
+        ("net", "_orig_mod.module."),
+        (None, "module.model._orig_mod."),
+    ],
+)
+def test_checkpoints_of_trainers(holder: str | None, prefix: str, model: nn.Module) -> None:
+    state = {prefix + key: value for key, value in model.state_dict().items()}
+    torch.save(state if holder is None else {holder: state, "optimizer": {"state": {}}, "epoch": 3}, "w.pt")
+    report = report_of("convert", "nets:small", "--weights", "w.pt", "--out", "o.safetensors")
+    assert same(load_file("o.safetensors"), model.state_dict())
+    taken = [note for note in report["notes"] if note.endswith("w.pt.")]
+    assert len(taken) == (holder is not None) + prefix.count(".")
+
+
+def test_a_prefix_that_is_the_models_own_stays(folder: Path) -> None:
+    (folder / "wrapped.py").write_text(
+        "from torch import nn\n\ndef net():\n    return nn.ModuleDict({'model': nn.BatchNorm1d(3)})\n", encoding="utf-8"
+    )
+    state = nn.BatchNorm1d(3).state_dict()
+    torch.save({f"model.{key}": value for key, value in state.items()}, "w.pt")
+    assert len(report_of("inspect", "wrapped:net", "--weights", "w.pt")["notes"]) == 0
+    torch.save({f"module.model.{key}": value for key, value in state.items()}, "w.pt")
+    [note] = report_of("inspect", "wrapped:net", "--weights", "w.pt")["notes"]
+    assert note == "DistributedDataParallel's prefix 'module.' was taken off the keys of w.pt."
+    torch.save({f"model.{key}": value for key, value in state.items() if key != "bias"}, "w.pt")
+    assert "1 missing: model.bias" in refused("inspect", "wrapped:net", "--weights", "w.pt")
+
+
+def test_key_and_prefix_say_what_is_meant(model: nn.Module) -> None:
+    state = model.state_dict()
+    other = {key: torch.zeros_like(value) for key, value in state.items()}
+    averaged = {"module": {f"student.{key}": value for key, value in state.items()} | {"teacher.x": torch.zeros(1)}}
+    torch.save({"model": other, "ema": averaged, "net": state, "swa": other}, "w.pt")
+    words = ("convert", "nets:small", "--out", "o.safetensors", "--force", "--weights", "w.pt")
+    assert refused(*words) == "w.pt has several state_dicts; --key says which: model or net"
+    notes = report_of(*words, "--key", "ema.module", "--prefix", "student.")["notes"]
+    assert same(load_file("o.safetensors"), state)
+    assert notes[:2] == [
+        "The state_dict was taken from 'ema.module' in w.pt.",
+        "1 keys of w.pt without 'student.' were left out: teacher.x.",
+    ]
+    said = refused(*words, "--key", "ema.module")
+    assert said.endswith("; with --prefix student. it has all keys of the model")
+    assert refused(*words, "--key", "gone") == "w.pt has no state_dict under 'gone'; it has model, ema, net, swa"
+    assert "has no key that begins with --prefix 'x.'" in refused(*words, "--key", "net", "--prefix", "x.")
+    torch.save({"swa": other, "teacher": state}, "w.pt")
+    assert refused(*words) == "w.pt has a state_dict under swa, teacher; --key says which"
+    report_of(*words, "--key", "teacher")
+    assert same(load_file("o.safetensors"), state)
+    assert refused("convert", "nets:small", "--key", "ema").startswith("--key and --prefix say what to take")
+
+
 def test_weights_that_do_not_fit_are_listed(model: nn.Module) -> None:
     state = model.state_dict()
     state["6.extra"] = state.pop("6.bias")
@@ -362,9 +421,9 @@ def test_weights_that_do_not_fit_are_listed(model: nn.Module) -> None:
         "1 of another shape: 1.weight (5,) for (6,)"
     )
     torch.save([1, 2], "w.pt")
-    assert "must hold a state_dict, by itself or under 'state_dict' or 'model'; it holds a list" in refused(
-        "convert", "nets:small", "--weights", "w.pt"
-    )
+    said = refused("convert", "nets:small", "--weights", "w.pt")
+    assert "must hold a state_dict, by itself, under 'model_state_dict', 'state_dict', 'model', 'ema', 'net', " in said
+    assert said.endswith("or under --key; it holds a list")
     assert refused("convert", "nets:small", "--weights", "gone.pt") == "there is no file gone.pt"
 
 
@@ -377,7 +436,11 @@ def test_weights_that_do_not_fit_are_listed(model: nn.Module) -> None:
         (["nets:answer.deep"], "nets:answer.deep: there is no 'deep' in nets"),
         (["nets:answer"], "nets:answer must be a callable; it is 42 (int)"),
         (["nets:one_tensor"], "nets:one_tensor must return a torch.nn.Module; it returned a float32 tensor"),
-        (["nets:fails"], "nets:fails() raised KeyError: 'no such size'"),
+        (["nets:fails"], "nets:fails() raised KeyError: 'no such size' (nets.py:36)"),
+        (["nets.py:small"], "nets.py:small: a module is meant, not its file: nets:small"),
+        (["./nets.py:small"], "./nets.py:small: a module is meant, not its file: nets:small"),
+        (["deep/er.py:small"], "deep/er.py:small: a module is meant, not its file: deep.er:small"),
+        (["/else/where.py:f"], "a module is meant, not its file: where:f, in the directory /else"),
         (["nets:small", "--args", "{"], "--args must be JSON"),
         (["nets:small", "--args", "[1]"], "--args must be a JSON object of keywords"),
         (["nets:small", "--args", '{"size": 1}'], "nets:small(size=1) raised TypeError"),
@@ -386,8 +449,11 @@ def test_weights_that_do_not_fit_are_listed(model: nn.Module) -> None:
         (["nets:small", "--out", "w.pt"], "--out must end in .safetensors; got w.pt"),
         (["nets:small", "--out", "gone/w.safetensors"], "nothing can be written to gone"),
         (["nets:small", "--report", "r.txt"], "--report must end in .json; got r.txt"),
-        (["broken:model"], "broken:model: importing broken needs the module not_there"),
-        (["wrong:model"], "wrong:model: importing wrong raised ZeroDivisionError"),
+        (
+            ["broken:model"],
+            "broken:model: importing broken raised ModuleNotFoundError: No module named 'not_there' (broken.py:1)",
+        ),
+        (["wrong:model"], "wrong:model: importing wrong raised ZeroDivisionError: division by zero (wrong.py:1)"),
     ],
 )
 def test_errors_say_what_was_asked_and_what_is_legal(words: list[str], answer: str) -> None:
@@ -411,6 +477,67 @@ def test_errors_say_what_was_asked_and_what_is_legal(words: list[str], answer: s
 )
 def test_examples_that_are_none(words: list[str], answer: str) -> None:
     assert answer in refused("fold", "nets:small", *words)
+
+
+def test_an_error_of_the_models_own_code_says_where(folder: Path) -> None:
+    (folder / "mine.py").write_text(
+        "import json\nimport torch\nfrom torch import nn\n\n\nclass Net(nn.Module):\n"
+        "    def __init__(self, way='torch'):\n        super().__init__()\n"
+        "        self.bn, self.way = nn.BatchNorm1d(3), way\n\n"
+        "    def forward(self, x):\n        if self.way == 'json':\n            return json.loads('{')\n"
+        "        return self.bn(x.view(7, 3))\n",
+        encoding="utf-8",
+    )
+    words = ("fold", "mine:Net", "--input", "4,3")
+    assert re.fullmatch(r"RuntimeError: shape '\[7, 3\]' is invalid .* \(mine\.py:14\)", refused(*words))
+    assert refused(*words, "--args", '{"way": "json"}').endswith("(mine.py:13)")  # not in Python's own json
+    assert "(nets" not in refused("fold", "nets:linear", "--input", "4,5")  # torch's layers alone
+
+
+@pytest.mark.parametrize("words", [("--debug", "convert", "nets:fails"), ("convert", "nets:fails", "--debug")])
+def test_debug_prints_the_traceback(words: tuple[str, ...]) -> None:
+    result = runner.invoke(app, words)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "nets:fails() raised KeyError: 'no such size' (nets.py:36)\n" in result.stderr
+    assert "Traceback (most recent call last)" in result.stderr
+    assert 'nets.py", line 36, in fails\n    raise KeyError("no such size")' in result.stderr
+
+
+def test_debug_of_other_commands() -> None:
+    for words in (["lab", "run", "gone"], ["bench", "page", "nets.py"]):
+        plain, told = (runner.invoke(app, [*words, *more]) for more in ([], ["--debug"]))
+        assert plain.exit_code == told.exit_code == 2
+        assert "Traceback" not in plain.stderr
+        assert "Traceback (most recent call last)" in told.stderr
+
+
+def test_help_has_a_short_form() -> None:
+    for words in ([], ["fold"], ["lab"], ["lab", "run"], ["bench"], ["bench", "compare"]):
+        assert run(*words, "-h").stdout == run(*words, "--help").stdout != ""
+
+
+def test_files_of_the_current_directory_do_not_stand_for_installed_packages(folder: Path) -> None:
+    for name in ("safetensors", "rich", "onnx"):
+        (folder / f"{name}.py").write_text("from pathlib import Path\nPath('ran').touch()\n", encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    words = ["convert", "nets:small", "--out", "o.safetensors", "--json"]
+    for start in (["-m", "evenkeel"], ["-c", "import sys; del sys.path[0]; from evenkeel.cli import main; main()"]):
+        done = subprocess.run([sys.executable, *start, *words], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["summary"]["converted"] == 2
+        Path("o.safetensors").unlink()
+    assert not Path("ran").exists()
+    said = refused("convert", "safetensors:model")
+    assert said.startswith("safetensors:model: safetensors is both safetensors.py here and /")
+    assert not Path("ran").exists()
+
+
+def test_completion_knows_the_commands() -> None:
+    environment = {"_EVENKEEL_COMPLETE": "complete_bash", "COMP_WORDS": "evenkeel rec", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "evenkeel"], capture_output=True, text=True, env=os.environ | environment
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["recalibrate"]), done.stderr
 
 
 def test_files_are_not_overwritten_unless_told(model: nn.Module) -> None:

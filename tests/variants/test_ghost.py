@@ -242,8 +242,8 @@ def test_errors():
 def test_merging_rows_is_merging():
     x = torch.randn(7, 4, dtype=torch.float64) + 1e6
     parts = [ek.Moments.from_tensor(part) for part in x.split([1, 2, 4])]
-    rows = ek.Moments(*(torch.stack([getattr(p, name) for p in parts]) for name in ("count", "mean", "m2")))
-    rows = ek.Moments(rows.count[:, None], rows.mean, rows.m2)
+    count, mean, m2 = (torch.stack([getattr(p, name) for p in parts]) for name in ("count", "mean", "m2"))
+    rows = ek.Moments(count[:, None], mean, m2)
     expected = ek.Moments.merge_all(parts)
     in_two = groups.merge_rows(groups.merge_rows(rows, torch.tensor([1, 0, 1]), 2))
     for found in (groups.merge_rows(rows), in_two):

@@ -2,11 +2,12 @@
 
 import copy
 import statistics
-from importlib.util import find_spec
 from time import perf_counter
 from typing import Annotated, Any
 
 import typer
+
+from evenkeel.extras import lacking
 
 ORIGINAL = "torch.nn, eager"
 
@@ -22,8 +23,8 @@ def folding_command(
 
     Outputs are compared with the original's first; one that differs gets no time, and the exit status is 1.
     """
-    if find_spec("pytorchcv") is None:
-        typer.echo("the networks come from the package pytorchcv: pip install 'evenkeel[bench]'", err=True)
+    if words := lacking("bench", "pytorchcv"):
+        typer.echo(f"the networks need {words}", err=True)
         raise typer.Exit(1)
     import torch
     from rich.console import Console

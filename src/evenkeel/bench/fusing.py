@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import evenkeel as ek
+from evenkeel.activations import ActivationName
 
 
 def use_evenkeel(net: nn.Module) -> nn.Module:
@@ -38,7 +39,7 @@ def _layer(norm: nn.BatchNorm2d) -> ek.BatchNorm2d:
 
 
 @cache
-def _names() -> dict[type[nn.Module], str]:
+def _names() -> dict[type[nn.Module], ActivationName]:
     from pytorchcv.models import common
 
     return {
@@ -53,7 +54,7 @@ def _names() -> dict[type[nn.Module], str]:
 
 
 @cache
-def layer_knows(name: str) -> bool:
+def layer_knows(name: ActivationName) -> bool:
     """Whether evenkeel's layers fuse the activation of this name."""
     try:
         ek.functional.batch_norm(torch.zeros(2, 1), torch.zeros(1), torch.ones(1), activation=name)

@@ -22,7 +22,7 @@ class RunByDefault(TyperGroup):
     # The types are those of whichever click typer brings along.
     def parse_args(self, ctx, args):  # type: ignore[no-untyped-def]
         """Put `run` where no command is named."""
-        if not args or (args[0] not in self.commands and args[0] != "--help"):
+        if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
             args = ["run", *args]
         return super().parse_args(ctx, args)
 

@@ -1,9 +1,10 @@
 """The command `evenkeel bench networks`."""
 
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
+
+from evenkeel.extras import lacking
 
 from .cases import LAYOUTS, PAGES
 from .command import Many, Out, leave, possible_pages, split
@@ -32,8 +33,8 @@ def networks_command(
     Outputs, gradients and running statistics are compared with float64 first; a wrong network gets no
     number, and the exit status is 1.
     """
-    if find_spec("pytorchcv") is None:
-        typer.echo("the networks come from the package pytorchcv: pip install 'evenkeel[bench]'", err=True)
+    if words := lacking("bench", "pytorchcv"):
+        typer.echo(f"the networks need {words}", err=True)
         raise typer.Exit(1)
     from .network_run import run_networks
     from .network_table import print_networks

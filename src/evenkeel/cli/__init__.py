@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from evenkeel.extras import lacking
+
 try:
     import typer
 
     from evenkeel.bench.group import bench_app, read_report
+    from evenkeel.cli.debugging import OPTION, Commands
     from evenkeel.cli.demo import demo_command
     from evenkeel.cli.ending import ended_in_one_line
     from evenkeel.cli.lab import lab_app
@@ -18,14 +21,17 @@ try:
     from evenkeel.commands.inspect import inspect_command
     from evenkeel.commands.recalibrate import recalibrate_command
     from evenkeel.info import info_command
-except ModuleNotFoundError as error:
-    raise SystemExit(f"the evenkeel command needs the package {error.name}: pip install 'evenkeel[cli]'") from None
+except ModuleNotFoundError:
+    if words := lacking("cli", "typer", "rich"):
+        raise SystemExit(f"the evenkeel command needs {words}") from None
+    raise
 
 app = typer.Typer(
     name="evenkeel",
     help="Batch normalization for PyTorch: fast, right where it usually goes wrong, shown by evidence.",
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -33,7 +39,7 @@ app = typer.Typer(
 def main() -> None:
     """The console entry."""
     with ended_in_one_line():
-        app()
+        app(prog_name="evenkeel")
 
 
 def _version(asked: bool) -> None:
@@ -49,6 +55,9 @@ def _common(
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option(OPTION, help="After an error print its traceback; may stand behind a command too.")
     ] = False,
 ) -> None:
     pass
@@ -82,7 +91,3 @@ app.command("convert")(convert_command)
 app.command("fold")(fold_command)
 app.command("recalibrate")(recalibrate_command)
 app.add_typer(bench_app, name="bench")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
 
+from evenkeel.extras import lacking
 from evenkeel.writing import obstacle
 
 MOST_SEEDS = 1000
@@ -21,12 +21,8 @@ def fail(message: str, code: int = 1) -> typer.Exit:
 
 def need(extra: str, *modules: str) -> None:
     """End, saying what to install, when a package that a command needs is missing."""
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        raise fail(
-            f"this command needs {', '.join(missing)}, which the extra [{extra}] brings: "
-            f"pip install 'evenkeel[{extra}]'"
-        )
+    if words := lacking(extra, *modules):
+        raise fail(f"this command needs {words}")
 
 
 def page_path(path: Path) -> Path:

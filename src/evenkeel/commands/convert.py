@@ -15,6 +15,8 @@ def convert_command(
     model: options.Model,
     args: options.Args = None,
     weights: options.Weights = None,
+    key: options.Key = None,
+    prefix: options.Prefix = None,
     inputs: options.Input = None,
     example_file: options.Example = None,
     where: options.Where = None,
@@ -44,7 +46,7 @@ def convert_command(
 
     output = Output(as_json, report_file, out, force)
     with aside():
-        network, notes = load_model(model, args, weights)
+        network, notes = load_model(model, args, weights, key, prefix)
         example = example_of(network, inputs, example_file)
         network, report = convert(network, fuse=fuse, sync=sync, where=where or None)
         if example is not None:

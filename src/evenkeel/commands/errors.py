@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from importlib.util import find_spec
+from pathlib import Path
 
 import typer
+
+from evenkeel.extras import lacking
 
 
 class CommandError(Exception):
@@ -15,9 +19,34 @@ class CommandError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """The kind of an error, and what it says."""
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    """The kind of an error, what it says, and where in the user's code it arose."""
+    said, place = " ".join(str(error).split()), _place(error)
+    words = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    return f"{words} ({place})" if place else words
+
+
+def _place(error: BaseException) -> str | None:
+    """The innermost line that is neither Python's, torch's nor evenkeel's, for want of others an installed package's.
+
+    None for a model that is made of torch's layers alone.
+    """
+    import torch
+
+    frameworks = Path(torch.__file__).parent, Path(__file__).parents[1]
+    standard = sysconfig.get_path("stdlib")
+    own, installed = None, None
+    for frame in traceback.extract_tb(error.__traceback__):
+        path = Path(frame.filename)
+        if not path.is_file() or any(path.is_relative_to(folder) for folder in frameworks):
+            continue
+        if not {"site-packages", "dist-packages"}.isdisjoint(path.parts):
+            installed = path, frame.lineno
+        elif not path.is_relative_to(standard):
+            own = path, frame.lineno
+    if found := own or installed:
+        path, line = found
+        return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}:{line}"
+    return None
 
 
 @contextmanager
@@ -41,8 +70,5 @@ def aside() -> Iterator[None]:
 
 def need(extra: str, *modules: str) -> None:
     """Raise, saying what to install, when a package that is needed is missing."""
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        raise CommandError(
-            f"this needs {', '.join(missing)}, which the extra [{extra}] brings: pip install 'evenkeel[{extra}]'"
-        )
+    if words := lacking(extra, *modules):
+        raise CommandError(f"this needs {words}")

@@ -17,6 +17,8 @@ def fold_command(
     model: options.Model,
     args: options.Args = None,
     weights: options.Weights = None,
+    key: options.Key = None,
+    prefix: options.Prefix = None,
     inputs: options.Input = None,
     example_file: options.Example = None,
     where: options.Where = None,
@@ -52,7 +54,7 @@ def fold_command(
     if not inputs and example_file is None:
         raise CommandError("fold runs the model on an example: give --input 1,3,224,224 or --example FILE")
     with aside():
-        network, notes = load_model(model, args, weights)
+        network, notes = load_model(model, args, weights, key, prefix)
         example = example_of(network, inputs, example_file)
         network, report = fold(network.eval(), example, inplace=True, tolerance=tolerance, where=where or None)
         report.notes[:0] = notes

@@ -15,6 +15,8 @@ def inspect_command(
     model: options.Model,
     args: options.Args = None,
     weights: options.Weights = None,
+    key: options.Key = None,
+    prefix: options.Prefix = None,
     inputs: options.Input = None,
     example_file: options.Example = None,
     where: options.Where = None,
@@ -36,7 +38,7 @@ def inspect_command(
 
     output = Output(as_json, report_file, None, force)
     with aside():
-        network, notes = load_model(model, args, weights)
+        network, notes = load_model(model, args, weights, key, prefix)
         example = example_of(network, inputs, example_file)
         report = inspect_model(network, example, where=where or None, evaluation=evaluation)
         report.notes[:0] = notes

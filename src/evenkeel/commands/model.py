@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def load_model(name: str, arguments: str | None, weights: Path | None) -> tuple[nn.Module, list[str]]:
+def load_model(
+    name: str, arguments: str | None, weights: Path | None, key: str | None = None, prefix: str | None = None
+) -> tuple[nn.Module, list[str]]:
     """The model, on the CPU where its code puts it nowhere else, with its weights; and notes on those.
 
     Args:
         name: ``package.module:callable``, or a module that is there already.
         arguments: The callable's keywords, in JSON.
         weights: A file with its state_dict.
+        key, prefix: Where that is in the file, and what its keys begin with.
 
     Raises:
         CommandError: There is no such thing, it is no model, or the weights don't fit.
@@ -39,29 +42,34 @@ def load_model(name: str, arguments: str | None, weights: Path | None) -> tuple[
     if not isinstance(model, nn.Module):
         raise CommandError(f"{name} must return a torch.nn.Module; it returned {described(model)}")
     if weights is None:
+        if key is not None or prefix is not None:
+            raise CommandError("--key and --prefix say what to take of --weights FILE, which is not given")
         return model, []
     from evenkeel.commands.weights import load_weights
 
-    return model, load_weights(model, weights)
+    return model, load_weights(model, weights, key, prefix)
 
 
 def find(name: str) -> Any:
-    """What `package.module:attribute` is, imported, from the current directory too."""
+    """What `package.module:attribute` is, imported; looked for in what is installed, then in the current directory."""
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise CommandError(f"expected package.module:callable, such as torchvision.models:resnet50; got {name!r}")
+    if os.sep in module_name or Path(module_name).is_file():
+        raise CommandError(f"{name}: a module is meant, not its file: {_as_module(Path(module_name), attribute)}")
     if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(0, here)  # as python -m does
+        sys.path.append(here)  # last, so that no file in it stands for an installed package
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise CommandError(f"{name}: importing {module_name} needs the module {error.name}, not found") from None
+            raise CommandError(f"{name}: importing {module_name} raised {one_line(error)}") from None
         raise CommandError(
             f"{name}: no module named {error.name!r}; looked in {here} and in what is installed"
         ) from None
     except Exception as error:  # a module may raise anything
         raise CommandError(f"{name}: importing {module_name} raised {one_line(error)}") from None
+    _check_not_hidden(name, module_name)
     for part in attribute.split("."):
         if not hasattr(found, part):
             own = getattr(found, "__dict__", {})
@@ -70,6 +78,26 @@ def find(name: str) -> Any:
             raise CommandError(f"{name}: there is no {part!r} in {module_name}{has}")
         found = getattr(found, part)
     return found
+
+
+def _as_module(path: Path, attribute: str) -> str:
+    """What to write in a file's place."""
+    path, here = Path(os.path.abspath(path)).with_suffix(""), Path.cwd()
+    if path.is_relative_to(here):
+        return f"{'.'.join(path.relative_to(here).parts)}:{attribute}"
+    return f"{path.name}:{attribute}, in the directory {path.parent}"
+
+
+def _check_not_hidden(name: str, module_name: str) -> None:
+    """Raise where the current directory has such a module too, and another one was found first."""
+    root = module_name.partition(".")[0]
+    here, file = Path.cwd(), getattr(sys.modules[root], "__file__", None)
+    for own in (here / f"{root}.py", here / root / "__init__.py"):
+        if own.is_file() and not (file is not None and own.samefile(file)):
+            raise CommandError(
+                f"{name}: {root} is both {own.relative_to(here)} here and {file or 'part of Python'}, which comes "
+                "first: rename yours, or set PYTHONPATH=. if it is meant; else run this in another directory"
+            )
 
 
 def call(name: str, found: Any, keywords: dict[str, Any]) -> Any:

@@ -24,6 +24,16 @@ Weights: TypeAlias = Annotated[
         help="Load this state_dict: .safetensors, or a file of torch.save with tensors alone.",
     ),
 ]
+Key: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--key", metavar="KEY", help="What the state_dict is called in that file, such as ema or ema.module."),
+]
+Prefix: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--prefix", metavar="PREFIX", help="Take the keys that begin with this, without it, such as 'student.'."
+    ),
+]
 Input: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(

@@ -24,6 +24,8 @@ def recalibrate_command(
     ],
     args: options.Args = None,
     weights: options.Weights = None,
+    key: options.Key = None,
+    prefix: options.Prefix = None,
     where: options.Where = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Inputs of a file that are run at once.")] = 64,
     sequential: Annotated[
@@ -46,7 +48,7 @@ def recalibrate_command(
 
     output = Output(as_json, report_file, out, force)
     with aside():
-        network, notes = load_model(model, args, weights)
+        network, notes = load_model(model, args, weights, key, prefix)
         network, report = surgery.recalibrate(
             network,
             batches_of(network, data, batch_size),

@@ -15,18 +15,24 @@ from torch.nn.parameter import is_lazy
 from evenkeel.commands.errors import CommandError, need, one_line
 
 #: Where checkpoints keep the state_dict, and what wrappers put before its keys.
-_HOLDERS = ("state_dict", "model")
-_PREFIXES = {"module.": "DistributedDataParallel's", "_orig_mod.": "torch.compile's"}
+_HOLDERS = ("model_state_dict", "state_dict", "model", "ema", "net")
+_PREFIXES = {"module.": "DistributedDataParallel's", "_orig_mod.": "torch.compile's", "model.": "A trainer's"}
 
 
-def load_weights(model: nn.Module, path: Path) -> list[str]:
+def load_weights(model: nn.Module, path: Path, key: str | None = None, prefix: str | None = None) -> list[str]:
     """Load a file's state_dict into a model, all of it; gives notes on how it was found.
+
+    Args:
+        key: What it is called in the file; a dot leads into what is there. None: one of the usual names.
+        prefix: Only keys that begin with it are taken, without it. None: what wrappers put before all keys.
 
     Raises:
         CommandError: The file is not of tensors alone, or does not fit the model.
     """
     content = read_tensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
-    state, notes = _state_in(content, path, model)
+    state, notes = _state_in(content, path, key)
+    state, more = _without_prefix(state, path, model, prefix)
+    notes += more
     try:
         model.load_state_dict(state)
     except Exception as error:
@@ -75,24 +81,59 @@ def _read_checkpoint(path: Path) -> Any:
         raise CommandError(f"{path} is no file of torch.save: {one_line(error)}") from None
 
 
-def _state_in(content: Any, path: Path, model: nn.Module) -> tuple[Mapping[str, Any], list[str]]:
-    notes = []
-    holder = next((key for key in _HOLDERS if isinstance(content, Mapping) and _is_state(content.get(key))), None)
-    if holder is not None:
-        content = content[holder]
-        notes.append(f"The state_dict was taken from {holder!r} in {path.name}.")
+def _state_in(content: Any, path: Path, key: str | None) -> tuple[Mapping[str, Any], list[str]]:
+    """The state_dict that a file has by itself, or under a key."""
+    held = [one for one, value in content.items() if _is_state(value) and value] if isinstance(content, Mapping) else []
+    usual = [one for one in _HOLDERS if one in held]
+    if key is None and len(usual) > 1:
+        raise CommandError(f"{path} has several state_dicts; --key says which: {' or '.join(usual)}")
+    if key is None and not usual and held:
+        raise CommandError(f"{path} has a state_dict under {_listed(held)}; --key says which")
+    name = key if key is not None else usual[0] if usual else None
+    if name is not None:
+        found = _under(content, name)
+        if not _is_state(found):
+            there = (
+                f"it has {_listed([str(one) for one in content])}" if isinstance(content, Mapping) else "there is none"
+            )
+            raise CommandError(f"{path} has no state_dict under {name!r}; {there}")
+        return found, [f"The state_dict was taken from {name!r} in {path.name}."]
     if not _is_state(content):
-        names = f" with {_listed([str(key) for key in content])}" if isinstance(content, Mapping) else ""
+        names = f" with {_listed([str(one) for one in content])}" if isinstance(content, Mapping) else ""
         raise CommandError(
-            f"{path} must hold a state_dict, by itself or under {' or '.join(map(repr, _HOLDERS))}; "
+            f"{path} must hold a state_dict, by itself, under {', '.join(map(repr, _HOLDERS))}, or under --key; "
             f"it holds a {type(content).__name__}{names}"
         )
-    own = model.state_dict().keys()
-    for prefix, whose in _PREFIXES.items():
-        if content.keys() - own and all(key.startswith(prefix) for key in content):
-            content = {key.removeprefix(prefix): value for key, value in content.items()}
-            notes.append(f"{whose} prefix {prefix!r} was taken off the keys of {path.name}.")
-    return content, notes
+    return content, []
+
+
+def _under(content: Any, key: str) -> Any:
+    """What a file has under a key, or under its parts, one in the other; None for nothing."""
+    if not isinstance(content, Mapping):
+        return None
+    first, dot, rest = key.partition(".")
+    return content[key] if key in content else _under(content.get(first), rest) if dot else None
+
+
+def _without_prefix(
+    state: Mapping[str, Any], path: Path, model: nn.Module, prefix: str | None
+) -> tuple[Mapping[str, Any], list[str]]:
+    """The state_dict with what stands before its keys taken off, and a note."""
+    if prefix is not None:
+        left = [key for key in state if not key.startswith(prefix)]
+        if len(left) == len(state):
+            raise CommandError(f"{path} has no key that begins with --prefix {prefix!r}; it has {_listed(left)}")
+        notes = [f"{len(left)} keys of {path.name} without {prefix!r} were left out: {_listed(left)}."] if left else []
+        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}, notes
+    own, found, notes = model.state_dict().keys(), state, []
+    while found.keys() - own:
+        common = next((one for one in _PREFIXES if all(key.startswith(one) for key in found)), None)
+        if common is None:
+            break
+        found = {key.removeprefix(common): value for key, value in found.items()}
+        notes.append(f"{_PREFIXES[common]} prefix {common!r} was taken off the keys of {path.name}.")
+    better = len(found.keys() & own) > len(state.keys() & own)
+    return (found, notes) if better else (state, [])
 
 
 def _is_state(value: Any) -> bool:
@@ -117,7 +158,12 @@ def _misfit(model: nn.Module, state: Mapping[str, Any]) -> str:
         "unexpected": [key for key in state if key not in own],
         "of another shape": shapes,
     }
-    return "; ".join(f"{len(keys)} {what}: {_listed(keys)}" for what, keys in found.items() if keys)
+    wrong = [f"{len(keys)} {what}: {_listed(keys)}" for what, keys in found.items() if keys]
+    first = next(iter(own), "")
+    for prefix in (key.removesuffix(first) for key in state if key.endswith(f".{first}")):
+        if all(prefix + key in state for key in own):
+            wrong.append(f"with --prefix {prefix} it has all keys of the model")
+    return "; ".join(wrong)
 
 
 def _listed(keys: list[str], most: int = 8) -> str:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from evenkeel.arguments import State
 from evenkeel.control.controlling import control_of, controlled, updating
 from evenkeel.control.holding import is_held
-from evenkeel.control.selection import Where, named, select
+from evenkeel.control.selection import Where, named, select_some
 from evenkeel.control.uncompiled import uncompiled
 from evenkeel.moments import Moments
 from evenkeel.nn.controlled import Pool
@@ -101,7 +101,7 @@ def accumulate_statistics(model: Module, *, where: Where = None) -> Iterator[Acc
         For torch.nn's layers one more reading of their input. Compiled models run uncompiled inside the block.
 
     Raises:
-        TypeError, ValueError: ``model`` is no module; a pattern matches no layer.
+        TypeError, ValueError: ``model`` is no module; there is no batch norm, or none that ``where`` means.
         RuntimeError: A layer is in such a block already; a ``torch.nn.SyncBatchNorm`` among several processes.
 
     Example:
@@ -111,7 +111,7 @@ def accumulate_statistics(model: Module, *, where: Where = None) -> Iterator[Acc
         >>> torch.allclose(layer.running_var, 0.9 + 0.1 * data.var(0)), layer.num_batches_tracked.item()
         (True, 1)
     """
-    layers = updating(select("accumulate_statistics", model, where))
+    layers = updating(select_some("accumulate_statistics", model, where))
     controls = {path: control_of(layer) for path, layer in layers.items()}
     busy = [named(path) for path, control in controls.items() if control is not None and control.pool is not None]
     if busy:

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from evenkeel.control import holding
-from evenkeel.control.selection import Where, named, select
+from evenkeel.control.selection import Where, named, select, select_some
 
 
 class Frozen(NamedTuple):
@@ -51,8 +51,8 @@ def freeze(model: torch.nn.Module, statistics: bool = True, affine: bool = True,
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: A pattern matches no layer; a layer has no running moments, or none yet. The model is as before,
-            as it is after an error in a layer's own code.
+        ValueError: There is no batch norm, or none that ``where`` means; a layer has no running moments, or none yet.
+            The model is as before, as it is after an error in a layer's own code.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
@@ -61,7 +61,7 @@ def freeze(model: torch.nn.Module, statistics: bool = True, affine: bool = True,
         >>> model.train()[1].training, model[1].weight.requires_grad
         (False, False)
     """
-    layers = select("freeze", model, where)
+    layers = select_some("freeze", model, where)
     if statistics:
         _check_statistics(layers)
 
@@ -97,7 +97,7 @@ def unfreeze(model: torch.nn.Module, statistics: bool = True, affine: bool = Tru
         >>> frozen(layer)
         {'': Frozen(statistics=False, affine=True)}
     """
-    layers = select("unfreeze", model, where)
+    layers = select_some("unfreeze", model, where)
 
     def change(layer: _BatchNorm) -> None:
         if statistics:
@@ -138,7 +138,7 @@ def assert_frozen(
 
     Raises:
         AssertionError: Names each layer that is not frozen, and what of it. It does not depend on Python's -O.
-        TypeError, ValueError: ``model`` is no module; a pattern matches no layer.
+        TypeError, ValueError: ``model`` is no module; there is no batch norm, or none that ``where`` means.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
@@ -146,7 +146,7 @@ def assert_frozen(
         Traceback (most recent call last):
         AssertionError: assert_frozen: 1 of 1 batch norms are not frozen: 0 (statistics: freeze has not been called)
     """
-    layers = select("assert_frozen", model, where)
+    layers = select_some("assert_frozen", model, where)
     failures = {path: _unfrozen(layer, statistics, affine) for path, layer in layers.items()}
     listed = [f"{named(path)} ({'; '.join(reasons)})" for path, reasons in failures.items() if reasons]
     if listed:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from evenkeel.control.controlling import held_off, updating
-from evenkeel.control.selection import Where, select
+from evenkeel.control.selection import Where, select_some
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def pause_statistics(model: torch.nn.Module, *, where: Where = None) -> Iterator
         stay compiled.
 
     Raises:
-        TypeError, ValueError: ``model`` is no module; a pattern matches no layer.
+        TypeError, ValueError: ``model`` is no module; there is no batch norm, or none that ``where`` means.
 
     Example:
         >>> layer = torch.nn.BatchNorm1d(3)
@@ -44,6 +44,6 @@ def pause_statistics(model: torch.nn.Module, *, where: Where = None) -> Iterator
         >>> layer.num_batches_tracked.item(), layer.running_mean.tolist()
         (0, [0.0, 0.0, 0.0])
     """
-    layers = updating(select("pause_statistics", model, where))
+    layers = updating(select_some("pause_statistics", model, where))
     with held_off(layers.values()):
         yield list(layers)

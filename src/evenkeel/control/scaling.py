@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from evenkeel.control.controlling import control_of, updating
-from evenkeel.control.selection import Where, select
+from evenkeel.control.selection import Where, select_some
 from evenkeel.errors import describe
 from evenkeel.nn.skipped import CountsSkipped
 from evenkeel.updates import SKIPPED
@@ -59,8 +59,8 @@ def follow_scaler(
         A copy of the buffers, and two calls of ``get_scale``, which wait for the device, as the scaler's ``step`` does.
 
     Raises:
-        TypeError, ValueError: ``model`` is no module, ``scaler`` no scaler, ``optimizer`` no optimizer; a pattern
-            matches no layer.
+        TypeError, ValueError: ``model`` is no module, ``scaler`` no scaler, ``optimizer`` no optimizer; there is no
+            batch norm, or none that ``where`` means.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
@@ -84,7 +84,7 @@ def follow_scaler(
             f"follow_scaler: optimizer must be a torch.optim.Optimizer or None; got {describe(optimizer)}. The "
             "layers' paths go to where="
         )
-    layers = updating(select("follow_scaler", model, where))
+    layers = updating(select_some("follow_scaler", model, where))
     before = [_Before(layer) for layer in layers.values()]
     groups = [] if optimizer is None else optimizer.param_groups
     parameters = [p for group in groups for p in group["params"]] if optimizer is not None else model.parameters()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evenkeel.errors import describe
 from evenkeel.kernels import cpu, reference, triton
 from evenkeel.kernels.explaining import autotune, explain
 
@@ -81,7 +82,7 @@ def available() -> list[Kernel]:
 
 def active(device: torch.device | str = "cpu") -> str:
     """The kernels that floating-point tensors on a device run on, where they take the dtype; else ``reference``."""
-    kind = torch.device(device).type
+    kind = _kind("active", device)
     if kind == "cuda":
         return "triton" if _forced != "reference" and triton.missing() is None else "reference"
     if kind != "cpu":
@@ -93,7 +94,7 @@ def active(device: torch.device | str = "cpu") -> str:
 
 def chosen_by(device: torch.device | str = "cpu") -> str:
     """Why :func:`active` is what it is, in a few words."""
-    on_gpu = torch.device(device).type == "cuda"
+    on_gpu = _kind("chosen_by", device) == "cuda"
     if _forced == "reference" or (_forced is not None and (_forced == "triton") == (on_gpu or _interpreting)):
         return f"forced by ek.kernels.use or {ENVIRONMENT_VARIABLE}"
     if on_gpu:
@@ -101,6 +102,15 @@ def chosen_by(device: torch.device | str = "cpu") -> str:
     if _unavailable is not None:
         return f"the native CPU library is missing: {_unavailable}"
     return "the best that this machine supports"
+
+
+def _kind(what: str, device: torch.device | str) -> str:
+    try:
+        return torch.device(device).type
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError for a name or number that there is not
+        raise ValueError(
+            f"{what}: device must be a torch.device or its name, as 'cpu'; got {describe(device)}"
+        ) from None
 
 
 def calls() -> dict[str, int]:
@@ -147,11 +157,12 @@ class use:  # noqa: N801 - reads as a verb, with or without `with`
 
 def _force(name: str) -> None:
     global _forced, native_enabled, _interpreting
-    if name not in ("auto", "reference"):
+    known = isinstance(name, str)
+    if not known or name not in ("auto", "reference"):
         usable = [kernel.name for kernel in available() if kernel.usable]
-        if name not in usable:
+        if not known or name not in usable:
             notes = {kernel.name: kernel.note for kernel in available()}
-            why = f" ({notes[name]})" if name in notes else ""
+            why = f" ({notes[name]})" if known and name in notes else ""
             raise ValueError(f"kernels {name!r} can't be used{why}; this machine has {', '.join(usable)}, and 'auto'")
     _forced = None if name == "auto" else name
     _interpreting = name == "triton" and triton.interpreted()

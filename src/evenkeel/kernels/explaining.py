@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Literal, TypeAlias, get_args
 
 import torch
 
-from evenkeel.errors import describe
+from evenkeel.errors import describe, is_count
 from evenkeel.kernels import triton
 
-LAYOUTS = ("contiguous", "channels_last")
+Layout: TypeAlias = Literal["contiguous", "channels_last"]
+LAYOUTS = get_args(Layout)
 _ASSUMED = 132
 """Multiprocessors where no GPU is there to ask: an H100's."""
 
@@ -37,7 +39,7 @@ class Explanation:
 def explain(
     shape: Sequence[int],
     dtype: torch.dtype = torch.float32,
-    layout: str = "contiguous",
+    layout: Layout = "contiguous",
     device: torch.device | str | None = None,
 ) -> Explanation:
     """Which kernels a batch normalization of such a tensor in training runs on, and how.
@@ -58,9 +60,9 @@ def explain(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"explain: layout must be one of {LAYOUTS}; got {describe(layout)}")
-    shape = tuple(shape)
-    if len(shape) < 2 or min(shape) < 0:
-        raise ValueError(f"explain: shape must be (N, C, *S), two sizes or more and none negative; got {shape}")
+    given, shape = shape, tuple(shape) if isinstance(shape, Sequence) else ()
+    if len(shape) < 2 or not all(is_count(size, 0) for size in shape):
+        raise ValueError(f"explain: shape must be (N, C, *S), two sizes or more from 0 on; got {describe(given)}")
     from evenkeel import kernels
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -94,6 +96,8 @@ def autotune(enabled: bool = True) -> None:
     Raises:
         RuntimeError: Triton is not installed.
     """
+    if not isinstance(enabled, bool):
+        raise TypeError(f"autotune: enabled is True or False; got {describe(enabled)}")
     if triton.missing() is not None:
         raise RuntimeError(f"autotune: it times Triton's kernels, and {triton.missing()}")
     from evenkeel.kernels.triton import tuning

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
+import evenkeel as ek
 from evenkeel.lab.data import Split
 from evenkeel.lab.networks import Stack
 
@@ -110,6 +112,12 @@ def _used(amount: Tensor | float) -> bool:
 
 def _column(amount: Tensor | float) -> Tensor | float:
     return amount.view(-1, 1) if isinstance(amount, Tensor) else amount
+
+
+def paused(stack: Stack) -> AbstractContextManager[object]:
+    """Inside, no running moments are updated; arms without batch norm have none."""
+    has_some = any(isinstance(module, _BatchNorm) for module in stack.modules())
+    return ek.pause_statistics(stack) if has_some else nullcontext()
 
 
 @contextmanager

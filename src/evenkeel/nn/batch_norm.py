@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from evenkeel.activations import NONE, resolve
+from evenkeel.activations import NONE, ActivationLike, resolve
 from evenkeel.arguments import State
 from evenkeel.errors import locate
 from evenkeel.functional import BESIDE_JIT, Options, check_layer_call, layer_batch_norm
 from evenkeel.fused import Normalization, is_plain
 from evenkeel.fusion.call import begin, passes_by
 from evenkeel.fusion.scope import current
-from evenkeel.masking import check_policy
+from evenkeel.masking import Padding, TooFew, check_policy
 from evenkeel.moments import Weighting
 from evenkeel.nn.constructed import Constructed
 from evenkeel.nn.controlled import Controlled
@@ -67,7 +67,7 @@ class FusedBatchNorm(Constructed, Controlled, CountsSkipped):
 
     #: Legal numbers of dimensions of the input; None for any from two on.
     _ranks: tuple[int, ...] | None = None
-    too_few = "error"
+    too_few: TooFew = "error"
     #: Whether a result in training can wait for what follows.
     defers_in_training = True
 
@@ -82,13 +82,13 @@ class FusedBatchNorm(Constructed, Controlled, CountsSkipped):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        too_few: str = "error",
+        too_few: TooFew = "error",
     ) -> None:
         newer = {} if bias else {"bias": False}  # older versions of torch do not have it
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
         self.set_policy(too_few)
 
-    def set_policy(self, too_few: str) -> None:
+    def set_policy(self, too_few: TooFew) -> None:
         """What one value per channel is in training from now on; see :class:`BatchNorm`."""
         check_policy(type(self).__name__, too_few)
         if too_few != self.too_few:
@@ -99,12 +99,12 @@ class FusedBatchNorm(Constructed, Controlled, CountsSkipped):
         input: Tensor,
         residual: Tensor | None = None,
         *,
-        activation: str | torch.nn.Module | None = None,
+        activation: ActivationLike = None,
         inplace: bool = False,
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
         weighting: Weighting = "frequency",
-        padding: str = "zero",
+        padding: Padding = "zero",
     ) -> Tensor:
         """``activation(bn(x) + residual)`` as one fused operation.
 

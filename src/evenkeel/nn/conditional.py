@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from evenkeel import fused
-from evenkeel.activations import NONE, Activation
+from evenkeel.activations import NONE, Activation, ActivationLike
 from evenkeel.arguments import check_arguments, check_channels
-from evenkeel.errors import describe
+from evenkeel.errors import describe, is_count
 from evenkeel.functional import Options
 from evenkeel.layout import check_kind
+from evenkeel.masking import Padding
 from evenkeel.moments import Weighting, compute_dtype
 from evenkeel.nn.plain import by_batch
 from evenkeel.nn.tables import adopt, expand_rows, options_of
@@ -86,6 +87,10 @@ class ConditionalBatchNorm(Variant):
     _masks = True
     own_evaluation = "with the γ and β of each sample's condition"
 
+    modulation: torch.nn.Module
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter
+
     def __init__(
         self,
         num_features: int,
@@ -102,7 +107,7 @@ class ConditionalBatchNorm(Variant):
     ) -> None:
         what = type(self).__name__
         given = [size for size in (num_classes, embedding_features) if size is not None]
-        if len(given) != 1 or not isinstance(given[0], int) or given[0] < 1:
+        if len(given) != 1 or not is_count(given[0]):
             raise ValueError(
                 f"{what}: give either num_classes or embedding_features, as a positive integer; got "
                 f"num_classes={num_classes!r}, embedding_features={embedding_features!r}"
@@ -150,12 +155,12 @@ class ConditionalBatchNorm(Variant):
         residual: Tensor | None = None,
         *,
         condition: Tensor | None = None,
-        activation: str | torch.nn.Module | None = None,
+        activation: ActivationLike = None,
         inplace: bool = False,
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
         weighting: Weighting = "frequency",
-        padding: str = "zero",
+        padding: Padding = "zero",
     ) -> Tensor:
         """``activation(bn(x)·γ(condition) + β(condition) + residual)``.
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from evenkeel import functional
-from evenkeel.activations import Activation
+from evenkeel.activations import Activation, ActivationLike
 from evenkeel.errors import describe
 from evenkeel.layout import per_channel
+from evenkeel.masking import Padding
 from evenkeel.moments import Moments, Weighting, compute_dtype
 from evenkeel.nn.history import Recall, Remembering, has_values, runs_eagerly
 from evenkeel.nn.variant import normalize
@@ -139,12 +140,12 @@ class CrossIterationBatchNorm(Remembering):
         input: Tensor,
         residual: Tensor | None = None,
         *,
-        activation: str | torch.nn.Module | None = None,
+        activation: ActivationLike = None,
         inplace: bool = False,
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
         weighting: Weighting = "frequency",
-        padding: str = "zero",
+        padding: Padding = "zero",
         producer_weight: Tensor | None = None,
     ) -> Tensor:
         """``activation(bn(x) + residual)``.

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from evenkeel import fused
-from evenkeel.activations import Activation
+from evenkeel.activations import Activation, ActivationLike
 from evenkeel.arguments import State, check_arguments, check_channels
-from evenkeel.errors import describe
+from evenkeel.errors import describe, is_count
 from evenkeel.functional import Options
+from evenkeel.masking import Padding
 from evenkeel.moments import Moments, Weighting
 from evenkeel.nn.choices import Choices
 from evenkeel.nn.kinds import Groups
@@ -78,6 +79,12 @@ class DomainBatchNorm(Variant):
     _masks = True
     own_data = "of each domain"
     own_evaluation = "by the moments of the domain"
+
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
 
     def __init__(
         self,
@@ -148,12 +155,12 @@ class DomainBatchNorm(Variant):
         residual: Tensor | None = None,
         *,
         domain: Domain | None = None,
-        activation: str | torch.nn.Module | None = None,
+        activation: ActivationLike = None,
         inplace: bool = False,
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
         weighting: Weighting = "frequency",
-        padding: str = "zero",
+        padding: Padding = "zero",
     ) -> Tensor:
         """``activation(bn(x) + residual)`` with the domain's statistics.
 
@@ -277,7 +284,7 @@ class DomainBatchNorm(Variant):
 
 
 def _names(what: str, domains: Any) -> tuple[str, ...]:
-    if isinstance(domains, int) and not isinstance(domains, bool) and domains > 0:
+    if is_count(domains):
         return tuple(map(str, range(domains)))
     if (
         isinstance(domains, Sequence)

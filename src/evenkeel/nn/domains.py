@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from evenkeel.errors import check_module
 from evenkeel.nn.domain import Domain, DomainBatchNorm
 from evenkeel.nn.tables import options_of
 
@@ -26,7 +27,8 @@ def use_domain(model: torch.nn.Module, domain: Domain) -> Iterator[torch.nn.Modu
         domain: A name, a number, or an int64 tensor with a number for each sample of the batch.
 
     Raises:
-        TypeError, ValueError: there is no such layer, or one has no such domain; nothing has changed then.
+        TypeError, ValueError: the model is no module; there is no such layer, or one has no such domain; nothing has
+            changed then.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), DomainBatchNorm(8, ["real", "generated"]))
@@ -35,6 +37,7 @@ def use_domain(model: torch.nn.Module, domain: Domain) -> Iterator[torch.nn.Modu
         >>> model[1].domain is None
         True
     """
+    check_module("use_domain", model)
     layers = {path: module for path, module in model.named_modules() if isinstance(module, DomainBatchNorm)}
     if not layers:
         raise ValueError(
@@ -62,8 +65,8 @@ def convert_domains(
         domains, share_affine: As for :class:`DomainBatchNorm`.
 
     Raises:
-        TypeError: a batch normalization is of another class than torch.nn's and evenkeel's drop-in layers, or has
-            hooks; the message names its path.
+        TypeError: the model is no module; or a batch normalization is of another class than torch.nn's and evenkeel's
+            drop-in layers, or has hooks; the message names its path.
         ValueError: there is none. The model is then as before.
 
     Example:
@@ -71,6 +74,7 @@ def convert_domains(
         >>> type(convert_domains(model, ["real", "generated"])[1]).__name__
         'DomainBatchNorm'
     """
+    check_module("convert_domains", model)
     new: dict[torch.nn.Module, torch.nn.Module] = {}
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, DomainBatchNorm):

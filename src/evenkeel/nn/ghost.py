@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evenkeel import fused
 from evenkeel.activations import Activation
-from evenkeel.errors import describe
+from evenkeel.errors import describe, is_count
 from evenkeel.moments import Moments
 from evenkeel.nn.groups import merge_rows, normalize_groups
 from evenkeel.nn.variant import Variant
@@ -72,6 +72,9 @@ class GhostBatchNorm(Variant):
         training of neural networks", arXiv:1705.08741, algorithm 1.
     """
 
+    ghost_size: int
+    running: Literal["pooled", "sequential"]
+
     def __init__(
         self,
         num_features: int,
@@ -84,7 +87,7 @@ class GhostBatchNorm(Variant):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not isinstance(ghost_size, int) or ghost_size < 1:
+        if not is_count(ghost_size):
             raise ValueError(f"GhostBatchNorm: ghost_size must be an integer of at least 1; got {describe(ghost_size)}")
         if running not in ("pooled", "sequential"):
             raise ValueError(f"GhostBatchNorm: running must be 'pooled' or 'sequential'; got {describe(running)}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable, without its import before it is needed
 
-from evenkeel.errors import describe
+from evenkeel.errors import describe, is_count
 from evenkeel.nn.variant import Variant
 
 Value = TypeVar("Value")
@@ -61,7 +61,7 @@ class Remembering(Variant):
     ) -> None:
         what = type(self).__name__
         for name, value, least in (("window", window, 1), ("burn_in", burn_in, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not is_count(value, least):
                 raise ValueError(f"{what}: {name} is a number of batches, {least} or more; got {describe(value)}")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.window = window

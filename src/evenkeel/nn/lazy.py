@@ -9,11 +9,14 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _LazyNormBase
 
 from evenkeel.errors import describe
+from evenkeel.masking import TooFew
 from evenkeel.nn.batch_norm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, FusedBatchNorm
 
 
 class _LazyFused(FusedBatchNorm):
     """What the lazy layers share: the forward is there from the first call on, and what came is checked before."""
+
+    num_features: int
 
     def __init__(
         self,
@@ -25,7 +28,7 @@ class _LazyFused(FusedBatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        too_few: str = "error",
+        too_few: TooFew = "error",
     ) -> None:
         newer = {} if bias else {"bias": False}
         # Past FusedBatchNorm's constructor, which asks for the number of channels.
@@ -78,7 +81,7 @@ class LazyBatchNorm(_LazyFused, _LazyNormBase, torch.nn.modules.batchnorm._Batch
         (torch.Size([8, 3, 5]), BatchNorm(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True))
     """
 
-    cls_to_become = BatchNorm  # type: ignore[assignment]
+    cls_to_become: type = BatchNorm  # type: ignore[assignment]
 
 
 class LazyBatchNorm1d(_LazyFused, torch.nn.LazyBatchNorm1d):  # type: ignore[misc]
@@ -90,7 +93,7 @@ class LazyBatchNorm1d(_LazyFused, torch.nn.LazyBatchNorm1d):  # type: ignore[mis
     """
 
     _ranks = (2, 3)
-    cls_to_become = BatchNorm1d  # type: ignore[assignment]
+    cls_to_become: type = BatchNorm1d  # type: ignore[assignment]
 
 
 class LazyBatchNorm2d(_LazyFused, torch.nn.LazyBatchNorm2d):  # type: ignore[misc]
@@ -102,7 +105,7 @@ class LazyBatchNorm2d(_LazyFused, torch.nn.LazyBatchNorm2d):  # type: ignore[mis
     """
 
     _ranks = (4,)
-    cls_to_become = BatchNorm2d  # type: ignore[assignment]
+    cls_to_become: type = BatchNorm2d  # type: ignore[assignment]
 
 
 class LazyBatchNorm3d(_LazyFused, torch.nn.LazyBatchNorm3d):  # type: ignore[misc]
@@ -114,4 +117,4 @@ class LazyBatchNorm3d(_LazyFused, torch.nn.LazyBatchNorm3d):  # type: ignore[mis
     """
 
     _ranks = (5,)
-    cls_to_become = BatchNorm3d  # type: ignore[assignment]
+    cls_to_become: type = BatchNorm3d  # type: ignore[assignment]

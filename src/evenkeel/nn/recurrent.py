@@ -45,6 +45,18 @@ class _BatchNormRNN(Constructed):
 
     _kind: Equations
 
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    normalize: Normalize
+    max_length: int
+    initial_noise: float
+    gamma: float
+
     def __init__(
         self,
         input_size: int,
@@ -130,7 +142,7 @@ class _BatchNormRNN(Constructed):
         initial = check_state(what, kind, hx, shape, x)
         if hx is None and self.training and self.initial_noise > 0:
             h, *rest = initial
-            initial = (h + self.initial_noise * torch.randn_like(h), *rest)
+            initial = (h + float(self.initial_noise) * torch.randn_like(h), *rest)
         if self.normalize == "recurrent":
             for _, suffix in self._suffixes():
                 for norm in normalizations(self, kind, suffix):

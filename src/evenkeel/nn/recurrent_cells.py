@@ -35,6 +35,11 @@ class _BatchNormCell(Constructed):
 
     _kind: Equations
 
+    input_size: int
+    hidden_size: int
+    bias: bool
+    max_length: int
+
     def __init__(
         self,
         input_size: int,

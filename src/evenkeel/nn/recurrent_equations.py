@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evenkeel.activations import NAMED
-from evenkeel.errors import describe
+from evenkeel.errors import describe, is_count
 from evenkeel.layout import check_kind
 from evenkeel.nn.stepwise import Run, StepwiseBatchNorm
 
@@ -130,7 +130,7 @@ def initialize(module: nn.Module, hidden_size: int) -> None:
 
 def check_size(what: str, name: str, value: Any) -> None:
     """Raise unless ``value`` is a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_count(value):
         raise ValueError(f"{what}: {name} is an integer from 1 on; got {describe(value)}")
 
 

@@ -120,6 +120,10 @@ class BatchRenorm(Variant):
         arXiv:1702.03275, algorithm 1 and section 4.
     """
 
+    r_max: Bound
+    d_max: Bound
+    running: Literal["variance", "deviation"]
+
     def __init__(
         self,
         num_features: int,
@@ -183,7 +187,7 @@ class BatchRenorm(Variant):
         if callable(bound):
             assert self.num_batches_tracked is not None
             return bound(self.num_batches_tracked).to(like)
-        return torch.full((), bound, dtype=like.dtype, device=like.device)
+        return torch.full((), float(bound), dtype=like.dtype, device=like.device)
 
     def averaged_var(self, running: Tensor, biased: Tensor, unbiased: Tensor, momentum: float | Tensor) -> Tensor:
         if self.running == "variance":

@@ -12,7 +12,7 @@ from torch import Tensor
 from evenkeel import fused
 from evenkeel.activations import Activation
 from evenkeel.arguments import check_arguments
-from evenkeel.errors import describe
+from evenkeel.errors import check_module, describe, is_count
 from evenkeel.functional import moments
 from evenkeel.nn.choices import Choices
 from evenkeel.nn.tables import adopt, options_of
@@ -105,6 +105,9 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
     """
 
     own_evaluation = "by the part of it that using() chooses"
+    num_splits: int
+    shared_affine: bool
+    aux_bn: torch.nn.ModuleList
 
     def __init__(
         self,
@@ -118,7 +121,7 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not isinstance(num_splits, int) or num_splits < 2:
+        if not is_count(num_splits, 2):
             raise ValueError(f"SplitBatchNorm: num_splits must be an integer of at least 2; got {describe(num_splits)}")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.num_splits, self.shared_affine = num_splits, shared_affine
@@ -225,6 +228,7 @@ def using_split(model: torch.nn.Module, index: int) -> Iterator[torch.nn.Module]
         index: 0 for the main layers, k for the k-th auxiliary ones.
 
     Raises:
+        TypeError: the model is no module.
         ValueError: the model has no split layer, or one of them no such part; nothing is changed then.
 
     Example:
@@ -234,6 +238,7 @@ def using_split(model: torch.nn.Module, index: int) -> Iterator[torch.nn.Module]
         >>> net[1].aux_bn[0].num_batches_tracked.item()
         1
     """
+    check_module("using_split", model)
     layers = [module for module in model.modules() if isinstance(module, SplitBatchNorm)]
     if not layers:
         raise ValueError(f"using_split: there is no SplitBatchNorm in {type(model).__name__}")

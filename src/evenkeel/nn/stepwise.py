@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from evenkeel import fused
-from evenkeel.activations import NONE, Activation
+from evenkeel.activations import NONE, Activation, ActivationLike
 from evenkeel.arguments import State, check_arguments, check_counter, check_numbers
-from evenkeel.errors import describe
+from evenkeel.errors import describe, is_count
 from evenkeel.functional import Options
 from evenkeel.layout import check_kind
+from evenkeel.masking import Padding
 from evenkeel.moments import Moments, Weighting, wide_dtype
 from evenkeel.nn.variant import Variant
 
@@ -75,6 +76,12 @@ class StepwiseBatchNorm(Variant):
     own_data = "of each time step"
     own_evaluation = "by the moments of the time step"
 
+    max_length: int
+    gamma: float
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
     def __init__(
         self,
         num_features: int,
@@ -87,7 +94,7 @@ class StepwiseBatchNorm(Variant):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1:
+        if not is_count(max_length):
             raise ValueError(
                 f"StepwiseBatchNorm: max_length is the number of steps with running moments of their own, an integer "
                 f"from 1 on; got {describe(max_length)}"
@@ -105,7 +112,7 @@ class StepwiseBatchNorm(Variant):
     def reset_parameters(self) -> None:
         """γ to ``gamma``, β to 0, and the running moments as they were made."""
         self.reset_running_stats()
-        torch.nn.init.constant_(self.weight, self.gamma)
+        torch.nn.init.constant_(self.weight, float(self.gamma))
         if self.bias is not None:
             torch.nn.init.zeros_(self.bias)
 
@@ -115,12 +122,12 @@ class StepwiseBatchNorm(Variant):
         residual: Tensor | None = None,
         *,
         step: int,
-        activation: str | torch.nn.Module | None = None,
+        activation: ActivationLike = None,
         inplace: bool = False,
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
         weighting: Weighting = "frequency",
-        padding: str = "zero",
+        padding: Padding = "zero",
     ) -> Tensor:
         """``activation(bn(x) + residual)`` at one time step.
 

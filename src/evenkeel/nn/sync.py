@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from evenkeel import distributed, fused
-from evenkeel.activations import Activation, is_untouched
+from evenkeel.activations import Activation, ActivationLike, is_untouched
 from evenkeel.arguments import State, check_arguments
 from evenkeel.distributed import Step, agree
-from evenkeel.errors import describe, locate, module_path
+from evenkeel.errors import check_module, describe, locate, module_path
 from evenkeel.functional import Options, check_layer_call, moments
 from evenkeel.fused import Normalization, is_plain
-from evenkeel.masking import check_policy, without_variance
+from evenkeel.masking import Padding, check_policy, without_variance
 from evenkeel.moments import Moments, Weighting
 from evenkeel.nn.batch_norm import FusedBatchNorm, policy_repr
 from evenkeel.nn.skipped import CountsSkipped
@@ -67,8 +68,9 @@ class SyncBatchNorm(Variant):
 
     Cost:
         One collective in the forward (4·C values of float64 from each rank) and, where x wants a gradient, one in the
-        backward (2·C). x is read once for the moments and once to normalize; in the backward once for the sums, once
-        for dx, and once more for dresidual behind an activation. Saved: as :class:`evenkeel.BatchNorm`.
+        backward (2·C); on the CPU each after a small one that compares sizes. x is read once for the moments and once
+        to normalize; in the backward once for the sums, once for dx, and once more for dresidual behind an activation.
+        Saved: as :class:`evenkeel.BatchNorm`.
 
     Raises:
         TypeError, ValueError: as :class:`evenkeel.BatchNorm`; one value per channel over all ranks (on the CPU: other
@@ -123,12 +125,12 @@ class SyncBatchNorm(Variant):
         input: Tensor,
         residual: Tensor | None = None,
         *,
-        activation: str | torch.nn.Module | None = None,
+        activation: ActivationLike = None,
         inplace: bool = False,
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
         weighting: Weighting = "frequency",
-        padding: str = "zero",
+        padding: Padding = "zero",
     ) -> Tensor:
         """``activation(bn(x) + residual)``; see :class:`evenkeel.nn.variant.Variant`. The ranks may differ in x's
         batch and positions, in its mask, and in which of them have one."""
@@ -191,7 +193,7 @@ class SyncBatchNorm(Variant):
     def pooled(self, x: Tensor, mask: Tensor | None, group: ProcessGroup) -> tuple[Moments, Tensor, Tensor]:
         """The moments of all ranks; (mean, var, rstd) that normalize, (3, C); and the count that the backward needs."""
         with torch.no_grad():
-            total = moments(x.detach(), mask).all_reduce(group, what=type(self).__name__)
+            total = moments(x.detach(), mask).all_reduce(group, what=type(self).__name__, step=partial(self._step, x))
             mean, var, count = self._normalizing(total)
             return total, torch.stack([mean, var, (var + self.eps).rsqrt()]), count
 
@@ -230,9 +232,11 @@ class SyncBatchNorm(Variant):
             normalization's own, which would be lost; a layer in several places stays one.
 
         Raises:
+            TypeError: what is given is no module.
             ValueError: a layer that has a forward, hooks or parametrizations of its own, or is lazy; before anything
                 is changed.
         """
+        check_module("convert_sync_batchnorm", module)
         new = {
             layer: cls._from(layer, name, process_group)
             for name, layer in module.named_modules()

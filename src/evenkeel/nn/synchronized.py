@@ -87,7 +87,8 @@ def synchronized_backward(
     if need_x:
         if step is not None:
             agree(step._replace(direction="backward"), group, what)
-        total = add_up(torch.stack(tuple(sums)), group, what)
+        here = step or Step(f"a {what}", "backward", x.shape[1], str(x.dtype).removeprefix("torch."), "training", True)
+        total = add_up(torch.stack(tuple(sums)), group, what, lambda: here._replace(direction="backward"))
         dx = _run("grad_input", x, *given, total / count.clamp(min=1), act=act)
     if need_residual:
         dresidual = dy

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evenkeel import fused
-from evenkeel.activations import Activation, resolve
+from evenkeel.activations import Activation, ActivationLike, resolve
 from evenkeel.arguments import State, check_arguments
 from evenkeel.errors import locate
 from evenkeel.functional import Options, check_layer_call, refuse_jit
@@ -17,7 +17,7 @@ from evenkeel.fused import Normalization, is_plain
 from evenkeel.fusion.call import begin, passes_by
 from evenkeel.fusion.scope import current
 from evenkeel.layout import counted, dense, per_channel
-from evenkeel.masking import check_padding, named_mask
+from evenkeel.masking import Padding, check_padding, named_mask
 from evenkeel.moments import Moments, Weighting, check_weighting, compute_dtype
 from evenkeel.nn.batch_norm import fx_node, refuse_script
 from evenkeel.nn.constructed import Constructed
@@ -76,12 +76,12 @@ class Variant(Constructed, Controlled, CountsSkipped):
         input: Tensor,
         residual: Tensor | None = None,
         *,
-        activation: str | torch.nn.Module | None = None,
+        activation: ActivationLike = None,
         inplace: bool = False,
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
         weighting: Weighting = "frequency",
-        padding: str = "zero",
+        padding: Padding = "zero",
     ) -> Tensor:
         """``activation(bn(x) + residual)``.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from evenkeel.activations import Activation
 from evenkeel.arguments import State, check_arguments, check_numbers
+from evenkeel.errors import check_module
 from evenkeel.moments import Moments
 from evenkeel.nn.variant import Variant, normalize
 
@@ -174,6 +175,7 @@ def collect_reference(model: torch.nn.Module, *, detach: bool = True) -> Iterato
         >>> net(torch.randn(1, 4)).shape
         torch.Size([1, 3])
     """
+    check_module("collect_reference", model)
     layers = [module for module in model.modules() if isinstance(module, VirtualBatchNorm)]
     if not layers:
         raise ValueError(f"collect_reference: there is no VirtualBatchNorm in {type(model).__name__}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from evenkeel.activations import Activation
-from evenkeel.errors import describe
+from evenkeel.errors import describe, is_count
 from evenkeel.layout import is_channels_last
 from evenkeel.moments import Moments, compute_dtype, wide_dtype
 from evenkeel.nn.inverse_sqrt import newton, zca
@@ -16,7 +17,8 @@ from evenkeel.nn.variant import Variant
 from evenkeel.running import averaged_so_far, note_averaged
 from evenkeel.updates import UpdateCounts
 
-METHODS = ("newton", "zca")
+Method: TypeAlias = Literal["newton", "zca"]
+METHODS = get_args(Method)
 
 
 class WhiteningBatchNorm(Variant):
@@ -83,6 +85,9 @@ class WhiteningBatchNorm(Variant):
     own_evaluation = "by the covariances of groups of channels"
     running_cov: Tensor | None
 
+    group_size: int
+    method: Method
+
     def __init__(
         self,
         num_features: int,
@@ -95,14 +100,14 @@ class WhiteningBatchNorm(Variant):
         *,
         bias: bool = True,
         group_size: int = 64,
-        method: str = "newton",
+        method: Method = "newton",
         iterations: int = 5,
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"WhiteningBatchNorm: method must be one of {METHODS}; got {describe(method)}")
-        if not isinstance(iterations, int) or iterations < 1:
+        if not is_count(iterations):
             raise ValueError(f"WhiteningBatchNorm: iterations must be a positive integer; got {describe(iterations)}")
-        if not isinstance(group_size, int) or group_size < 1 or num_features % min(group_size, num_features):
+        if not is_count(group_size) or num_features % min(group_size, num_features):
             legal = [size for size in range(1, num_features + 1) if num_features % size == 0]
             raise ValueError(
                 f"WhiteningBatchNorm: group_size must divide num_features={num_features}, or be larger; got "

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from evenkeel.errors import describe
+from evenkeel.errors import describe, is_count
 from evenkeel.surgery.nested import map_tensors
 
 #: Runs the model on a batch; what it returns is looked at by entropy minimization alone.
@@ -59,6 +59,8 @@ def passes_over(
     loader: Iterable[Any], most: int | None, progress: bool | None, what: str, passes: int = 1
 ) -> Iterator[Callable[[], Iterator[Any]]]:
     """Gives a function that starts a pass over the batches; a bar shows them, where it is wanted."""
+    if most is not None and not is_count(most):
+        raise ValueError(f"{what}: max_batches must be None or an integer from 1 on; got {describe(most)}")
     shown = sys.stderr.isatty() if progress is None else progress
     if not shown or find_spec("rich") is None:
         yield lambda: islice(iter(loader), most)

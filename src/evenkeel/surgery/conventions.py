@@ -99,7 +99,7 @@ class Convention:
 
 def scaled(var: Tensor, over: float | None, under: float | None) -> Tensor:
     """``var · over / under``, rounded once; ``var`` itself where they are None."""
-    return var if over is None or under is None else (var.double() * over / under).to(var.dtype)
+    return var if over is None or under is None else (var.double() * float(over) / float(under)).to(var.dtype)
 
 
 def leaves(what: str, tree: Any) -> dict[tuple[str, ...], Any]:

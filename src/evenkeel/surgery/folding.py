@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -93,6 +93,7 @@ def fold(
         Jacob, Kligys, Chen, Zhu, Tang, Howard, Adam, Kalenichenko (2018), "Quantization and Training of Neural Networks
         for Efficient Integer-Arithmetic-Only Inference", arXiv:1712.05877, section 3.2.
     """
+    where = list(where) if isinstance(where, Iterator) else where  # it is asked twice
     chosen("fold", model, where)
     refuse_sharded("fold", model)
     _check_model(model)

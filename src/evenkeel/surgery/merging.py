@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from evenkeel.errors import describe
 from evenkeel.moments import LEAST_FREQUENCY, Moments, wide_dtype
 from evenkeel.nn.variant import OWN_SCALE
 from evenkeel.surgery.merging_checks import WHAT, Counts, check_states, per_norm
@@ -69,6 +70,8 @@ def merge_statistics(
         for the mean; Li, Jiang, Zhang, Kamp, Dou (2021), "FedBN: Federated Learning on Non-IID Features via Local Batch
         Normalization", arXiv:2102.07623, for ``local``.
     """
+    if isinstance(state_dicts, Mapping | torch.nn.Module | Tensor | str) or not isinstance(state_dicts, Iterable):
+        raise TypeError(f"{WHAT}: state_dicts must be several state_dicts, one a client; got {describe(state_dicts)}")
     states = list(state_dicts)
     check_states(states)
     first = states[0]

@@ -58,7 +58,7 @@ def per_norm(counts: Sequence[Counts], clients: int, norms: int, least: int) -> 
             )
         try:
             row = [float(n) for n in row]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise TypeError(f"{WHAT}: counts of client {client} must be numbers; got {describe(given)}") from error
         if not all(math.isfinite(n) and n > 0 and n >= least * bool(norms) for n in row):
             raise ValueError(

@@ -8,7 +8,6 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from evenkeel.control.selection import named
+from evenkeel.errors import check_module
+from evenkeel.extras import lacking
 from evenkeel.nn.variant import Variant
 from evenkeel.surgery.folding_check import difference
 from evenkeel.surgery.nested import call_of, map_tensors, tensors_in
@@ -63,7 +64,7 @@ def export_onnx(
         (``GraphOptimizationLevel.ORT_DISABLE_ALL``), as the comparison does.
 
     Raises:
-        ModuleNotFoundError: onnx, onnxscript or onnxruntime is missing: ``pip install 'evenkeel[export]'`` brings them.
+        ModuleNotFoundError: onnx, onnxscript or onnxruntime is missing; the message says how to install it.
         ValueError: layers normalize with the batch, see :func:`prepare_export`.
         RuntimeError: the outputs differ by more than the tolerance, a batch norm in training mode is none of ONNX's, or
             the file has another opset or fixed shapes than was asked for. There is no new file then.
@@ -75,11 +76,9 @@ def export_onnx(
         >>> report.summary["difference"] < 1e-5  # doctest: +SKIP
         True
     """
-    missing = [name for name in _PACKAGES if find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"export_onnx needs {', '.join(missing)}, which the extra [export] brings: pip install 'evenkeel[export]'"
-        )
+    if words := lacking("export", *_PACKAGES):
+        raise ModuleNotFoundError(f"export_onnx needs {words}")
+    check_module("export_onnx", model)
     args, kwargs = call_of("export_onnx", example)
     prepared, report = prepare_export(model, training="allow" if training else "refuse")
     if model.training and not training:

@@ -94,7 +94,7 @@ def recalibrate(
     """
     layers = chosen("recalibrate", model, where)
     for name, value, legal in (("tolerance", tolerance, 0.0), ("max_batches", max_batches, 1)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < legal):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= legal):
             raise ValueError(f"recalibrate: {name} must be None or a number of {legal} or more; got {describe(value)}")
     left = {path: reason_to_leave(layer) for path, layer in layers.items()}
     targets = {path: layer for path, layer in layers.items() if left[path] is None}

@@ -13,7 +13,7 @@ from evenkeel.lab.cell import Result
 from evenkeel.lab.data import images
 from evenkeel.lab.networks import Stack, StackedMLP
 from evenkeel.lab.seeds import generator
-from evenkeel.lab.training import Descent, batch_moments, batches, losses, percent, plain, right, train
+from evenkeel.lab.training import Descent, batch_moments, batches, losses, paused, percent, plain, right, train
 from evenkeel.lab.wander import Wander, received_by
 
 WIDTHS = (100, 100, 100)
@@ -176,7 +176,7 @@ def cosine_after_earlier_layers(stack: Stack, x: Tensor, y: Tensor, rates: Tenso
     before = probed.grad
     assert before is not None
     kept = [parameter.detach().clone() for parameter in moving]
-    with ek.pause_statistics(stack):
+    with paused(stack):
         try:
             with torch.no_grad():
                 for parameter in moving:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-import evenkeel as ek
 from evenkeel.lab.arms import BN, NONE, arm_named
 from evenkeel.lab.cell import Cell, Result, Results
 from evenkeel.lab.claim import Claim, Reading, Source
@@ -24,7 +23,7 @@ from evenkeel.lab.plan import Plan, kind_of, seeds_text
 from evenkeel.lab.reading import Runs
 from evenkeel.lab.seeds import generator
 from evenkeel.lab.statistics import Interval, geometric_mean, mean, ratio
-from evenkeel.lab.training import Descent, batches, losses, percent, plain, right
+from evenkeel.lab.training import Descent, batches, losses, paused, percent, plain, right
 from evenkeel.lab.verdicts import Finding
 
 ARMS = (NONE, BN)
@@ -78,7 +77,7 @@ def look_around(stack: Stack, x: Tensor, y: Tensor) -> dict[str, float]:
     """The loss and its gradient along the gradient; the network is left as it was."""
     parameters = list(stack.parameters())
     before = [parameter.detach().clone() for parameter in parameters]
-    with ek.pause_statistics(stack):
+    with paused(stack):
         loss, gradient = _value_and_gradient(stack, parameters, x, y)
         length = _norm(gradient)
         weights = _norm(before)

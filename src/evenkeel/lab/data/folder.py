@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
+from evenkeel.extras import lacking
 from evenkeel.lab.data.errors import DataError
 from evenkeel.lab.data.wav import chosen, word_and_speaker
 
@@ -18,9 +18,13 @@ LEVELS = ("train", "test", "val", "valid", "validation")
 READ_BYTES = 32 * 2**20
 """Up to this size in all, the contents of a data set's files are part of its identity."""
 
-NO_PILLOW = "pictures need the package pillow: pip install 'evenkeel[lab]'"
-
 _folder: Path | None = None
+
+
+def need_pillow() -> None:
+    """Raise a DataError that says what to install where Pillow is missing."""
+    if words := lacking("lab", "PIL"):
+        raise DataError(f"pictures need {words}")
 
 
 @contextmanager
@@ -47,8 +51,8 @@ def discover(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; --data-dir takes a folder with {_legal()}")
     found = _files(folder)
-    if "images" in found and find_spec("PIL") is None:
-        raise DataError(NO_PILLOW)
+    if "images" in found:
+        need_pillow()
     if not found:
         there = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
         more = f" and {len(there) - 8} more" if len(there) > 8 else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evenkeel.lab.data.errors import DataError, beyond
-from evenkeel.lab.data.folder import NO_PILLOW, classes_of
+from evenkeel.lab.data.folder import classes_of, need_pillow
 
 SIDE = 32
 MOST_CLASSES = 20
@@ -30,8 +29,7 @@ def read_pictures(files: Sequence[Path]) -> tuple[Tensor, Tensor]:
         DataError: Pillow is missing, or can't decode a file, or the file's header claims more than 2**26 pixels, which
             are then not decoded.
     """
-    if find_spec("PIL") is None:
-        raise DataError(NO_PILLOW)
+    need_pillow()
     pictures, labels = [], []
     for label, paths in enumerate(list(classes_of(files).values())[:MOST_CLASSES]):
         pictures += [_pixels(path) for path in paths[:MOST_PER_CLASS]]

@@ -1,3 +1,0 @@
-from evenkeel.cli import main
-
-main()
