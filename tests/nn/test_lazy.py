@@ -59,6 +59,33 @@ def test_the_first_call_takes_all_arguments() -> None:
 
 
 @pytest.mark.parametrize(
+    "wrong",
+    [
+        {"activation": "rectified"},
+        {"residual": torch.zeros(4, 5, 1, 1)},
+        {"mask": torch.ones(3, dtype=torch.bool)},
+        {"sample_weight": -torch.ones(4)},
+        {"padding": "middle"},
+        {"input": torch.zeros(1, 5, 1, 1)},
+        {"input": torch.zeros(4, 5, 2, 2).to_sparse()},
+        {"inplace": True, "activation": "relu"},
+        {"hx": None},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_first_call_that_raises_leaves_it_lazy(wrong: dict[str, object]) -> None:
+    layer = LazyBatchNorm2d()
+    with pytest.raises((TypeError, ValueError)):
+        layer(**({"input": torch.randn(4, 5, 2, 2)} | wrong))
+    assert type(layer) is LazyBatchNorm2d
+    assert isinstance(layer.weight, UninitializedParameter)
+    x = torch.randn(4, 7, 2, 2)
+    expected = ek.BatchNorm2d(7)(x)
+    assert torch.equal(layer(x, activation=None), expected)
+    assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(
     "keywords",
     [
         {"affine": False},

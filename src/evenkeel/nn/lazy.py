@@ -37,7 +37,7 @@ class _LazyFused(FusedBatchNorm):
         self.count_skipped()
 
     def initialize_parameters(self, input: Any, *args: Any, **kwargs: Any) -> None:
-        """Make parameters and buffers for x's channels; what else the first call is given does not matter here."""
+        """Make parameters and buffers for x's channels, unless the first call, with these arguments, raises."""
         what, x = type(self).__name__, input
         legal = "two or more" if self._ranks is None else " or ".join(map(str, self._ranks))
         asked = f"{what}: the first x gives the number of channels, so it must be a floating-point tensor"
@@ -45,11 +45,24 @@ class _LazyFused(FusedBatchNorm):
             raise TypeError(f"{asked}; got {describe(x)}")
         if x.dim() < 2 or (self._ranks is not None and x.dim() not in self._ranks):
             raise ValueError(f"{asked} of {legal} dimensions, channels second; got {describe(x)}")
+        if type(x) is Tensor and self.has_uninitialized_params():  # type: ignore[operator]
+            self._try(x, *args, **kwargs)
         super().initialize_parameters(x)  # type: ignore[misc]
         # torch.nn leaves 0 where a state_dict gave the sizes, and where nothing has a size.
         known = [value for value in (self.weight, self.running_mean) if value is not None]
         self.num_features = known[0].shape[0] if known else x.shape[1]
         self.count_skipped()
+
+    def _try(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Make the call with an ordinary layer: if it raises, this one stays lazy."""
+        like = next((value for value in (self.weight, self.running_mean) if value is not None), x)
+        become: type[FusedBatchNorm] = self.cls_to_become  # type: ignore[assignment]
+        layer = become(
+            x.shape[1], self.eps, self.momentum, self.affine, self.track_running_stats, like.device, like.dtype,
+            too_few=self.too_few,
+        )  # fmt: skip
+        with torch.no_grad():
+            layer.train(self.training).forward(x.clone(), *args, **kwargs)
 
 
 class LazyBatchNorm(_LazyFused, _LazyNormBase, torch.nn.modules.batchnorm._BatchNorm):  # type: ignore[misc]
@@ -70,10 +83,11 @@ class LazyBatchNorm(_LazyFused, _LazyNormBase, torch.nn.modules.batchnorm._Batch
 
     Differs:
         From ``torch.nn.LazyBatchNorm*`` by what the call takes (``residual``, ``activation``, ``inplace``, from the
-        first call on), and by checking the first input before anything is made from it.
+        first call on), and by checking the first call, with one more forward, before anything is made from its input.
 
     Raises:
-        TypeError, ValueError: a first input that has no channels; the layer is then still lazy.
+        TypeError, ValueError: a first input that has no channels, and what :class:`evenkeel.BatchNorm` raises. The
+            layer is then still lazy.
 
     Example:
         >>> layer = LazyBatchNorm()
