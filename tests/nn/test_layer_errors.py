@@ -188,6 +188,23 @@ def test_other_kinds_of_tensors(layer_type, convert, came, remedy, training, bac
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel:UserWarning")
+@trainings
+@pytest.mark.parametrize(("convert", "came", "remedy"), KINDS.values(), ids=KINDS)
+def test_other_kinds_of_tensors_in_a_converted_model(convert, came, remedy, training, backend):
+    """Where the result would wait for the activation."""
+    model, _ = ek.convert(nn.Sequential(randomize(ek.BatchNorm1d(CHANNELS)), nn.ReLU()).train(training))
+    for _ in range(2):
+        model(torch.randn(4, CHANNELS))
+    x = convert(torch.randn(4, CHANNELS))
+    assert_refused(model[0], lambda: model(x), TypeError, ("BatchNorm1d '0'", came, remedy))
+    words = ("BatchNorm1d '0': x has 4 channels", "and the layer 5;")
+    assert_refused(model[0], lambda: model(torch.randn(4, 4)), ValueError, words)
+    assert model(torch.randn(4, CHANNELS)).min() == 0
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
 @trainings
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var", "residual"])
 @pytest.mark.parametrize("kind", ["sparse", "mkldnn"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from evenkeel.activations import NONE, Activation
-from evenkeel.errors import module_path
+from evenkeel.errors import locate, module_path
 from evenkeel.fused import PLAIN, Normalization
 from evenkeel.fusion.graph import BatchNormNode, Shared, after
 from evenkeel.fusion.memory import ATTRIBUTE, NEVER, Memory
@@ -185,6 +185,8 @@ def begin(layer: Any, scope: Scope, x: Tensor, plain: Callable[..., Tensor]) -> 
         if not memory.looks_again(training):
             return None
         kernel = None
+    if type(x) in PLAIN and (x.layout is not torch.strided or x.is_nested):
+        return None  # the layer says that it takes no such tensor
     if type(x) not in PLAIN or x.numel() < smallest[training]:
         memory.excuse(training, _SMALL)
         return None
@@ -217,7 +219,11 @@ def begin(layer: Any, scope: Scope, x: Tensor, plain: Callable[..., Tensor]) -> 
         return result
     x = x if x.is_contiguous() else dense(x)
     call = Call(layer, plain, memory, scope, x, kernel, normalization, hooks)
-    tensor = call.start()
+    try:
+        tensor = call.start()
+    except (TypeError, ValueError, RuntimeError) as error:
+        locate(error, layer)
+        raise
     if TIMES_START in kernel.steps:
         call.root = ref(tensor)
     return tensor
