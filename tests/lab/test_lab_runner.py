@@ -82,6 +82,17 @@ def test_a_worker_that_dies_takes_its_own_cell_alone(tmp_path):
     assert sorted(result["value"] for result in outcome.results.values()) == [0, 1, 3, 4]
 
 
+def test_the_callers_own_backend_runs_the_cells():
+    from joblib import parallel_config
+
+    with parallel_config(backend="threading", n_jobs=2):
+        outcome = run(cells(fails_on_two, 8), Store(None))
+        where = run(cells(square), Store(None), jobs=2)
+    assert len(outcome.results) == 7
+    assert len(outcome.failures) == 1
+    assert {result["process"] for result in where.results.values()} == {os.getpid()}
+
+
 def test_what_is_stored_is_reported_without_running(tmp_path):
     store = Store(tmp_path / "results.jsonl")
     run(cells(square, 2), store, jobs=1)

@@ -39,15 +39,19 @@ def ended_in_one_line() -> Iterator[None]:
     try:
         try:
             yield
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
-    except SystemExit as leave:
-        # typer takes the interrupts that no command has taken, and says nothing.
-        stop = getattr(leave.__context__, "__cause__", None)
-        if isinstance(stop, KeyboardInterrupt):
-            _end("stopped", status_of(stop))
-        raise
+            _flush()
+        except SystemExit as leave:
+            # typer takes the interrupts that no command has taken, and says nothing.
+            stop = getattr(leave.__context__, "__cause__", None)
+            if isinstance(stop, KeyboardInterrupt):
+                _end("stopped", status_of(stop))
+            try:
+                _flush()
+            except OSError:
+                if not leave.code:
+                    raise
+                _give_up(sys.stdout)  # what is wrong has been said
+            raise
     except KeyboardInterrupt as stop:
         _end("stopped", status_of(stop))
     except OSError as error:
@@ -78,6 +82,11 @@ def _end(said: str | None, status: int) -> NoReturn:
         except OSError:
             _give_up(sys.stderr)
     raise SystemExit(status) from None
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def _give_up(stream: TextIO | None) -> None:

@@ -50,6 +50,12 @@ def in_parallel(cells: list[Cell], attempt: Attempt, jobs: int | None) -> Iterat
     if _elsewhere is not None:
         yield from _elsewhere(cells, attempt, jobs)
         return
+    from joblib.parallel import get_active_backend
+
+    backend, _ = get_active_backend()
+    if type(backend).__name__ != "LokyBackend":  # the caller's own
+        yield from _through_joblib(cells, attempt, jobs, backend)
+        return
     width = cores() if jobs is None else jobs
     if width == 1 or len(cells) == 1:
         yield from map(attempt, cells)
@@ -66,6 +72,15 @@ def in_parallel(cells: list[Cell], attempt: Attempt, jobs: int | None) -> Iterat
         except BrokenProcessPool:
             # Which cell killed its process can't be told from outside: each of those that were in hand runs alone.
             yield from _one_by_one(left, attempt, width, in_hand)
+
+
+def _through_joblib(cells: list[Cell], attempt: Attempt, jobs: int | None, backend: Any) -> Iterator[Ended]:
+    from joblib import Parallel, delayed
+
+    # One cell a batch: a batch is returned whole, and a kill would lose all of it.
+    as_they_end = "generator_unordered" if getattr(backend, "supports_return_generator", False) else "list"
+    pool = Parallel(n_jobs=jobs or -1, return_as=as_they_end, batch_size=1, pre_dispatch="n_jobs")
+    yield from pool(delayed(attempt)(cell) for cell in cells)
 
 
 def handed_out(

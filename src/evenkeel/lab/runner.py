@@ -67,7 +67,7 @@ def run(
 ) -> Outcome:
     """Run the cells that the store lacks, and keep each result as it comes.
 
-    Inside `evenkeel.lab.clusters.cluster` the cells run there.
+    Inside `evenkeel.lab.clusters.cluster`, or `joblib.parallel_config` with a backend of the caller's, they run there.
 
     Args:
         cells: the work; a cell that is asked for twice runs once.
