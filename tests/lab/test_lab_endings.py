@@ -54,26 +54,24 @@ def test_streams_that_are_full_closed_or_know_few_characters():
     outcomes = run_fresh(
         {
             "full": started(FULL.format(descriptor=1), "info"),
-            "full, JSON": started(FULL.format(descriptor=1), "info", "--json"),
             "full, of another command": started(
                 FULL.format(descriptor=1), "inspect", "torch.nn:BatchNorm1d", "--args", '{"num_features": 3}'
             ),
-            "both full": started(FULL.format(descriptor=1) + ";" + FULL.format(descriptor=2), "info"),
-            "closed": started("os.close(1)", "info"),
-            "nobody reads": started("r, w = os.pipe(); os.close(r); os.dup2(w, 1)", "info"),
-            "ascii": started(ASCII, "lab", "list"),
+            "both full": started(FULL.format(descriptor=1) + ";" + FULL.format(descriptor=2), "--version"),
+            "closed": started("os.close(1)", "--version"),
+            "nobody reads": started("r, w = os.pipe(); os.close(r); os.dup2(w, 1)", "--version"),
+            "ascii": started(ASCII, "info"),
         }
     )
     # The process that is forked leaves by os._exit, so what is in errors is all that a user would see.
-    for name in ("full", "full, JSON"):
-        assert "SystemExit: 1" in outcomes[name].errors
-        assert outcomes[name].errors.startswith("standard output: No space left on device\n")
+    assert outcomes["full"].errors.startswith("standard output: No space left on device\n")
+    assert "SystemExit: 1" in outcomes["full"].errors
     [line] = outcomes["full, of another command"].errors.partition("\nTraceback")[0].splitlines()
     assert "No space left on device" in line
     assert outcomes["both full"].errors == ""
     assert outcomes["closed"].errors.startswith("standard output: Bad file descriptor\n")
     assert outcomes["nobody reads"].errors.startswith("Traceback")  # that of SystemExit: nothing is said
-    assert "loss_landscape" in outcomes["ascii"].output
+    assert "runs here" in outcomes["ascii"].output
     assert outcomes["ascii"].output.isascii()
     assert "SystemExit: 0" in outcomes["ascii"].errors
 
