@@ -29,17 +29,23 @@ def _own_environment():
 
 
 @pytest.mark.usefixtures("_own_environment")
-def test_a_dask_cluster_runs_the_cells(tmp_path):
+def test_a_dask_cluster_runs_the_cells(tmp_path, monkeypatch):
     distributed = pytest.importorskip("distributed", reason="the extra [dask] is not installed")
+    dask = pytest.importorskip("dask")
+    monkeypatch.setitem(dask.config.config["distributed"]["scheduler"], "allowed-failures", 0)
     made = distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, local_directory=str(tmp_path)
     )
     with made, cluster(made.scheduler_address):
         outcome = run(cells(fails_on_two, 8), Store(tmp_path / "results.jsonl"))
         where = run(cells(square, 8), Store(None))
+        deaths = run(cells(dies_on_two), Store(None))
     assert [failure.cell.axes["seed"] for failure in outcome.failures] == [2]
     assert sorted(result["value"] for result in outcome.results.values()) == [0, 1, 3, 4, 5, 6, 7]
     assert Store(tmp_path / "results.jsonl").get(cells(fails_on_two)[1])[0] == {"value": 1}
+    assert [failure.cell.axes["seed"] for failure in deaths.failures] == [2]  # those beside it in its worker have run
+    assert "its worker process died" in deaths.failures[0].reason
+    assert sorted(result["value"] for result in deaths.results.values()) == [0, 1, 3, 4]
     processes = {result["process"] for result in where.results.values()}
     assert len(processes) == 2
     assert os.getpid() not in processes

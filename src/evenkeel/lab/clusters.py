@@ -111,16 +111,22 @@ def _through_dask(address: str, client: Any, cells: list[Cell], attempt: Attempt
                     raise _without_workers("the Dask scheduler", address) from None
 
     most = jobs or max(LEAST_IN_HAND, 2 * sum(client.nthreads().values()))
-    for cell, future in handed_out(cells, partial(client.submit, attempt, pure=False), first_done, most):
-        if future.status == "cancelled":
-            raise ClusterError(f"the Dask scheduler at {address} no longer answers")
-        try:
-            ended = future.result()
-        except KilledWorker as error:
-            ended = cell, Failure(cell, DIED, str(error)), 0.0
-        except Exception as error:  # of the worker's, as where evenkeel is not installed there: the others run on
-            ended = _failure(cell, error)
-        yield ended
+    doubtful: list[Cell] = []  # Dask blames all that a worker had in hand when it died: each of these runs alone
+    for again in (False, True):
+        todo, in_hand = (doubtful, 1) if again else (cells, most)
+        for cell, future in handed_out(todo, partial(client.submit, attempt, pure=False), first_done, in_hand):
+            if future.status == "cancelled":
+                raise ClusterError(f"the Dask scheduler at {address} no longer answers")
+            try:
+                ended = future.result()
+            except KilledWorker as error:
+                if not again:
+                    doubtful.append(cell)
+                    continue
+                ended = cell, Failure(cell, DIED, str(error)), 0.0
+            except Exception as error:  # of the worker's, as where evenkeel is not installed there: the others run on
+                ended = _failure(cell, error)
+            yield ended
 
 
 # ---- Ray
