@@ -24,6 +24,7 @@ from evenkeel.bench.cases import LAYOUTS, VARIANTS, cases, shapes  # noqa: E402
 from evenkeel.bench.machine import describe  # noqa: E402
 from evenkeel.bench.results import NetworkRow, Report, Row, Settings  # noqa: E402
 from evenkeel.bench.summary import means  # noqa: E402
+from evenkeel.writing import write_text  # noqa: E402
 
 
 def main() -> int:
@@ -96,8 +97,7 @@ def main() -> int:
         rate = "" if mean.copy_fraction is None else f", {mean.copy_fraction:.0%} of the copy's rate"
         say(f"{mean.suite} {mean.layout} {mean.dtype} {mean.variant} {mean.mode}, {mean.shapes} shapes: {others}{rate}")
     out = asked.out or ROOT / "bench" / "results" / f"gpu-{'-'.join(name.split())}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(report.to_json())
+    write_text(out, report.to_json())
     say(f"wrote {os.path.relpath(out)}")
     return int(report.failed or bool(checked.wrong))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
@@ -73,10 +74,25 @@ def test_choices_come_back_from_their_file(tuning, tmp_path):
     assert tuning.read(tmp_path / "none.json") == {}
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"format": 1}', '{"format": 1, "choices": {"a": {"b": 1}}}', "[1]"])
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"format": 1}', '{"format": 1, "choices": {"a": {"b": 1}}}', "[1]", "[" * 100_000]
+)
 def test_a_broken_file_is_said_and_passed_over(tuning, tmp_path, caplog, text):
     path = tmp_path / "tiles.json"
     path.write_text(text)
+    with caplog.at_level(logging.WARNING, logger="evenkeel"):
+        assert tuning.read(path) == {}
+    assert "is not read, and tile sizes are timed anew" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", ["1", 0, -4, True, 1.5, None])
+def test_a_cut_of_wrong_types_never_gets_to_a_kernel(tuning, tmp_path, caplog, wrong):
+    path, choices = tmp_path / "tiles.json", {"a": by_rule(View.of((4, 3, 5, 5), False), 4, 132)}
+    tuning.write(path, choices)
+    assert tuning.read(path) == choices
+    found = json.loads(path.read_text())
+    found["choices"]["a"]["reduction"]["a"] = wrong
+    path.write_text(json.dumps(found))
     with caplog.at_level(logging.WARNING, logger="evenkeel"):
         assert tuning.read(path) == {}
     assert "is not read, and tile sizes are timed anew" in caplog.text

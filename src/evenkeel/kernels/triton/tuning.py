@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import statistics
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from evenkeel.kernels.triton import tiling
 from evenkeel.kernels.triton.choice import Choice, by_rule
 from evenkeel.kernels.triton.device import processors
 from evenkeel.kernels.triton.tiling import Tiling, View
+from evenkeel.writing import write_text
 
 _FORMAT = 1
 _WARM_UPS, _RUNS = 2, 7
@@ -149,19 +149,19 @@ def read(path: Path) -> dict[str, Choice]:
         return {key: _choice(each) for key, each in found["choices"].items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         _log.warning("%s is not read, and tile sizes are timed anew: %s", path, error)
         return {}
 
 
 def write(path: Path, choices: dict[str, Choice]) -> None:
     """All choices in one file, which is never half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": _FORMAT, "choices": {key: asdict(each) for key, each in choices.items()}}, indent=1)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    found = {"format": _FORMAT, "choices": {key: asdict(each) for key, each in choices.items()}}
+    write_text(path, json.dumps(found, indent=1))
 
 
 def _choice(given: dict[str, dict[str, int] | None]) -> Choice:
+    for cut in given.values():
+        if cut is not None and not all(type(size) is int and size > 0 for size in cut.values()):
+            raise ValueError(f"{cut} is no cut")
     return Choice(**{name: None if cut is None else Tiling(**cut) for name, cut in given.items()})  # type: ignore[arg-type]
