@@ -72,9 +72,8 @@ def register(kind: Kind, *, then: Sequence[str] = (), frozen: bool = False) -> K
             names.
 
     Example:
-        >>> class Named(nn.BatchNorm2d):
-        ...     "A batch norm with a name of its own."
         >>> import evenkeel as ek
+        >>> Named = type("Named", (nn.BatchNorm2d,), {"__module__": "mine"})  # as a class statement in a module of yours
         >>> _ = ek.surgery.register(Named)
         >>> ek.convert(nn.Sequential(Named(3)))[1].summary["converted"]
         1
