@@ -73,7 +73,7 @@ def register(kind: Kind, *, then: Sequence[str] = (), frozen: bool = False) -> K
 
     Example:
         >>> import evenkeel as ek
-        >>> Named = type("Named", (nn.BatchNorm2d,), {"__module__": "mine"})  # as a class statement in a module of yours
+        >>> Named = type("Named", (nn.BatchNorm2d,), {"__module__": "mine"})  # a class of yours
         >>> _ = ek.surgery.register(Named)
         >>> ek.convert(nn.Sequential(Named(3)))[1].summary["converted"]
         1
