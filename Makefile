@@ -38,7 +38,7 @@ help:
 	@echo 'make demo     some claims about batch normalization, on real data: verdicts, and evenkeel-demo.html'
 	@echo 'make lab      all claims in quick form: verdicts, and evenkeel-lab.html'
 	@echo 'make test     run the tests'
-	@echo 'make fuzz     100,000 random programs through convert and as many bad calls, with fresh seeds'
+	@echo 'make fuzz     100,000 random programs through convert, 100,000 bad calls, 20,000 calls of the kernels: fresh seeds'
 	@echo 'make check    format, lint, types, layers of imports'
 	@echo 'make bench    time the layers and whole networks: tables, and bench-results/bench.html; what bench/gpu.py stored, too'
 	@echo 'make claims   measure all claims in full form, alone on the machine: the pages in docs/claims; with DATA=FOLDER, which'
@@ -73,10 +73,11 @@ endif
 test: $(VENV)/.built
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-# Half an hour or more on two cores. FUSION_FUZZ_SEED=N and CALL_FUZZ_SEED=N begin at a seed, as a failure names it.
+# An hour on two cores. FUSION_FUZZ_SEED=N, CALL_FUZZ_SEED=N and KERNEL_FUZZ_SEED=N begin at a seed, as a failure names it.
 fuzz: $(VENV)/.built
-	@FUSION_FUZZ=200000 CALL_FUZZ=200000 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal -q \
-	  tests/fusion/test_program_fuzz.py tests/nn/test_bad_calls.py -k fresh $(ARGS)
+	@FUSION_FUZZ=200000 CALL_FUZZ=200000 KERNEL_FUZZ=40000 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 \
+		--dist worksteal -q tests/fusion/test_program_fuzz.py tests/nn/test_bad_calls.py tests/kernels/test_kernel_fuzz.py \
+		-k fresh $(ARGS)
 
 # The page is drawn also when a result was wrong, which it then says; ARGS goes to the layers' benchmark.
 bench: $(VENV)/.built
@@ -105,7 +106,7 @@ arm:
 # library's allocations and its stack are watched, and ASan's malloc puts red zones around tensors. Faults are left to
 # the system, because some tests cause them.
 sanitize: ARGS = tests/kernels/test_memory.py tests/kernels/test_mixed_layouts.py tests/kernels/test_random_views.py \
-	tests/kernels/test_masked_operators.py
+	tests/kernels/test_masked_operators.py tests/kernels/test_unaligned.py tests/kernels/test_bool_bytes.py
 sanitize: $(VENV)/.installed
 	@$(BIN)/python tests/native/build_driver.py sanitize --quick
 	@ASAN_OPTIONS=detect_leaks=0:handle_segv=0 UBSAN_OPTIONS=print_stacktrace=1 EVENKEEL_NATIVE=1 \

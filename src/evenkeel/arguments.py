@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evenkeel.activations import Activation
 from evenkeel.errors import describe
-from evenkeel.layout import check_kind, is_dense
+from evenkeel.layout import check_kind, is_dense, require_memory
 from evenkeel.updates import UpdateCounts
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def check_arguments(
     ranks: tuple[int, ...] | None = None,
     too_few: str = "error",
 ) -> None:
-    """Raise a ValueError or TypeError that says what was asked, what came, what is legal and what to do.
+    """Raise a ValueError or TypeError that says what was asked, what came, what is legal and what to do; a RuntimeError
+    where a tensor's memory is gone.
 
     Args:
         what: What was called, the first words of the message.
@@ -135,6 +136,8 @@ def check_arguments(
             f"larger batch (drop_last=True drops a short last one), {moments}, or give "
             "ek.BatchNorm too_few='running' or 'skip'"
         )
+    if x.is_cpu:  # the operators for GPUs look for themselves
+        require_memory(what, x=x, residual=residual, num_batches_tracked=state.num_batches_tracked, **vectors)
 
 
 def refuse_derivative(what: str, name: str) -> NoReturn:

@@ -3,8 +3,9 @@
     x = mean + (act⁻¹(y) − bias)/(weight·rstd)        act: none, leaky_relu, elu
 
 Saved for the backward are y, weight, bias and (mean, var, rstd), and nothing else of x's size. Rounding y costs x
-|bias/weight| roundings of a deviation, and where elu saturates exp(−v)/|weight|. The few channels where that is too
-many keep a copy of their x, so that the gradients are batch normalization's for every weight of either sign, zero too.
+|bias/weight| roundings of a deviation, and where elu saturates exp(−v)/|weight|; a y that overflows costs all of it.
+The few channels where that is too much keep a copy of their x, so that the gradients are batch normalization's for
+every weight of either sign, zero too.
 
 Source:
     Rota Bulò, Porzi, Kontschieder (2018), "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs",
@@ -13,6 +14,7 @@ Source:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from evenkeel import composite, fused, kernels
 from evenkeel.activations import Activation
 from evenkeel.arguments import State, check_arguments
 from evenkeel.kernels import reference
-from evenkeel.layout import reduced_dims
+from evenkeel.layout import reduced_dims, require_memory
 from evenkeel.moments import wide_dtype
 from evenkeel.second_run import is_second_run
 
@@ -63,6 +65,8 @@ class _InplaceBatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
     ) -> Tensor:
+        running = {"running_mean": state.running_mean, "running_var": state.running_var}
+        require_memory(state.what, x=x, weight=weight, bias=bias, **running)
         lost = _lost_channels(x, weight, bias, state, act)
         kept = None if lost is None else x.index_select(1, lost)
         saved = _forward(x, weight, bias, state, act)
@@ -166,20 +170,24 @@ def _lost_channels(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
 ) -> Tensor | None:
     """Indices of the channels whose x can't be told from y with enough digits; None where there are none."""
-    saturates = act.name == "elu"
-    if (weight is None and bias is None and not saturates) or x.numel() == 0 or x.is_meta:
+    if x.numel() == 0 or x.is_meta:
         return None
+    saturates = act.name == "elu"
     wide = wide_dtype(x.device)
     scale = x.new_ones(x.shape[1], dtype=wide) if weight is None else weight.to(wide)
     shift = torch.zeros_like(scale) if bias is None else bias.to(wide)
-    size, steepness = scale.abs(), min(1.0, act.a) if act.code else 1.0
+    size, slope = scale.abs(), act.a if act.code else 1.0
     numbers = torch.finfo(x.dtype)
     # Below the smallest numbers steps are absolute, not relative.
     least = max(_TINY, numbers.smallest_normal / 8)
-    found = (size * _ROUNDINGS.get(x.dtype, _HALF_ROUNDINGS) >= shift.abs()) & (size * steepness >= least)
-    found &= size.isfinite()  # comparisons with NaN have been false
+    found = (size * _ROUNDINGS.get(x.dtype, _HALF_ROUNDINGS) >= shift.abs()) & (size * min(1.0, slope) >= least)
+    # No value is farther from the mean of M values than √M of their deviations.
+    farthest: float | Tensor = math.sqrt(x.numel() // x.shape[1])
+    if saturates or not state.training:
+        mean, rstd, farthest = _statistics(x, state)
+    # Half, because the kernels' own roundings come on top. Comparisons with NaN are false.
+    found &= max(1.0, slope) * (size * farthest + shift.abs()) <= numbers.max / 2
     if saturates:
-        mean, rstd = _statistics(x, state)
         dims = reduced_dims(x)
         lowest = torch.where(scale >= 0, x.amin(dims), x.amax(dims)).to(wide)
         lowest = (lowest - mean) * rstd * scale + shift
@@ -188,16 +196,17 @@ def _lost_channels(
     return lost if lost.numel() else None
 
 
-def _statistics(x: Tensor, state: State) -> tuple[Tensor, Tensor]:
-    """Mean and rstd that the forward is about to use."""
-    if not state.training:
-        assert state.running_mean is not None and state.running_var is not None
-        wide = wide_dtype(x.device)
-        return state.running_mean.to(wide), (state.running_var.to(wide) + state.eps).rsqrt()
+def _statistics(x: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and rstd that the forward is about to use, and how far, in deviations, values may be from that mean."""
     fast = kernels.operators(x)
     if fast is not None:
-        mean, var = fast.stats(x, None)
+        batch_mean, batch_var = fast.stats(x, None)
     else:
         found = reference.stats(x)
-        mean, var = found.mean, found.var
-    return mean, (var + state.eps).rsqrt()
+        batch_mean, batch_var = found.mean, found.var
+    mean, var = batch_mean, batch_var
+    if not state.training:
+        assert state.running_mean is not None and state.running_var is not None
+        mean, var = state.running_mean.to(mean.dtype), state.running_var.to(mean.dtype)
+    rstd = (var + state.eps).rsqrt()
+    return mean, rstd, ((batch_mean - mean).abs() + (batch_var * (x.numel() // x.shape[1])).sqrt()) * rstd

@@ -23,6 +23,35 @@ def check_kind(what: str, name: str, value: Tensor) -> None:
     raise TypeError(f"{what}: {name} must be an ordinary dense tensor; got {describe(value)}. {remedy}")
 
 
+def require_memory(what: str, **tensors: Tensor | None) -> None:
+    """Raise where the values of a plain tensor lie outside of its storage, which was freed or cut short.
+
+    The native operators look for themselves; torch's own, and a GPU's kernels, would read what is not there.
+
+    Args:
+        what: What was called, the first words of the message.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for name, t in tensors.items():
+        if t is None or type(t) not in (Tensor, torch.nn.Parameter):
+            continue
+        try:
+            held = t.untyped_storage().nbytes()
+        except NotImplementedError:  # of torch.func, or of another kind than strides
+            continue
+        span = t.numel()
+        if span and not t.is_contiguous():
+            span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        needed = (t.storage_offset() + span) * t.itemsize
+        if span and held < needed:
+            raise RuntimeError(
+                f"{what}: the memory of {name} is gone: its values take {needed} bytes of a storage that holds {held}. "
+                "It was freed or cut short, as sharded training does with parameters between their uses: gather them "
+                "first, or leave the storage of tensors that are still in use as it is"
+            )
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether the channels (dim 1) are the innermost, densely packed dimension: memory order N, *S, C."""
     memory_format = _CHANNELS_LAST.get(x.dim())
@@ -41,7 +70,12 @@ def dense(x: Tensor) -> Tensor:
 
     Under torch.func.vmap always itself: how it lies is not seen there.
     """
-    return x if x.is_contiguous() or _is_batched(x) else x.contiguous(memory_format=memory_format(x))
+    if x.is_contiguous() or _is_batched(x):
+        return x
+    form = memory_format(x)
+    if not x.is_contiguous(memory_format=form):
+        require_memory("evenkeel", x=x)
+    return x.contiguous(memory_format=form)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -11,7 +11,7 @@ from evenkeel.activations import Activation
 from evenkeel.arguments import State
 from evenkeel.composite import normalized
 from evenkeel.errors import describe, is_count
-from evenkeel.layout import check_kind, counted, per_channel
+from evenkeel.layout import check_kind, counted, per_channel, require_memory
 from evenkeel.moments import (
     LEAST_FREQUENCY,
     Moments,
@@ -67,6 +67,7 @@ def length_mask(lengths: Tensor, size: int) -> Tensor:
 def common_mask(mask: Tensor, x: Tensor) -> Tensor | None:
     """The mask as (N, *S), contiguous, where it is the same for all channels; else None."""
     mask = broadcast_mask(mask, x)
+    require_memory("evenkeel", mask=mask)
     return mask.expand(x.shape[0], 1, *x.shape[2:]).squeeze(1).contiguous() if mask.shape[1] == 1 else None
 
 
@@ -147,6 +148,7 @@ def weighted(
     given = x
     if mask is not None:
         x, w = counted(mask, x), counted(mask, w)
+        residual = None if residual is None else counted(mask, residual)  # NaN would reach dx, as 0·NaN
     if too_few is not None and state.training and w.is_cpu and not torch.compiler.is_compiling():
         state = _enough_weight(state, w.expand(x.shape[0], 1, *x.shape[2:]), weighting, x, too_few)
     wide = wide_dtype(x.device)

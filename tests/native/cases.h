@@ -141,7 +141,7 @@ struct Numbers {
         residual[i] = rounded(random.normal(), c.dtype);
         dy[i] = rounded(random.normal(), c.dtype);
       }
-    for (char& counts : mask) counts = random.coin();
+    for (char& counts : mask) counts = random.coin() ? static_cast<char>(1 + random.below(255)) : 0;
     mask.front() = mask.back() = 1;
   }
 };

@@ -1,7 +1,7 @@
 // One run of an operator: its arguments laid out between guard pages, its results read back.
 #pragma once
 
-#include <numeric>
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -103,7 +103,7 @@ class Execution {
     p.eps = given_.eps, p.momentum = given_.momentum, p.count = given_.count;
     if (c_.op != Op::invert) p.x = input(tensor(m_.x, numbers_.x));
     if (c_.op == Op::stats) {
-      if (c_.mask) p.mask = mask(), p.count = std::accumulate(numbers_.mask.begin(), numbers_.mask.end(), 0.0);
+      if (c_.mask) p.mask = mask(), p.count = counted();
       p.mean = result(m_.mean), p.var = result(m_.var);
       return p;
     }
@@ -162,11 +162,15 @@ class Execution {
     return memory.as<double>();
   }
 
-  bool* mask() {
+  double counted() const {
+    return std::count_if(numbers_.mask.begin(), numbers_.mask.end(), [](char counts) { return counts != 0; });
+  }
+
+  unsigned char* mask() {
     m_.mask.allot(static_cast<int64_t>(numbers_.mask.size()), 1, place_.of(used_.size()));
     std::memcpy(m_.mask.data(), numbers_.mask.data(), numbers_.mask.size());
     used_.push_back(&m_.mask);
-    return input(m_.mask.as<bool>());
+    return input(m_.mask.as<unsigned char>());
   }
 
   double* result(Guarded& memory) {

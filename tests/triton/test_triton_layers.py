@@ -151,6 +151,66 @@ def test_in_place(device, shape, activation):
         assert torch.allclose(a, b, atol=2e-4 if b.dim() == 1 else 2e-5)
 
 
+@pytest.mark.parametrize("activation", [None, "leaky_relu", "elu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_in_place_where_float16_overflows(device, training, activation):
+    """Such channels keep x: by the weight, and by the bias on top of it."""
+    layer = ek.BatchNorm2d(3).to(device).train(training)
+    with torch.no_grad():
+        layer.weight[:2], layer.bias[1] = torch.tensor([4e4, 2e4], device=device), 5e4
+    x, dy = torch.randn(16, 3, 4, 4).half().to(device), (torch.randn(16, 3, 4, 4) / 1024).half().to(device)
+    found = []
+    for inplace in (True, False):
+        leaf = x.clone().requires_grad_()
+        y = copy.deepcopy(layer)(leaf.clone(), activation=activation, inplace=inplace)
+        found.append((y.detach().clone(), torch.autograd.grad(y, leaf, dy)[0]))
+    (y, dx), (right_y, right_dx) = found
+    assert torch.equal(y, right_y)
+    assert y.isinf().any()
+    assert right_dx.isfinite().all()
+    scale = right_dx.double().abs().amax((0, 2, 3), keepdim=True)
+    assert ((dx.double() - right_dx.double()).abs() <= 0.05 * scale).all()
+
+
+def test_in_place_where_x_is_the_largest_number(device):
+    """What y's rounding adds to x must not make it infinite."""
+    largest = torch.finfo(torch.float16).max
+    operators = triton.load()
+    saved = torch.tensor([[6e4], [1e6], [1e-3]], dtype=torch.float64, device=device)
+    y = torch.tensor([[(65530.0 - 6e4) * 1e-3], [-65530e-3 - 60], [torch.nan]], device=device).half()
+    x = operators.invert(y, saved, None, None, 0, 0.0, 0.0).flatten().cpu()
+    assert x[0] == largest
+    assert x[1] == -largest
+    assert x[2].isnan()
+
+
+def test_a_mask_of_any_byte(device):
+    x = torch.randn(6, 3, 5).to(device)
+    mask = torch.rand(6, 5) < 0.6
+    other = torch.where(mask, torch.randint(1, 256, mask.shape), 0).to(torch.uint8).view(torch.bool)
+    results = []
+    for said in (mask, other):
+        layer = ek.BatchNorm1d(3).to(device)
+        results.append([layer(x, mask=said.to(device)), *layer.buffers()])
+    for found, right in zip(*results, strict=True):
+        assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("name", ["x", "residual", "weight", "bias", "running_mean", "running_var"])
+def test_freed_memory_is_refused(device, name):
+    layer = ek.BatchNorm1d(3).to(device)
+    x, residual = torch.randn(4, 3).to(device), torch.randn(4, 3).to(device)
+    layer(x, residual)
+    given = {"x": x, "residual": residual, **dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    before = {key: t.clone() for key, t in given.items() if key != name}
+    given[name].untyped_storage().resize_(0)
+    state = layer.running_mean, layer.running_var, layer.num_batches_tracked, True, True, 0.1, 1e-5
+    with pytest.raises(RuntimeError, match=f"the memory of {name} is gone"):
+        triton.load().forward_(x, residual, layer.weight, layer.bias, *state, 0, 0.0, 0.0)
+    for key, t in before.items():
+        assert torch.equal(given[key], t), key
+
+
 def test_only_what_is_asked_for_is_computed(device):
     for shape in SHAPES:
         layer = ek.BatchNorm2d(shape[1]).to(device)

@@ -146,13 +146,17 @@ def grad_residual(
 def invert(
     y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, act: Activation
 ) -> Tensor:
-    """x = mean + (act⁻¹(y) − bias)/(weight·rstd), in y's dtype and layout."""
+    """x = mean + (act⁻¹(y) − bias)/(weight·rstd), in y's dtype and layout.
+
+    x was finite where y is: what y's rounding adds to the largest values must not turn them into infinity.
+    """
     _count_call()
     scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
     v = act.inverse(y.to(rstd.dtype))
     if bias is not None:
         v = v - per_channel(bias.to(rstd.dtype), y)
-    return (per_channel(mean, y) + v / per_channel(scale, y)).to(y.dtype)
+    largest = torch.finfo(y.dtype).max
+    return (per_channel(mean, y) + v / per_channel(scale, y)).clamp(-largest, largest).to(y.dtype)
 
 
 def _count_call() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evenkeel.kernels.triton import DTYPES
 from evenkeel.kernels.triton.tiling import View
-from evenkeel.layout import is_channels_last
+from evenkeel.layout import is_channels_last, require_memory
 from evenkeel.updates import COUNTS
 
 IN_INTERPRETER = 4
@@ -25,12 +25,19 @@ def unsupported(argument: str) -> NotImplementedError:
     return NotImplementedError(f"evenkeel: unsupported: {argument}")
 
 
-def view_of(x: Tensor) -> View:
+def _require_memory(name: str, t: Tensor) -> None:
+    """An error where t's storage was freed: a kernel that reads there would end all work of the process on its GPU."""
+    if not t.untyped_storage().nbytes():
+        require_memory("evenkeel", **{name: t})
+
+
+def view_of(x: Tensor, name: str = "x") -> View:
     """How the kernels see x; refuses what they do not take."""
     if x.dtype not in DTYPES or x.dim() < 2 or x.numel() == 0:
         raise unsupported("x")
     if not x.is_contiguous() and not is_channels_last(x):
         raise unsupported("x")
+    _require_memory(name, x)
     view = View.of(x.shape, not x.is_contiguous())
     if view.rows >= MOST_ROWS or view.values >= MOST_ROWS:
         raise unsupported("x with so many samples or positions")
@@ -41,6 +48,7 @@ def alike(name: str, t: Tensor, x: Tensor) -> Tensor:
     """t, of x's shape, laid out as x is: itself, or a copy."""
     if t.dtype not in DTYPES or t.shape != x.shape or t.device != x.device:
         raise unsupported(name)
+    _require_memory(name, t)
     if t.is_contiguous() if x.is_contiguous() else is_channels_last(t):
         return t
     return torch.empty_strided(x.shape, x.stride(), dtype=t.dtype, device=t.device).copy_(t)
@@ -49,10 +57,11 @@ def alike(name: str, t: Tensor, x: Tensor) -> Tensor:
 def check_vectors(x: Tensor, **vectors: Tensor | None) -> None:
     """Refuse vectors over the channels that the kernels can't read or write where they lie."""
     for name, vector in vectors.items():
-        if vector is not None and (
-            vector.shape != x.shape[1:2] or vector.device != x.device or not vector.is_contiguous()
-        ):
+        if vector is None:
+            continue
+        if vector.shape != x.shape[1:2] or vector.device != x.device or not vector.is_contiguous():
             raise unsupported(name)
+        _require_memory(name, vector)
 
 
 def check_counts(x: Tensor, counts: Tensor | None) -> None:

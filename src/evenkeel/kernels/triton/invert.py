@@ -12,9 +12,12 @@ from evenkeel.kernels.triton.tile import lay
 def invert_kernel(
     y, x, saved, weight, bias, N, C, S, a,
     A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, ACT: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """One tile, in float64: a scale near 0 leaves few digits to lose."""
+    """One tile, in float64: a scale near 0 leaves few digits to lose.
+
+    x was finite where y is: what y's rounding adds to the LARGEST values must not turn them into infinity.
+    """
     offsets, _, inside, channels = lay(N, C, S, A, B, LAST, WIDE)
     exists = channels < C
     mean = tl.load(saved + channels, mask=exists, other=0.0)
@@ -31,4 +34,6 @@ def invert_kernel(
         v = tl.where(v > 0, v, tl.where(u == 1.0, t, near))
     if HAS_BIAS:
         v = v - tl.load(bias + channels, mask=exists, other=0.0).to(tl.float64)
-    tl.store(x + offsets, (mean + v / scale).to(x.dtype.element_ty), mask=inside)
+    v = mean + v / scale
+    v = tl.where(v > LARGEST, LARGEST, tl.where(v < -LARGEST, -LARGEST, v))  # NaN stays
+    tl.store(x + offsets, v.to(x.dtype.element_ty), mask=inside)

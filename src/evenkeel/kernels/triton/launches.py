@@ -274,5 +274,5 @@ def invert(
         invert_kernel[cut.blocks, cut.splits](
             y, x, saved, _or(weight, y), _or(bias, y), view.n, view.c, view.s, act.a,
             A=cut.a, B=cut.b, LAST=view.last, WIDE=view.wide, ACT=act.code, HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None, num_warps=cut.warps,
+            HAS_BIAS=bias is not None, LARGEST=torch.finfo(x.dtype).max, num_warps=cut.warps,
         )  # fmt: skip

@@ -134,7 +134,7 @@ def invert(
     y: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, activation: int, a: float, b: float
 ) -> Tensor:
     """x from y, in y's layout: none, leaky_relu, elu."""
-    view = view_of(y)
+    view = view_of(y, "y")
     check_vectors(y, weight=weight, bias=bias)
     if activation not in (0, 3, 4):
         raise unsupported("activation")

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of operands that its own header leaves undefined
@@ -145,6 +146,15 @@ inline double to_double(Element e) {
 typedef Value Element;
 inline double to_double(Element e) { return e; }
 
+#endif
+
+// The largest finite element.
+#if EVENKEEL_DTYPE_CODE == 4
+constexpr Value kLargest = 65504;
+#elif EVENKEEL_DTYPE_CODE == 3
+constexpr Value kLargest = 0x1.fep127f;
+#else
+constexpr Value kLargest = std::numeric_limits<Value>::max();
 #endif
 
 }  // namespace

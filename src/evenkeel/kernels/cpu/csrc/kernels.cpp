@@ -161,20 +161,21 @@ void grad_input(const Problem& p, Parallel how) {
 }
 
 // ReLU's gate is found again in the second pass. Other derivatives cost more than memory: the first pass keeps g, in
-// the residual's gradient or in dx's place, and the second reads it; but not where x lies there, which is read again.
+// the residual's gradient or in dx's place, and the second reads it; but not where x lies there, which is read again,
+// nor in float16, where g may be infinite although dx is not.
 void backward(const Problem& p, Parallel how) {
   if (!p.sum_g) return grad_input(p, how);
   count_call();
   with_layout(p, [&](const auto& loops) {
     with_gate(p, [&](auto gate) {
-      constexpr bool costly = gate.value == Gate::called;
-      Element* const place = elements(p.dresidual ? p.dresidual : p.dx == p.x ? nullptr : p.dx);
+      constexpr bool costly = gate.value == Gate::called, fits = !costly || EVENKEEL_DTYPE_CODE != 4;
+      Element* const place = elements(p.dresidual ? p.dresidual : p.dx == p.x || !fits ? nullptr : p.dx);
       const bool keeps = costly || !p.dx || (p.layout == Layout::channels_last && p.dresidual && p.streaming);
       Element* const kept = keeps ? place : nullptr;
       const auto terms_of = loops.by_channel(MakeTerms<gate.value>(p, kept));
       if (!p.dx) return loops.grad_stats(how, terms_of);
       const auto run = [&](const auto& make) { loops.backward(how, terms_of, loops.by_channel(make)); };
-      if (kept) return with_gradient<Gate::open>(p, kept, run);
+      if (kept && fits) return with_gradient<Gate::open>(p, kept, run);
       with_gradient<gate.value>(p, elements(p.dy), run);
     });
   });

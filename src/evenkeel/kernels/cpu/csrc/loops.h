@@ -180,7 +180,8 @@ struct InputGradient {
   }
 };
 
-// x again from y: center + (act^-1(y) - shift) / scale
+// x again from y: center + (act^-1(y) - shift) / scale. x was finite where y is: what y's rounding adds to the largest
+// values must not turn them into infinity.
 struct Inverted {
   const Element* y;
   Normalization normalize;
@@ -188,7 +189,8 @@ struct Inverted {
 
   template <class Lanes>
   EVENKEEL_INLINE Vec operator()(int64_t i, Lanes lanes) const {
-    return (inverse(lanes.load(y + i)) - normalize.shift) / normalize.scale + normalize.center;
+    const Vec x = (inverse(lanes.load(y + i)) - normalize.shift) / normalize.scale + normalize.center;
+    return minimum(maximum(x, splat(-kLargest)), splat(kLargest));
   }
 };
 
@@ -239,16 +241,26 @@ EVENKEEL_INLINE void write_run(Element* out, int64_t i, int64_t end, const Value
   store(out + end - kLanes, last);
 }
 
-// Calls body(begin, end) for each run of `value` in flags[begin .. end]: padding lies at the ends of sequences and
-// rows, so runs are few and long.
+// The first index from i on whose byte is not 0 (set), or is; `end` where there is none.
+inline int64_t next(bool set, const unsigned char* flags, int64_t i, int64_t end) {
+  if (!set) {
+    const void* const found = std::memchr(flags + i, 0, end - i);
+    return found ? static_cast<const unsigned char*>(found) - flags : end;
+  }
+  for (uint64_t eight; end - i >= 8; i += 8) {
+    std::memcpy(&eight, flags + i, 8);
+    if (eight) break;
+  }
+  while (i < end && !flags[i]) ++i;
+  return i;
+}
+
+// Calls body(begin, end) for each run of flags that are set, or not, in flags[begin .. end]: padding lies at the ends
+// of sequences and rows, so runs are few and long.
 template <class Body>
-inline void for_runs_of(bool value, const bool* flags, int64_t begin, int64_t end, const Body& body) {
-  while (begin < end) {
-    const void* const from = std::memchr(flags + begin, value, end - begin);
-    if (!from) return;
-    begin = static_cast<const bool*>(from) - flags;
-    const void* const to = std::memchr(flags + begin, !value, end - begin);
-    const int64_t stop = to ? static_cast<const bool*>(to) - flags : end;
+inline void for_runs_of(bool set, const unsigned char* flags, int64_t begin, int64_t end, const Body& body) {
+  while ((begin = next(set, flags, begin, end)) < end) {
+    const int64_t stop = next(!set, flags, begin, end);
     body(begin, stop);
     begin = stop;
   }

@@ -1,6 +1,8 @@
 // What the operators take from torch: checked, laid out alike, and put into a Problem, which then runs on the kernels.
 #pragma once
 
+#include <vector>
+
 #include "memory.h"
 #include "tensors.h"
 
@@ -20,9 +22,8 @@ struct Act {
   double a, b;
 };
 
-Problem problem_of(const Tensor& x, Act activation) {
+Problem problem_of(const Tensor& x, const void* data, Act activation) {
   static const int64_t core_cache = cache_bytes(2, 512 * 1024);
-  REQUIRE(x.is_cpu() && x.dim() >= 2 && x.numel() > 0, "x");
   REQUIRE(activation.code >= 0 && activation.code < kActivations, "activation");
   Problem p;
   p.dtype = dtype_of(x, "x");
@@ -34,7 +35,7 @@ Problem problem_of(const Tensor& x, Act activation) {
   p.activation = static_cast<Activation>(activation.code);
   p.a = activation.a;
   p.b = activation.b;
-  p.x = x.data_ptr();
+  p.x = data;
   p.core_cache = core_cache;
   return p;
 }
@@ -57,24 +58,32 @@ void run(Problem& p, Operator op) {
   (kernels.*op)(p, {p.is_small() ? run_serially : run_in_parallel});
 }
 
-// A contiguous copy of x unless it already lies as one of the two layouts.
-Tensor dense(const Tensor& x) { return is_dense(x, false) || is_dense(x, true) ? x : torch::stable::contiguous(x); }
+// x as the kernels take it: a copy unless it already lies as one of the two layouts.
+Placed dense(const Tensor& x, const char* name) {
+  REQUIRE(x.is_cpu() && x.dim() >= 2 && x.numel() > 0, "x");
+  if (is_dense(x, false) || is_dense(x, true)) return aligned(x, name);
+  memory_of(x, name);
+  Tensor copy = torch::stable::contiguous(x);
+  return {copy, memory_of(copy, name)};
+}
 
 // t laid out as x, copied where it is not: gradients often arrive in another memory format, or expanded.
-Tensor laid_out_as(const Tensor& t, const Tensor& x, const char* name) {
+Placed laid_out_as(const Tensor& t, const Tensor& x, const char* name) {
   REQUIRE(dtype_code(t) == dtype_code(x) && t.is_cpu(), name);
   REQUIRE(same_shape(t, x), name);
   const bool channels_last = !is_dense(x, false);
-  if (is_dense(t, channels_last)) return t;
-  Tensor copy = empty_as(x);
-  if (is_dense(t, !channels_last)) {
-    Problem p = problem_of(t, {});
-    p.y = copy.data_ptr();
+  void* const data = memory_of(t, name);
+  const bool readable = is_aligned(data, bytes_of(dtype_of(t, name)));
+  if (readable && is_dense(t, channels_last)) return {t, data};
+  Tensor result = empty_as(x);
+  if (readable && is_dense(t, !channels_last)) {
+    Problem p = problem_of(t, data, {});
+    p.y = memory_of(result, name);
     run(p, &Kernels::transpose);
   } else {
-    torch::stable::copy_(copy, t);
+    copy(result, t, name);
   }
-  return copy;
+  return {result, memory_of(result, name)};
 }
 
 // Tensors that live as long as an operator runs, laid out as x.
@@ -82,9 +91,12 @@ struct Operands {
   const Tensor x;
   Problem p;
   Vectors vectors;
-  Optional dy, y, residual;
+  std::optional<Placed> dy, y, residual;
+  std::vector<Placed> copies;  // of moments that kernels can't read
 
-  Operands(const Tensor& given, Act activation) : x(dense(given)), p(problem_of(x, activation)), vectors(p.channels) {}
+  Operands(const Tensor& given, Act activation, const char* name = "x") : Operands(dense(given, name), activation) {}
+  Operands(const Placed& given, Act activation)
+      : x(given.tensor), p(problem_of(x, given.data, activation)), vectors(p.channels) {}
 
   void take_affine(const Optional& weight, const Optional& bias) {
     p.weight = vectors.take(weight, "weight");
@@ -92,32 +104,35 @@ struct Operands {
   }
 
   void take_residual(const Optional& given) {
-    if (given) residual = laid_out_as(*given, x, "residual"), p.residual = residual->data_ptr();
+    if (given) residual = laid_out_as(*given, x, "residual"), p.residual = residual->data;
   }
 
   void take_gradient(const Tensor& given, const Optional& given_y, const Optional& given_residual) {
-    dy = laid_out_as(given, x, "dy"), p.dy = dy->data_ptr();
-    if (given_y) y = laid_out_as(*given_y, x, "y"), p.y = y->data_ptr();
+    dy = laid_out_as(given, x, "dy"), p.dy = dy->data;
+    if (given_y) y = laid_out_as(*given_y, x, "y"), p.y = y->data;
     take_residual(given_residual);
   }
 
-  // Which values count, and what the others come out as: what `padding` has there, or 0.
-  void take_mask(const Optional& mask, const Tensor* padding) {
+  // Which values count, and what the others come out as: what `padding` has there, or 0. Any byte but 0 is True, as in
+  // a view of an image's bytes.
+  void take_mask(const Optional& mask, const void* padding) {
     p.count = static_cast<double>(p.per_channel());
     if (!mask) return;
     REQUIRE(dtype_code(*mask) == aoti_torch_dtype_bool() && mask->is_cpu() && mask->is_contiguous(), "mask");
     REQUIRE(mask->numel() == p.per_channel(), "mask");
-    p.mask = static_cast<const bool*>(mask->data_ptr());
+    p.mask = static_cast<const unsigned char*>(memory_of(*mask, "mask"));
     int64_t count = 0;
-    for (int64_t i = 0; i < p.per_channel(); ++i) count += p.mask[i];
+    for (int64_t i = 0; i < p.per_channel(); ++i) count += p.mask[i] != 0;
     p.count = static_cast<double>(count);
-    if (padding) p.padding = padding->data_ptr();
+    p.padding = padding;
   }
 
-  double* rows(const Tensor& t, int64_t count, const char* name) const {
+  double* rows(const Tensor& t, int64_t count, const char* name) {
     REQUIRE(dtype_code(t) == aoti_torch_dtype_float64() && t.is_cpu() && t.is_contiguous(), name);
     REQUIRE(t.numel() == count * p.channels, name);
-    return doubles(t);
+    void* data = memory_of(t, name);
+    if (!is_aligned(data, sizeof(double))) data = copies.emplace_back(aligned(t, name)).data;
+    return static_cast<double*>(data);
   }
 
   void take_moments(const Tensor& saved) { set_moments(rows(saved, 3, "saved")); }

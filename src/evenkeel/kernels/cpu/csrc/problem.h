@@ -52,7 +52,8 @@ struct Problem {
 
   const void* x = nullptr;
   const void* residual = nullptr;  // the backward needs it, but for none; for relu it needs y in its place
-  const bool* mask = nullptr;      // N, S: which values count, in sums and results; nullptr: all
+  // N, S: which values count, in sums and results: those that are not 0; nullptr: all
+  const unsigned char* mask = nullptr;
   const void* padding = nullptr;   // what those that don't are copied from in a result; nullptr: they are 0
   const double* weight = nullptr;  // nullptr: ones
   const double* bias = nullptr;    // nullptr: zeros

@@ -1,6 +1,6 @@
-// torch's side of the operators: checks tensors, allocates results, calls the kernels. With operands.h and tensors.h
-// the only file that knows torch, through LibTorch's stable ABI, so that one binary serves several versions. The
-// schemas are in evenkeel/ops.py.
+// torch's side of the operators: checks tensors, allocates results, calls the kernels. With groups.h, operands.h,
+// tensors.h and storage.h the only file that knows torch, through LibTorch's stable ABI, so that one binary serves
+// several versions. The schemas are in evenkeel/ops.py.
 //
 // A case that the native kernels do not cover raises an error that begins with "evenkeel: unsupported" before anything
 // was written; Python then takes the reference back end.
@@ -18,7 +18,7 @@ Tensor stats(const Tensor& x, const Optional& mask) {
   Operands o(x, {});
   o.take_mask(mask, nullptr);
   Tensor moments = empty_rows(2, o.p.channels);
-  o.p.mean = doubles(moments);
+  o.p.mean = doubles(moments, "moments");
   o.p.var = o.p.mean + o.p.channels;
   run(o.p, &Kernels::stats);
   return moments;
@@ -37,7 +37,7 @@ Tensor apply(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Opti
   take_normalization(o, mean, rstd, weight, bias);
   o.take_residual(residual);
   Tensor y = empty_as(o.x);
-  o.p.y = y.data_ptr();
+  o.p.y = memory_of(y, "y");
   run(o.p, &Kernels::apply);
   return y;
 }
@@ -49,7 +49,7 @@ Tensor finish(const Tensor& x, const Tensor& saved, const Optional& weight, cons
   o.take_affine(weight, bias);
   o.take_residual(residual);
   Tensor y = empty_as(o.x);
-  o.p.y = y.data_ptr();
+  o.p.y = memory_of(y, "y");
   run(o.p, &Kernels::apply);
   return y;
 }
@@ -61,7 +61,7 @@ Tensor grad_stats(const Tensor& dy, const Tensor& x, const Tensor& mean, const T
   take_normalization(o, mean, rstd, weight, bias);
   o.take_gradient(dy, y, residual);
   Tensor sums = empty_rows(2, o.p.channels);
-  o.p.sum_g = doubles(sums);
+  o.p.sum_g = doubles(sums, "sums");
   o.p.sum_gxhat = o.p.sum_g + o.p.channels;
   run(o.p, &Kernels::grad_stats);
   return sums;
@@ -80,7 +80,7 @@ Tensor grad_input(const Tensor& dy, const Tensor& x, const Tensor& mean, const T
     o.p.sum_gxhat = o.p.sum_g + o.p.channels;
   }
   Tensor dx = empty_as(o.x);
-  o.p.dx = dx.data_ptr();
+  o.p.dx = memory_of(dx, "dx");
   run(o.p, &Kernels::grad_input);
   return dx;
 }
@@ -101,18 +101,24 @@ struct Running {
   double *mean, *var;
   int64_t* batches;  // where they are counted
   bool update;
+  std::optional<Placed> counter, counts;  // what kernels write
 };
 
 Running take_running(Operands& o, const Buffers& buffers) {
   Problem& p = o.p;
-  Running running{o.vectors.take(buffers.mean, "running_mean"), o.vectors.take(buffers.var, "running_var"), nullptr,
-                  buffers.training && buffers.update};
+  Running running{o.vectors.take(buffers.mean, "running_mean"),
+                  o.vectors.take(buffers.var, "running_var"),
+                  nullptr,
+                  buffers.training && buffers.update,
+                  {},
+                  {}};
   const bool has_moments = running.mean;
   REQUIRE(has_moments == (running.var != nullptr) && (buffers.training || has_moments), "running moments");
   if (buffers.batches && running.update) {
     const Tensor& t = *buffers.batches;
     REQUIRE(dtype_code(t) == aoti_torch_dtype_int64() && t.numel() == 1 && t.is_cpu(), "num_batches_tracked");
-    running.batches = static_cast<int64_t*>(t.data_ptr());
+    running.counter = aligned(t, "num_batches_tracked");
+    running.batches = static_cast<int64_t*>(running.counter->data);
   }
   REQUIRE(!running.update || !has_moments || buffers.momentum || running.batches,
           "momentum None without num_batches_tracked");
@@ -120,7 +126,8 @@ Running take_running(Operands& o, const Buffers& buffers) {
     const Tensor& t = *buffers.counts;
     REQUIRE(dtype_code(t) == aoti_torch_dtype_int64() && t.numel() == 3 * p.channels && t.is_cpu() && t.is_contiguous(),
             "update counts");
-    p.counts = static_cast<int64_t*>(t.data_ptr());
+    running.counts = aligned(t, "update counts");
+    p.counts = static_cast<int64_t*>(running.counts->data);
   }
   p.momentum = buffers.momentum.value_or(0);
   if (!buffers.momentum) p.batches = running.batches;
@@ -135,7 +142,12 @@ Running take_running(Operands& o, const Buffers& buffers) {
 }
 
 void put_running(const Buffers& buffers, const Running& running) {
-  if (running.update && running.mean) put(*buffers.mean, running.mean), put(*buffers.var, running.var);
+  if (running.update && running.mean) {
+    put(*buffers.mean, running.mean, "running_mean");
+    put(*buffers.var, running.var, "running_var");
+  }
+  if (running.counter) put_back(*buffers.batches, running.counter->tensor, "num_batches_tracked");
+  if (running.counts) put_back(*buffers.counts, running.counts->tensor, "update counts");
 }
 
 Tensor run_forward(Operands& o, const Buffers& buffers,
@@ -143,12 +155,12 @@ Tensor run_forward(Operands& o, const Buffers& buffers,
   Problem& p = o.p;
   const Running running = take_running(o, buffers);
   Tensor saved = empty_rows(3, p.channels);
-  o.set_moments(doubles(saved));
+  o.set_moments(doubles(saved, "saved"));
   if (!p.training)
     for (int64_t c = 0; c < p.channels; ++c) p.mean[c] = running.mean[c], p.var[c] = running.var[c];
   run(p, kernel);
-  put_running(buffers, running);
   if (running.batches && p.count > 1) ++*running.batches;
+  put_running(buffers, running);
   return saved;
 }
 
@@ -160,9 +172,9 @@ std::tuple<Tensor, Tensor> forward_(const Tensor& x, const Optional& residual, c
   Operands o(x, {activation, a, b});
   o.take_affine(weight, bias);
   o.take_residual(residual);
-  o.take_mask(mask, keep ? &o.x : nullptr);
+  o.take_mask(mask, keep ? o.p.x : nullptr);
   Tensor y = empty_as(o.x);
-  o.p.y = y.data_ptr();
+  o.p.y = memory_of(y, "y");
   Tensor saved =
       run_forward(o, {running_mean, running_var, num_batches_tracked, counts, training, update, momentum, eps});
   return {y, saved};
@@ -193,9 +205,9 @@ std::tuple<Tensor, Tensor> forward_groups_(const Tensor& x, const Optional& resi
   const Buffers buffers{running_mean, running_var, num_batches_tracked, counts, true, update, momentum, eps};
   const Running running = take_running(o, buffers);
   Tensor y = empty_as(o.x);
-  p.y = y.data_ptr();
+  p.y = memory_of(y, "y");
   Tensor saved = empty_rows(groups.count * 3, p.channels);
-  o.set_moments(doubles(saved));
+  o.set_moments(doubles(saved, "saved"));
   Doubles merged(pooled ? 2 * p.channels : 0);
   for (int64_t g = 0; g < groups.count; ++g) {
     Problem part = groups.part(p, g);
@@ -208,8 +220,8 @@ std::tuple<Tensor, Tensor> forward_groups_(const Tensor& x, const Optional& resi
     p.mean = merged.data(), p.var = p.mean + p.channels;
     evenkeel::update_running(p, static_cast<double>(p.per_channel()), 0, p.channels);
   }
-  put_running(buffers, running);
   if (pooled && running.batches) ++*running.batches;
+  put_running(buffers, running);
   return {y, saved};
 }
 
@@ -229,18 +241,21 @@ Tensor inplace_(const Tensor& x, const Optional& weight, const Optional& bias, c
   Operands o(x, {activation, a, b});
   o.take_affine(weight, bias);
   o.take_mask({}, nullptr);
-  o.p.y = x.data_ptr();
-  return run_forward(o, {running_mean, running_var, num_batches_tracked, counts, training, update, momentum, eps});
+  o.p.y = memory_of(o.x, "x");
+  Tensor saved =
+      run_forward(o, {running_mean, running_var, num_batches_tracked, counts, training, update, momentum, eps});
+  put_back(x, o.x, "x");
+  return saved;
 }
 
 Tensor invert(const Tensor& y, const Tensor& saved, const Optional& weight, const Optional& bias, int64_t activation,
               double a, double b) {
-  Operands o(y, {activation, a, b});
+  Operands o(y, {activation, a, b}, "y");
   o.take_affine(weight, bias);
   o.take_moments(saved);
-  o.p.y = o.x.data_ptr();
+  o.p.y = memory_of(o.x, "y");
   Tensor x = empty_as(o.x);
-  o.p.dx = x.data_ptr();
+  o.p.dx = memory_of(x, "x");
   run(o.p, &Kernels::invert);
   return x;
 }
@@ -252,7 +267,7 @@ Tensor rounded(const double* values, int64_t size, Dtype dtype) {
   const int64_t stride = 1;
   const int32_t wide = torch_dtype(dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32);
   Tensor result = empty_strided(&size, &stride, 1, wide);
-  put(result, values);
+  put(result, values, "a gradient");
   return result;
 }
 
@@ -286,11 +301,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(Operands& o, const Groups
   o.take_affine(weight, bias);
   o.set_moments(o.rows(saved, 3 * groups.count, "saved"));
   o.take_gradient(dy, y, residual);
-  o.take_mask(mask, keep ? &*o.dy : nullptr);
+  o.take_mask(mask, keep ? o.p.dy : nullptr);
   Tensor dx = need_input ? empty_as(o.x) : undefined();
   Tensor dresidual = need_residual ? empty_as(o.x) : undefined();
-  if (need_input) o.p.dx = dx.data_ptr();
-  if (need_residual) o.p.dresidual = dresidual.data_ptr();
+  if (need_input) o.p.dx = memory_of(dx, "dx");
+  if (need_residual) o.p.dresidual = memory_of(dresidual, "dresidual");
   auto [dweight, dbias] = run_backward(o, groups, need_weight, need_bias);
   return {dx, dresidual, dweight, dbias};
 }
@@ -317,8 +332,10 @@ std::tuple<Tensor, Tensor> backward_(const Tensor& dy, const Tensor& x, const Te
   o.take_gradient(dy, {}, {});
   o.take_mask({}, nullptr);
   o.p.training = training;
-  o.p.dx = x.data_ptr();
-  return run_backward(o, {}, need_weight, need_bias);
+  o.p.dx = memory_of(o.x, "x");
+  auto gradients = run_backward(o, {}, need_weight, need_bias);
+  put_back(x, o.x, "x");
+  return gradients;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_groups(const Tensor& dy, const Tensor& x, const Tensor& saved,

@@ -1,9 +1,6 @@
 // Tensors through LibTorch's stable ABI: dtypes, layouts, allocation and per-channel vectors.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -12,11 +9,11 @@
 #include <type_traits>
 
 #include "dispatch.h"
+#include "storage.h"
 
 namespace {
 
 using namespace evenkeel;
-using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
 #define REQUIRE(condition, what) STD_TORCH_CHECK(condition, "evenkeel: unsupported: ", what)
@@ -54,18 +51,18 @@ int32_t torch_dtype(Dtype dtype) {
 
 int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
-// Calls body with a pointer to the C++ type of the dtype.
+// Calls body with a value of the C++ type of the dtype.
 template <class Body>
-void with_type(Dtype dtype, void* data, const Body& body) {
+void with_type(Dtype dtype, const Body& body) {
   switch (dtype) {
     case Dtype::f32:
-      return body(static_cast<float*>(data));
+      return body(float{});
     case Dtype::f64:
-      return body(static_cast<double*>(data));
+      return body(double{});
     case Dtype::bf16:
-      return body(static_cast<torch::headeronly::BFloat16*>(data));
+      return body(torch::headeronly::BFloat16{});
     case Dtype::f16:
-      return body(static_cast<torch::headeronly::Half*>(data));
+      return body(torch::headeronly::Half{});
   }
 }
 
@@ -78,6 +75,7 @@ bool is_dense(const Tensor& t, bool channels_last) {
   const int64_t dim = t.dim();
   int64_t expected = 1;
   if (channels_last) {
+    if (dim < 2) return false;
     if (sizes[1] != 1 && strides[1] != 1) return false;
     expected = sizes[1];
   }
@@ -112,7 +110,29 @@ Tensor empty_rows(int64_t rows, int64_t size) {  // double
 
 Tensor empty_as(const Tensor& t) { return empty_strided(t.sizes().data(), t.strides().data(), t.dim(), dtype_code(t)); }
 
-double* doubles(const Tensor& t) { return static_cast<double*>(t.data_ptr()); }
+double* doubles(const Tensor& t, const char* name) { return static_cast<double*>(memory_of(t, name)); }
+
+// A tensor and the address of its first value.
+struct Placed {
+  Tensor tensor;
+  void* data;
+};
+
+// Kernels take values at multiples of their width; in a view of a file's bytes they may lie elsewhere.
+bool is_aligned(const void* data, int64_t width) { return reinterpret_cast<uintptr_t>(data) % width == 0; }
+
+// t, or a copy where kernels can't read or write it; what was written there is put back.
+Placed aligned(const Tensor& t, const char* name) {
+  void* const data = memory_of(t, name);
+  if (is_aligned(data, t.element_size())) return {t, data};
+  Tensor result = empty_as(t);
+  copy(result, t, name);
+  return {result, memory_of(result, name)};
+}
+
+void put_back(const Tensor& t, const Tensor& written, const char* name) {
+  if (written.get() != t.get()) copy(t, written, name);
+}
 
 // ---- a value per channel
 
@@ -138,8 +158,12 @@ class Vectors {
     if (!t) return nullptr;
     REQUIRE(t->is_cpu() && t->dim() == 1 && t->size(0) == channels_ && t->is_contiguous(), name);
     double* const to = values_.data() + taken_++ * channels_;
-    with_type(dtype_of(*t, name), t->data_ptr(), [&](const auto* from) {
-      for (int64_t c = 0; c < channels_; ++c) to[c] = static_cast<double>(from[c]);
+    const char* from = static_cast<const char*>(memory_of(*t, name));
+    with_type(dtype_of(*t, name), [&](auto value) {
+      for (int64_t c = 0; c < channels_; ++c, from += sizeof value) {
+        std::memcpy(&value, from, sizeof value);  // which may lie at any address
+        to[c] = static_cast<double>(value);
+      }
     });
     return to;
   }
@@ -151,11 +175,15 @@ class Vectors {
 };
 
 // values, rounded to t's dtype.
-void put(const Tensor& t, const double* values) {
-  with_type(dtype_of(t, "a vector"), t.data_ptr(), [&](auto* to) {
-    using T = std::remove_reference_t<decltype(*to)>;
+void put(const Tensor& t, const double* values, const char* name) {
+  char* to = static_cast<char*>(memory_of(t, name));
+  with_type(dtype_of(t, name), [&](auto value) {
+    using T = decltype(value);
     using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;  // what 16-bit types convert from
-    for (int64_t c = 0; c < t.size(0); ++c) to[c] = static_cast<T>(static_cast<Wide>(values[c]));
+    for (int64_t c = 0; c < t.size(0); ++c, to += sizeof value) {
+      value = static_cast<T>(static_cast<Wide>(values[c]));
+      std::memcpy(to, &value, sizeof value);
+    }
   });
 }
 
