@@ -75,7 +75,7 @@ test: $(VENV)/.built
 
 # An hour on two cores. FUSION_FUZZ_SEED=N, CALL_FUZZ_SEED=N and KERNEL_FUZZ_SEED=N begin at a seed, as a failure names it.
 fuzz: $(VENV)/.built
-	@FUSION_FUZZ=200000 CALL_FUZZ=200000 KERNEL_FUZZ=40000 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 \
+	@FUSION_FUZZ=100000 CALL_FUZZ=200000 KERNEL_FUZZ=40000 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 \
 		--dist worksteal -q tests/fusion/test_program_fuzz.py tests/nn/test_bad_calls.py tests/kernels/test_kernel_fuzz.py \
 		-k fresh $(ARGS)
 

@@ -56,7 +56,7 @@ def _is_installed(requirement: str) -> bool:
 
 def _installer() -> str:
     """What installs packages for this Python, whichever one the shell finds first."""
-    if find_spec("pip") is None:  # as in the environments of uv
+    if not _is_installed("pip"):  # as in the environments of uv
         return f"uv pip install --python {quote(sys.executable)}"
     pip = shutil.which("pip")
     beside = pip is not None and Path(pip).parent == Path(sys.executable).parent

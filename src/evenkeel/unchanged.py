@@ -66,7 +66,13 @@ class Unchanged(AbstractContextManager[None]):
 def _has_values(tensor: Tensor) -> bool:
     """Whether it is of an ordinary kind; no layer writes to others."""
     strided = not (is_lazy(tensor) or tensor.is_nested) and tensor.layout is torch.strided
-    return strided and not (tensor.is_meta or tensor.is_quantized)
+    return strided and not (tensor.is_meta or tensor.is_quantized or _is_freed(tensor))
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    """Whether the memory of a plain tensor is gone, which whoever uses it will say."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and torch._C._functorch.peek_interpreter_stack() is None
+    return plain and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
 def _is_same(tensor: Tensor, other: Tensor) -> bool:

@@ -14,7 +14,7 @@ OTHERS = {
     "keep": False, "groups": 2, "size": 2, "pooled": False, "need_input": True, "need_residual": False,
     "need_weight": True, "need_bias": True,
 }  # fmt: skip
-NAMES = {"skipped": "skipped_updates"}
+NAMES = {"counts": "update counts"}
 SCHEMAS = {
     name: getattr(torch.ops.evenkeel, name).default._schema
     for name in (
@@ -34,12 +34,12 @@ def tensors(operator, layout):
     """A tensor for each name, in a storage with more before and after it."""
     large = (4, CHANNELS, 3, 2)
     sizes = dict.fromkeys(("x", "dy", "y", "residual"), large)
-    vectors = ("weight", "bias", "running_mean", "running_var", "skipped", "mean", "rstd")
+    vectors = ("weight", "bias", "running_mean", "running_var", "mean", "rstd")
     sizes |= dict.fromkeys(vectors, (CHANNELS,)) | {"num_batches_tracked": (), "mask": (4, 3, 2)}
     rows = 6 if operator == "backward_groups" else 3
-    sizes |= {"saved": (rows, CHANNELS), "grad_means": (2, CHANNELS)}
+    sizes |= {"counts": (3, CHANNELS), "saved": (rows, CHANNELS), "grad_means": (2, CHANNELS)}
     dtypes = dict.fromkeys(("saved", "grad_means", "mean", "rstd"), torch.float64) | {"mask": torch.bool}
-    dtypes |= dict.fromkeys(("num_batches_tracked", "skipped"), torch.int64)
+    dtypes |= dict.fromkeys(("num_batches_tracked", "counts"), torch.int64)
     found = {}
     for name, size in sizes.items():
         count = torch.Size(size).numel()

@@ -52,7 +52,9 @@ def test_results_lie_as_x(kernel, shape):
     for layout, training, residual in itertools.product((*DENSE, "sliced"), (True, False), (False, True)):
         problem = make_problem(shape, Options(training, "relu", residual)).laid_out(layout)
         found = run(problem, by_evenkeel)
-        strides = problem.x.stride() if layout in DENSE else torch.empty(shape).stride()
+        # As torch's: three dimensions have one memory format.
+        kept = layout in DENSE and (layout == "contiguous" or len(shape) > 3)
+        strides = problem.x.stride() if kept else torch.empty(shape).stride()
         for name in ("y", "dx"):
             assert [found[name].stride(d) for d in told] == [strides[d] for d in told], (name, layout)
 

@@ -26,15 +26,15 @@ native = pytest.mark.parametrize("kernel", NATIVE, indirect=True)
 
 
 def tensors(shape, dtype, layout):
-    """x, dy, residual, weight, bias, running_mean, running_var, num_batches_tracked, skipped."""
+    """x, dy, residual, weight, bias, running_mean, running_var, num_batches_tracked, counts."""
     large = [laid_out(torch.randn(shape).to(dtype), layout) for _ in range(3)]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     vectors = [torch.randn(shape[1], dtype=wide) for _ in range(3)]
-    counters = torch.tensor(3), torch.zeros(shape[1], dtype=torch.int64)
+    counters = torch.tensor(3), torch.zeros(3, shape[1], dtype=torch.int64)
     return [*large, *vectors, torch.rand(shape[1], dtype=wide) + 0.5, *counters]
 
 
-def run_all(x, dy, residual, weight, bias, mean, var, batches, skipped):
+def run_all(x, dy, residual, weight, bias, mean, var, batches, counts):
     """Every native operator; all results, and what was written in place."""
     before = x.clone()
     mask = torch.rand(x.shape[0], *x.shape[2:], generator=torch.Generator().manual_seed(0)) < 0.8
@@ -42,9 +42,9 @@ def run_all(x, dy, residual, weight, bias, mean, var, batches, skipped):
     found = [OPERATORS.stats(x, None), OPERATORS.stats(x, mask)]
     for training in (True, False):
         how = training, training, MOMENTUM, EPS
-        found.append(OPERATORS.measure_(x, *state, *how, skipped))
+        found.append(OPERATORS.measure_(x, *state, *how, counts))
         for activation in (NONE, RELU, SILU):
-            y, saved = OPERATORS.forward_(x, residual, *affine, *state, *how, *activation, skipped, mask, True)
+            y, saved = OPERATORS.forward_(x, residual, *affine, *state, *how, *activation, counts, mask, True)
             kept = unlike(x, y)
             y_and_residual = (kept, None) if activation == RELU else (None, residual)
             needs = True, activation != NONE, True, True
@@ -61,19 +61,19 @@ def run_all(x, dy, residual, weight, bias, mean, var, batches, skipped):
             found.append(OPERATORS.grad_input(dy, x, *given, *y_and_residual, means, *activation))
         found.append(OPERATORS.invert(x, saved, *affine, *NONE))
         overwritten = unlike(x, x)
-        found.append(OPERATORS.inplace_(overwritten, *affine, *state, *how, *NONE, skipped))
+        found.append(OPERATORS.inplace_(overwritten, *affine, *state, *how, *NONE, counts))
         found.append(overwritten.clone())
         found += OPERATORS.backward_(dy, overwritten, saved, *affine, training, *NONE, True, True)
         found.append(overwritten)
     y, saved = OPERATORS.forward_groups_(
-        x, residual, *affine, *state, 2, x.shape[0] // 2, True, True, MOMENTUM, EPS, *NONE, skipped
+        x, residual, *affine, *state, 2, x.shape[0] // 2, True, True, MOMENTUM, EPS, *NONE, counts
     )
     found += [y, saved]
     found += OPERATORS.backward_groups(
         dy, x, saved, *affine, None, None, 2, x.shape[0] // 2, *NONE, True, False, True, True
     )
     assert torch.equal(x, before)
-    return [t for t in found if t is not None] + [mean, var, batches, skipped]
+    return [t for t in found if t is not None] + [mean, var, batches, counts]
 
 
 def unlike(x, t):

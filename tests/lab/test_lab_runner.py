@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from evenkeel.lab.cell import Cell, Results
-from evenkeel.lab.parallel import cluster
 from evenkeel.lab.runner import run, stored
 from evenkeel.lab.store import Store
 
@@ -158,12 +157,3 @@ def test_results_are_read_in_the_order_of_the_cells_without_the_missing():
         ({"seed": 0}, {"value": 1}),
         ({"seed": 2}, {"value": 3}),
     ]
-
-
-@pytest.mark.parametrize(("address", "package"), [("tcp://127.0.0.1:1", "distributed"), ("ray://127.0.0.1:1", "ray")])
-def test_a_cluster_without_its_package_says_what_to_install(monkeypatch, address, package):
-    from evenkeel import extras
-
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=f"needs the package {package}: .*pip install .*{package}"):
-        cluster(address)

@@ -52,6 +52,7 @@ def test_every_table_is_right(native: subprocess.CompletedProcess[str]) -> None:
 
 def test_every_table_is_right_on_arm() -> None:
     skip_where_missing(build_driver.arm_tools)
-    outcome = run_driver("arm", "--quick")
+    """One dtype: emulation is slow. ``make arm`` has them all."""
+    outcome = run_driver("arm", "--quick", "--dtype", DTYPES[0])
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    assert checked(outcome.stdout) == {"baseline": list(DTYPES)}
+    assert checked(outcome.stdout) == {"baseline": [DTYPES[0]]}

@@ -66,7 +66,8 @@ def test_what_installs_is_that_of_this_python(monkeypatch: pytest.MonkeyPatch, t
         (None, False, f"uv pip install --python {sys.executable}"),
     ):
         monkeypatch.setattr(extras.shutil, "which", lambda name, found=found: found)
-        monkeypatch.setattr(extras, "find_spec", lambda name, pip=pip: object() if name == "pip" and pip else None)
+        monkeypatch.setattr(extras, "find_spec", lambda name: None)
+        monkeypatch.setattr(extras, "_is_installed", lambda requirement, pip=pip: requirement == "pip" and pip)
         words = lacking("gone", "rich")
         assert words == f"rich: {answer} rich"
 

@@ -76,6 +76,7 @@ LEGAL = {
     "from_flax": {"state_dict"},
     "from_keras": {"state_dict"},
     "explain": {"list"},
+    "register": {"class"},
     "merge_statistics": {"list", "generator", "array"},
     "Moments.merge_all": {"list", "state_dict", "generator", "array", "sparse", "csr", "jagged", "mkldnn", "nested"},
 }

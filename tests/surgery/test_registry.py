@@ -77,7 +77,7 @@ def test_batch_norm_with_dropout_and_activation(kinds):
         twin = copy.deepcopy(model)
         model, report = ek.convert(model)
         assert report.summary["converted"] == 2
-        assert (report.rows[0]["was"], report.rows[0]["is"]) == ("BatchNormAct2d", "ek.BatchNormAct2d")
+        assert (report.rows[0]["was"], report.rows[0]["is"]) == ("BatchNormAct2d", "BatchNormAct2d (evenkeel)")
         assert isinstance(model[1], kinds["timm BatchNormAct2d"])
         assert isinstance(model[1], ek.BatchNorm2d)
         assert model.state_dict().keys() == twin.state_dict().keys()

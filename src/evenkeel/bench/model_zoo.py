@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 #: What takes the place of large images where only the result is looked at.
 _SMALLER: dict[tuple[int, ...], tuple[int, ...]] = {
-    (224, 224): (96, 96), (299, 299): (139, 139), (32,) * 3: (16,) * 3, (48,) * 3: (32,) * 3, (64,) * 3: (32,) * 3,
+    (224, 224): (96, 96), (299, 299): (139, 139), (32,) * 3: (16,) * 3, (48,) * 3: (24,) * 3, (64,) * 3: (32,) * 3,
 }  # fmt: skip
 #: Windows of average pooling that pytorchcv's networks end with.
 _WHOLE_IMAGE = (7, 8, 10)
@@ -57,6 +57,10 @@ class Architecture:
                     module.p = 0.0
                 if isinstance(module, _BatchNorm):
                     _train_a_little(module)
+            if small and self.name.startswith("VGG"):  # a billion bytes of weights for images of one size
+                model.output = nn.Sequential(
+                    nn.Unflatten(1, (512, -1)), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(512, 1000)
+                )
         if small and not self.is_fixed:
             for path, module in list(model.named_modules()):
                 if isinstance(module, nn.AvgPool2d) and module.kernel_size in _WHOLE_IMAGE:
@@ -106,7 +110,7 @@ _FROM_PYTORCHCV = {
     "ShuffleNetV2": "shufflenetv2_w1", "DarkNet-53": "darknet53", "DLA-34": "dla34",
     "HRNet-W18 small": "hrnet_w18_small_v1", "VoVNet-27 slim": "vovnet27s", "NASNet-A mobile": "nasnet_4a1056",
 }  # fmt: skip
-_FIXED = ("bn_vgg16", "dpn68")
+_FIXED = ("dpn68",)
 _FROM_PYTORCHCV_LARGE = {"Inception-V3": "inceptionv3", "Xception": "xception"}
 
 ARCHITECTURES: dict[str, Architecture] = {

@@ -7,10 +7,10 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
 
+from evenkeel.extras import lacking
 from evenkeel.lab.cell import Cell, Ended, Failure
 from evenkeel.lab.parallel import DIED, Attempt, handed_out, running_on
 
@@ -49,10 +49,8 @@ def cluster(address: str | None) -> AbstractContextManager[Any]:
 
 
 def _need(extra: str, package: str) -> None:
-    if find_spec(package) is None:
-        raise ModuleNotFoundError(
-            f"such a cluster needs the package {package}: pip install 'evenkeel[{extra}]'", name=package
-        )
+    if words := lacking(extra, package):
+        raise ModuleNotFoundError(f"such a cluster needs the package {words}", name=package)
 
 
 def _failure(cell: Cell, error: Exception) -> Ended:

@@ -85,7 +85,7 @@ class ConditionalBatchNorm(Variant):
     """
 
     _masks = True
-    own_evaluation = "with the γ and β of each sample's condition"
+    own_evaluation: str | None = "with the γ and β of each sample's condition"
 
     modulation: torch.nn.Module
     weight: torch.nn.Parameter

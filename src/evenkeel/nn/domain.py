@@ -77,8 +77,8 @@ class DomainBatchNorm(Variant):
     """
 
     _masks = True
-    own_data = "of each domain"
-    own_evaluation = "by the moments of the domain"
+    own_data: str | None = "of each domain"
+    own_evaluation: str | None = "by the moments of the domain"
 
     weight: torch.nn.Parameter
     bias: torch.nn.Parameter

@@ -54,7 +54,7 @@ class L1BatchNorm(Variant):
     """
 
     _masks = True
-    own_scale = "the square of the mean absolute deviation, scaled, in running_var"
+    own_scale: str | None = "the square of the mean absolute deviation, scaled, in running_var"
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
         if mask is not None:
@@ -112,7 +112,7 @@ class RangeBatchNorm(Variant):
         arXiv:1805.11046, section 3.
     """
 
-    own_scale = "the square of the range, scaled, in running_var"
+    own_scale: str | None = "the square of the range, scaled, in running_var"
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
         moments = Moments.from_tensor(x)

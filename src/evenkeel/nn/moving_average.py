@@ -84,7 +84,7 @@ class MovingAverageBatchNorm(Remembering):
     """
 
     _masks = True
-    own_scale = "the mean square about 0 in running_var"
+    own_scale: str | None = "the mean square about 0 in running_var"
 
     def __init__(
         self,

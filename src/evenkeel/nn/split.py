@@ -29,7 +29,7 @@ class AuxiliaryBatchNorm(Variant):
         torch.Size([8])
     """
 
-    own_data = "of its part of the batch"
+    own_data: str | None = "of its part of the batch"
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
         return self.run(x, residual, self.weight, self.bias, act)
@@ -104,7 +104,7 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
         section 4.2.
     """
 
-    own_evaluation = "by the part of it that using() chooses"
+    own_evaluation: str | None = "by the part of it that using() chooses"
     num_splits: int
     shared_affine: bool
     aux_bn: torch.nn.ModuleList

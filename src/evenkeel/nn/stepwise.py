@@ -73,8 +73,8 @@ class StepwiseBatchNorm(Variant):
     """
 
     _ranks = (2,)
-    own_data = "of each time step"
-    own_evaluation = "by the moments of the time step"
+    own_data: str | None = "of each time step"
+    own_evaluation: str | None = "by the moments of the time step"
 
     max_length: int
     gamma: float

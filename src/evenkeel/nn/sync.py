@@ -18,7 +18,7 @@ from evenkeel.distributed import Step, agree
 from evenkeel.errors import check_module, describe, locate, module_path
 from evenkeel.functional import Options, check_layer_call, moments
 from evenkeel.fused import Normalization, is_plain
-from evenkeel.masking import Padding, check_policy, without_variance
+from evenkeel.masking import Padding, TooFew, check_policy, without_variance
 from evenkeel.moments import Moments, Weighting
 from evenkeel.nn.batch_norm import FusedBatchNorm, policy_repr
 from evenkeel.nn.skipped import CountsSkipped
@@ -94,7 +94,7 @@ class SyncBatchNorm(Variant):
     defers_in_training = True
     #: Where a layer that was made from another one remembers the class of that.
     CAME_FROM = "_came_from"
-    too_few = "error"
+    too_few: TooFew = "error"
 
     def __init__(
         self,
@@ -108,13 +108,13 @@ class SyncBatchNorm(Variant):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        too_few: str = "error",
+        too_few: TooFew = "error",
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.set_policy(too_few)
         self.process_group = process_group
 
-    def set_policy(self, too_few: str) -> None:
+    def set_policy(self, too_few: TooFew) -> None:
         """As :meth:`evenkeel.BatchNorm.set_policy`."""
         check_policy(type(self).__name__, too_few)
         if too_few != self.too_few:

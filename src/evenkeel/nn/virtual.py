@@ -68,8 +68,8 @@ class VirtualBatchNorm(Variant):
     """
 
     _masks = True
-    own_data = "of the reference batch"
-    own_evaluation = "by the moments of the reference batch and of each sample"
+    own_data: str | None = "of the reference batch"
+    own_evaluation: str | None = "by the moments of the reference batch and of each sample"
     _reference: Moments | None = None
     #: None, or whether a reference pass that is going on leaves gradients out.
     _collecting: bool | None = None

@@ -81,8 +81,8 @@ class WhiteningBatchNorm(Variant):
         Whitening", arXiv:1904.03441, algorithm 1 (``"newton"``).
     """
 
-    own_scale = "covariances beside running_var"
-    own_evaluation = "by the covariances of groups of channels"
+    own_scale: str | None = "covariances beside running_var"
+    own_evaluation: str | None = "by the covariances of groups of channels"
     running_cov: Tensor | None
 
     group_size: int

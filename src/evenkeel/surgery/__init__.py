@@ -29,6 +29,7 @@ __all__ = [
     "param_groups",
     "prepare_export",
     "recalibrate",
+    "register",
     "reset_adaptation",
     "revert",
     "to_flax",

@@ -95,6 +95,8 @@ def class_before(layer: nn.Module) -> type[nn.Module]:
 
 def name_of(kind: type) -> str:
     """A class as reports say it."""
+    if issubclass(kind, Registered):
+        return f"{kind.__name__} (evenkeel)"
     return f"ek.{kind.__name__}" if kind.__module__.partition(".")[0] == "evenkeel" else kind.__name__
 
 
