@@ -71,9 +71,9 @@ def test_stopped_while_workers_start_it_says_so_in_one_line(tmp_path, sent, stat
         # Python ends by the signal where code that was made from text, as that of a dataclass, was interrupted.
         assert process.wait(PATIENCE) in statuses
         assert comes(lambda: not members(process.pid))
-    *bar, said = (tmp_path / "said").read_text().splitlines()
-    assert said == "stopped; what was measured is kept in evenkeel-lab.jsonl, and the same command goes on"
-    assert all(line.startswith("training") for line in bar)
+    said = (tmp_path / "said").read_text()  # beside the bar, and what loky may say of semaphores it takes down
+    assert said.count("stopped; what was measured is kept in evenkeel-lab.jsonl, and the same command goes on\n") == 1
+    assert "Traceback" not in said
 
 
 @needs_proc
