@@ -61,7 +61,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="pr
 
 
 @needs_proc
-@pytest.mark.parametrize(("sent", "statuses"), [("SIGTERM", (143,))])
+@pytest.mark.parametrize(("sent", "statuses"), [("SIGINT", (130, -2)), ("SIGTERM", (143,))])
 def test_stopped_while_workers_start_it_says_so_in_one_line(tmp_path, sent, statuses):
     with sleeping_run(tmp_path) as process:
         assert comes(lambda: len(members(process.pid)) >= 3)  # the run, what tracks its semaphores, and a worker

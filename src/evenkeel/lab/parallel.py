@@ -115,8 +115,14 @@ def _one_by_one(left: dict[str, Cell], attempt: Attempt, width: int, most: int) 
 
 
 def _in_processes(cells: list[Cell], attempt: Attempt, width: int, most: int) -> Iterator[Ended]:
-    from joblib.externals.loky import get_reusable_executor
+    from multiprocessing import resource_tracker
 
+    from joblib.externals.loky import get_reusable_executor
+    from joblib.externals.loky.backend import resource_tracker as lokys
+
+    # Both would be started with the first worker, and Python's lets interrupts through again when it is.
+    resource_tracker.ensure_running()
+    lokys.ensure_running()
     # Its workers wait for what comes next, since starting one takes as long as many a cell.
     pool = get_reusable_executor(width, initializer=end_with, initargs=(os.getpid(),), env=ONE_THREAD)
 
