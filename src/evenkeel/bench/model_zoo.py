@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 #: What takes the place of large images where only the result is looked at.
 _SMALLER: dict[tuple[int, ...], tuple[int, ...]] = {
-    (224, 224): (96, 96), (299, 299): (139, 139), (32,) * 3: (16,) * 3, (48,) * 3: (24,) * 3, (64,) * 3: (32,) * 3,
+    (224, 224): (64, 64), (299, 299): (139, 139), (32,) * 3: (16,) * 3, (48,) * 3: (24,) * 3, (64,) * 3: (32,) * 3,
 }  # fmt: skip
 #: Windows of average pooling that pytorchcv's networks end with.
 _WHOLE_IMAGE = (7, 8, 10)
