@@ -26,6 +26,8 @@ def sleeping_run(folder):
             stdout=subprocess.DEVNULL,
             stderr=said,
             start_new_session=True,
+            # Tests in a shell's background have it ignored, and so would what they start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         yield process
