@@ -11,27 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
-from twins import LEARNED, Net, after, alike, batch, outcome, plainly, same, small_tensors_wait, twins  # noqa: F401
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn, self.act = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()
-        self.tail = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.SiLU())
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.tail(self.act(self.bn(self.conv(x)) + x))
-
-
-def _learned(training: bool = True) -> tuple[Any, Any]:
-    """A model whose layers wait, and its twin."""
-    converted, twin = twins(Model())
-    for _ in range(3):
-        x = batch()
-        same(*(outcome(m.train(training), x, plainly) for m in (converted, twin)))
-    return converted, twin
+from twins import LEARNED, Net, after, alike, batch, learned_twins, outcome, plainly, same, small_tensors_wait, twins  # noqa: F401
 
 
 def _maybe(m: Any, f: Any, x: Tensor, reentrant: bool) -> Any:
@@ -110,13 +90,13 @@ def test_autocast(act: str, residual: str) -> None:
 
 def test_model_in_several_threads() -> None:
     """In evaluation all results are the twin's; in training every thread's result is, and no update is lost in one."""
-    converted, twin = _learned(False)
+    converted, twin = learned_twins(False)
     x = [batch() for _ in range(16)]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(converted, x))
     for one, y in zip(x, found, strict=True):
         same(y, twin(one))
-    converted, twin = _learned()
+    converted, twin = learned_twins()
     lock = threading.Barrier(4)
 
     def work(one: Tensor) -> Tensor:

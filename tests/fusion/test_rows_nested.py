@@ -7,32 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from twins import LEARNED, Net, after, alike, batch, outcome, same, small_tensors_wait, twins  # noqa: F401
+from twins import LEARNED, Net, ResNet, after, alike, batch, outcome, same, small_tensors_wait, twins  # noqa: F401
 
 import evenkeel as ek
 from evenkeel.fusion import pending
-
-
-class _Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.bn1(self.conv1(x)) + x)
-
-
-class _ResNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
-        self.layer1 = nn.Sequential(_Block(), _Block())
-        self.bn = nn.BatchNorm2d(3)
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.bn(self.layer1(self.features(x))))
 
 
 def test_recursion() -> None:
@@ -50,7 +28,7 @@ def test_recursion() -> None:
 
 def test_other_model_inside_the_forward() -> None:
     """A teacher, converted as well, that is no child; called while the student's result waits."""
-    teachers = twins(_ResNet())
+    teachers = twins(ResNet())
     converted, twin = twins(Net(lambda m, x: (lambda y: torch.relu(y + m.teacher[0](x)))(m.bn(m.conv(x)))))
     converted.teacher, twin.teacher = [teachers[0]], [teachers[1]]
     before = pending.completed
@@ -108,7 +86,7 @@ def test_ek_sequential_fuses() -> None:
 
 
 def test_scopes_are_put_back_by_revert() -> None:
-    converted, twin = twins(_ResNet())
+    converted, twin = twins(ResNet())
     for _ in range(3):
         converted(batch())
     converted, _ = ek.revert(converted)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from twins import LEARNED, Net, after, alike, batch, outcome, same, small_tensors_wait, twins  # noqa: F401
+from twins import LEARNED, Block, Net, ResNet, after, alike, batch, outcome, same, small_tensors_wait, twins  # noqa: F401
 
 import evenkeel as ek
 from evenkeel.fusion import pending
@@ -21,28 +21,6 @@ def _nothing_stays_open() -> Any:
     yield
     scope = current()  # what hooks do not see leaves one behind, whose call has ended
     assert scope is None or not scope.is_open()
-
-
-class _Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.bn1(self.conv1(x)) + x)
-
-
-class _ResNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
-        self.layer1 = nn.Sequential(_Block(), _Block())
-        self.bn = nn.BatchNorm2d(3)
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.bn(self.layer1(self.features(x))))
 
 
 CALLS: dict[str, Any] = {
@@ -57,7 +35,7 @@ CALLS: dict[str, Any] = {
     "a part of a Sequential": lambda m, x: m.features[:2](x),
     "a child's forward": lambda m, x: m.features.forward(x),
     "a new Sequential": lambda m, x: nn.Sequential(m.features[1], nn.ReLU())(x),
-    "Class.forward": lambda m, x: _Block.forward(m.layer1[0], x),
+    "Class.forward": lambda m, x: Block.forward(m.layer1[0], x),
 }
 
 
@@ -73,12 +51,12 @@ def test_parts_called_alone(way: str) -> None:
             return y, z, m(x), CALLS[way](m, x)
         return m(x)
 
-    alike(_ResNet(), run)
+    alike(ResNet(), run)
 
 
 @pytest.mark.parametrize("way", ["the model", "a child"])
 def test_these_fuse(way: str) -> None:
-    converted, _ = twins(_ResNet())
+    converted, _ = twins(ResNet())
     for _ in range(3):
         CALLS[way](converted, batch())
     before = pending.completed
@@ -88,7 +66,7 @@ def test_these_fuse(way: str) -> None:
 
 @pytest.mark.parametrize("way", ["a layer", "a layer of the model", "a layer's forward", "a new Sequential"])
 def test_these_do_not_wait(way: str) -> None:
-    converted, _ = twins(_ResNet())
+    converted, _ = twins(ResNet())
     for _ in range(3):
         converted(batch())
     before = pending.completed
@@ -110,7 +88,7 @@ def test_bare_layer() -> None:
 def test_model_inside_another() -> None:
     """Converted inside, outside and both, and put into a model that is not converted."""
     for inner, outer in ((True, False), (False, True), (True, True)):
-        model, twin = _ResNet(), _ResNet()
+        model, twin = ResNet(), ResNet()
         twin.load_state_dict(model.state_dict())
         wholes = [nn.Sequential(m, nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.SiLU()).double() for m in (model, twin)]
         wholes[1].load_state_dict(wholes[0].state_dict())

@@ -14,7 +14,20 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from twins import LEARNED, Net, after, alike, batch, outcome, plainly, same, small_tensors_wait, twins  # noqa: F401
+from twins import (  # noqa: F401
+    LEARNED,
+    Model,
+    Net,
+    after,
+    alike,
+    batch,
+    learned_twins,
+    outcome,
+    plainly,
+    same,
+    small_tensors_wait,
+    twins,
+)
 
 from evenkeel.fusion import pending
 from evenkeel.fusion.tensor import DeferredTensor
@@ -23,26 +36,6 @@ pytestmark = [  # torch's own, about inputs that are no leaves and about its dec
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),
     pytest.mark.filterwarnings("ignore:`torch.jit"),
 ]
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn, self.act = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()
-        self.tail = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.SiLU())
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.tail(self.act(self.bn(self.conv(x)) + x))
-
-
-def _learned(training: bool = True) -> tuple[Any, Any]:
-    """A model whose layers wait, and its twin."""
-    converted, twin = twins(Model())
-    for _ in range(3):
-        x = batch()
-        same(*(outcome(m.train(training), x, plainly) for m in (converted, twin)))
-    return converted, twin
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +59,7 @@ def _compile(f: Any) -> Any:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("how", ["torch.compile", "Module.compile", "eager"])
 def test_compiled_model(training: bool, how: str) -> None:
-    converted, twin = _learned(training)
+    converted, twin = learned_twins(training)
     if how == "Module.compile":
         converted.compile(backend="aot_eager")
     backend = how.replace("torch.compile", "aot_eager")
@@ -83,7 +76,7 @@ def test_compiled_model(training: bool, how: str) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled_child(how: str, training: bool) -> None:
     """Of a converted model, the child that takes a result, and the one that has a layer in it."""
-    converted, twin = _learned(training)
+    converted, twin = learned_twins(training)
     for name in ("act", "tail"):
         if how == "Module.compile":
             getattr(converted, name).compile(backend="aot_eager")
@@ -122,7 +115,7 @@ def test_compiled_function_inside(kind: Any, learned: str) -> None:
 
 
 def test_compiled_function_of_the_model() -> None:
-    converted, twin = _learned()
+    converted, twin = learned_twins()
     step = _compile(lambda x: converted(x).square().mean())
     for _ in range(3):
         x = batch()
@@ -131,7 +124,7 @@ def test_compiled_function_of_the_model() -> None:
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(strict: bool) -> None:
-    converted, twin = _learned(False)
+    converted, twin = learned_twins(False)
     x = batch()
     exported = torch.export.export(converted, (x,), strict=strict)
     same(exported.module()(x).detach(), twin(x).detach())
@@ -139,7 +132,7 @@ def test_export(strict: bool) -> None:
 
 
 def test_symbolic_trace() -> None:
-    converted, twin = _learned()
+    converted, twin = learned_twins()
     traced = torch.fx.symbolic_trace(converted)
     assert [n.target for n in traced.graph.nodes if n.op == "call_module"][:2] == ["conv", "bn"]
     for training in (True, False):
@@ -148,7 +141,7 @@ def test_symbolic_trace() -> None:
 
 
 def test_make_fx() -> None:
-    converted, twin = _learned(False)
+    converted, twin = learned_twins(False)
     x = batch()
     graph = make_fx(converted)(x)
     same(graph(x).detach(), twin(x).detach())
@@ -157,7 +150,7 @@ def test_make_fx() -> None:
 
 
 def test_jit_trace_is_refused_as_before() -> None:
-    converted, _ = _learned(False)
+    converted, _ = learned_twins(False)
     x = batch()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -169,7 +162,7 @@ def test_jit_trace_is_refused_as_before() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_torch_func(training: bool) -> None:
     """vmap, grad, jvp, vjp, jacrev, functional_call."""
-    converted, twin = _learned(training)
+    converted, twin = learned_twins(training)
     x, v = batch(2, 3, 4, 4), batch(2, 3, 4, 4)
 
     def all_of(m: Any) -> Any:

@@ -201,3 +201,45 @@ def alike(
     if fuses is not None:
         assert (pending.completed > before) == fuses
     return converted
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn1(self.conv1(x)) + x)
+
+
+class ResNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+        self.layer1 = nn.Sequential(Block(), Block())
+        self.bn = nn.BatchNorm2d(3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.bn(self.layer1(self.features(x))))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()
+        self.tail = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.SiLU())
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(self.act(self.bn(self.conv(x)) + x))
+
+
+def learned_twins(training: bool = True) -> tuple[Any, Any]:
+    """A model whose layers wait, and its twin."""
+    converted, twin = twins(Model())
+    for _ in range(3):
+        x = batch()
+        same(*(outcome(m.train(training), x, plainly) for m in (converted, twin)))
+    return converted, twin

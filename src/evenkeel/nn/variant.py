@@ -95,7 +95,8 @@ class Variant(Constructed, Controlled, CountsSkipped):
         """
         if residual is None and activation is None and mask is None and not torch.compiler.is_compiling():
             scope = current()
-            if scope is not None and sample_weight is None and not inplace and padding == "zero":
+            plain = sample_weight is None and not inplace
+            if scope is not None and plain and weighting == "frequency" and padding == "zero":
                 deferred = begin(self, scope, input, Variant.forward)
                 if deferred is not None:
                     return deferred
