@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from evenkeel.activations import NONE, Activation
 from evenkeel.errors import locate, module_path
-from evenkeel.fused import PLAIN, Normalization
+from evenkeel.fused import PLAIN
 from evenkeel.fusion.graph import BatchNormNode, Shared, after
 from evenkeel.fusion.memory import ATTRIBUTE, NEVER, Memory
 from evenkeel.fusion.operations import ADD, TIMES_START, Kernel
@@ -22,6 +22,7 @@ from evenkeel.fusion.pending import Observed, promise
 from evenkeel.fusion.scope import Scope
 from evenkeel.fusion.tensor import defer, without_memory
 from evenkeel.layout import dense
+from evenkeel.normalization import Normalization
 from evenkeel.second_run import second_run
 
 #: Smaller results do not wait, in evaluation and in training: one kernel for two costs more than it saves. Values; as

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from evenkeel.activations import NAMED, NONE, Activation
-from evenkeel.fused import Normalization, transformed
+from evenkeel.fused import transformed
 from evenkeel.fusion.operations import TIMES_START, Step, Steps, value_after
 from evenkeel.fusion.tensor import without_memory
+from evenkeel.normalization import Normalization
 
 if TYPE_CHECKING:
     from evenkeel.fusion.call import Call

@@ -12,7 +12,6 @@ from evenkeel.activations import NONE, ActivationLike, resolve
 from evenkeel.arguments import State
 from evenkeel.errors import locate
 from evenkeel.functional import BESIDE_JIT, Options, check_layer_call, layer_batch_norm
-from evenkeel.fused import Normalization, is_plain
 from evenkeel.fusion.call import begin, passes_by
 from evenkeel.fusion.scope import current
 from evenkeel.masking import Padding, TooFew, check_policy
@@ -20,6 +19,7 @@ from evenkeel.moments import Weighting
 from evenkeel.nn.constructed import Constructed
 from evenkeel.nn.controlled import Controlled
 from evenkeel.nn.skipped import CountsSkipped
+from evenkeel.normalization import Normalization, is_plain
 
 passes_by(__file__)
 

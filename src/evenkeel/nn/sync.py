@@ -17,13 +17,13 @@ from evenkeel.arguments import State, check_arguments
 from evenkeel.distributed import Step, agree
 from evenkeel.errors import check_module, describe, locate, module_path
 from evenkeel.functional import Options, check_layer_call, moments
-from evenkeel.fused import Normalization, is_plain
 from evenkeel.masking import Padding, TooFew, check_policy, without_variance
 from evenkeel.moments import Moments, Weighting
 from evenkeel.nn.batch_norm import FusedBatchNorm, policy_repr
 from evenkeel.nn.skipped import CountsSkipped
 from evenkeel.nn.synchronized import Call, Synchronized, refuse_second_derivative, synchronized_backward
 from evenkeel.nn.variant import Variant, normalize
+from evenkeel.normalization import Normalization, is_plain
 from evenkeel.ranks import group_of
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from evenkeel.activations import Activation, ActivationLike, resolve
 from evenkeel.arguments import State, check_arguments
 from evenkeel.errors import locate
 from evenkeel.functional import Options, check_layer_call, refuse_jit
-from evenkeel.fused import Normalization, is_plain
 from evenkeel.fusion.call import begin, passes_by
 from evenkeel.fusion.scope import current
 from evenkeel.layout import counted, dense, per_channel
@@ -23,6 +22,7 @@ from evenkeel.nn.batch_norm import fx_node, refuse_script
 from evenkeel.nn.constructed import Constructed
 from evenkeel.nn.controlled import Controlled
 from evenkeel.nn.skipped import CountsSkipped
+from evenkeel.normalization import Normalization, is_plain
 from evenkeel.running import averaged, update_running
 from evenkeel.second_run import is_second_run
 from evenkeel.unchanged import Unchanged
