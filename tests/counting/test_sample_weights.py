@@ -167,3 +167,21 @@ def test_gradients_of_importance():
         return layer(x, sample_weight=weight, weighting="importance", activation="silu", residual=x)
 
     assert torch.autograd.gradcheck(call, (x, weight))
+
+
+def test_a_wrong_weighting_is_refused_where_results_wait(monkeypatch):
+    from evenkeel.fusion import call
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = ek.BatchNorm1d(3)
+
+        def forward(self, x):
+            return torch.relu(self.bn(x, weighting="often"))
+
+    monkeypatch.setattr(call, "smallest", [0, 0])
+    model, _ = ek.convert(Net())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="weighting must be one of"):
+            model(torch.randn(4, 3))
