@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from evenkeel import fused, kernels
+from evenkeel import fused
+from evenkeel.kernels import registry
 from evenkeel.activations import ActivationLike, resolve
 from evenkeel.arguments import State, check_arguments, check_inplace
 from evenkeel.inplace import batch_norm_
@@ -157,7 +158,7 @@ def moments(
         or fused.transformed()
         or (x.requires_grad and torch.is_grad_enabled())
         or x.numel() == 0
-        or (fast := kernels.operators(x)) is None
+        or (fast := registry.operators(x)) is None
         or (mask is not None and (common is None or (common.is_cpu and not common.any())))
     ):
         return reference.stats(x, mask)
@@ -246,9 +247,9 @@ def _plainly_legal(x: Any, residual: Any, weight: Any, bias: Any, state: State, 
     running_mean, running_var, batches, training, _, momentum, eps, *_ = state
     return (
         type(x) is Tensor
-        and x.dtype in kernels.DTYPES
+        and x.dtype in registry.DTYPES
         and x.is_cpu
-        and kernels.native_enabled
+        and registry.native_enabled
         and ranks is not None
         and x.dim() in ranks
         and eps > 0

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from evenkeel import composite, kernels, ops
+from evenkeel import composite, ops
+from evenkeel.kernels import registry
 from evenkeel.activations import Activation
 from evenkeel.arguments import State, check_arguments
 from evenkeel.kernels import reference
@@ -90,7 +91,7 @@ def measure(x: Tensor, state: State) -> Tensor:
         state = state._replace(update=False)
     running_mean, running_var, batches, training, update, momentum, eps, _, _, _, _, sink = state
     x = x.detach()
-    fast = kernels.operators(x)
+    fast = registry.operators(x)
     if fast is not None:
         try:
             saved: Tensor = fast.measure_(
@@ -194,7 +195,7 @@ def forward(
     Unless the latter is given, the running statistics are updated as ``state`` says.
     """
     running_mean, running_var, batches, training, update, momentum, eps, what, _, mask, keep, sink = state
-    fast = kernels.operators(x)
+    fast = registry.operators(x)
     if fast is not None:
         try:
             if saved is not None:
@@ -312,7 +313,7 @@ def backward(
     need_bias: bool, mask: Tensor | None = None, keep: bool = False,
 ) -> tuple[Any, ...]:  # fmt: skip
     """dx, dresidual, dweight, dbias, as far as they are needed; from what ``ops.gate_needs`` left."""
-    fast = kernels.operators(x)
+    fast = registry.operators(x)
     if fast is not None:
         try:
             return fast.backward(  # type: ignore[no-any-return]
@@ -346,9 +347,9 @@ def _traced(
 ) -> Tensor:
     """Under torch.compile: the fast operators as they are; elsewhere, and in torch.export, torch's own operators."""
     vectors = (weight, bias, state.running_mean, state.running_var)
-    legal = kernels.DTYPES if x.device.type == "cpu" else kernels.triton.DTYPES
+    legal = registry.DTYPES if x.device.type == "cpu" else kernels.triton.DTYPES
     fast = (
-        kernels.in_compiled_code(x.device)
+        registry.in_compiled_code(x.device)
         and state.mask is None
         and not torch.compiler.is_exporting()
         and not torch._C._are_functorch_transforms_active()

@@ -15,7 +15,8 @@ def gather() -> dict[str, Any]:
     import torch
 
     import evenkeel
-    from evenkeel import kernels, machine, memory
+    from evenkeel import machine, memory
+    from evenkeel.kernels import registry
 
     return {
         "evenkeel": evenkeel.__version__,
@@ -25,12 +26,12 @@ def gather() -> dict[str, Any]:
         "system": machine.system(),
         "cores": machine.cores(),
         "threads": torch.get_num_threads(),
-        "active": kernels.active(),
-        "chosen_by": kernels.chosen_by(),
+        "active": registry.active(),
+        "chosen_by": registry.chosen_by(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "active_on_gpus": kernels.active("cuda"),
+        "active_on_gpus": registry.active("cuda"),
         "memory": memory.obstacle() or "can be reused",
-        "kernels": [asdict(kernel) for kernel in kernels.available()],
+        "kernels": [asdict(kernel) for kernel in registry.available()],
     }
 
 

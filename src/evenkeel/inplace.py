@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evenkeel import composite, fused, kernels
+from evenkeel import composite, fused
+from evenkeel.kernels import registry
 from evenkeel.activations import Activation
 from evenkeel.arguments import State, check_arguments
 from evenkeel.kernels import reference
@@ -107,7 +108,7 @@ _apply = super(torch.autograd.Function, _InplaceBatchNorm).apply
 def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation) -> Tensor:
     """(mean, var, rstd) as one (3, C) tensor; x becomes y, and the running moments are updated."""
     running_mean, running_var, batches, training, update, momentum, eps, what, *_ = state
-    fast = kernels.operators(x)
+    fast = registry.operators(x)
     if fast is not None:
         try:
             saved: Tensor = fast.inplace_(
@@ -133,7 +134,7 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State
 
 
 def _invert(y: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, act: Activation) -> Tensor:
-    fast = kernels.operators(y)
+    fast = registry.operators(y)
     if fast is not None:
         try:
             return fast.invert(y, saved, weight, bias, act.code, act.a, act.b)  # type: ignore[no-any-return]
@@ -149,7 +150,7 @@ def _backward(
     need_x: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dweight, dbias; dx in x's memory where kernels can."""
-    fast = kernels.operators(x) if need_x else None
+    fast = registry.operators(x) if need_x else None
     if fast is not None:
         try:
             dweight, dbias = fast.backward_(
@@ -198,7 +199,7 @@ def _lost_channels(
 
 def _statistics(x: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and rstd that the forward is about to use, and how far, in deviations, values may be from that mean."""
-    fast = kernels.operators(x)
+    fast = registry.operators(x)
     if fast is not None:
         batch_mean, batch_var = fast.stats(x, None)
     else:

@@ -16,7 +16,7 @@ from evenkeel.ranks import gather, group_of
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from evenkeel.distributed import Step
+    from evenkeel.preflight import Step
 
 #: What weights mean: how often a value is there, or how much it matters beside the others.
 Weighting: TypeAlias = Literal["frequency", "importance"]

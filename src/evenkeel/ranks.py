@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from evenkeel.distributed import Step
+    from evenkeel.preflight import Step
 
 
 def group_of(process_group: ProcessGroup | None, what: str) -> ProcessGroup | None:
@@ -74,7 +74,7 @@ def check_alike(packed: Tensor, group: ProcessGroup, what: str, step: Callable[[
         dist.all_reduce(ends, dist.ReduceOp.MAX, group=group)
     if ends.tolist() == [*size.tolist(), *(-size).tolist()]:
         return
-    from evenkeel.distributed import Step, agree
+    from evenkeel.preflight import Step, agree
 
     dtype = str(packed.dtype).removeprefix("torch.")
     agree(Step(what, "exchange", packed.shape[1], dtype, "", False) if step is None else step(), group, what)

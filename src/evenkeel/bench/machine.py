@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 import evenkeel
-from evenkeel import kernels, machine, memory
+from evenkeel import machine, memory
+from evenkeel.kernels import registry
 
 from .results import Machine
 
@@ -30,7 +31,7 @@ def describe() -> Machine:
         torch=torch.__version__,
         torch_capability=torch.backends.cpu.get_cpu_capability(),
         evenkeel=evenkeel.__version__,
-        evenkeel_kernels=kernels.active(),
+        evenkeel_kernels=registry.active(),
         load_average=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         page_bytes=mmap.PAGESIZE,
         torch_build=build(),

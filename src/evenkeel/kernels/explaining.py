@@ -23,7 +23,7 @@ class Explanation:
     """What runs for tensors of one kind.
 
     Args:
-        kernels: The name of the kernels, as :func:`evenkeel.kernels.available` has it.
+        kernels: The name of the kernels, as :func:`evenkeel.kernels.registry.available` has it.
         why: Why these.
         details: On a GPU, how forward and backward go, a line each.
     """
@@ -63,11 +63,11 @@ def explain(
     given, shape = shape, tuple(shape) if isinstance(shape, Sequence) else ()
     if len(shape) < 2 or not all(is_count(size, 0) for size in shape):
         raise ValueError(f"explain: shape must be (N, C, *S), two sizes or more from 0 on; got {describe(given)}")
-    from evenkeel import kernels
+    from evenkeel.kernels import registry
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    name, why = kernels.active(device), kernels.chosen_by(device)
-    legal = triton.DTYPES if name == "triton" else kernels.DTYPES
+    name, why = registry.active(device), registry.chosen_by(device)
+    legal = triton.DTYPES if name == "triton" else registry.DTYPES
     if name != "reference" and prod(shape) == 0:
         return Explanation("reference", "it has no values")
     if name != "reference" and dtype not in legal:

@@ -47,7 +47,8 @@ def version(package: str) -> str:
 @cache
 def _description() -> tuple[tuple[str, str], ...]:
     import evenkeel
-    from evenkeel import kernels, machine
+    from evenkeel import machine
+    from evenkeel.kernels import registry
 
     facts = {
         "processor": machine.cpu_model(),
@@ -55,7 +56,7 @@ def _description() -> tuple[tuple[str, str], ...]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
-    facts |= {"evenkeel": evenkeel.__version__, "evenkeel's kernels": kernels.active()}
+    facts |= {"evenkeel": evenkeel.__version__, "evenkeel's kernels": registry.active()}
     facts |= {package: version(package) for package in PACKAGES}
     return tuple(facts.items())
 

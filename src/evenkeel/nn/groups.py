@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evenkeel import composite, fused, kernels, ops
+from evenkeel import composite, fused, ops
+from evenkeel.kernels import registry
 from evenkeel.activations import Activation
 from evenkeel.arguments import State
 from evenkeel.functional import moments as moments_of
@@ -91,7 +92,7 @@ def _native(x: Tensor) -> bool:
         and x.numel() > 0
         and not torch.compiler.is_compiling()
         and not fused.transformed()
-        and kernels.operators(x) is torch.ops.evenkeel  # the others have no operators for groups
+        and registry.operators(x) is torch.ops.evenkeel  # the others have no operators for groups
     )
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from evenkeel import distributed, fused
+from evenkeel import fused, preflight
 from evenkeel.activations import Activation, ActivationLike, is_untouched
 from evenkeel.arguments import State, check_arguments
-from evenkeel.distributed import Step, agree
+from evenkeel.preflight import Step, agree
 from evenkeel.errors import check_module, describe, locate, module_path
 from evenkeel.functional import Options, check_layer_call, moments
 from evenkeel.masking import Padding, TooFew, check_policy, without_variance
@@ -140,7 +140,7 @@ class SyncBatchNorm(Variant):
             from evenkeel.nn import uncompiled
 
             return uncompiled.run(SyncBatchNorm.forward, self, input, residual, **keywords)  # type: ignore[no-any-return]
-        if not torch.compiler.is_compiling() and distributed.preflight_is_on():
+        if not torch.compiler.is_compiling() and preflight.preflight_is_on():
             try:
                 self._compare_notes(input)
             except (ValueError, RuntimeError) as error:
@@ -157,7 +157,7 @@ class SyncBatchNorm(Variant):
         if not self.uses_batch():
             return super().normalization(x)
         group, weight, bias = self._group(), self.weight, self.bias
-        if x.is_inference() or (group is not None and distributed.preflight_is_on()):
+        if x.is_inference() or (group is not None and preflight.preflight_is_on()):
             return None
         if not is_plain(weight) or not is_plain(bias):
             return None
@@ -184,7 +184,7 @@ class SyncBatchNorm(Variant):
                     "ek.BatchNorm there, or a process group of one rank"
                 )
             total, saved, count = self.pooled(x, mask, group)
-            step = self._step(x) if distributed.preflight_is_on() else None
+            step = self._step(x) if preflight.preflight_is_on() else None
             call = Call(act, group, what, None if residual is None else residual.dtype, step)
             y = Synchronized.apply(x, residual, self.weight, self.bias, saved, count, call)
         self.update_running(total)

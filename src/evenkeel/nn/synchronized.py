@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from evenkeel import fused, kernels, ops
+from evenkeel import fused, ops
+from evenkeel.kernels import registry
 from evenkeel.activations import Activation
-from evenkeel.distributed import Step, agree
+from evenkeel.preflight import Step, agree
 from evenkeel.kernels import reference
 from evenkeel.ranks import add_up
 
@@ -101,7 +102,7 @@ def synchronized_backward(
 
 def _run(stem: str, x: Tensor, *given: Tensor | None, act: Activation) -> Any:
     """One of the four operators, a fast one where it takes x."""
-    fast = kernels.operators(x)
+    fast = registry.operators(x)
     if fast is not None:
         try:
             return getattr(fast, stem)(*given, act.code, act.a, act.b)
