@@ -7,7 +7,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-KERNELS := src/evenkeel/kernels/cpu
+KERNELS := src/evenkeel/engine/kernels/cpu
 CSRC := $(wildcard $(KERNELS)/csrc/*.h $(KERNELS)/csrc/*.cpp)
 DRIVER := $(wildcard tests/native/*.h tests/native/*.cpp)
 LIBRARY := $(KERNELS)/libevenkeel.so
@@ -63,10 +63,10 @@ lab: $(VENV)/.built
 claims: $(VENV)/.built
 	@mkdir -p bench-results
 	@$(BIN)/evenkeel lab run --full --out bench-results/lab.html --json $(ARGS) > bench-results/lab.json
-	@$(BIN)/python -m evenkeel.lab.pages bench-results/lab.json docs/claims
+	@$(BIN)/python -m evenkeel.lab.reading.claim_pages bench-results/lab.json docs/claims
 ifneq ($(DATA),)
 	@$(BIN)/evenkeel lab run --full --data-dir $(DATA) --out bench-results/more.html --json $(ARGS) > bench-results/more.json
-	@$(BIN)/python -m evenkeel.lab.pages bench-results/more.json docs/claims_on_more_data
+	@$(BIN)/python -m evenkeel.lab.reading.claim_pages bench-results/more.json docs/claims_on_more_data
 endif
 
 # Two processes of torch's own threads: waiting ones are not to keep a core busy. ARGS="-n 0" runs all in one process.

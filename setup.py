@@ -28,8 +28,8 @@ from setuptools.command.build import build as build_command
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-LIBRARY = "evenkeel.kernels.cpu.libevenkeel"
-CSRC = Path("src/evenkeel/kernels/cpu/csrc")
+LIBRARY = "evenkeel.engine.kernels.cpu.libevenkeel"
+CSRC = Path("src/evenkeel/engine/kernels/cpu/csrc")
 TORCH_FOR_BUILDING = "torch==2.13.0"
 TORCH_TARGET_VERSION = "0x020a000000000000"  # the oldest torch that the library must load into: 2.10
 
@@ -167,7 +167,7 @@ class BuildAfresh(build_command):
 
 
 class BuildNative(build_ext):
-    """Leaves the library in the package's folder, or in its place not_built.txt, which evenkeel.kernels.cpu reads."""
+    """Leaves the library in its package's folder, or in its place not_built.txt, which the package reads."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")).with_suffix(".so"))

@@ -24,7 +24,7 @@ from evenkeel.bench.cases import LAYOUTS, VARIANTS, cases, shapes  # noqa: E402
 from evenkeel.bench.machine import describe  # noqa: E402
 from evenkeel.bench.results import NetworkRow, Report, Row, Settings  # noqa: E402
 from evenkeel.bench.summary import means  # noqa: E402
-from evenkeel.writing import write_text  # noqa: E402
+from evenkeel.engine.atomic_write import write_text  # noqa: E402
 
 
 def main() -> int:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import evenkeel as ek
 from evenkeel.lab import data
-from evenkeel.lab.seeds import generator
-from evenkeel.lab.statistics import mean
+from evenkeel.lab.core.seeds import generator
+from evenkeel.measure.statistics import mean
 
 
 def noise(x: Tensor, random: torch.Generator) -> Tensor:

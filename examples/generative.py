@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import evenkeel as ek
+from evenkeel.lab.core.seeds import generator, seed_from
 from evenkeel.lab.data import Split, digits
-from evenkeel.lab.frechet import frechet_distance
-from evenkeel.lab.seeds import generator, seed_from
-from evenkeel.lab.statistics import difference, mean
+from evenkeel.lab.training.frechet import frechet_distance
+from evenkeel.measure.statistics import difference, mean
 
 PIXELS, SIDE, LATENT, HIDDEN, BATCH = 64, 8, 16, 128, 64
 DISCRIMINATORS = ("none", "separate", "mixed", "virtual")

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evenkeel.lab import data
-from evenkeel.lab.seeds import generator, seed_from
-from evenkeel.lab.statistics import difference, mean
-from evenkeel.nn.recurrent import BatchNormLSTM
+from evenkeel.lab.core.seeds import generator, seed_from
+from evenkeel.measure.statistics import difference, mean
+from evenkeel.nn.recurrent.recurrent_layers import BatchNormLSTM
 
 ARMS: dict[str, Callable[..., nn.Module]] = {
     "LSTM": nn.LSTM,

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import evenkeel as ek
+from evenkeel.lab.core.seeds import generator, seed_from
 from evenkeel.lab.data import DataError, Recordings, Split, discover, spoken
-from evenkeel.lab.data.folder import reading_from
-from evenkeel.lab.seeds import generator, seed_from
-from evenkeel.lab.statistics import difference, mean
+from evenkeel.lab.data.data_folder import reading_from
+from evenkeel.measure.statistics import difference, mean
 
 CHANNELS, BATCH, RATE = 48, 32, 0.003
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evenkeel.lab.data.text import ASCII, characters, divided
-from evenkeel.nn.recurrent import BatchNormLSTM
+from evenkeel.nn.recurrent.recurrent_layers import BatchNormLSTM
 
 WINDOW, BATCH, RATE = 50, 32, 0.01
 SUFFIXES = (".txt", ".md", ".py", ".rst")

@@ -3,8 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from evenkeel import control, distributed, functional, kernels, memory, nn, schedule
+from evenkeel import control, distributed, functional, kernels, memory, nn
 from evenkeel.control import (
+    MomentumSchedule,
     accumulate_statistics,
     assert_frozen,
     backward_as_one_batch,
@@ -17,12 +18,61 @@ from evenkeel.control import (
 from evenkeel.distributed import sync_statistics
 from evenkeel.memory import reuse_memory
 from evenkeel.moments import Moments
-from evenkeel.nn import *
-from evenkeel.schedule import MomentumSchedule
+from evenkeel.nn import (
+    BatchNorm,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNormGRU,
+    BatchNormGRUCell,
+    BatchNormLSTM,
+    BatchNormLSTMCell,
+    BatchRenorm,
+    ConditionalBatchNorm,
+    CrossIterationBatchNorm,
+    DomainBatchNorm,
+    GhostBatchNorm,
+    L1BatchNorm,
+    LazyBatchNorm,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+    LinearRamp,
+    MovingAverageBatchNorm,
+    RangeBatchNorm,
+    Sequential,
+    SplitBatchNorm,
+    StepwiseBatchNorm,
+    SyncBatchNorm,
+    VirtualBatchNorm,
+    WhiteningBatchNorm,
+    center_weights,
+    collect_reference,
+    convert_domains,
+    use_domain,
+    using_split,
+)
 
 if TYPE_CHECKING:
     from evenkeel import surgery
-    from evenkeel.surgery import *
+    from evenkeel.surgery import (
+        Report,
+        adapt,
+        convert,
+        export_onnx,
+        fold,
+        from_flax,
+        from_keras,
+        merge_statistics,
+        param_groups,
+        prepare_export,
+        recalibrate,
+        reset_adaptation,
+        revert,
+        to_flax,
+        to_keras,
+        to_torch,
+    )
 
 __version__ = "0.1.0"
 
@@ -87,7 +137,6 @@ __all__ = [
     "reset_adaptation",
     "reuse_memory",
     "revert",
-    "schedule",
     "surgery",
     "sync_statistics",
     "to_flax",

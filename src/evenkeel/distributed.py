@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from evenkeel.errors import check_module, describe
+from evenkeel.engine.collectives import explained, group_of
+from evenkeel.engine.error_messages import check_module, describe
+from evenkeel.engine.preflight import preflight, preflight_is_on
 from evenkeel.moments import Moments, wide_dtype
-from evenkeel.preflight import preflight, preflight_is_on
-from evenkeel.ranks import explained, group_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

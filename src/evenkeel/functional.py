@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from evenkeel import fused
-from evenkeel.kernels import registry
-from evenkeel.activations import ActivationLike, resolve
-from evenkeel.arguments import State, check_arguments, check_inplace
-from evenkeel.inplace import batch_norm_
-from evenkeel.kernels import reference
-from evenkeel.masking import Padding, common_mask, length_mask, take_mask, weighted, without_variance
+from evenkeel.engine import dispatch
+from evenkeel.engine.activations import ActivationLike, resolve
+from evenkeel.engine.arguments import State, check_arguments, check_inplace
+from evenkeel.engine.inplace import batch_norm_
+from evenkeel.engine.kernels import reference, registry
+from evenkeel.engine.masking import Padding, common_mask, length_mask, take_mask, weighted, without_variance
 from evenkeel.moments import Moments, Weighting, check_values, check_weighting
 
 __all__ = ["batch_norm", "length_mask", "moments"]
@@ -155,7 +154,7 @@ def moments(
     common = None if mask is None else common_mask(mask, x)
     if (
         type(x) is not Tensor
-        or fused.transformed()
+        or dispatch.transformed()
         or (x.requires_grad and torch.is_grad_enabled())
         or x.numel() == 0
         or (fast := registry.operators(x)) is None
@@ -217,12 +216,12 @@ def layer_batch_norm(
                 )
             state = take_mask(state, mask, padding, x, too_few)
             if sample_weight is not None:
-                with fused.unchanged(state):
+                with dispatch.unchanged(state):
                     return weighted(x, residual, weight, bias, state, act, sample_weight, weighting, too_few)
         elif inplace:
             check_inplace(what, x, residual, act)
             return batch_norm_(x, weight, bias, state, act)
-        return fused.batch_norm(x, residual, weight, bias, state, act)
+        return dispatch.batch_norm(x, residual, weight, bias, state, act)
     except RuntimeError:
         if plain:  # what torch says of a tensor of a kind that it can't take is no help
             check_arguments(what, x, residual, weight, bias, state, ranks, too_few)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from evenkeel.errors import describe, is_count
-from evenkeel.layout import check_kind, per_channel, reduced_dims
-from evenkeel.ranks import gather, group_of
+from evenkeel.engine.collectives import gather, group_of
+from evenkeel.engine.error_messages import describe, is_count
+from evenkeel.engine.layout import check_kind, per_channel, reduced_dims
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from evenkeel.preflight import Step
+    from evenkeel.engine.preflight import Step
 
 #: What weights mean: how often a value is there, or how much it matters beside the others.
 Weighting: TypeAlias = Literal["frequency", "importance"]

@@ -18,7 +18,7 @@ from evenkeel.bench.cases import Case, Shape, least_bytes
 from evenkeel.bench.gpu_timing import Loop, by_turns
 from evenkeel.bench.peers import PEERS, Built, Peer
 from evenkeel.bench.results import Report
-from evenkeel.kernels import triton
+from evenkeel.engine.kernels import triton
 
 CASE = Case(Shape("small", (6, 5, 4, 4)), "channels_last", "bn_add_relu")
 

@@ -165,7 +165,7 @@ def test_a_real_process_says_why_it_ends():
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not tell a process's own peak")
 def test_the_peak_is_not_the_parents():
     held = torch.ones(150 << 20)  # 600 MB, more than a process with torch takes
-    code = "import torch; from evenkeel.bench.disturbance import peak_bytes; print(peak_bytes())"
+    code = "import torch; from evenkeel.measure.disturbance import peak_bytes; print(peak_bytes())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 0 < int(done.stdout) < held.nbytes

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from evenkeel.bench.figures import against
 from evenkeel.bench.page import bench_document, losses
 from evenkeel.cli import app
-from evenkeel.report.page import page, write_page
+from evenkeel.measure.page.html import page, write_page
 
 
 @pytest.fixture

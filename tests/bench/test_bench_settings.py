@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from evenkeel import memory
-from evenkeel.bench import definition, timing
+from evenkeel.bench import definition
 from evenkeel.bench.cases import DTYPES, GRADIENTS, Case, Shape, cases, least_bytes
 from evenkeel.bench.check import check, expect
 from evenkeel.bench.machine import caches
 from evenkeel.bench.peers import PEERS, CannotError
 from evenkeel.bench.problem import make_problem
 from evenkeel.bench.run import page_settings, run_bench
+from evenkeel.measure import timing
 
 from test_bench_run import settings_of  # isort: skip
 

@@ -8,7 +8,6 @@ from torch import nn
 from typer.testing import CliRunner
 
 import evenkeel as ek
-from evenkeel.bench import timing
 from evenkeel.bench.compare import compare
 from evenkeel.bench.group import bench_app
 from evenkeel.bench.peers import CannotError
@@ -16,6 +15,7 @@ from evenkeel.bench.results import Report
 from evenkeel.bench.variant_run import run_variants
 from evenkeel.bench.variant_table import print_variants
 from evenkeel.bench.variants import PLAIN, VARIANTS, Made, layer
+from evenkeel.measure import timing
 
 from test_bench_run import settings_of  # isort: skip
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 import evenkeel as ek
-from evenkeel.activations import Activation
-from evenkeel.nn.variant import Variant, normalize
+from evenkeel.engine.activations import Activation
+from evenkeel.nn._shared.variant import Variant, normalize
 
 
 class Plain(Variant):

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import evenkeel as ek
 from evenkeel.control import accumulate_statistics, freeze, pause_statistics
-from evenkeel.fusion.call import all_sizes_wait
+from evenkeel.engine.fusion.call import all_sizes_wait
 
 every_kind = pytest.mark.parametrize(("rank", "kind"), KINDS, ids=[f"{kind}{rank}d" for rank, kind in KINDS])
 momenta = pytest.mark.parametrize("momentum", [0.1, 0.3, None])

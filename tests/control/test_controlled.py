@@ -319,7 +319,7 @@ class TestCompiled:
     @pytest.mark.parametrize("kind", ["torch", "evenkeel"])
     def test_compiled_inside(self, block, kind, monkeypatch):
         """Where nothing was compiled before, the compiler is not even loaded; as here, with its stance left alone."""
-        monkeypatch.setattr("evenkeel.control.uncompiled.sys", SimpleNamespace(modules={}))
+        monkeypatch.setattr("evenkeel.control.run_uncompiled.sys", SimpleNamespace(modules={}))
         model, x = nn.Sequential(FLAT[kind](3)), data(1)
         compiled = torch.compile(model, backend="eager")
         with block(model):

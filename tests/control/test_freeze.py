@@ -13,8 +13,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import evenkeel as ek
 from evenkeel.control import Frozen, assert_frozen, freeze, frozen, pause_statistics, unfreeze
-from evenkeel.fusion import pending
-from evenkeel.fusion.call import all_sizes_wait
+from evenkeel.engine.fusion import pending
+from evenkeel.engine.fusion.call import all_sizes_wait
 
 every_kind = pytest.mark.parametrize(("rank", "kind"), KINDS, ids=[f"{kind}{rank}d" for rank, kind in KINDS])
 

@@ -10,8 +10,8 @@ import torch._dynamo.testing
 from torch import nn
 
 import evenkeel as ek
+from evenkeel.control.momentum_schedule import MomentumSchedule, cosine, cumulative_then_exponential, linear, step_decay
 from evenkeel.nn.whitening import WhiteningBatchNorm
-from evenkeel.schedule import MomentumSchedule, cosine, cumulative_then_exponential, linear, step_decay
 
 
 def model_of(momentum: float | None = 0.1) -> nn.Sequential:

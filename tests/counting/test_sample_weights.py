@@ -170,7 +170,7 @@ def test_gradients_of_importance():
 
 
 def test_a_wrong_weighting_is_refused_where_results_wait(monkeypatch):
-    from evenkeel.fusion import call
+    from evenkeel.engine.fusion import call
 
     class Net(torch.nn.Module):
         def __init__(self):

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import evenkeel as ek
 import evenkeel.distributed
 from evenkeel.distributed import preflight, sync_statistics
-from evenkeel.nn.sync import SyncBatchNorm
+from evenkeel.nn.sync.sync_batch_norm import SyncBatchNorm
 
 
 class Scenario(NamedTuple):

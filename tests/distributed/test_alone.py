@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import evenkeel as ek
 from evenkeel.distributed import sync_statistics
-from evenkeel.nn.sync import SyncBatchNorm
+from evenkeel.nn.sync.sync_batch_norm import SyncBatchNorm
 
 convert = SyncBatchNorm.convert_sync_batchnorm
 

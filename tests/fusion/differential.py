@@ -12,7 +12,7 @@ from fusion.programs import CHANNELS, Program
 from torch import Tensor, nn
 
 import evenkeel as ek
-from evenkeel.fusion import pending as fusion
+from evenkeel.engine.fusion import pending as fusion
 
 #: Relative to the largest value of a tensor.
 TOLERANCE = 1e-7

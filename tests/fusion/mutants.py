@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import evenkeel as ek
-from evenkeel.activations import Activation
-from evenkeel.fusion import call, operations, pending, scope
-from evenkeel.fusion.memory import Memory
+from evenkeel.engine.activations import Activation
+from evenkeel.engine.fusion import call, operations, pending, scope
+from evenkeel.engine.fusion.expectations import Memory
 
 
 def _stale_mode(patch: Any) -> None:

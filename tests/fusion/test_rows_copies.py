@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from twins import LEARNED, Net, after, alike, batch, outcome, plainly, same, small_tensors_wait, twins  # noqa: F401
 
 import evenkeel as ek
-from evenkeel.fusion import pending
-from evenkeel.fusion.memory import ATTRIBUTE
+from evenkeel.engine.fusion import pending
+from evenkeel.engine.fusion.expectations import ATTRIBUTE
 
 
 class Model(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from twins import LEARNED, Net, ResNet, after, alike, batch, outcome, same, small_tensors_wait, twins  # noqa: F401
 
 import evenkeel as ek
-from evenkeel.fusion import pending
+from evenkeel.engine.fusion import pending
 
 
 def test_recursion() -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from twins import LEARNED, Block, Net, ResNet, after, alike, batch, outcome, same, small_tensors_wait, twins  # noqa: F401
 
 import evenkeel as ek
-from evenkeel.fusion import pending
-from evenkeel.fusion.scope import current
+from evenkeel.engine.fusion import pending
+from evenkeel.engine.fusion.scope import current
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import evenkeel as ek
-from evenkeel.fusion import call, pending
-from evenkeel.fusion.tensor import DeferredTensor
+from evenkeel.engine.fusion import call, pending
+from evenkeel.engine.fusion.deferred_tensor import DeferredTensor
 
 #: A layer learns on its first call in a mode, and waits from the second on.
 MODES = (True, True, True, True, False, False, False, False, True)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import evenkeel as ek
-from evenkeel.activations import NAMED
+from evenkeel.engine.activations import NAMED
 
 C = 3
 SHAPE = (4, C, 2, 3)

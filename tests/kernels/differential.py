@@ -22,7 +22,7 @@ import evenkeel as ek
 FEW = 32.0
 KINKS = {nn.ReLU: (0.0,), nn.ReLU6: (0.0, 6.0), nn.LeakyReLU: (0.0,), nn.ELU: (0.0,), nn.Hardswish: (-3.0, 3.0),
          nn.Hardsigmoid: (-3.0, 3.0)}  # fmt: skip
-#: Roundings of y that may reach x in place, as evenkeel.inplace has them.
+#: Roundings of y that may reach x in place, as evenkeel.engine.inplace has them.
 REBUILT = {torch.float32: 64.0, torch.float64: 64.0, torch.bfloat16: 8.0, torch.float16: 8.0}
 SATURATED = 128.0
 

@@ -7,7 +7,7 @@ import torch
 from support.forcing import require_kernel
 
 import evenkeel as ek
-from evenkeel import ops  # noqa: F401  (registers the operators)
+from evenkeel.engine import ops  # noqa: F401  (registers the operators)
 
 SHAPES = [(2, 3, 5), (5, 13, 3, 11), (3, 64, 7, 7), (64, 3), (2, 16, 17, 9)]
 

@@ -7,7 +7,7 @@ import torch
 from support.forcing import BFLOAT16_KERNELS, KERNELS, check_ran, require_kernel, usable_native
 
 import evenkeel as ek
-from evenkeel.kernels.registry import Kernel
+from evenkeel.engine.kernels.registry import Kernel
 
 
 def which_ran():

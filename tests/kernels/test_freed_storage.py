@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evenkeel.kernels import cpu
+from evenkeel.engine.kernels import cpu
 
 CHANNELS = 5
 #: A value for every argument of a schema by its name; all tensors that there may be.

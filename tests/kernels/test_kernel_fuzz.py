@@ -18,9 +18,9 @@ from kernels.differential import check
 from kernels.random_cases import draw
 from torch import Tensor
 
-from evenkeel import fused
-from evenkeel.kernels import reference
-from evenkeel.running import update_running
+from evenkeel.engine import dispatch
+from evenkeel.engine.kernels import reference
+from evenkeel.engine.running_statistics import update_running
 
 #: Calls of a run, half of them with fresh seeds, in parts that run side by side.
 CALLS = int(os.environ.get("KERNEL_FUZZ", "480"))
@@ -83,8 +83,8 @@ FAULTS: dict[str, tuple[Any, str, Callable]] = {
     "a term of dx": (reference, "grad_input", _without_last),
     "dresidual": (reference, "grad_residual", lambda f: lambda dy, *others: dy),
     "x from y": (reference, "invert", lambda f: _changed(f, lambda x: x * 1.05)),
-    "running variance": (fused, "update_running", lambda f: _biased),
-    "padding": (fused, "counted", lambda f: lambda counts, values, padding=None: f(counts, values)),
+    "running variance": (dispatch, "update_running", lambda f: _biased),
+    "padding": (dispatch, "counted", lambda f: lambda counts, values, padding=None: f(counts, values)),
     "mask": (reference, "stats", lambda f: lambda x, mask=None: f(x.nan_to_num())),
 }
 

@@ -6,15 +6,15 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from evenkeel.lab.cell import Cell, Failure, Result, Results
-from evenkeel.lab.claim import Claim, Reading, Source
-from evenkeel.lab.document import document
-from evenkeel.lab.figures import Axis, Figure, Series, Table
-from evenkeel.lab.plan import Plan
-from evenkeel.lab.reading import Runs
-from evenkeel.lab.runner import Outcome
-from evenkeel.lab.statistics import difference, mean
-from evenkeel.lab.verdicts import Finding
+from evenkeel.lab.core.cell import Cell, Failure, Result, Results
+from evenkeel.lab.core.claim import Claim, Reading, Source
+from evenkeel.lab.core.plan import Plan
+from evenkeel.lab.core.runner import Outcome
+from evenkeel.lab.reading.document import document
+from evenkeel.lab.reading.figures import Axis, Figure, Series, Table
+from evenkeel.lab.reading.results_by_arm import Runs
+from evenkeel.lab.reading.verdicts import Finding
+from evenkeel.measure.statistics import difference, mean
 
 
 def accuracy(*, arm: str, seed: int) -> Result:

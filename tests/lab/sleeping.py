@@ -8,8 +8,8 @@ from pathlib import Path
 
 from fakes import fake_claim
 
-from evenkeel.lab import claim
-from evenkeel.lab.cell import Cell
+from evenkeel.lab.core import claim
+from evenkeel.lab.core.cell import Cell
 
 
 def sleeps(*, seed):

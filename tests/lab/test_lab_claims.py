@@ -9,14 +9,14 @@ from pathlib import Path
 import plotly.graph_objects
 import pytest
 
-from evenkeel.lab.cell import Results
-from evenkeel.lab.claim import chosen, claims
-from evenkeel.lab.document import document
-from evenkeel.lab.plan import Plan, kind_of
-from evenkeel.lab.runner import Outcome, attempt_on_one_thread, stored
-from evenkeel.lab.store import Store
-from evenkeel.report.page import page
-from evenkeel.report.plots import plotly_figure
+from evenkeel.lab.core.cell import Results
+from evenkeel.lab.core.claim import chosen, claims
+from evenkeel.lab.core.plan import Plan, kind_of
+from evenkeel.lab.core.runner import Outcome, attempt_on_one_thread, stored
+from evenkeel.lab.core.store import Store
+from evenkeel.lab.reading.document import document
+from evenkeel.measure.page.html import page
+from evenkeel.measure.page.plots import plotly_figure
 
 SEEDS = 2
 EVERYTHING = Plan(quick=False, data=("mnist@00000000", "images@00000000", "speech@00000000.6"))

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import evenkeel
 from evenkeel import cli
-from evenkeel.lab import claim as claim_module
+from evenkeel.lab.core import claim as claim_module
 
 runner = CliRunner()
 
@@ -91,7 +91,7 @@ def test_a_failing_cell_ends_with_an_error_and_a_page(fake, tmp_path, monkeypatc
 
 
 def test_being_stopped_says_how_to_go_on(fake, monkeypatch):
-    from evenkeel.lab import laboratory
+    from evenkeel.lab.core import laboratory
 
     def stopped(*args, **how):
         raise KeyboardInterrupt
@@ -128,10 +128,10 @@ def test_options_are_checked_before_anything_runs(options, answer, tmp_path, fak
 
 @pytest.mark.parametrize("command", [["demo"], ["lab", "run"], ["lab", "list"]])
 def test_a_missing_package_is_named_with_what_to_install(monkeypatch, command):
-    from evenkeel import extras
+    from evenkeel.engine import optional_imports
 
-    found = extras.find_spec
-    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "plotly" else found(name))
+    found = optional_imports.find_spec
+    monkeypatch.setattr(optional_imports, "find_spec", lambda name: None if name == "plotly" else found(name))
     result = runner.invoke(cli.app, command)
     assert result.exit_code == 1
     assert "this command needs plotly" in said(result)

@@ -13,11 +13,11 @@ from importlib.util import find_spec
 import pytest
 from test_lab_runner import cells, dies_on_two, fails_on_two, square
 
-from evenkeel import extras
-from evenkeel.lab import clusters
-from evenkeel.lab.clusters import ClusterError, cluster
-from evenkeel.lab.runner import run
-from evenkeel.lab.store import Store
+from evenkeel.engine import optional_imports
+from evenkeel.lab.core import clusters
+from evenkeel.lab.core.clusters import ClusterError, cluster
+from evenkeel.lab.core.runner import run
+from evenkeel.lab.core.store import Store
 
 
 @pytest.fixture
@@ -160,6 +160,6 @@ def test_a_ray_cluster_runs_the_cells(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("address", "package"), [("tcp://127.0.0.1:1", "distributed"), ("ray://127.0.0.1:1", "ray")])
 def test_a_cluster_without_its_package_says_what_to_install(monkeypatch, address, package):
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    monkeypatch.setattr(optional_imports, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=f"needs the package {package}: .*pip install .*{package}"):
         cluster(address)

@@ -12,12 +12,12 @@ from support.fresh import Scenario, run_fresh
 from typer.testing import CliRunner
 
 from evenkeel import cli
-from evenkeel.cli import ending, options
-from evenkeel.lab import claim as claim_module
-from evenkeel.lab.plan import MOST_SEEDS
-from evenkeel.lab.store import Store
-from evenkeel.report import page
-from evenkeel.writing import write_text
+from evenkeel.cli._shared import exit_status, laboratory_options
+from evenkeel.engine.atomic_write import write_text
+from evenkeel.lab.core import claim as claim_module
+from evenkeel.lab.core.plan import MOST_SEEDS
+from evenkeel.lab.core.store import Store
+from evenkeel.measure.page import html
 
 runner = CliRunner()
 
@@ -88,13 +88,13 @@ def test_characters_that_the_terminal_lacks_are_replaced_by_like_ones(monkeypatc
     """Above all the signs of an outcome: a check mark that became a question mark would say "not resolved"."""
     there = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(there, encoding=encoding))
-    with ending.ended_in_one_line():
+    with exit_status.ended_in_one_line():
         print("x² ≤ 3 × 4 − 1 … ✓ ✗ ? é 漢 [1.8, 3.5]")
     assert there.getvalue() == expected.encode(encoding)
 
 
 def test_every_sign_of_an_outcome_has_a_substitute_of_its_own():
-    from evenkeel.report.terminal import SIGNS
+    from evenkeel.measure.page.terminal import SIGNS
 
     plain = [sign.encode("ascii", "evenkeel.substitute") for sign in SIGNS.values()]
     assert len(set(plain)) == len(SIGNS)
@@ -124,7 +124,7 @@ def no_space(*_, **__):
 
 
 def test_a_page_that_cannot_be_written_loses_nothing(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "write_text", no_space)
+    monkeypatch.setattr(html, "write_text", no_space)
     result = runner.invoke(cli.app, ["lab", "run", "--jobs", "1", "--json"])
     assert isinstance(result.exception, OSError)
     assert json.loads(result.stdout)["sections"][0]["verdict"] == "holds"
@@ -182,15 +182,15 @@ def test_an_order_that_cannot_be_read_is_one_line(fake, tmp_path, order):
 
 
 def test_the_most_seeds_are_the_same_for_the_command_and_for_what_is_stored():
-    assert options.MOST_SEEDS == MOST_SEEDS
+    assert laboratory_options.MOST_SEEDS == MOST_SEEDS
 
 
 def test_a_progress_bar_that_cannot_be_drawn_costs_the_bar_alone(fake):
     from rich.console import Console
 
-    from evenkeel.lab.laboratory import Order, run_order
-    from evenkeel.lab.plan import Plan
-    from evenkeel.lab.progress import ProgressBar
+    from evenkeel.lab.core.laboratory import Order, run_order
+    from evenkeel.lab.core.plan import Plan
+    from evenkeel.lab.core.progress import ProgressBar
 
     with open("/dev/full", "w", buffering=1) as full:
         with ProgressBar(Console(file=full, force_terminal=True)) as bar:
@@ -200,5 +200,5 @@ def test_a_progress_bar_that_cannot_be_drawn_costs_the_bar_alone(fake):
 
 
 def test_sigterm_is_a_way_to_be_stopped():
-    assert ending.status_of(KeyboardInterrupt()) == 130
-    assert ending.status_of(ending.Terminated()) == 143
+    assert exit_status.status_of(KeyboardInterrupt()) == 130
+    assert exit_status.status_of(exit_status.Terminated()) == 143

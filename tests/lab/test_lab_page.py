@@ -7,17 +7,17 @@ import pytest
 from fakes import fake_claim, fake_document
 from rich.console import Console
 
-from evenkeel.lab.claim import Reading, Source
-from evenkeel.lab.document import document as make_document
-from evenkeel.lab.figures import Axis, Figure, Series, Table
-from evenkeel.lab.plan import Plan
-from evenkeel.lab.runner import Outcome
-from evenkeel.lab.statistics import Interval
-from evenkeel.lab.verdicts import Finding
-from evenkeel.report.looks import LOOKS
-from evenkeel.report.page import page, write_page
-from evenkeel.report.plots import plotly_figure
-from evenkeel.report.terminal import show, show_claims, show_section
+from evenkeel.lab.core.claim import Reading, Source
+from evenkeel.lab.core.plan import Plan
+from evenkeel.lab.core.runner import Outcome
+from evenkeel.lab.reading.document import document as make_document
+from evenkeel.lab.reading.figures import Axis, Figure, Series, Table
+from evenkeel.lab.reading.verdicts import Finding
+from evenkeel.measure.page.html import page, write_page
+from evenkeel.measure.page.looks import LOOKS
+from evenkeel.measure.page.plots import plotly_figure
+from evenkeel.measure.page.terminal import show, show_claims, show_section
+from evenkeel.measure.statistics import Interval
 
 NASTY = "<script>alert('x')</script>&\"\u2028</style>"
 

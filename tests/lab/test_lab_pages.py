@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from fakes import fake_document
 
-from evenkeel.lab.claim import claims
-from evenkeel.lab.guide import ADVICE
-from evenkeel.lab.pages import STORED, kept, main, pages, write_pages
-from evenkeel.lab.plan import kind_of
+from evenkeel.lab.core.claim import claims
+from evenkeel.lab.core.plan import kind_of
+from evenkeel.lab.reading.claim_pages import STORED, kept, main, pages, write_pages
+from evenkeel.lab.reading.guide import ADVICE
 
 DOCS = Path(__file__).parents[2] / "docs"
 #: Of the bundled data alone, and with MNIST and recordings.

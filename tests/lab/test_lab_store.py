@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from evenkeel.lab import store as store_module
-from evenkeel.lab.cell import Cell
-from evenkeel.lab.environment import source_used
-from evenkeel.lab.runner import run
-from evenkeel.lab.store import Store, _digest
+from evenkeel.lab.core import store as store_module
+from evenkeel.lab.core.cell import Cell
+from evenkeel.lab.core.environment import source_used
+from evenkeel.lab.core.runner import run
+from evenkeel.lab.core.store import Store, _digest
 
 HERE = {"machine": "here"}
 

@@ -3,13 +3,13 @@ import torch
 from torch import nn
 
 import evenkeel as ek
-from evenkeel.lab.arms import arm_named
 from evenkeel.lab.claims.convergence import curves
+from evenkeel.lab.core.seeds import generator
 from evenkeel.lab.data import digits
-from evenkeel.lab.networks import StackedMLP
-from evenkeel.lab.seeds import generator
-from evenkeel.lab.training import batch_moments, batches, plain, train
-from evenkeel.lab.wander import Wander, received_by, unit_moments
+from evenkeel.lab.training.arms import arm_named
+from evenkeel.lab.training.networks import StackedMLP
+from evenkeel.lab.training.parameter_drift import Wander, received_by, unit_moments
+from evenkeel.lab.training.train import batch_moments, batches, plain, train
 
 AXES = {
     "data": "digits",

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 HERE = Path("tests/native")
-CSRC = Path("src/evenkeel/kernels/cpu/csrc")
+CSRC = Path("src/evenkeel/engine/kernels/cpu/csrc")
 BUILD = Path("build")
 DTYPES = ("f32", "f64", "bf16", "f16")
 
@@ -57,7 +57,7 @@ def native(folder: Path = BUILD / "native", flags: list[str] | None = None) -> l
     }
     temporary = ["--build-lib", str(folder), "--build-temp", str(folder)]
     _run([sys.executable, "setup.py", "--quiet", "build_ext", *temporary], env=environment)
-    library = folder / "evenkeel/kernels/cpu/libevenkeel.so"
+    library = folder / "evenkeel/engine/kernels/cpu/libevenkeel.so"
     library.replace(folder / library.name)
     driver = folder / "driver"
     linked = [*sorted(objects.glob("kernels_*.o")), objects / "dispatch.o"]

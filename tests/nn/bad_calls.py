@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import evenkeel as ek
-from evenkeel.fusion.memory import ATTRIBUTE
-from evenkeel.nn.stepwise import StepwiseBatchNorm
+from evenkeel.engine.fusion.expectations import ATTRIBUTE
+from evenkeel.nn.recurrent.stepwise import StepwiseBatchNorm
 
 C, N, STEPS = 3, 4, 5
 #: What a call may raise.

@@ -6,7 +6,7 @@ import pytest
 from support.forcing import require_kernel
 
 import evenkeel as ek
-from evenkeel.fusion import call
+from evenkeel.engine.fusion import call
 
 
 @pytest.fixture(params=("auto", "reference"))

@@ -15,7 +15,7 @@ import torch
 from nn.bad_calls import LAYERS, USUAL, function_call, layer_call, state_of
 
 import evenkeel as ek
-from evenkeel.unchanged import Unchanged
+from evenkeel.engine.rollback import Unchanged
 
 CALLS = int(os.environ.get("CALL_FUZZ", "1600"))
 FRESH = int(os.environ.get("CALL_FUZZ_SEED") or random.SystemRandom().randrange(10**9))

@@ -9,13 +9,13 @@ import torch
 from support.forcing import require_kernel
 
 import evenkeel as ek
-from evenkeel import fused
+from evenkeel.engine import dispatch
 
 
 @pytest.fixture
 def said(caplog, monkeypatch):
     require_kernel("baseline")
-    monkeypatch.setattr(fused, "_declined_for", set())
+    monkeypatch.setattr(dispatch, "_declined_for", set())
     caplog.set_level(logging.WARNING, logger="evenkeel")
     with ek.kernels.use("auto"):
         yield lambda: [record.getMessage() for record in caplog.records]

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
 import evenkeel as ek
-from evenkeel.surgery.kinds import TWINS
+from evenkeel.surgery.conversion.counterparts import TWINS
 
 C = 3
 #: What the others are built with besides the number of channels.

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import evenkeel as ek
-from evenkeel.nn.recurrent_cells import BatchNormLSTMCell
-from evenkeel.nn.stepwise import StepwiseBatchNorm
+from evenkeel.nn.recurrent.cells import BatchNormLSTMCell
+from evenkeel.nn.recurrent.stepwise import StepwiseBatchNorm
 
 C = 4
 #: What each option of ek.BatchNorm may be besides its default.

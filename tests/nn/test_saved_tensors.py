@@ -6,7 +6,7 @@ from nn.layer_pairs import CHANNELS, randomize
 from torch import nn
 
 import evenkeel as ek
-from evenkeel.activations import NAMED
+from evenkeel.engine.activations import NAMED
 
 SHAPE = (4, CHANNELS, 3, 3)
 STATISTICS = (3, CHANNELS)

@@ -9,7 +9,7 @@ from nn.layer_pairs import assert_near, randomize
 from torch import nn
 
 import evenkeel as ek
-from evenkeel.fusion import pending as fusion
+from evenkeel.engine.fusion import pending as fusion
 
 X = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
 

@@ -11,7 +11,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
 import evenkeel as ek
-from evenkeel.fusion import pending as fusion
+from evenkeel.engine.fusion import pending as fusion
 
 X = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
 

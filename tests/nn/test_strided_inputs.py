@@ -7,7 +7,7 @@ from nn.layer_pairs import assert_near
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evenkeel as ek
-from evenkeel.layout import dense, is_channels_last, is_dense
+from evenkeel.engine.layout import dense, is_channels_last, is_dense
 
 C = 6
 BASE = torch.randn(4, C, 5, 7, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PROJECT = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "src")
-CPU = Path("src/evenkeel/kernels/cpu")
+CPU = Path("src/evenkeel/engine/kernels/cpu")
 
 
 @dataclass

@@ -15,8 +15,8 @@ from source_tree import CPU, Tree
 
 pytestmark = pytest.mark.packaging
 
-REASON = "evenkeel/kernels/cpu/not_built.txt"
-LIBRARY = "evenkeel/kernels/cpu/libevenkeel.so"
+REASON = "evenkeel/engine/kernels/cpu/not_built.txt"
+LIBRARY = "evenkeel/engine/kernels/cpu/libevenkeel.so"
 
 # Runs the installed package where the native kernels are missing: one warning for two calls, and the right result.
 USE = """

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from evenkeel import extras
-from evenkeel.extras import lacking, required_by
+from evenkeel.engine import optional_imports
+from evenkeel.engine.optional_imports import lacking, required_by
 
 METADATA = """Metadata-Version: 2.4
 Name: evenkeel
@@ -49,8 +49,8 @@ def test_what_is_missing_is_named_with_its_versions_and_what_is_there_is_not() -
 
 
 def test_of_a_package_that_is_on_the_path_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extras, "_DISTRIBUTION", "surely-not-there")
-    monkeypatch.setattr(extras, "find_spec", lambda name: None if name in ("sklearn", "rich") else object())
+    monkeypatch.setattr(optional_imports, "_DISTRIBUTION", "surely-not-there")
+    monkeypatch.setattr(optional_imports, "find_spec", lambda name: None if name in ("sklearn", "rich") else object())
     words = lacking("lab", "sklearn", "rich", "numpy")
     assert words is not None
     assert words.startswith("sklearn, rich: ")
@@ -65,9 +65,9 @@ def test_what_installs_is_that_of_this_python(monkeypatch: pytest.MonkeyPatch, t
         (None, True, f"{sys.executable} -m pip install"),
         (None, False, f"uv pip install --python {sys.executable}"),
     ):
-        monkeypatch.setattr(extras.shutil, "which", lambda name, found=found: found)
-        monkeypatch.setattr(extras, "find_spec", lambda name: None)
-        monkeypatch.setattr(extras, "_is_installed", lambda requirement, pip=pip: requirement == "pip" and pip)
+        monkeypatch.setattr(optional_imports.shutil, "which", lambda name, found=found: found)
+        monkeypatch.setattr(optional_imports, "find_spec", lambda name: None)
+        monkeypatch.setattr(optional_imports, "_is_installed", lambda name, pip=pip: name == "pip" and pip)
         words = lacking("gone", "rich")
         assert words == f"rich: {answer} rich"
 

@@ -28,7 +28,7 @@ HEAVY = (
     "joblib",
 )
 OUTER = tuple(f"evenkeel.{name}" for name in ("cli", "commands", "info", "lab", "report", "bench", "surgery"))
-ON_GPUS = "evenkeel.kernels.triton."
+ON_GPUS = "evenkeel.engine.kernels.triton."
 """Rules and launches for GPUs, which are loaded with the first tensor there."""
 
 

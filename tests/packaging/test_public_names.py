@@ -12,7 +12,7 @@ from typing import Any, get_args
 import pytest
 
 import evenkeel as ek
-from evenkeel import activations, masking
+from evenkeel.engine import activations, masking
 
 ROOT = Path(__file__).parents[2]
 MODULES = [getattr(ek, name) for name in ek.__all__ if isinstance(getattr(ek, name), ModuleType)]

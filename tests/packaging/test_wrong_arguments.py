@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import evenkeel as ek
-from evenkeel.errors import describe
+from evenkeel.engine.error_messages import describe
 
 HUGE = 10**30
 X = torch.randn(4, 3)
@@ -196,9 +196,9 @@ NUMBERS: dict[str, Callable[[], Any]] = {
     "explain: shape": lambda: ek.kernels.explain((HUGE, 3)),
     "recalibrate: max_batches": lambda: ek.recalibrate(nn.BatchNorm1d(3), [X], max_batches=HUGE),
     "adapt: max_batches": lambda: ek.adapt(nn.BatchNorm1d(3), [X], max_batches=HUGE),
-    "step_decay: every": lambda: ek.schedule.step_decay(every=HUGE),
-    "linear: steps": lambda: ek.schedule.linear(0.5, 0.1, steps=HUGE),
-    "cosine: initial": lambda: ek.schedule.cosine(HUGE, 0.1, steps=3),
+    "step_decay: every": lambda: ek.control.momentum_schedule.step_decay(every=HUGE),
+    "linear: steps": lambda: ek.control.momentum_schedule.linear(0.5, 0.1, steps=HUGE),
+    "cosine: initial": lambda: ek.control.momentum_schedule.cosine(HUGE, 0.1, steps=3),
     "MomentumSchedule: the state": lambda: ek.MomentumSchedule(nn.BatchNorm1d(3), lambda _: 0.5).load_state_dict(
         {"steps": HUGE}
     ),

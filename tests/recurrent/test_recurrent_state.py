@@ -12,8 +12,8 @@ from recurrent_oracle import flat, randomize
 from torch.utils.checkpoint import checkpoint
 
 from evenkeel.control import accumulate_statistics, pause_statistics
-from evenkeel.nn.recurrent import BatchNormGRU, BatchNormLSTM
-from evenkeel.nn.stepwise import StepwiseBatchNorm
+from evenkeel.nn.recurrent.recurrent_layers import BatchNormGRU, BatchNormLSTM
+from evenkeel.nn.recurrent.stepwise import StepwiseBatchNorm
 
 LAYERS = [BatchNormLSTM, BatchNormGRU]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evenkeel.activations import NAMED, Activation
-from evenkeel.kernels import reference
+from evenkeel.engine.activations import NAMED, Activation
+from evenkeel.engine.kernels import reference
 
 OPERATORS = ("stats", "apply", "grad_stats", "grad_input", "invert")
 
@@ -51,7 +51,7 @@ def operators(kernel: str) -> SimpleNamespace:
     """stats(x, mask) -> (mean, var); apply(...) -> y; grad_stats(...) -> (Σg, Σg·xhat); grad_input(...) -> dx;
     invert(...) -> x.
 
-    Two rows of C values stand for two vectors; arguments are those of the schemas in evenkeel/ops.py.
+    Two rows of C values stand for two vectors; arguments are those of the schemas in evenkeel/engine/ops.py.
     """
     if kernel == "reference":
         return SimpleNamespace(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from evenkeel.fusion import call
+from evenkeel.engine.fusion import call
 
 
 @pytest.fixture(autouse=True)

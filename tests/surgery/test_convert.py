@@ -10,7 +10,7 @@ from surgery.convert_models import FORMS, UNFUSED, Block, HardSwish, NotSwish, O
 from torch import nn
 
 import evenkeel as ek
-from evenkeel.fusion import pending as fusion
+from evenkeel.engine.fusion import pending as fusion
 
 
 def trained(model):

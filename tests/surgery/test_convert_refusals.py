@@ -13,8 +13,8 @@ from surgery.test_convert import assert_same_outcomes, fused_in, trained
 from torch import nn
 
 import evenkeel as ek
-from evenkeel.fusion import pending as fusion
-from evenkeel.surgery import convert as module_of_convert
+from evenkeel.engine.fusion import pending as fusion
+from evenkeel.surgery.conversion import convert as module_of_convert
 
 X = torch.randn(4, 3, 8, 8)
 

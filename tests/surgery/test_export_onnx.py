@@ -8,8 +8,8 @@ from surgery.convert_models import a_net
 from torch import nn
 
 import evenkeel as ek
-from evenkeel import extras
-from evenkeel.surgery import onnx_export
+from evenkeel.engine import optional_imports
+from evenkeel.surgery.interchange import onnx_export
 
 onnxruntime = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -160,6 +160,6 @@ def test_a_difference_leaves_no_file(tmp_path, monkeypatch):
 
 
 def test_missing_packages(tmp_path, monkeypatch):
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    monkeypatch.setattr(optional_imports, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"export_onnx needs onnx, .*install .*'onnx>="):
         ek.export_onnx(nn.BatchNorm2d(3).eval(), X, tmp_path / "m.onnx")

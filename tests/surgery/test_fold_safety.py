@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 import evenkeel as ek
-from evenkeel.surgery import folding, folding_plan
+from evenkeel.surgery.folding import fold, fold_plan
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -87,13 +87,13 @@ def test_a_model_that_fails():
 
 @pytest.mark.parametrize("step", ["layer_difference", "absorb_following"])
 def test_a_failure_while_planning(step, monkeypatch):
-    monkeypatch.setattr(folding_plan, step, lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(fold_plan, step, lambda *_, **__: 1 / 0)
     check_raises(Model(), ZeroDivisionError, "division")
 
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_failure_after_the_change(verify, monkeypatch):
-    monkeypatch.setattr(folding, "difference", lambda *_: 1 / 0)
+    monkeypatch.setattr(fold, "difference", lambda *_: 1 / 0)
     check_raises(Model(), ZeroDivisionError, "division", verify=verify)
 
 

@@ -23,8 +23,8 @@ from typer.testing import CliRunner, Result
 
 import evenkeel as ek
 from evenkeel.cli import app
-from evenkeel.commands.inspection import run_twice
-from evenkeel.commands.output import replacing
+from evenkeel.cli._shared.inspection import run_twice
+from evenkeel.cli._shared.output import replacing
 from evenkeel.surgery import Report
 
 runner = CliRunner()
@@ -249,7 +249,7 @@ def test_onnx_of_keywords_in_another_order() -> None:
 def test_a_wrong_onnx_file_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    from evenkeel.surgery import onnx_export
+    from evenkeel.surgery.interchange import onnx_export
 
     monkeypatch.setattr(onnx_export, "_write", lambda model, args, kwargs, path, *others: path.write_text("half"))
     monkeypatch.setattr(onnx_export, "_run", lambda *args: [torch.ones(2, 4)])

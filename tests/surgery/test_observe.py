@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 import evenkeel as ek
-from evenkeel.surgery.nested import call_of, map_tensors, tensors_in
-from evenkeel.surgery.observe import observe, preserved
+from evenkeel.surgery.observation.nested_tensors import call_of, map_tensors, tensors_in
+from evenkeel.surgery.observation.observe import observe, preserved
 
 
 class Runs(nn.Module):

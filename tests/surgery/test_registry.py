@@ -13,9 +13,9 @@ from surgery import packages
 from torch import fx, nn
 
 import evenkeel as ek
-from evenkeel.commands.inspection import inspect_model
-from evenkeel.fusion.call import all_sizes_wait
-from evenkeel.surgery import registry
+from evenkeel.cli._shared.inspection import inspect_model
+from evenkeel.engine.fusion.call import all_sizes_wait
+from evenkeel.surgery import known_layers
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
 ACTS = {"relu": nn.ReLU, "silu": nn.SiLU, "prelu": nn.PReLU, "none": nn.Identity}
@@ -28,7 +28,7 @@ def kinds(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def forget(monkeypatch):
-    monkeypatch.setattr(registry, "_known", {})
+    monkeypatch.setattr(known_layers, "_known", {})
 
 
 def net(*layers):
@@ -228,8 +228,8 @@ def test_nothing_is_imported_and_other_classes_of_the_same_name_are_not_taken(mo
     """A class is known if it is what its module has under its name."""
     made = packages.load(monkeypatch)
     other = type("BatchNormAct2d", (packages.BatchNormAct2d,), {"__module__": "timm.layers.norm_act", "forward": None})
-    assert registry.known(made["timm BatchNormAct2d"]) is not None
-    assert registry.known(other) is None
+    assert known_layers.known(made["timm BatchNormAct2d"]) is not None
+    assert known_layers.known(other) is None
     before = set(sys.modules)
     ek.convert(nn.Sequential(packages.BatchNormAct2d(3)))
     assert set(sys.modules) == before
@@ -292,7 +292,7 @@ def test_register():
     assert report.notes == []
     assert_same(model, twin)
     saved = pickle.dumps(model)
-    registry._known.clear()
+    known_layers._known.clear()
     with pytest.raises(TypeError, match=r"is not known here; call ek\.surgery\.register"):
         pickle.loads(saved)
 
@@ -354,7 +354,7 @@ def test_scripts_are_refused_with_the_way_out(kinds):
 def test_what_can_not_be_registered(kind, keywords, error, words):
     with pytest.raises(error, match=f"register: .*{words}"):
         ek.surgery.register(kind, **keywords)
-    assert registry._known == {}
+    assert known_layers._known == {}
 
 
 # A layer that asks what it was given.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import evenkeel as ek
-from evenkeel.kernels import triton
+from evenkeel.engine.kernels import triton
 
 # Whether Triton interprets is settled when it is first imported, and other tests may have imported it for a GPU. Where
 # there is none, these files run in processes of their own, which test_triton_interpreted.py starts.

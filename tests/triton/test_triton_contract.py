@@ -10,8 +10,8 @@ from support.cases import EPS, MOMENTUM, Options, laid_out, make_problem
 from support.definition import UNIT, expect, spread
 
 import evenkeel as ek
-from evenkeel.kernels import triton
-from evenkeel.kernels.triton import choice, tiling
+from evenkeel.engine.kernels import triton
+from evenkeel.engine.kernels.triton import availability, tiling
 
 pytestmark = pytest.mark.triton
 
@@ -39,9 +39,9 @@ def path(request, monkeypatch):
         monkeypatch.setattr(
             tiling, "candidates", lambda *view: [(tiling.reduction(*view), tiling.elementwise(view[0]))]
         )
-    choice.by_rule.cache_clear()
+    availability.by_rule.cache_clear()
     yield request.param
-    choice.by_rule.cache_clear()
+    availability.by_rule.cache_clear()
 
 
 def run(problem, device, dtype=torch.float32, **how):
@@ -96,7 +96,7 @@ def test_everything_is_right(device, path, shape, layout):
 )
 def test_what_no_program_holds_is_walked_over(device, shape, layout):
     view = tiling.View.of(shape, layout == "channels_last")
-    chosen = choice.by_rule(view, 4, 4)
+    chosen = availability.by_rule(view, 4, 4)
     assert chosen.forward is None
     assert chosen.reduction.splits > 1
     problem = make_problem(shape, Options(True, "relu", True, 1e4)).laid_out(layout)

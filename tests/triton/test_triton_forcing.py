@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import evenkeel as ek
-from evenkeel import ops
-from evenkeel.kernels import triton
+from evenkeel.engine import ops
+from evenkeel.engine.kernels import triton
 
 
 def test_they_are_listed_with_what_speaks_against_them(monkeypatch):

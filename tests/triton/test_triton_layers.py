@@ -11,8 +11,8 @@ from support.cases import laid_out
 from torch import nn
 
 import evenkeel as ek
-from evenkeel.activations import NAMED
-from evenkeel.kernels import triton
+from evenkeel.engine.activations import NAMED
+from evenkeel.engine.kernels import triton
 
 pytestmark = pytest.mark.triton
 
@@ -254,9 +254,9 @@ def test_variants_agree_with_those_on_the_cpu(device, name):
 
 
 def test_an_unusual_argument_is_declined_and_said(device, caplog, monkeypatch):
-    from evenkeel import fused
+    from evenkeel.engine import dispatch
 
-    monkeypatch.setattr(fused, "_declined_for", set())
+    monkeypatch.setattr(dispatch, "_declined_for", set())
     layer = ek.BatchNorm1d(3).to(device)
     x = torch.randn(5, 3).to(device)
     right = layer(x)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import evenkeel as ek
-from evenkeel.kernels.triton import choice, tiling
-from evenkeel.kernels.triton.tiling import View
+from evenkeel.engine.kernels.triton import availability, tiling
+from evenkeel.engine.kernels.triton.tiling import View
 
 SIZES = st.integers(1, 3000)
 VIEWS = st.builds(View, SIZES, SIZES, SIZES, st.booleans())
@@ -114,4 +114,4 @@ def test_explain_refuses_what_is_no_tensor():
 
 def test_wide_offsets_are_said():
     view = View(1024, 512, 4096, True)
-    assert choice.in_words(view, choice.by_rule(view, 2, 132))[-1] == "offsets are 64 bits wide"
+    assert availability.in_words(view, availability.by_rule(view, 2, 132))[-1] == "offsets are 64 bits wide"

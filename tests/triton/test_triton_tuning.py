@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import evenkeel as ek
-from evenkeel.kernels import triton
-from evenkeel.kernels.triton.choice import by_rule
-from evenkeel.kernels.triton.tiling import View
+from evenkeel.engine.kernels import triton
+from evenkeel.engine.kernels.triton.availability import by_rule
+from evenkeel.engine.kernels.triton.tiling import View
 
 pytestmark = pytest.mark.triton
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.triton
 def tuning():
     if triton.missing() is not None:
         pytest.skip(f"{triton.missing()}, so that its kernels can't be timed")
-    from evenkeel.kernels.triton import tuning
+    from evenkeel.engine.kernels.triton import tuning
 
     before = tuning._enabled
     yield tuning

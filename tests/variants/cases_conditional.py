@@ -9,7 +9,7 @@ from torch import Tensor
 from variants.variant import Variant
 
 from evenkeel.nn.conditional import ConditionalBatchNorm
-from evenkeel.nn.domain import DomainBatchNorm
+from evenkeel.nn.domain.domain_batch_norm import DomainBatchNorm
 
 DOMAINS = ("source", "target")
 

@@ -7,9 +7,9 @@ from torch import Tensor
 from variants.variant import Variant
 
 import evenkeel as ek
-from evenkeel.activations import Activation
+from evenkeel.engine.activations import Activation
 from evenkeel.moments import Moments
-from evenkeel.nn import variant
+from evenkeel.nn._shared import variant
 
 
 class PlainVariant(variant.Variant):

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import evenkeel as ek
-from evenkeel.nn.domain import DomainBatchNorm
-from evenkeel.nn.domains import convert_domains, use_domain
+from evenkeel.nn.domain.convert_domains import convert_domains, use_domain
+from evenkeel.nn.domain.domain_batch_norm import DomainBatchNorm
 
 C = 3
 NAMES = ["source", "target", "third"]

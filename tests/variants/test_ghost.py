@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from variants.cases_remedies import by_batch, spread
 
 import evenkeel as ek
-from evenkeel.nn import groups
+from evenkeel.nn._shared import consecutive_groups
 from evenkeel.nn.ghost import GhostBatchNorm
 
 ACTIVATIONS = {None: lambda v: v, "relu": F.relu, "silu": F.silu, "leaky_relu": F.leaky_relu}
@@ -245,8 +245,8 @@ def test_merging_rows_is_merging():
     count, mean, m2 = (torch.stack([getattr(p, name) for p in parts]) for name in ("count", "mean", "m2"))
     rows = ek.Moments(count[:, None], mean, m2)
     expected = ek.Moments.merge_all(parts)
-    in_two = groups.merge_rows(groups.merge_rows(rows, torch.tensor([1, 0, 1]), 2))
-    for found in (groups.merge_rows(rows), in_two):
+    in_two = consecutive_groups.merge_rows(consecutive_groups.merge_rows(rows, torch.tensor([1, 0, 1]), 2))
+    for found in (consecutive_groups.merge_rows(rows), in_two):
         assert found.count == expected.count
         torch.testing.assert_close(found.mean, expected.mean, rtol=1e-14, atol=0.0)
         torch.testing.assert_close(found.m2, expected.m2, rtol=1e-9, atol=0.0)

@@ -13,7 +13,7 @@ from torch.func import hessian, jacfwd, jacrev
 from variants.cases_whitening import by_definition, by_newton, whitened
 
 from evenkeel.control import accumulate_statistics
-from evenkeel.nn.inverse_sqrt import newton, zca
+from evenkeel.nn._shared.inverse_sqrt import newton, zca
 from evenkeel.nn.whitening import WhiteningBatchNorm
 
 METHODS = ("newton", "zca")

@@ -1,6 +1,6 @@
 """`python -m evenkeel.bench`."""
 
-from .group import bench_app
+from evenkeel.bench.group import bench_app
 
 if __name__ == "__main__":
     bench_app()

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .check import WrongResultError
-from .fusing import use_evenkeel
-from .networks import batch_of, build, roundings
+from evenkeel.bench.check import WrongResultError
+from evenkeel.bench.fusing import use_evenkeel
+from evenkeel.bench.networks import batch_of, build, roundings
 
 #: A right network errs like eager does: it differs in the order of its roundings, which a deep network
 #: with gates amplifies alike. A layer that is wrongly wired is off by orders of magnitude more.

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from . import definition
-from .definition import Quantity
-from .peers import Built, Given
-from .problem import EPS, MOMENTUM, Problem
+from evenkeel.bench import definition
+from evenkeel.bench.definition import Quantity
+from evenkeel.bench.peers import Built, Given
+from evenkeel.bench.problem import EPS, MOMENTUM, Problem
 
 
 class WrongResultError(ValueError):

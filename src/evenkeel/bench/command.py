@@ -6,9 +6,8 @@ from typing import Annotated, Protocol, TypeAlias, TypeVar
 
 import typer
 
-from evenkeel.writing import obstacle, write_text
-
-from .cases import DTYPES, GRADIENTS, LAYOUTS, MODES, PAGES, VARIANTS, shapes
+from evenkeel.bench.cases import DTYPES, GRADIENTS, LAYOUTS, MODES, PAGES, VARIANTS, shapes
+from evenkeel.engine.atomic_write import obstacle, write_text
 
 Many = list[str] | None
 
@@ -24,9 +23,8 @@ def split(name: str, given: Many, legal: tuple[str, ...], default: tuple[str, ..
 
 def possible_pages(asked: list[str]) -> list[str]:
     """What can be had of the asked page settings; says what can't, and why."""
+    from evenkeel.bench.run import page_settings
     from evenkeel.memory import obstacle
-
-    from .run import page_settings
 
     try:
         found = page_settings(asked)
@@ -103,10 +101,10 @@ def bench_command(
     Every result is compared with a float64 definition first; a wrong one gets no number, and the
     exit status is 1.
     """
-    from .peers import DEFAULT_PEERS, PEERS
-    from .results import Settings
-    from .run import run_bench, selected
-    from .table import print_report
+    from evenkeel.bench.peers import DEFAULT_PEERS, PEERS
+    from evenkeel.bench.results import Settings
+    from evenkeel.bench.run import run_bench, selected
+    from evenkeel.bench.table import print_report
 
     asked = ["reused"] if reuse_memory else [",".join(PAGES) if pages == "both" else pages]
     names = split("peers", peers, tuple(PEERS), DEFAULT_PEERS)

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from .results import Report
-from .summary import geometric_mean
+from evenkeel.bench.results import Report
+from evenkeel.bench.summary import geometric_mean
 
 #: What has to be equal for two times to be comparable. Versions and revisions are what one compares.
 MACHINE = ("cpu", "cores", "threads", "system", "torch", "torch_capability", "allocator", "environment")

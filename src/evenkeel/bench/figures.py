@@ -1,4 +1,4 @@
-"""The figures of the benchmark's page, as `evenkeel.report.plots` takes them."""
+"""The figures of the benchmark's page, as `evenkeel.measure.page.plots` takes them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from .network_table import eager_of
-from .results import NetworkRow, Row
-from .table import unusual
+from evenkeel.bench.network_table import eager_of
+from evenkeel.bench.results import NetworkRow, Row
+from evenkeel.bench.table import unusual
 
 Plain = dict[str, Any]
 

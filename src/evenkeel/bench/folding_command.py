@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from evenkeel.extras import lacking
+from evenkeel.engine.optional_imports import lacking
 
 ORIGINAL = "torch.nn, eager"
 
@@ -30,8 +30,8 @@ def folding_command(
     from rich.console import Console
     from rich.table import Table
 
-    from . import timing
-    from .model_zoo import ARCHITECTURES
+    from evenkeel.bench.model_zoo import ARCHITECTURES
+    from evenkeel.measure import timing
 
     if network not in ARCHITECTURES:
         raise typer.BadParameter(f"known are {', '.join(ARCHITECTURES)}", param_hint="--network")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import evenkeel as ek
-from evenkeel.activations import ActivationName
+from evenkeel.engine.activations import ActivationName
 
 
 def use_evenkeel(net: nn.Module) -> nn.Module:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
-from . import check
-from .cases import LAYOUTS, VARIANTS, Case, Shape
-from .peers import PEERS
-from .problem import make_problem
+from evenkeel.bench import check
+from evenkeel.bench.cases import LAYOUTS, VARIANTS, Case, Shape
+from evenkeel.bench.peers import PEERS
+from evenkeel.bench.problem import make_problem
 
 #: A channel's values on chip, and walked over; few channels and many; one position; odd sizes.
 SHAPES = (

@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 import evenkeel as ek
-
-from .networks import batch_of, build, roundings
-from .results import NetworkRow
-from .timing import ratio, spread, turns
+from evenkeel.bench.networks import batch_of, build, roundings
+from evenkeel.bench.results import NetworkRow
+from evenkeel.measure.timing import ratio, spread, turns
 
 ARMS = ("eager", "evenkeel", "compile", "evenkeel compiled")
 WARM_UPS = 3

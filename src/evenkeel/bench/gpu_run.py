@@ -11,14 +11,14 @@ from time import monotonic
 import torch
 from torch import Tensor
 
-from . import check
-from .cases import Case, least_bytes
-from .definition import Quantity
-from .gpu_timing import Loop, by_turns, copies_for
-from .peers import PEERS, Built, Peer
-from .problem import Problem, make_problem
-from .results import Row
-from .timing import ratio, spread
+from evenkeel.bench import check
+from evenkeel.bench.cases import Case, least_bytes
+from evenkeel.bench.definition import Quantity
+from evenkeel.bench.gpu_timing import Loop, by_turns, copies_for
+from evenkeel.bench.peers import PEERS, Built, Peer
+from evenkeel.bench.problem import Problem, make_problem
+from evenkeel.bench.results import Row
+from evenkeel.measure.timing import ratio, spread
 
 PARTS = ("forward", "both")
 MODES = ("forward", "backward", "both")

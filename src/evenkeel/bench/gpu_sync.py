@@ -13,10 +13,9 @@ import torch.distributed as dist
 from torch import nn
 
 import evenkeel as ek
-
-from .gpu_timing import Loop, by_turns
-from .results import Row
-from .timing import ratio, spread
+from evenkeel.bench.gpu_timing import Loop, by_turns
+from evenkeel.bench.results import Row
+from evenkeel.measure.timing import ratio, spread
 
 DIMS = (64, 256, 28, 28)
 LAYERS: dict[str, Callable[[int], nn.Module]] = {"evenkeel": ek.SyncBatchNorm, "eager": nn.SyncBatchNorm}

@@ -7,7 +7,7 @@ from time import perf_counter
 
 import torch
 
-from .timing import turns
+from evenkeel.measure.timing import turns
 
 Step = Callable[[int], None]
 """A call on the tensors of this number."""

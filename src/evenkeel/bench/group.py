@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
-from .command import bench_command
-from .folding_command import folding_command
-from .model_command import models_command
-from .network_command import networks_command
-from .variant_command import variants_command
+from evenkeel.bench.command import bench_command
+from evenkeel.bench.folding_command import folding_command
+from evenkeel.bench.model_command import models_command
+from evenkeel.bench.network_command import networks_command
+from evenkeel.bench.variant_command import variants_command
 
 if TYPE_CHECKING:
-    from .results import Report
+    from evenkeel.bench.results import Report
 
 
 class RunByDefault(TyperGroup):
@@ -46,7 +46,7 @@ def compare_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, no table.")] = False,
 ) -> None:
     """Compare two results, as of two revisions: time after / time before, the losers first."""
-    from .compare import compare, differences, print_comparison
+    from evenkeel.bench.compare import compare, differences, print_comparison
 
     first, second = (read_report(path) for path in (before, after))
     unlike = differences(first, second)
@@ -68,7 +68,7 @@ def compare_command(
 
 def read_report(path: Path) -> "Report":
     """The report in a file; a usage error if it is none."""
-    from .results import Report
+    from evenkeel.bench.results import Report
 
     try:
         return Report.from_json(path.read_text(encoding="utf-8"))

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 import evenkeel
-from evenkeel import machine, memory
-from evenkeel.kernels import registry
-
-from .results import Machine
+from evenkeel import memory
+from evenkeel.bench.results import Machine
+from evenkeel.engine.kernels import registry
+from evenkeel.measure import machine
 
 #: Prefixes of environment variables that set the allocator, the threads or the kernels.
 VARIABLES = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_", "KMP_", "GOMP_", "MKL_", "EVENKEEL_")

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import evenkeel as ek
-from evenkeel.fusion import pending as fusion
-from evenkeel.fusion.call import all_sizes_wait
-from evenkeel.fusion.memory import ATTRIBUTE
-from evenkeel.surgery.nested import tensors_in
-
-from .model_patterns import count
-from .model_zoo import Architecture
+from evenkeel.bench.model_patterns import count
+from evenkeel.bench.model_zoo import Architecture
+from evenkeel.engine.fusion import pending as fusion
+from evenkeel.engine.fusion.call import all_sizes_wait
+from evenkeel.engine.fusion.expectations import ATTRIBUTE
+from evenkeel.surgery.observation.nested_tensors import tensors_in
 
 #: Gradients smaller than this part of the largest of the model are compared with that: those of a bias in front of a
 #: batch norm are 0 but for rounding.

@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from evenkeel.writing import write_text
-
-from .command import Many, Out, leave, result_path
+from evenkeel.bench.command import Many, Out, leave, result_path
+from evenkeel.engine.atomic_write import write_text
 
 
 def models_command(
@@ -30,10 +29,10 @@ def models_command(
     if missing:
         typer.echo(f"the architectures come from packages that are missing: pip install {' '.join(missing)}", err=True)
         raise typer.Exit(1)
-    from .model_run import run_models
-    from .model_table import page as page_of
-    from .model_table import print_models
-    from .model_zoo import ARCHITECTURES
+    from evenkeel.bench.model_run import run_models
+    from evenkeel.bench.model_table import page as page_of
+    from evenkeel.bench.model_table import print_models
+    from evenkeel.bench.model_zoo import ARCHITECTURES
 
     wanted = [name for name in ARCHITECTURES if not model or any(part.lower() in name.lower() for part in model)]
     if not wanted:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from evenkeel.surgery.observe import observe
-from evenkeel.surgery.trace import Call, FunctionCall, ModuleCall, Trace, Value
+from evenkeel.surgery.observation.call_record import Call, FunctionCall, ModuleCall, Trace, Value
+from evenkeel.surgery.observation.observe import observe
 
 _ACTIVATIONS = {
     "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "silu", "gelu", "hardswish", "hardsigmoid",

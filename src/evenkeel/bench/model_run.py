@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import evenkeel as ek
-from evenkeel.surgery.nested import tensors_in
-
-from . import timing
-from .machine import describe
-from .model_check import check
-from .model_zoo import ARCHITECTURES, Architecture
-from .results import Machine
-from .run import bar, keep_threads
+from evenkeel.bench.machine import describe
+from evenkeel.bench.model_check import check
+from evenkeel.bench.model_zoo import ARCHITECTURES, Architecture
+from evenkeel.bench.results import Machine
+from evenkeel.bench.run import bar, keep_threads
+from evenkeel.measure import timing
+from evenkeel.surgery.observation.nested_tensors import tensors_in
 
 #: The largest error of a right result; or several times what rounding the input does to the original.
 MOST_ERROR = 1e-10

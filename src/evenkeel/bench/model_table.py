@@ -7,7 +7,7 @@ import math
 from rich.console import Console
 from rich.table import Table
 
-from .model_run import ModelReport, ModelRow
+from evenkeel.bench.model_run import ModelReport, ModelRow
 
 _COLUMNS = (
     "architecture", "batch norms", "fused / fusible", "folded / foldable", "error, converted", "error, folded",

@@ -4,11 +4,10 @@ from typing import Annotated
 
 import typer
 
-from evenkeel.extras import lacking
-
-from .cases import LAYOUTS, PAGES
-from .command import Many, Out, leave, possible_pages, split
-from .networks import NETWORKS
+from evenkeel.bench.cases import LAYOUTS, PAGES
+from evenkeel.bench.command import Many, Out, leave, possible_pages, split
+from evenkeel.bench.networks import NETWORKS
+from evenkeel.engine.optional_imports import lacking
 
 STEPS = ("training", "inference")
 
@@ -36,9 +35,9 @@ def networks_command(
     if words := lacking("bench", "pytorchcv"):
         typer.echo(f"the networks need {words}", err=True)
         raise typer.Exit(1)
-    from .network_run import run_networks
-    from .network_table import print_networks
-    from .results import Settings
+    from evenkeel.bench.network_run import run_networks
+    from evenkeel.bench.network_table import print_networks
+    from evenkeel.bench.results import Settings
 
     asked = ["reused"] if reuse_memory else [",".join(PAGES) if pages == "both" else pages]
     settings = Settings(

@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.progress import Progress
 
-from . import timing
-from .agreement import agreement
-from .arms import Arm, ArmError, Worker, workers
-from .machine import describe
-from .results import NetworkRow, Report, Settings
-from .run import bar, keep_threads
+from evenkeel.bench.agreement import agreement
+from evenkeel.bench.arms import Arm, ArmError, Worker, workers
+from evenkeel.bench.machine import describe
+from evenkeel.bench.results import NetworkRow, Report, Settings
+from evenkeel.bench.run import bar, keep_threads
+from evenkeel.measure import timing
 
 MODES = ("inference", "training")  # in this order, so that the peak of inference is not that of training
 WARM_UP = 5  # a network has tensors of many sizes: until memory is reused throughout

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from .results import NetworkRow, Report
+from evenkeel.bench.results import NetworkRow, Report
 
 DEFAULT_ARM = "eager contiguous fresh"
 

@@ -1,4 +1,4 @@
-"""Results as a document that `evenkeel.report` draws: the summary, what wins, what loses, the machine."""
+"""Results as a document that `evenkeel.measure.page` draws: the summary, what wins, what loses, the machine."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .figures import network_sections, rate_figures, ratio_figures
-from .network_table import DEFAULT_ARM, eager_of
-from .results import NetworkRow, Report, Row
-from .table import unusual
+from evenkeel.bench.figures import network_sections, rate_figures, ratio_figures
+from evenkeel.bench.network_table import DEFAULT_ARM, eager_of
+from evenkeel.bench.results import NetworkRow, Report, Row
+from evenkeel.bench.table import unusual
 
 SUBJECT = "evenkeel"
 AGAINST = ("eager", "compile", "onednn", "relu", "copy")

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .cases import Case
-from .problem import EPS, MOMENTUM, Problem
+from evenkeel.bench.cases import Case
+from evenkeel.bench.problem import EPS, MOMENTUM, Problem
 
 Call = Callable[[Tensor, Tensor | None], Tensor]
 

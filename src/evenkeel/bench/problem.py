@@ -9,8 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import definition
-from .cases import Case, Shape
+from evenkeel.bench import definition
+from evenkeel.bench.cases import Case, Shape
 
 EPS = 1e-5
 MOMENTUM = 0.1

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .reading import read
+from evenkeel.measure.plain_data import read
 
 SCHEMA = 2
 

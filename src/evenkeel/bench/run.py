@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from evenkeel import memory
-
-from . import summary, timing
-from .cases import PAGES, Case, cases, least_bytes, shapes
-from .check import check, expect, gradient_inputs
-from .machine import describe
-from .peers import PEERS, Built, CannotError, Peer
-from .problem import Problem, make_problem
-from .results import Report, Row, Settings
+from evenkeel.bench import summary
+from evenkeel.bench.cases import PAGES, Case, cases, least_bytes, shapes
+from evenkeel.bench.check import check, expect, gradient_inputs
+from evenkeel.bench.machine import describe
+from evenkeel.bench.peers import PEERS, Built, CannotError, Peer
+from evenkeel.bench.problem import Problem, make_problem
+from evenkeel.bench.results import Report, Row, Settings
+from evenkeel.measure import timing
 
 T = TypeVar("T")
 PHASES = {"training": ("forward", "backward", "both"), "inference": ("inference",)}

@@ -6,8 +6,8 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from .cases import RESNET50
-from .results import Mean, Row, Total
+from evenkeel.bench.cases import RESNET50
+from evenkeel.bench.results import Mean, Row, Total
 
 
 def geometric_mean(values: Sequence[float]) -> float:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from rich.console import Console
 from rich.table import Table
 
-from .results import Mean, Report, Row
+from evenkeel.bench.results import Mean, Report, Row
 
 PLAIN_WIDTH = 190  # a pipe or a file has no width of its own
 

@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
-from .cases import DTYPES, LAYOUTS, shapes
-from .command import Many, Out, leave, possible_pages, split
-from .variants import PLAIN, VARIANTS
+from evenkeel.bench.cases import DTYPES, LAYOUTS, shapes
+from evenkeel.bench.command import Many, Out, leave, possible_pages, split
+from evenkeel.bench.variants import PLAIN, VARIANTS
 
 
 def variants_command(
@@ -30,9 +30,9 @@ def variants_command(
     A variant whose output or gradients are not finite or not of the right shape gets no number, and the exit
     status is 1.
     """
-    from .results import Settings
-    from .variant_run import run_variants, selected
-    from .variant_table import print_variants
+    from evenkeel.bench.results import Settings
+    from evenkeel.bench.variant_run import run_variants, selected
+    from evenkeel.bench.variant_table import print_variants
 
     names = tuple(VARIANTS)
     settings = Settings(

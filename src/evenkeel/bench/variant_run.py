@@ -11,17 +11,16 @@ from time import perf_counter
 import torch
 
 from evenkeel import memory
-from evenkeel.errors import describe as describe_value
-
-from . import timing
-from .cases import Case, cases, shapes
-from .check import WrongResultError
-from .machine import describe
-from .peers import CannotError
-from .problem import Problem, make_problem
-from .results import Report, Settings, VariantRow
-from .run import attempt, bar, keep_threads
-from .variants import PLAIN, VARIANTS, Factory
+from evenkeel.bench.cases import Case, cases, shapes
+from evenkeel.bench.check import WrongResultError
+from evenkeel.bench.machine import describe
+from evenkeel.bench.peers import CannotError
+from evenkeel.bench.problem import Problem, make_problem
+from evenkeel.bench.results import Report, Settings, VariantRow
+from evenkeel.bench.run import attempt, bar, keep_threads
+from evenkeel.bench.variants import PLAIN, VARIANTS, Factory
+from evenkeel.engine.error_messages import describe as describe_value
+from evenkeel.measure import timing
 
 
 def selected(settings: Settings) -> list[Case]:

@@ -7,9 +7,9 @@ from collections import defaultdict
 from rich.console import Console
 from rich.table import Table
 
-from .results import Report, VariantRow
-from .summary import geometric_mean
-from .variants import PLAIN
+from evenkeel.bench.results import Report, VariantRow
+from evenkeel.bench.summary import geometric_mean
+from evenkeel.bench.variants import PLAIN
 
 
 def print_variants(report: Report, console: Console | None = None) -> None:

@@ -16,10 +16,9 @@ import torch
 from torch import nn
 
 import evenkeel as ek
-
-from .disturbance import peak_bytes
-from .fusing import use_evenkeel
-from .networks import batch_of, build
+from evenkeel.bench.fusing import use_evenkeel
+from evenkeel.bench.networks import batch_of, build
+from evenkeel.measure.disturbance import peak_bytes
 
 
 def serve(config: dict[str, Any]) -> None:

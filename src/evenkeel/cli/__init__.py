@@ -5,22 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from evenkeel.extras import lacking
+from evenkeel.engine.optional_imports import lacking
 
 try:
     import typer
 
     from evenkeel.bench.group import bench_app, read_report
-    from evenkeel.cli.debugging import OPTION, Commands
+    from evenkeel.cli._shared.debug_option import OPTION, Commands
+    from evenkeel.cli._shared.exit_status import ended_in_one_line
+    from evenkeel.cli._shared.laboratory_options import fail, need, page_path
+    from evenkeel.cli.convert import convert_command
     from evenkeel.cli.demo import demo_command
-    from evenkeel.cli.ending import ended_in_one_line
+    from evenkeel.cli.fold import fold_command
+    from evenkeel.cli.info import info_command
+    from evenkeel.cli.inspect import inspect_command
     from evenkeel.cli.lab import lab_app
-    from evenkeel.cli.options import fail, need, page_path
-    from evenkeel.commands.convert import convert_command
-    from evenkeel.commands.fold import fold_command
-    from evenkeel.commands.inspect import inspect_command
-    from evenkeel.commands.recalibrate import recalibrate_command
-    from evenkeel.info import info_command
+    from evenkeel.cli.recalibrate import recalibrate_command
 except ModuleNotFoundError:
     if words := lacking("cli", "typer", "rich"):
         raise SystemExit(f"the evenkeel command needs {words}") from None
@@ -73,7 +73,7 @@ def bench_page(
     """Draw results of kernels and networks on one HTML page that needs no network."""
     need("bench", "plotly", "jinja2")
     from evenkeel.bench.page import bench_document
-    from evenkeel.report.page import write_page
+    from evenkeel.measure.page.html import write_page
 
     try:
         document = bench_document([read_report(path) for path in results])

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from evenkeel.cli.measuring import PACKAGES, measure
-from evenkeel.cli.options import AsJson, Fresh, Jobs, Page, Seeds, need
+from evenkeel.cli._shared.laboratory_options import AsJson, Fresh, Jobs, Page, Seeds, need
+from evenkeel.cli._shared.laboratory_run import PACKAGES, measure
 
 
 def demo_command(
@@ -28,9 +28,9 @@ def demo_command(
     page with interactive plots that needs no network. `evenkeel lab run` measures all claims.
     """
     need("lab", *PACKAGES)
-    from evenkeel.lab.claim import chosen
-    from evenkeel.lab.laboratory import DEMO, Order
-    from evenkeel.lab.plan import Plan
+    from evenkeel.lab.core.claim import chosen
+    from evenkeel.lab.core.laboratory import DEMO, Order
+    from evenkeel.lab.core.plan import Plan
     from evenkeel.memory import reuse_memory as reused_memory
 
     order = Order(chosen(DEMO), Plan(quick=True, seeds=seeds), demo=True)

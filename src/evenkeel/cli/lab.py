@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 from rich.console import Console
 
-from evenkeel.cli.measuring import PACKAGES, deliver, measure, opened
-from evenkeel.cli.options import AsJson, Fresh, Jobs, Page, Seeds, fail, need
+from evenkeel.cli._shared.laboratory_options import AsJson, Fresh, Jobs, Page, Seeds, fail, need
+from evenkeel.cli._shared.laboratory_run import PACKAGES, deliver, measure, opened
 
 if TYPE_CHECKING:
-    from evenkeel.lab.claim import Claim
-    from evenkeel.lab.laboratory import Order
+    from evenkeel.lab.core.claim import Claim
+    from evenkeel.lab.core.laboratory import Order
 
 lab_app = typer.Typer(
     help="Measure what is said about batch normalization: claims, verdicts with intervals, one page.",
@@ -31,8 +31,8 @@ PAGE = Path("evenkeel-lab.html")
 def list_command(as_json: AsJson = False) -> None:
     """List the claims: number, name, what is said, the data each can use."""
     need("lab", *PACKAGES)
-    from evenkeel.lab.claim import claims
-    from evenkeel.report.terminal import show_claims
+    from evenkeel.lab.core.claim import claims
+    from evenkeel.measure.page.terminal import show_claims
 
     rows = [
         {
@@ -80,10 +80,10 @@ def run_command(
     given again.
     """
     need("lab", *PACKAGES)
-    from evenkeel.lab.clusters import ClusterError
-    from evenkeel.lab.clusters import cluster as on_cluster
-    from evenkeel.lab.laboratory import Order
-    from evenkeel.lab.plan import Plan
+    from evenkeel.lab.core.clusters import ClusterError
+    from evenkeel.lab.core.clusters import cluster as on_cluster
+    from evenkeel.lab.core.laboratory import Order
+    from evenkeel.lab.core.plan import Plan
 
     if quick and full:
         raise typer.BadParameter("choose one of --quick and --full")
@@ -104,7 +104,7 @@ def run_command(
 def report_command(names: Names = None, out: Page = PAGE, as_json: AsJson = False) -> None:
     """Write the page again from what is stored beside it; nothing is measured."""
     need("lab", *PACKAGES)
-    from evenkeel.lab.laboratory import report_order
+    from evenkeel.lab.core.laboratory import report_order
 
     store = opened(out)
     deliver(report_order(_stored(names, out, store.order), store), out, store, as_json=as_json)
@@ -114,8 +114,8 @@ def report_command(names: Names = None, out: Page = PAGE, as_json: AsJson = Fals
 def show_command(names: Names = None, out: Page = PAGE, as_json: AsJson = False) -> None:
     """Print claims with findings, tables, set-up and sources, from what is stored beside the page."""
     need("lab", *PACKAGES)
-    from evenkeel.lab.laboratory import report_order
-    from evenkeel.report.terminal import show_section
+    from evenkeel.lab.core.laboratory import report_order
+    from evenkeel.measure.page.terminal import show_section
 
     store = opened(out)
     document = report_order(_stored(names, out, store.order), store)
@@ -140,7 +140,7 @@ def _found(folder: Path) -> tuple[str, ...]:
 
 
 def _chosen(names: list[str] | None) -> list[Claim]:
-    from evenkeel.lab.claim import chosen
+    from evenkeel.lab.core.claim import chosen
 
     try:
         return chosen(names or [])
@@ -150,7 +150,7 @@ def _chosen(names: list[str] | None) -> list[Claim]:
 
 def _stored(names: list[str] | None, page: Path, plain: dict[str, object] | None) -> Order:
     """What the last run beside this page was asked for, or of that the claims of these names."""
-    from evenkeel.lab.laboratory import order_from, results_beside
+    from evenkeel.lab.core.laboratory import order_from, results_beside
 
     selected = _chosen(names)
     if plain is None:

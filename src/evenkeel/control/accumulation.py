@@ -11,17 +11,17 @@ import torch.distributed as dist
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from evenkeel.arguments import State
-from evenkeel.control.controlling import control_of, controlled, updating
-from evenkeel.control.holding import is_held
-from evenkeel.control.selection import Where, named, select_some
-from evenkeel.control.uncompiled import uncompiled
+from evenkeel.control.layer_hooks import control_of, controlled, updating
+from evenkeel.control.layer_overrides import is_held
+from evenkeel.control.layer_selection import Where, named, select_some
+from evenkeel.control.run_uncompiled import uncompiled
+from evenkeel.engine.arguments import State
+from evenkeel.engine.running_statistics import update_running
+from evenkeel.engine.update_counts import UpdateCounts
 from evenkeel.moments import Moments
-from evenkeel.nn.controlled import Pool
-from evenkeel.nn.skipped import CountsSkipped
-from evenkeel.nn.variant import Variant
-from evenkeel.running import update_running
-from evenkeel.updates import UpdateCounts
+from evenkeel.nn._shared.skipped_updates import CountsSkipped
+from evenkeel.nn._shared.statistics_control import Pool
+from evenkeel.nn._shared.variant import Variant
 
 #: What evenkeel's layers count themselves, for torch.nn's.
 _updates: WeakKeyDictionary[_BatchNorm, UpdateCounts] = WeakKeyDictionary()

@@ -8,8 +8,8 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from evenkeel.control import holding
-from evenkeel.control.selection import Where, named, select, select_some
+from evenkeel.control import layer_overrides
+from evenkeel.control.layer_selection import Where, named, select, select_some
 
 
 class Frozen(NamedTuple):
@@ -67,11 +67,11 @@ def freeze(model: torch.nn.Module, statistics: bool = True, affine: bool = True,
 
     def change(layer: _BatchNorm) -> None:
         if statistics:
-            holding.hold_statistics(layer)
+            layer_overrides.hold_statistics(layer)
         if affine:
-            holding.turn_off(layer)
+            layer_overrides.turn_off(layer)
 
-    holding.all_or_none(layers, change)
+    layer_overrides.all_or_none(layers, change)
     return list(layers)
 
 
@@ -101,11 +101,11 @@ def unfreeze(model: torch.nn.Module, statistics: bool = True, affine: bool = Tru
 
     def change(layer: _BatchNorm) -> None:
         if statistics:
-            holding.let_go_statistics(layer)
+            layer_overrides.let_go_statistics(layer)
         if affine:
-            holding.turn_on(layer)
+            layer_overrides.turn_on(layer)
 
-    holding.all_or_none(layers, change)
+    layer_overrides.all_or_none(layers, change)
     return list(layers)
 
 
@@ -118,7 +118,7 @@ def frozen(model: torch.nn.Module, *, where: Where = None) -> dict[str, Frozen]:
     """
     return {
         path: Frozen(
-            holding.is_held(layer) and not layer.training,
+            layer_overrides.is_held(layer) and not layer.training,
             not any(parameter.requires_grad for parameter in layer.parameters()),
         )
         for path, layer in select("frozen", model, where).items()
@@ -161,7 +161,7 @@ def _unfrozen(layer: _BatchNorm, statistics: bool, affine: bool) -> list[str]:
     reasons = []
     if statistics and layer.running_mean is None:
         reasons.append("statistics: there are no running moments")
-    elif statistics and not holding.is_held(layer):
+    elif statistics and not layer_overrides.is_held(layer):
         reasons.append("statistics: freeze has not been called")
     elif statistics and layer.training:
         reasons.append("statistics: training was set to True by assignment; call freeze again")

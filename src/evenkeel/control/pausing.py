@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from evenkeel.control.controlling import held_off, updating
-from evenkeel.control.selection import Where, select_some
+from evenkeel.control.layer_hooks import held_off, updating
+from evenkeel.control.layer_selection import Where, select_some
 
 
 @contextmanager

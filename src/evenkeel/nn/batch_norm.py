@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-from evenkeel.activations import NONE, ActivationLike, resolve
-from evenkeel.arguments import State
-from evenkeel.errors import locate
+from evenkeel.engine.activations import NONE, ActivationLike, resolve
+from evenkeel.engine.arguments import State
+from evenkeel.engine.error_messages import locate
+from evenkeel.engine.fusion.call import begin, passes_by
+from evenkeel.engine.fusion.scope import current
+from evenkeel.engine.masking import Padding, TooFew, check_policy
+from evenkeel.engine.normalization_steps import Normalization, is_plain
 from evenkeel.functional import BESIDE_JIT, Options, check_layer_call, layer_batch_norm
-from evenkeel.fusion.call import begin, passes_by
-from evenkeel.fusion.scope import current
-from evenkeel.masking import Padding, TooFew, check_policy
 from evenkeel.moments import Weighting
-from evenkeel.nn.constructed import Constructed
-from evenkeel.nn.controlled import Controlled
-from evenkeel.nn.skipped import CountsSkipped
-from evenkeel.normalization import Normalization, is_plain
+from evenkeel.nn._shared.constructor_errors import Constructed
+from evenkeel.nn._shared.skipped_updates import CountsSkipped
+from evenkeel.nn._shared.statistics_control import Controlled
 
 passes_by(__file__)
 

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from evenkeel import fused
-from evenkeel.activations import NONE, Activation, ActivationLike
-from evenkeel.arguments import check_arguments, check_channels
-from evenkeel.errors import describe, is_count
+from evenkeel.engine import dispatch
+from evenkeel.engine.activations import NONE, Activation, ActivationLike
+from evenkeel.engine.arguments import check_arguments, check_channels
+from evenkeel.engine.error_messages import describe, is_count
+from evenkeel.engine.layout import check_kind
+from evenkeel.engine.masking import Padding
 from evenkeel.functional import Options
-from evenkeel.layout import check_kind
-from evenkeel.masking import Padding
 from evenkeel.moments import Weighting, compute_dtype
-from evenkeel.nn.plain import by_batch
-from evenkeel.nn.tables import adopt, expand_rows, options_of
-from evenkeel.nn.variant import Variant
+from evenkeel.nn._shared.plain_norm import by_batch
+from evenkeel.nn._shared.rows import adopt, expand_rows, options_of
+from evenkeel.nn._shared.variant import Variant
 
 
 class _ZeroLinear(torch.nn.Linear):
@@ -59,7 +59,7 @@ class ConditionalBatchNorm(Variant):
         gives every class its γ and β. With an embedding there is ``modulation.*`` besides.
 
     Differs:
-        Without a condition the call is an error. ``mask`` is as for :class:`~evenkeel.nn.variant.Variant`.
+        Without a condition the call is an error. ``mask`` is as for :class:`~evenkeel.nn._shared.variant.Variant`.
 
     Numerics:
         Half-precision x is normalized and scaled in float32 and rounded once. Labels are looked at only on the CPU:
@@ -168,7 +168,7 @@ class ConditionalBatchNorm(Variant):
             input: x, shape (N, C, *S).
             condition: A class per sample, int64 (N,), or weights of the classes (N, K); or an embedding (N, E).
             residual, activation, inplace, mask, sample_weight, weighting, padding: As for
-                :meth:`evenkeel.nn.variant.Variant.forward`.
+                :meth:`evenkeel.nn._shared.variant.Variant.forward`.
         """
         options = Options(activation, inplace, mask, sample_weight, padding, weighting)
         return self._call(input, residual, options, condition=condition)
@@ -193,7 +193,7 @@ class ConditionalBatchNorm(Variant):
         if self.uses_batch():
             y, moments = by_batch(wide, None, None, None, self.eps, NONE, mask, self.counts())
         else:
-            y = fused.batch_norm(wide, None, None, None, self._state(), NONE)
+            y = dispatch.batch_norm(wide, None, None, None, self._state(), NONE)
         if gain is not None:
             spread = (*x.shape[:2], *[1] * (x.dim() - 2))
             gain = gain.to(dtype).view(spread)
@@ -249,7 +249,7 @@ class ConditionalBatchNorm(Variant):
         if condition.is_floating_point():
             return True
         # On a GPU looking would wait for it, and the compiler would break the graph.
-        if condition.is_cpu and N > 0 and not torch.compiler.is_compiling() and not fused.transformed():
+        if condition.is_cpu and N > 0 and not torch.compiler.is_compiling() and not dispatch.transformed():
             low, high = (int(value) for value in condition.aminmax())
             top = (self.num_classes or 0) - 1
             if low < 0 or high > top:

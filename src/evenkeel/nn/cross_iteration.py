@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from evenkeel import functional
-from evenkeel.activations import Activation, ActivationLike
-from evenkeel.errors import describe
-from evenkeel.layout import per_channel
-from evenkeel.masking import Padding
+from evenkeel.engine.activations import Activation, ActivationLike
+from evenkeel.engine.error_messages import describe
+from evenkeel.engine.layout import per_channel
+from evenkeel.engine.masking import Padding
+from evenkeel.engine.recomputation import is_second_run
 from evenkeel.moments import Moments, Weighting, compute_dtype
-from evenkeel.nn.history import Recall, Remembering, has_values, runs_eagerly
-from evenkeel.nn.variant import normalize
-from evenkeel.second_run import is_second_run
+from evenkeel.nn._shared.recent_batches import Recall, Remembering, has_values, runs_eagerly
+from evenkeel.nn._shared.variant import normalize
 
 _TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
 
@@ -152,7 +152,7 @@ class CrossIterationBatchNorm(Remembering):
 
         Args:
             input, residual, activation, inplace, mask, sample_weight, weighting, padding: As for
-                :meth:`evenkeel.nn.variant.Variant.forward`.
+                :meth:`evenkeel.nn._shared.variant.Variant.forward`.
             producer_weight: The weight of what produced x, its first dimension the output channel; for this call it
                 takes the place of the attached module's.
         """

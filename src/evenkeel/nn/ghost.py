@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from evenkeel import fused
-from evenkeel.activations import Activation
-from evenkeel.errors import describe, is_count
+from evenkeel.engine import dispatch
+from evenkeel.engine.activations import Activation
+from evenkeel.engine.error_messages import describe, is_count
 from evenkeel.moments import Moments
-from evenkeel.nn.groups import merge_rows, normalize_groups
-from evenkeel.nn.variant import Variant
+from evenkeel.nn._shared.consecutive_groups import merge_rows, normalize_groups
+from evenkeel.nn._shared.variant import Variant
 
 
 class GhostBatchNorm(Variant):
@@ -98,7 +98,7 @@ class GhostBatchNorm(Variant):
         sizes = self._sizes(x) if self.training else [x.shape[0]]
         state, pooled = self._state()._replace(update=self.counts()), self.running == "pooled"
         if len(sizes) == 1:
-            return fused.batch_norm(x, residual, self.weight, self.bias, state, act)
+            return dispatch.batch_norm(x, residual, self.weight, self.bias, state, act)
         state = state._replace(update=state.update and state.sink is None)
         y, moments = normalize_groups(x, residual, self.weight, self.bias, sizes, state, act, pooled)
         if moments is None:

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from evenkeel.activations import Activation
-from evenkeel.layout import per_channel, reduced_dims
+from evenkeel.engine.activations import Activation
+from evenkeel.engine.layout import per_channel, reduced_dims
 from evenkeel.moments import Moments
-from evenkeel.nn.variant import Variant, normalize
+from evenkeel.nn._shared.variant import Variant, normalize
 
 
 class L1BatchNorm(Variant):

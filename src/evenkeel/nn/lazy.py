@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _LazyNormBase
 
-from evenkeel.errors import describe
-from evenkeel.masking import TooFew
+from evenkeel.engine.error_messages import describe
+from evenkeel.engine.masking import TooFew
 from evenkeel.nn.batch_norm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, FusedBatchNorm
 
 

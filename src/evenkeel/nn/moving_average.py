@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from evenkeel import functional
-from evenkeel.activations import Activation
-from evenkeel.errors import describe
-from evenkeel.layout import per_channel
+from evenkeel.engine.activations import Activation
+from evenkeel.engine.error_messages import describe
+from evenkeel.engine.layout import per_channel
+from evenkeel.engine.recomputation import is_second_run
 from evenkeel.moments import Moments, compute_dtype
-from evenkeel.nn.history import Recall, Remembering, has_values, runs_eagerly
-from evenkeel.nn.variant import normalize
-from evenkeel.second_run import is_second_run
+from evenkeel.nn._shared.recent_batches import Recall, Remembering, has_values, runs_eagerly
+from evenkeel.nn._shared.variant import normalize
 
 _CENTRED = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 

@@ -10,14 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from evenkeel import fused
-from evenkeel.activations import Activation
-from evenkeel.errors import describe
+from evenkeel.engine import dispatch
+from evenkeel.engine.activations import Activation
+from evenkeel.engine.error_messages import describe
+from evenkeel.engine.recomputation import is_second_run
+from evenkeel.engine.running_statistics import averaged
 from evenkeel.functional import moments as moments_of
 from evenkeel.moments import Moments, compute_dtype
-from evenkeel.nn.variant import Variant
-from evenkeel.running import averaged
-from evenkeel.second_run import is_second_run
+from evenkeel.nn._shared.variant import Variant
 
 #: A bound, or what gives it from the number of batches so far (an integer tensor of shape ()).
 Bound = float | Callable[[Tensor], Tensor]
@@ -157,7 +157,7 @@ class BatchRenorm(Variant):
             weight, bias = self.weight.to(dtype) * r, self.weight.to(dtype) * d
         if self.bias is not None:
             bias = self.bias.to(dtype) + bias
-        y = fused.batch_norm(x, residual, weight, bias, self._state(), act)
+        y = dispatch.batch_norm(x, residual, weight, bias, self._state(), act)
         self.update_running(moments)
         return y
 

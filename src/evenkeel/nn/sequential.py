@@ -6,10 +6,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from evenkeel.fusion.memory import ATTRIBUTE, Memory
-from evenkeel.fusion.scope import scope_of
+from evenkeel.engine.fusion.expectations import ATTRIBUTE, Memory
+from evenkeel.engine.fusion.scope import scope_of
+from evenkeel.nn._shared.variant import Variant
 from evenkeel.nn.batch_norm import FusedBatchNorm, refuse_script
-from evenkeel.nn.variant import Variant
 
 
 class Sequential(torch.nn.Sequential):

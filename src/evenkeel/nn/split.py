@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evenkeel import fused
-from evenkeel.activations import Activation
-from evenkeel.arguments import check_arguments
-from evenkeel.errors import check_module, describe, is_count
+from evenkeel.engine import dispatch
+from evenkeel.engine.activations import Activation
+from evenkeel.engine.arguments import check_arguments
+from evenkeel.engine.error_messages import check_module, describe, is_count
 from evenkeel.functional import moments
-from evenkeel.nn.choices import Choices
-from evenkeel.nn.tables import adopt, options_of
-from evenkeel.nn.variant import Variant
+from evenkeel.nn._shared.rows import adopt, options_of
+from evenkeel.nn._shared.scoped_choice import Choices
+from evenkeel.nn._shared.variant import Variant
 
 
 class AuxiliaryBatchNorm(Variant):
@@ -44,7 +44,7 @@ class AuxiliaryBatchNorm(Variant):
         update: bool = True,
     ) -> Tensor:
         """``act(bn(x) + residual)`` with this layer's statistics, which take x in where this layer counts it."""
-        y = fused.batch_norm(x, residual, weight, bias, self._state(), act)
+        y = dispatch.batch_norm(x, residual, weight, bias, self._state(), act)
         if update and self.counts() and self.uses_batch():
             self.update_running(moments(x.detach()))
         return y

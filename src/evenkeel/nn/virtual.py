@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evenkeel.activations import Activation
-from evenkeel.arguments import State, check_arguments, check_numbers
-from evenkeel.errors import check_module
+from evenkeel.engine.activations import Activation
+from evenkeel.engine.arguments import State, check_arguments, check_numbers
+from evenkeel.engine.error_messages import check_module
 from evenkeel.moments import Moments
-from evenkeel.nn.variant import Variant, normalize
+from evenkeel.nn._shared.variant import Variant, normalize
 
 
 class VirtualBatchNorm(Variant):

@@ -8,14 +8,14 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from evenkeel.activations import Activation
-from evenkeel.errors import describe, is_count
-from evenkeel.layout import is_channels_last
+from evenkeel.engine.activations import Activation
+from evenkeel.engine.error_messages import describe, is_count
+from evenkeel.engine.layout import is_channels_last
+from evenkeel.engine.running_statistics import averaged_so_far, note_averaged
+from evenkeel.engine.update_counts import UpdateCounts
 from evenkeel.moments import Moments, compute_dtype, wide_dtype
-from evenkeel.nn.inverse_sqrt import newton, zca
-from evenkeel.nn.variant import Variant
-from evenkeel.running import averaged_so_far, note_averaged
-from evenkeel.updates import UpdateCounts
+from evenkeel.nn._shared.inverse_sqrt import newton, zca
+from evenkeel.nn._shared.variant import Variant
 
 Method: TypeAlias = Literal["newton", "zca"]
 METHODS = get_args(Method)

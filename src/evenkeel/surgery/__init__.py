@@ -3,19 +3,19 @@
 Imported when the first of them is asked for, as ``ek.convert`` and so on: ``import evenkeel`` stays light.
 """
 
-from evenkeel.surgery.adapt import adapt, reset_adaptation
-from evenkeel.surgery.convert import convert, revert
-from evenkeel.surgery.flax import from_flax, to_flax
-from evenkeel.surgery.folding import fold
-from evenkeel.surgery.keras import from_keras, to_keras
-from evenkeel.surgery.merging import merge_statistics
-from evenkeel.surgery.onnx_export import export_onnx
-from evenkeel.surgery.parameters import param_groups
-from evenkeel.surgery.plain import to_torch
-from evenkeel.surgery.preparing import prepare_export
-from evenkeel.surgery.recalibrate import recalibrate
-from evenkeel.surgery.registry import register as register
+from evenkeel.surgery.conversion.convert import convert, revert
+from evenkeel.surgery.conversion.to_torch import to_torch
+from evenkeel.surgery.folding.fold import fold
+from evenkeel.surgery.interchange.flax import from_flax, to_flax
+from evenkeel.surgery.interchange.keras import from_keras, to_keras
+from evenkeel.surgery.interchange.onnx_export import export_onnx
+from evenkeel.surgery.interchange.prepare_export import prepare_export
+from evenkeel.surgery.known_layers import register as register
+from evenkeel.surgery.param_groups import param_groups
 from evenkeel.surgery.report import Report
+from evenkeel.surgery.statistics.adapt import adapt, reset_adaptation
+from evenkeel.surgery.statistics.merge import merge_statistics
+from evenkeel.surgery.statistics.recalibrate import recalibrate
 
 __all__ = [
     "Report",

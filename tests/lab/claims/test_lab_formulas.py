@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 import evenkeel as ek
-from evenkeel.lab.arms import BN, NONE
 from evenkeel.lab.claims import _shifts, inference, loss_landscape, placement, scales, small_batches, weight_decay
 from evenkeel.lab.claims._shifts import ShiftingNoise, cosine_after_earlier_layers
 from evenkeel.lab.claims.gradients import THEORY, gradient_norms
 from evenkeel.lab.claims.hyperparameters import LEAST_MOMENTUM_LEFT, RATES, SCALES, settings
-from evenkeel.lab.costs import SIZES, build, networks, saved_bytes
+from evenkeel.lab.core.seeds import generator
 from evenkeel.lab.data import table
-from evenkeel.lab.frechet import frechet_distance
-from evenkeel.lab.networks import StackedMLP
-from evenkeel.lab.seeds import generator
-from evenkeel.lab.training import losses
+from evenkeel.lab.training.arms import BN, NONE
+from evenkeel.lab.training.cost_measurement import SIZES, build, networks, saved_bytes
+from evenkeel.lab.training.frechet import frechet_distance
+from evenkeel.lab.training.networks import StackedMLP
+from evenkeel.lab.training.train import losses
 
 
 @pytest.fixture(autouse=True)

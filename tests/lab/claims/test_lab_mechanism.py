@@ -7,13 +7,13 @@ import torch
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from evenkeel.lab.arms import BN, NONE
 from evenkeel.lab.claims import _shifts, affine_only, gradients, loss_landscape
+from evenkeel.lab.core.seeds import generator
+from evenkeel.lab.core.threads import one_thread
 from evenkeel.lab.data import images
-from evenkeel.lab.networks import StackedMLP
-from evenkeel.lab.seeds import generator
-from evenkeel.lab.threads import one_thread
-from evenkeel.lab.training import losses
+from evenkeel.lab.training.arms import BN, NONE
+from evenkeel.lab.training.networks import StackedMLP
+from evenkeel.lab.training.train import losses
 
 
 @pytest.fixture(autouse=True)

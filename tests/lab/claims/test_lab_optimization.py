@@ -7,7 +7,6 @@ from itertools import pairwise
 import pytest
 import torch
 
-from evenkeel.lab.cell import Results
 from evenkeel.lab.claims import (
     _decay,
     convergence,
@@ -16,11 +15,12 @@ from evenkeel.lab.claims import (
     learning_rate,
     weight_decay,
 )
+from evenkeel.lab.core.cell import Results
+from evenkeel.lab.core.plan import Plan
 from evenkeel.lab.data import images
-from evenkeel.lab.plan import Plan
-from evenkeel.lab.statistics import speedup
-from evenkeel.lab.trials import trial
-from evenkeel.lab.verdicts import verdict
+from evenkeel.lab.reading.verdicts import verdict
+from evenkeel.lab.training.trials import trial
+from evenkeel.measure.statistics import speedup
 
 QUICK = Plan()
 

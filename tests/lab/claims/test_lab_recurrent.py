@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from evenkeel.lab.cell import Results
 from evenkeel.lab.claims import _sequences, recurrent
 from evenkeel.lab.claims._sequences import Reader, sequences
-from evenkeel.lab.plan import Plan
-from evenkeel.lab.threads import one_thread
-from evenkeel.lab.verdicts import verdict
+from evenkeel.lab.core.cell import Results
+from evenkeel.lab.core.plan import Plan
+from evenkeel.lab.core.threads import one_thread
+from evenkeel.lab.reading.verdicts import verdict
 
 FULL = Plan(quick=False, seeds=3)
 

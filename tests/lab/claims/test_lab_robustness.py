@@ -6,16 +6,16 @@ import pytest
 import torch
 
 import evenkeel as ek
-from evenkeel.lab.arms import BN, NONE
-from evenkeel.lab.cell import Results
 from evenkeel.lab.claims import robustness, scales
+from evenkeel.lab.core.cell import Results
+from evenkeel.lab.core.plan import Plan
+from evenkeel.lab.core.seeds import generator
+from evenkeel.lab.core.threads import one_thread
 from evenkeel.lab.data import CORRUPTIONS, corrupted, digits, table
-from evenkeel.lab.networks import StackedCNN, StackedMLP
-from evenkeel.lab.plan import Plan
-from evenkeel.lab.seeds import generator
-from evenkeel.lab.threads import one_thread
-from evenkeel.lab.training import Descent, right, train
-from evenkeel.lab.verdicts import verdict
+from evenkeel.lab.reading.verdicts import verdict
+from evenkeel.lab.training.arms import BN, NONE
+from evenkeel.lab.training.networks import StackedCNN, StackedMLP
+from evenkeel.lab.training.train import Descent, right, train
 
 PLAN = Plan(quick=True, seeds=3)
 

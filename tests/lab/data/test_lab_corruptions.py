@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from evenkeel.lab.core.seeds import generator
 from evenkeel.lab.data import CORRUPTIONS, corrupted, digits
 from evenkeel.lab.data.corruptions import SEVERITIES
-from evenkeel.lab.seeds import generator
 
 SHAPES = [(40, 1, 8, 8), (20, 1, 28, 28), (10, 3, 32, 32), (10, 3, 20, 30)]
 

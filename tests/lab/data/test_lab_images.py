@@ -10,9 +10,9 @@ import torch
 from data_files import readers_folder, write_idx, write_mnist, write_picture
 from PIL import Image
 
-from evenkeel import extras
+from evenkeel.engine import optional_imports
 from evenkeel.lab.data import DataError, digits, discover, images, limits, pictures, table
-from evenkeel.lab.data.folder import reading_from
+from evenkeel.lab.data.data_folder import reading_from
 from evenkeel.lab.data.idx import read_idx, read_mnist
 from evenkeel.lab.data.images import all_images
 from evenkeel.lab.data.pictures import read_pictures
@@ -230,7 +230,7 @@ def test_a_picture_that_claims_too_many_pixels_is_not_decoded(tmp_path, side, sa
 def test_without_pillow_the_extra_is_named(tmp_path, monkeypatch):
     write_picture(tmp_path / "a" / "0.png", (9, 9, 9))
     write_picture(tmp_path / "b" / "0.png", (9, 9, 9))
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    monkeypatch.setattr(optional_imports, "find_spec", lambda name: None)
     for look in (lambda: read_pictures([tmp_path / "a" / "0.png"]), lambda: discover(tmp_path)):
         with pytest.raises(DataError, match=r"pictures need PIL: .*pip install .*'pillow>="):
             look()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from evenkeel.lab.data import CORRUPTIONS
-from evenkeel.lab.figures import Axis, Figure, Series
-from evenkeel.lab.statistics import mean
+from evenkeel.lab.reading.figures import Axis, Figure, Series
+from evenkeel.measure.statistics import mean
 
 Percents = dict[str, list[float]]
 """By corruption, the accuracy at every severity."""

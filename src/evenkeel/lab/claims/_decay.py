@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evenkeel.lab.arms import arm_named
-from evenkeel.lab.cell import Result
+from evenkeel.lab.core.cell import Result
+from evenkeel.lab.core.seeds import generator
 from evenkeel.lab.data import Split, images
-from evenkeel.lab.networks import Stack, StackedMLP
-from evenkeel.lab.seeds import generator
-from evenkeel.lab.training import batch_moments, batches, losses, percent, right
+from evenkeel.lab.training.arms import arm_named
+from evenkeel.lab.training.networks import Stack, StackedMLP
+from evenkeel.lab.training.train import batch_moments, batches, losses, percent, right
 
 SAMPLES = 500
 WRONG = 0.2

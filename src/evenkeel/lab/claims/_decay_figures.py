@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from evenkeel.lab.arms import BN, NONE
-from evenkeel.lab.cell import Result
 from evenkeel.lab.claims._decay import KINDS
-from evenkeel.lab.figures import Axis, Figure, Series
-from evenkeel.lab.reading import band
-from evenkeel.lab.statistics import Interval
+from evenkeel.lab.core.cell import Result
+from evenkeel.lab.reading.figures import Axis, Figure, Series
+from evenkeel.lab.reading.results_by_arm import band
+from evenkeel.lab.training.arms import BN, NONE
+from evenkeel.measure.statistics import Interval
 
 ARMS = {
     "none": ("no normalization, no decay", "none"),

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import evenkeel as ek
-from evenkeel.lab.cell import Result
+from evenkeel.lab.core.cell import Result
+from evenkeel.lab.core.seeds import generator, seed_from
 from evenkeel.lab.data import Split, images
-from evenkeel.lab.frechet import frechet_distance
-from evenkeel.lab.seeds import generator, seed_from
-from evenkeel.lab.training import batches
+from evenkeel.lab.training.frechet import frechet_distance
+from evenkeel.lab.training.train import batches
 
 BATCH = 64
 

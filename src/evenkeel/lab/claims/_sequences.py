@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from evenkeel.lab.cell import Result
+from evenkeel.lab.core.cell import Result
+from evenkeel.lab.core.seeds import generator, seed_from
 from evenkeel.lab.data import characters, images
 from evenkeel.lab.data.text import ASCII
-from evenkeel.lab.seeds import generator, seed_from
-from evenkeel.lab.training import batch_moments
-from evenkeel.nn.recurrent import BatchNormLSTM
+from evenkeel.lab.training.train import batch_moments
+from evenkeel.nn.recurrent.recurrent_layers import BatchNormLSTM
 
 EPS = 0.1
 NOISE = 0.1

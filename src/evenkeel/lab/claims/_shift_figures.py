@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from evenkeel.lab.arms import BN, NONE
-from evenkeel.lab.cell import Result
 from evenkeel.lab.claims._shifts import ARMS
-from evenkeel.lab.figures import Axis, Figure, Series
-from evenkeel.lab.phrases import listed
-from evenkeel.lab.reading import band, column
+from evenkeel.lab.core.cell import Result
+from evenkeel.lab.reading.figures import Axis, Figure, Series
+from evenkeel.lab.reading.results_by_arm import band, column
+from evenkeel.lab.reading.wording import listed
+from evenkeel.lab.training.arms import BN, NONE
 
 STYLES = {"none": "none", "bn": "bn", "noisy": "other-3"}
 Drawn = Mapping[str, tuple[Sequence[Result], int]]

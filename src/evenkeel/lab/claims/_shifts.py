@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 import evenkeel as ek
-from evenkeel.lab.arms import BN, NONE, Arm, arm_named
-from evenkeel.lab.cell import Result
+from evenkeel.lab.core.cell import Result
+from evenkeel.lab.core.seeds import generator
 from evenkeel.lab.data import images
-from evenkeel.lab.networks import Stack, StackedMLP
-from evenkeel.lab.seeds import generator
-from evenkeel.lab.training import Descent, batch_moments, batches, losses, paused, percent, plain, right, train
-from evenkeel.lab.wander import Wander, received_by
+from evenkeel.lab.training.arms import BN, NONE, Arm, arm_named
+from evenkeel.lab.training.networks import Stack, StackedMLP
+from evenkeel.lab.training.parameter_drift import Wander, received_by
+from evenkeel.lab.training.train import Descent, batch_moments, batches, losses, paused, percent, plain, right, train
 
 WIDTHS = (100, 100, 100)
 BATCH = 60
@@ -95,8 +95,8 @@ def drift(*, data: str, arm: str, seed: int, steps: int, rates: tuple[float, ...
     """Train a sigmoid network at every rate side by side, and follow what the last hidden layer's activation receives.
 
     Returns:
-        The fields of `evenkeel.lab.training.History`; at each evaluation and for each replica, `shift` (see
-        `evenkeel.lab.wander.Wander.shift`) and the 15th, 50th and 85th percentile of one unit's input (`percentiles`).
+        The fields of `training.train.History`; at each evaluation and for each replica, `shift` (see
+        `training.parameter_drift.Wander.shift`) and the 15th, 50th and 85th percentile of one unit's input (`percentiles`).
     """
     split = images(data, seed)
     stack = _network(data, "sigmoid", arm, seed, rates, split.train_x[0].numel(), split.classes)

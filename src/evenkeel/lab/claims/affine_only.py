@@ -6,21 +6,21 @@ from collections.abc import Sequence
 
 import torch
 
-from evenkeel.lab.arms import BN
-from evenkeel.lab.cell import Cell, Result, Results
-from evenkeel.lab.claim import Claim, Reading, Source
+from evenkeel.lab.core.cell import Cell, Result, Results
+from evenkeel.lab.core.claim import Claim, Reading, Source
+from evenkeel.lab.core.plan import Plan, seeds_text
+from evenkeel.lab.core.seeds import generator
 from evenkeel.lab.data import images
-from evenkeel.lab.figures import Axis, Figure, Series, Table
-from evenkeel.lab.networks import StackedMLP
-from evenkeel.lab.phrases import listed
-from evenkeel.lab.plan import Plan, seeds_text
-from evenkeel.lab.reading import Runs
-from evenkeel.lab.seeds import generator
-from evenkeel.lab.statistics import difference, mean
-from evenkeel.lab.training import train
-from evenkeel.lab.trials import tuned, where_text
-from evenkeel.lab.tuning import Best
-from evenkeel.lab.verdicts import Finding
+from evenkeel.lab.reading.figures import Axis, Figure, Series, Table
+from evenkeel.lab.reading.results_by_arm import Runs
+from evenkeel.lab.reading.verdicts import Finding
+from evenkeel.lab.reading.wording import listed
+from evenkeel.lab.training.arms import BN
+from evenkeel.lab.training.learning_rates import Best
+from evenkeel.lab.training.networks import StackedMLP
+from evenkeel.lab.training.train import train
+from evenkeel.lab.training.trials import tuned, where_text
+from evenkeel.measure.statistics import difference, mean
 
 ARMS = {
     "affine": ("γ and β alone", "bn"),

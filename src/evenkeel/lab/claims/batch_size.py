@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evenkeel.lab.arms import BN, GN, NONE
-from evenkeel.lab.cell import Cell, Result, Results
-from evenkeel.lab.claim import Claim, Reading, Source
-from evenkeel.lab.figures import Axis, Figure, Table
-from evenkeel.lab.phrases import listed
-from evenkeel.lab.plan import Plan, seeds_text
-from evenkeel.lab.reading import Runs, band
-from evenkeel.lab.statistics import difference, mean
-from evenkeel.lab.trials import trial_cell, tuned, where_text
-from evenkeel.lab.tuning import Best
-from evenkeel.lab.verdicts import Finding
+from evenkeel.lab.core.cell import Cell, Result, Results
+from evenkeel.lab.core.claim import Claim, Reading, Source
+from evenkeel.lab.core.plan import Plan, seeds_text
+from evenkeel.lab.reading.figures import Axis, Figure, Table
+from evenkeel.lab.reading.results_by_arm import Runs, band
+from evenkeel.lab.reading.verdicts import Finding
+from evenkeel.lab.reading.wording import listed
+from evenkeel.lab.training.arms import BN, GN, NONE
+from evenkeel.lab.training.learning_rates import Best
+from evenkeel.lab.training.trials import trial_cell, tuned, where_text
+from evenkeel.measure.statistics import difference, mean
 
 ARMS = (NONE, BN, GN)
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256)

@@ -10,20 +10,20 @@ from collections.abc import Sequence
 
 import torch
 
-from evenkeel.lab.arms import BN, NONE, arm_named
-from evenkeel.lab.cell import Cell, Result, Results
-from evenkeel.lab.claim import Claim, Reading, Source
+from evenkeel.lab.core.cell import Cell, Result, Results
+from evenkeel.lab.core.claim import Claim, Reading, Source
+from evenkeel.lab.core.plan import LONGER, Plan, seeds_text, steps_for
+from evenkeel.lab.core.seeds import generator
 from evenkeel.lab.data import images
-from evenkeel.lab.figures import Axis, Figure, Series, Table
-from evenkeel.lab.networks import StackedMLP
-from evenkeel.lab.phrases import listed, steps
-from evenkeel.lab.plan import LONGER, Plan, seeds_text, steps_for
-from evenkeel.lab.reading import Runs, band, column
-from evenkeel.lab.seeds import generator
-from evenkeel.lab.statistics import Speedup, geometric_mean, speedup
-from evenkeel.lab.training import train
-from evenkeel.lab.tuning import Tuned, tune
-from evenkeel.lab.verdicts import speedup_finding
+from evenkeel.lab.reading.figures import Axis, Figure, Series, Table
+from evenkeel.lab.reading.results_by_arm import Runs, band, column
+from evenkeel.lab.reading.verdicts import speedup_finding
+from evenkeel.lab.reading.wording import listed, steps
+from evenkeel.lab.training.arms import BN, NONE, arm_named
+from evenkeel.lab.training.learning_rates import Tuned, tune
+from evenkeel.lab.training.networks import StackedMLP
+from evenkeel.lab.training.train import train
+from evenkeel.measure.statistics import Speedup, geometric_mean, speedup
 
 ARMS = (NONE, BN)
 TARGET = 90.0
@@ -55,7 +55,7 @@ def curves(
     evaluate_at: tuple[int, ...],
     shorter: int = 0,
 ) -> Result:
-    """Train every learning rate side by side, and return the curves (`evenkeel.lab.training.History`).
+    """Train every learning rate side by side, and return the curves (`evenkeel.lab.training.train.History`).
 
     Batch norm, which gets there sooner, is trained no longer than `shorter` steps, where that is not 0.
     """

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from evenkeel.lab.cell import Results
-from evenkeel.lab.claim import Claim, Reading, Source
-from evenkeel.lab.costs import by_size, cost_cells
-from evenkeel.lab.figures import Axis, Figure, Series, Table
-from evenkeel.lab.phrases import listed
-from evenkeel.lab.plan import Plan
-from evenkeel.lab.statistics import Interval, geometric_mean
-from evenkeel.lab.verdicts import Finding
+from evenkeel.lab.core.cell import Results
+from evenkeel.lab.core.claim import Claim, Reading, Source
+from evenkeel.lab.core.plan import Plan
+from evenkeel.lab.reading.figures import Axis, Figure, Series, Table
+from evenkeel.lab.reading.verdicts import Finding
+from evenkeel.lab.reading.wording import listed
+from evenkeel.lab.training.cost_measurement import by_size, cost_cells
+from evenkeel.measure.statistics import Interval, geometric_mean
 
 FREE = 1.05
 """Folded inference is called free where it takes at most this times the time of the network without batch norm."""

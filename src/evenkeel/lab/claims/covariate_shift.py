@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evenkeel.lab.arms import BN, NONE
-from evenkeel.lab.cell import Cell, Result, Results
-from evenkeel.lab.claim import Claim, Reading, Source
 from evenkeel.lab.claims._shift_figures import cosine_figure, drift_figure, unit_figure
 from evenkeel.lab.claims._shifts import (
     ARMS,
@@ -26,14 +23,17 @@ from evenkeel.lab.claims._shifts import (
     drift,
     gradient_change,
 )
-from evenkeel.lab.figures import Figure, Table
-from evenkeel.lab.phrases import listed, steps
-from evenkeel.lab.plan import Plan, seeds_text
-from evenkeel.lab.reading import Runs
-from evenkeel.lab.statistics import Speedup, difference, geometric_mean, mean, ratio, speedup
-from evenkeel.lab.trials import where_text
-from evenkeel.lab.tuning import Tuned, tune
-from evenkeel.lab.verdicts import Finding, speedup_finding
+from evenkeel.lab.core.cell import Cell, Result, Results
+from evenkeel.lab.core.claim import Claim, Reading, Source
+from evenkeel.lab.core.plan import Plan, seeds_text
+from evenkeel.lab.reading.figures import Figure, Table
+from evenkeel.lab.reading.results_by_arm import Runs
+from evenkeel.lab.reading.verdicts import Finding, speedup_finding
+from evenkeel.lab.reading.wording import listed, steps
+from evenkeel.lab.training.arms import BN, NONE
+from evenkeel.lab.training.learning_rates import Tuned, tune
+from evenkeel.lab.training.trials import where_text
+from evenkeel.measure.statistics import Speedup, difference, geometric_mean, mean, ratio, speedup
 
 LEAST = 1e-6
 """Drifts below it count as this much, so that a ratio is defined."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evenkeel.lab.arms import BN, NONE
-from evenkeel.lab.cell import Cell, Results
-from evenkeel.lab.claim import Claim, Reading, Source
-from evenkeel.lab.figures import Axis, Figure, Series, Table
-from evenkeel.lab.phrases import listed
-from evenkeel.lab.plan import Plan, seeds_text
-from evenkeel.lab.reading import Runs
-from evenkeel.lab.statistics import difference, mean
-from evenkeel.lab.trials import edge_notes, rate_columns, rate_row, trial_cell, tuned, where_text
-from evenkeel.lab.verdicts import Finding
+from evenkeel.lab.core.cell import Cell, Results
+from evenkeel.lab.core.claim import Claim, Reading, Source
+from evenkeel.lab.core.plan import Plan, seeds_text
+from evenkeel.lab.reading.figures import Axis, Figure, Series, Table
+from evenkeel.lab.reading.results_by_arm import Runs
+from evenkeel.lab.reading.verdicts import Finding
+from evenkeel.lab.reading.wording import listed
+from evenkeel.lab.training.arms import BN, NONE
+from evenkeel.lab.training.trials import edge_notes, rate_columns, rate_row, trial_cell, tuned, where_text
+from evenkeel.measure.statistics import difference, mean
 
 ARMS = (NONE, BN)
 RATES = (0.03, 0.1, 0.3, 1.0)

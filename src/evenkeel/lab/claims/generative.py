@@ -5,15 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evenkeel.lab.cell import Cell, Results
-from evenkeel.lab.claim import Claim, Reading, Source
 from evenkeel.lab.claims._generators import BATCH, GAN_RATE, GANS, HIDDEN, LATENT, VAE_LAYERS, VAE_RATES, gan, vae
-from evenkeel.lab.figures import Axis, Figure, Series, Table
-from evenkeel.lab.phrases import signed, times
-from evenkeel.lab.plan import Plan, seeds_text
-from evenkeel.lab.reading import Runs
-from evenkeel.lab.statistics import difference, geometric_mean, mean, ratio
-from evenkeel.lab.verdicts import Finding
+from evenkeel.lab.core.cell import Cell, Results
+from evenkeel.lab.core.claim import Claim, Reading, Source
+from evenkeel.lab.core.plan import Plan, seeds_text
+from evenkeel.lab.reading.figures import Axis, Figure, Series, Table
+from evenkeel.lab.reading.results_by_arm import Runs
+from evenkeel.lab.reading.verdicts import Finding
+from evenkeel.lab.reading.wording import signed, times
+from evenkeel.measure.statistics import difference, geometric_mean, mean, ratio
 
 NAMES = {"none": "no normalization", "bn": "batch norm"}
 

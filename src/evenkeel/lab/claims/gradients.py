@@ -11,19 +11,19 @@ from collections.abc import Sequence
 
 import torch
 
-from evenkeel.lab.arms import BN, NONE, arm_named
-from evenkeel.lab.cell import Cell, Result, Results
-from evenkeel.lab.claim import Claim, Reading, Source
+from evenkeel.lab.core.cell import Cell, Result, Results
+from evenkeel.lab.core.claim import Claim, Reading, Source
+from evenkeel.lab.core.plan import Plan, kind_of, seeds_text
+from evenkeel.lab.core.seeds import generator
 from evenkeel.lab.data import images
-from evenkeel.lab.figures import Axis, Figure, Table
-from evenkeel.lab.networks import Initialization, StackedMLP
-from evenkeel.lab.plan import Plan, kind_of, seeds_text
-from evenkeel.lab.reading import Runs, band
-from evenkeel.lab.seeds import generator
-from evenkeel.lab.statistics import Interval, difference, geometric_mean, mean
-from evenkeel.lab.training import batches, losses, plain, train
-from evenkeel.lab.tuning import Best, best
-from evenkeel.lab.verdicts import Finding
+from evenkeel.lab.reading.figures import Axis, Figure, Table
+from evenkeel.lab.reading.results_by_arm import Runs, band
+from evenkeel.lab.reading.verdicts import Finding
+from evenkeel.lab.training.arms import BN, NONE, arm_named
+from evenkeel.lab.training.learning_rates import Best, best
+from evenkeel.lab.training.networks import Initialization, StackedMLP
+from evenkeel.lab.training.train import batches, losses, plain, train
+from evenkeel.measure.statistics import Interval, difference, geometric_mean, mean
 
 ARMS = (NONE, BN)
 ACTIVATIONS: dict[str, Initialization] = {"sigmoid": "xavier", "tanh": "xavier", "relu": "he"}

@@ -10,17 +10,17 @@ from collections.abc import Sequence
 
 import torch
 
-from evenkeel.lab.arms import BN, LN, NONE
-from evenkeel.lab.cell import Cell, Result, Results
-from evenkeel.lab.claim import Claim, Reading, Source
-from evenkeel.lab.figures import Axis, Figure, Series, Table
-from evenkeel.lab.phrases import listed
-from evenkeel.lab.plan import LONGER, Plan, seeds_text, steps_for
-from evenkeel.lab.reading import Runs
-from evenkeel.lab.seeds import seed_from
-from evenkeel.lab.statistics import Interval, difference, mean
-from evenkeel.lab.trials import ACTIVATION_NAMES, trial_cell, where_text
-from evenkeel.lab.verdicts import Finding
+from evenkeel.lab.core.cell import Cell, Result, Results
+from evenkeel.lab.core.claim import Claim, Reading, Source
+from evenkeel.lab.core.plan import LONGER, Plan, seeds_text, steps_for
+from evenkeel.lab.core.seeds import seed_from
+from evenkeel.lab.reading.figures import Axis, Figure, Series, Table
+from evenkeel.lab.reading.results_by_arm import Runs
+from evenkeel.lab.reading.verdicts import Finding
+from evenkeel.lab.reading.wording import listed
+from evenkeel.lab.training.arms import BN, LN, NONE
+from evenkeel.lab.training.trials import ACTIVATION_NAMES, trial_cell, where_text
+from evenkeel.measure.statistics import Interval, difference, mean
 
 ARMS = (NONE, LN, BN)
 ACTIVATIONS = ("relu", "tanh")

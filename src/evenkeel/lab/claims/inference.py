@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 import evenkeel as ek
-from evenkeel.lab.cell import Cell, Result, Results
-from evenkeel.lab.claim import Claim, Reading, Source
+from evenkeel.lab.core.cell import Cell, Result, Results
+from evenkeel.lab.core.claim import Claim, Reading, Source
+from evenkeel.lab.core.plan import Plan, kind_of, seeds_text
+from evenkeel.lab.core.seeds import generator, seed_from
 from evenkeel.lab.data import images
-from evenkeel.lab.figures import Axis, Figure, Series, Table
-from evenkeel.lab.phrases import listed, signed
-from evenkeel.lab.plan import Plan, kind_of, seeds_text
-from evenkeel.lab.reading import Runs
-from evenkeel.lab.seeds import generator, seed_from
-from evenkeel.lab.statistics import Interval, difference, mean
-from evenkeel.lab.training import batches
-from evenkeel.lab.trials import where_text
-from evenkeel.lab.verdicts import Finding
+from evenkeel.lab.reading.figures import Axis, Figure, Series, Table
+from evenkeel.lab.reading.results_by_arm import Runs
+from evenkeel.lab.reading.verdicts import Finding
+from evenkeel.lab.reading.wording import listed, signed
+from evenkeel.lab.training.train import batches
+from evenkeel.lab.training.trials import where_text
+from evenkeel.measure.statistics import Interval, difference, mean
 
 ARMS = {"torch": ("torch.nn's batch norm", nn.BatchNorm1d), "bn": ("evenkeel's batch norm", ek.BatchNorm1d)}
 WIDTH = 100

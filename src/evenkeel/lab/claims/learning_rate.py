@@ -10,16 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from evenkeel.lab.arms import BN, LN, NONE, Arm
-from evenkeel.lab.cell import Cell, Result, Results
-from evenkeel.lab.claim import Claim, Reading, Source
-from evenkeel.lab.figures import Axis, Figure, Series, Table
-from evenkeel.lab.phrases import listed, times
-from evenkeel.lab.plan import Plan, seeds_text
-from evenkeel.lab.reading import Runs, band
-from evenkeel.lab.statistics import Interval, difference, geometric_mean, mean, ratio
-from evenkeel.lab.trials import ACTIVATION_NAMES, trial_cell, where_text
-from evenkeel.lab.verdicts import Finding
+from evenkeel.lab.core.cell import Cell, Result, Results
+from evenkeel.lab.core.claim import Claim, Reading, Source
+from evenkeel.lab.core.plan import Plan, seeds_text
+from evenkeel.lab.reading.figures import Axis, Figure, Series, Table
+from evenkeel.lab.reading.results_by_arm import Runs, band
+from evenkeel.lab.reading.verdicts import Finding
+from evenkeel.lab.reading.wording import listed, times
+from evenkeel.lab.training.arms import BN, LN, NONE, Arm
+from evenkeel.lab.training.trials import ACTIVATION_NAMES, trial_cell, where_text
+from evenkeel.measure.statistics import Interval, difference, geometric_mean, mean, ratio
 
 ACTIVATIONS = ("relu", "tanh")
 PIXELS = {False: "raw pixels", True: "centred pixels"}

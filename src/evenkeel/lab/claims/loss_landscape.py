@@ -12,19 +12,19 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from evenkeel.lab.arms import BN, NONE, arm_named
-from evenkeel.lab.cell import Cell, Result, Results
-from evenkeel.lab.claim import Claim, Reading, Source
+from evenkeel.lab.core.cell import Cell, Result, Results
+from evenkeel.lab.core.claim import Claim, Reading, Source
+from evenkeel.lab.core.plan import Plan, kind_of, seeds_text
+from evenkeel.lab.core.seeds import generator
 from evenkeel.lab.data import images
-from evenkeel.lab.figures import Axis, Figure, Series, Table
-from evenkeel.lab.networks import Stack, StackedMLP
-from evenkeel.lab.phrases import listed, times
-from evenkeel.lab.plan import Plan, kind_of, seeds_text
-from evenkeel.lab.reading import Runs
-from evenkeel.lab.seeds import generator
-from evenkeel.lab.statistics import Interval, geometric_mean, mean, ratio
-from evenkeel.lab.training import Descent, batches, losses, paused, percent, plain, right
-from evenkeel.lab.verdicts import Finding
+from evenkeel.lab.reading.figures import Axis, Figure, Series, Table
+from evenkeel.lab.reading.results_by_arm import Runs
+from evenkeel.lab.reading.verdicts import Finding
+from evenkeel.lab.reading.wording import listed, times
+from evenkeel.lab.training.arms import BN, NONE, arm_named
+from evenkeel.lab.training.networks import Stack, StackedMLP
+from evenkeel.lab.training.train import Descent, batches, losses, paused, percent, plain, right
+from evenkeel.measure.statistics import Interval, geometric_mean, mean, ratio
 
 ARMS = (NONE, BN)
 ACTIVATIONS = ("relu", "tanh")

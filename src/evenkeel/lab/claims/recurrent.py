@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evenkeel.lab.cell import Cell, Result, Results
-from evenkeel.lab.claim import Claim, Reading, Source
 from evenkeel.lab.claims._sequences import ARMS, BATCH, EPS, TASKS, WINDOW, trained
-from evenkeel.lab.figures import Axis, Figure, Table
-from evenkeel.lab.phrases import listed
-from evenkeel.lab.plan import Plan, kind_of, seeds_text
-from evenkeel.lab.reading import Runs, band
-from evenkeel.lab.statistics import difference, mean
-from evenkeel.lab.verdicts import Finding
+from evenkeel.lab.core.cell import Cell, Result, Results
+from evenkeel.lab.core.claim import Claim, Reading, Source
+from evenkeel.lab.core.plan import Plan, kind_of, seeds_text
+from evenkeel.lab.reading.figures import Axis, Figure, Table
+from evenkeel.lab.reading.results_by_arm import Runs, band
+from evenkeel.lab.reading.verdicts import Finding
+from evenkeel.lab.reading.wording import listed
+from evenkeel.measure.statistics import difference, mean
 
 LONG_STEPS = 500
 """Training steps for images that are larger than digits, pixel by pixel."""

@@ -15,22 +15,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import evenkeel as ek
-from evenkeel.lab.arms import BN, NONE, Arm
-from evenkeel.lab.cell import Cell, Result, Results
-from evenkeel.lab.claim import Claim, Reading, Source
+from evenkeel.lab.core.cell import Cell, Result, Results
+from evenkeel.lab.core.claim import Claim, Reading, Source
+from evenkeel.lab.core.plan import Plan, seeds_text
+from evenkeel.lab.core.seeds import generator, seed_from
 from evenkeel.lab.data.images import all_images
 from evenkeel.lab.data.split import Split, split
-from evenkeel.lab.figures import Axis, Figure, Series, Table
-from evenkeel.lab.networks import Stack, StackedMLP
-from evenkeel.lab.phrases import signed
-from evenkeel.lab.plan import Plan, seeds_text
-from evenkeel.lab.reading import Runs
-from evenkeel.lab.seeds import generator, seed_from
-from evenkeel.lab.statistics import Interval, difference, mean
-from evenkeel.lab.training import Descent, batches, losses, percent, plain, right
-from evenkeel.lab.trials import rate_columns, rate_row, tuned, where_text
-from evenkeel.lab.tuning import Best
-from evenkeel.lab.verdicts import Finding
+from evenkeel.lab.reading.figures import Axis, Figure, Series, Table
+from evenkeel.lab.reading.results_by_arm import Runs
+from evenkeel.lab.reading.verdicts import Finding
+from evenkeel.lab.reading.wording import signed
+from evenkeel.lab.training.arms import BN, NONE, Arm
+from evenkeel.lab.training.learning_rates import Best
+from evenkeel.lab.training.networks import Stack, StackedMLP
+from evenkeel.lab.training.train import Descent, batches, losses, percent, plain, right
+from evenkeel.lab.training.trials import rate_columns, rate_row, tuned, where_text
+from evenkeel.measure.statistics import Interval, difference, mean
 
 SAMPLES = 500
 VALIDATION = 300
@@ -84,7 +84,7 @@ def regularized(*, data: str, arm: str, seed: int, rates: tuple[float, ...], ste
     """Train one arm at every learning rate on a small training part.
 
     Returns:
-        "validation" and "test" accuracy as in `evenkeel.lab.training.History`, after the last step alone; "train", the
+        "validation" and "test" accuracy as in `training.train.History`, after the last step alone; "train", the
         accuracy on the training part, and the mean losses "train_loss" and "test_loss", all in evaluation mode.
     """
     _, _, normalization, dropout = ARMS[arm]

@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 import evenkeel as ek
-from evenkeel.lab.arms import BN, GN, NONE, arm_named
-from evenkeel.lab.cell import Cell, Result, Results
-from evenkeel.lab.claim import Claim, Reading, Source
 from evenkeel.lab.claims._corruption_figures import Percents, by_corruption, by_severity
+from evenkeel.lab.core.cell import Cell, Result, Results
+from evenkeel.lab.core.claim import Claim, Reading, Source
+from evenkeel.lab.core.plan import Plan, kind_of, seeds_text
+from evenkeel.lab.core.seeds import Scalar, generator
 from evenkeel.lab.data import CORRUPTIONS, corrupted, images
-from evenkeel.lab.figures import Table
-from evenkeel.lab.networks import StackedCNN
-from evenkeel.lab.phrases import signed
-from evenkeel.lab.plan import Plan, kind_of, seeds_text
-from evenkeel.lab.reading import Runs
-from evenkeel.lab.seeds import Scalar, generator
-from evenkeel.lab.statistics import difference, mean
-from evenkeel.lab.training import Descent, percent, right, train
-from evenkeel.lab.trials import where_text
-from evenkeel.lab.verdicts import Finding
+from evenkeel.lab.reading.figures import Table
+from evenkeel.lab.reading.results_by_arm import Runs
+from evenkeel.lab.reading.verdicts import Finding
+from evenkeel.lab.reading.wording import signed
+from evenkeel.lab.training.arms import BN, GN, NONE, arm_named
+from evenkeel.lab.training.networks import StackedCNN
+from evenkeel.lab.training.train import Descent, percent, right, train
+from evenkeel.lab.training.trials import where_text
+from evenkeel.measure.statistics import difference, mean
 
 ARMS = (NONE, BN, GN)
 ADAPTED = {

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 
 import evenkeel as ek
-from evenkeel.lab.arms import BN, GN, NONE, Arm
-from evenkeel.lab.cell import Cell, Result, Results
-from evenkeel.lab.claim import Claim, Reading, Source
+from evenkeel.lab.core.cell import Cell, Result, Results
+from evenkeel.lab.core.claim import Claim, Reading, Source
+from evenkeel.lab.core.plan import Plan, seeds_text
+from evenkeel.lab.core.seeds import generator
 from evenkeel.lab.data import images
-from evenkeel.lab.figures import Axis, Figure, Table
-from evenkeel.lab.networks import StackedMLP
-from evenkeel.lab.phrases import listed, signed
-from evenkeel.lab.plan import Plan, seeds_text
-from evenkeel.lab.reading import Runs, band
-from evenkeel.lab.seeds import generator
-from evenkeel.lab.statistics import difference, mean
-from evenkeel.lab.training import train
-from evenkeel.lab.trials import tuned, where_text
-from evenkeel.lab.tuning import Best
-from evenkeel.lab.verdicts import Finding
+from evenkeel.lab.reading.figures import Axis, Figure, Table
+from evenkeel.lab.reading.results_by_arm import Runs, band
+from evenkeel.lab.reading.verdicts import Finding
+from evenkeel.lab.reading.wording import listed, signed
+from evenkeel.lab.training.arms import BN, GN, NONE, Arm
+from evenkeel.lab.training.learning_rates import Best
+from evenkeel.lab.training.networks import StackedMLP
+from evenkeel.lab.training.train import train
+from evenkeel.lab.training.trials import tuned, where_text
+from evenkeel.measure.statistics import difference, mean
 
 WIDTHS = (64, 64)
 SIZES = (2, 4, 8, 32, 256)

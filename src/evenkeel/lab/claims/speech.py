@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import evenkeel as ek
-from evenkeel.lab.cell import Cell, Result, Results
-from evenkeel.lab.claim import Claim, Reading, Source
+from evenkeel.lab.core.cell import Cell, Result, Results
+from evenkeel.lab.core.claim import Claim, Reading, Source
+from evenkeel.lab.core.plan import Plan, kind_of
+from evenkeel.lab.core.seeds import generator, seed_from
 from evenkeel.lab.data import Split, speakers_of, spoken
-from evenkeel.lab.figures import Axis, Figure, Series, Table
-from evenkeel.lab.phrases import listed, signed
-from evenkeel.lab.plan import Plan, kind_of
-from evenkeel.lab.seeds import generator, seed_from
-from evenkeel.lab.statistics import Interval, difference, mean
-from evenkeel.lab.training import batches
-from evenkeel.lab.verdicts import Finding
+from evenkeel.lab.reading.figures import Axis, Figure, Series, Table
+from evenkeel.lab.reading.verdicts import Finding
+from evenkeel.lab.reading.wording import listed, signed
+from evenkeel.lab.training.train import batches
+from evenkeel.measure.statistics import Interval, difference, mean
 
 ARMS = {
     "none": ("no normalization", "none"),

@@ -11,9 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from evenkeel.lab.arms import BN, NONE
-from evenkeel.lab.cell import Cell, Result, Results
-from evenkeel.lab.claim import Claim, Reading, Source
 from evenkeel.lab.claims._decay import (
     BATCH,
     DECAY,
@@ -28,13 +25,16 @@ from evenkeel.lab.claims._decay import (
     tried,
 )  # fmt: skip
 from evenkeel.lab.claims._decay_figures import ARMS, DECAYING, NETWORKS, effective_figure, gains_figure
-from evenkeel.lab.figures import Table
-from evenkeel.lab.phrases import listed, signed
-from evenkeel.lab.plan import Plan, seeds_text
-from evenkeel.lab.reading import Runs
-from evenkeel.lab.statistics import Interval, difference, geometric_mean, mean, ratio
-from evenkeel.lab.trials import where_text
-from evenkeel.lab.verdicts import Finding
+from evenkeel.lab.core.cell import Cell, Result, Results
+from evenkeel.lab.core.claim import Claim, Reading, Source
+from evenkeel.lab.core.plan import Plan, seeds_text
+from evenkeel.lab.reading.figures import Table
+from evenkeel.lab.reading.results_by_arm import Runs
+from evenkeel.lab.reading.verdicts import Finding
+from evenkeel.lab.reading.wording import listed, signed
+from evenkeel.lab.training.arms import BN, NONE
+from evenkeel.lab.training.trials import where_text
+from evenkeel.measure.statistics import Interval, difference, geometric_mean, mean, ratio
 
 __all__ = ["CLAIM", "change_when_doubled", "decayed"]
 

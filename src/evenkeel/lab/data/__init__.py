@@ -8,8 +8,8 @@ is the reader's ("mnist@1f0c…"), so that a stored result is never taken for on
 from __future__ import annotations
 
 from evenkeel.lab.data.corruptions import CORRUPTIONS, corrupted
-from evenkeel.lab.data.errors import DataError
-from evenkeel.lab.data.folder import discover
+from evenkeel.lab.data.data_error import DataError
+from evenkeel.lab.data.data_folder import discover
 from evenkeel.lab.data.images import digits, images
 from evenkeel.lab.data.limits import limits
 from evenkeel.lab.data.split import Split

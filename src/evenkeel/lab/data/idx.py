@@ -12,7 +12,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from evenkeel.lab.data.errors import DataError, beyond
+from evenkeel.lab.data.data_error import DataError, beyond
 
 _UNSIGNED_BYTE = 0x08
 MOST_VALUES = 2**30

@@ -7,11 +7,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from evenkeel.lab.data.folder import files_of
+from evenkeel.lab.core.plan import kind_of
+from evenkeel.lab.data.data_folder import files_of
 from evenkeel.lab.data.idx import read_mnist
 from evenkeel.lab.data.pictures import read_pictures
 from evenkeel.lab.data.split import Split, split
-from evenkeel.lab.plan import kind_of
 
 GREY_LEVELS = 16.0
 HELD_OUT = {"digits": (200, 300), "mnist": (1000, 1000), "images": (1000, 1000)}

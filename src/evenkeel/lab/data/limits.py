@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from evenkeel.lab.data.folder import classes_of, files_of, reading_from
+from evenkeel.lab.core.plan import kind_of
+from evenkeel.lab.data.data_folder import classes_of, files_of, reading_from
 from evenkeel.lab.data.pictures import MOST_CLASSES, MOST_PER_CLASS
 from evenkeel.lab.data.wav import MOST_EACH, MOST_SPEAKERS, MOST_WORDS, chosen
-from evenkeel.lab.plan import kind_of
 
 
 def limits(folder: Path, identities: Sequence[str]) -> list[str]:

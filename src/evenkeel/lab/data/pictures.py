@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evenkeel.lab.data.errors import DataError, beyond
-from evenkeel.lab.data.folder import classes_of, need_pillow
+from evenkeel.lab.data.data_error import DataError, beyond
+from evenkeel.lab.data.data_folder import classes_of, need_pillow
 
 SIDE = 32
 MOST_CLASSES = 20

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from evenkeel.lab.seeds import generator
+from evenkeel.lab.core.seeds import generator
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from evenkeel.lab.data.errors import DataError
-from evenkeel.lab.data.folder import files_of
+from evenkeel.lab.core.plan import kind_of
+from evenkeel.lab.core.seeds import generator
+from evenkeel.lab.core.threads import one_thread
+from evenkeel.lab.data.data_error import DataError
+from evenkeel.lab.data.data_folder import files_of
 from evenkeel.lab.data.images import all_images
 from evenkeel.lab.data.split import Split, split
 from evenkeel.lab.data.wav import chosen, log_mel, read_wav
-from evenkeel.lab.plan import kind_of
-from evenkeel.lab.seeds import generator
-from evenkeel.lab.threads import one_thread
 
 GROUPS = 6
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evenkeel.lab.data.errors import DataError, beyond
+from evenkeel.lab.data.data_error import DataError, beyond
 
 BANDS = 24
 FRAMES = 64

@@ -1,0 +1,1 @@
+"""What lies between a layer's call and the loops over memory. Nothing in here is public."""

@@ -1,0 +1,1 @@
+"""Networks, training loops and comparisons that the claims use."""

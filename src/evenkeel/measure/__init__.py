@@ -1,0 +1,1 @@
+"""What the laboratory and the benchmarks share: facts about the machine, timing, statistics, and pages."""

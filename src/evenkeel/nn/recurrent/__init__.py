@@ -1,0 +1,1 @@
+"""Batch-normalized recurrent networks: layers over sequences, cells, and statistics for each time step."""

@@ -1,0 +1,1 @@
+"""Synchronized batch normalization: the layer, and its autograd function."""

@@ -1,0 +1,1 @@
+"""Batch norms in other libraries and formats: ONNX, Keras, Flax, exporters."""

@@ -1,0 +1,1 @@
+"""Recomputing running statistics from data, adapting them, and merging them."""
