@@ -7,10 +7,10 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-KERNELS := src/evenkeel/engine/kernels/cpu
+KERNELS := src/keelnorm/engine/kernels/cpu
 CSRC := $(wildcard $(KERNELS)/csrc/*.h $(KERNELS)/csrc/*.cpp)
 DRIVER := $(wildcard tests/native/*.h tests/native/*.cpp)
-LIBRARY := $(KERNELS)/libevenkeel.so
+LIBRARY := $(KERNELS)/libkeelnorm.so
 WHY_NOT := $(KERNELS)/not_built.txt
 
 ifeq ($(origin CXX),default)
@@ -22,9 +22,9 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-ifeq ($(EVENKEEL_DATA_DIR),)
+ifeq ($(KEELNORM_DATA_DIR),)
 ifneq ($(wildcard ../shared/data),)
-export EVENKEEL_DATA_DIR := $(abspath ../shared/data)
+export KEELNORM_DATA_DIR := $(abspath ../shared/data)
 endif
 endif
 
@@ -35,8 +35,8 @@ CHECKS := check-format check-lint check-types check-public check-layers check-ke
 .PHONY: $(CHECKS)
 
 help:
-	@echo 'make demo     some claims about batch normalization, on real data: verdicts, and evenkeel-demo.html'
-	@echo 'make lab      all claims in quick form: verdicts, and evenkeel-lab.html'
+	@echo 'make demo     some claims about batch normalization, on real data: verdicts, and keelnorm-demo.html'
+	@echo 'make lab      all claims in quick form: verdicts, and keelnorm-lab.html'
 	@echo 'make test     run the tests'
 	@echo 'make fuzz     100,000 random programs through convert, 100,000 bad calls, 20,000 calls of the kernels: fresh seeds'
 	@echo 'make check    format, lint, types, layers of imports'
@@ -54,19 +54,19 @@ help:
 	@echo 'PYTHON ($(PYTHON)), VENV ($(VENV)) and TORCH ($(TORCH)) can be set in the same way.'
 
 demo: $(VENV)/.built
-	@$(BIN)/evenkeel demo $(ARGS)
+	@$(BIN)/keelnorm demo $(ARGS)
 
 lab: $(VENV)/.built
-	@$(BIN)/evenkeel lab run $(ARGS)
+	@$(BIN)/keelnorm lab run $(ARGS)
 
 # A run that was stopped goes on. The pages are made from what it stored.
 claims: $(VENV)/.built
 	@mkdir -p bench-results
-	@$(BIN)/evenkeel lab run --full --out bench-results/lab.html --json $(ARGS) > bench-results/lab.json
-	@$(BIN)/python -m evenkeel.lab.reading.claim_pages bench-results/lab.json docs/claims
+	@$(BIN)/keelnorm lab run --full --out bench-results/lab.html --json $(ARGS) > bench-results/lab.json
+	@$(BIN)/python -m keelnorm.lab.reading.claim_pages bench-results/lab.json docs/claims
 ifneq ($(DATA),)
-	@$(BIN)/evenkeel lab run --full --data-dir $(DATA) --out bench-results/more.html --json $(ARGS) > bench-results/more.json
-	@$(BIN)/python -m evenkeel.lab.reading.claim_pages bench-results/more.json docs/claims_on_more_data
+	@$(BIN)/keelnorm lab run --full --data-dir $(DATA) --out bench-results/more.html --json $(ARGS) > bench-results/more.json
+	@$(BIN)/python -m keelnorm.lab.reading.claim_pages bench-results/more.json docs/claims_on_more_data
 endif
 
 # Two processes of torch's own threads: waiting ones are not to keep a core busy. ARGS="-n 0" runs all in one process.
@@ -82,18 +82,18 @@ fuzz: $(VENV)/.built
 # The page is drawn also when a result was wrong, which it then says; ARGS goes to the layers' benchmark.
 bench: $(VENV)/.built
 	@status=0; \
-	$(BIN)/evenkeel bench run --batch 16 --pages both --rounds 3 --out bench-results/kernels.json $(ARGS) || status=1; \
-	$(BIN)/evenkeel bench networks --batch 8 --rounds 3 --out bench-results/networks.json || status=1; \
-	$(BIN)/evenkeel bench page bench-results/kernels.json bench-results/networks.json --out bench-results/bench.html \
+	$(BIN)/keelnorm bench run --batch 16 --pages both --rounds 3 --out bench-results/kernels.json $(ARGS) || status=1; \
+	$(BIN)/keelnorm bench networks --batch 8 --rounds 3 --out bench-results/networks.json || status=1; \
+	$(BIN)/keelnorm bench page bench-results/kernels.json bench-results/networks.json --out bench-results/bench.html \
 		|| status=1; \
 	for result in bench/results/gpu-*.json; do \
-		[ ! -e "$$result" ] || $(BIN)/evenkeel bench page "$$result" --out "bench-results/$$(basename "$$result" .json).html" \
+		[ ! -e "$$result" ] || $(BIN)/keelnorm bench page "$$result" --out "bench-results/$$(basename "$$result" .json).html" \
 			|| status=1; \
 	done; \
 	exit $$status
 
 models: $(VENV)/.built
-	@$(BIN)/evenkeel bench models --out bench-results/models.json --page docs/models.md $(ARGS)
+	@$(BIN)/keelnorm bench models --out bench-results/models.json --page docs/models.md $(ARGS)
 
 # tests/native/build_driver.py says what is built, and how.
 native: $(VENV)/.installed
@@ -109,8 +109,8 @@ sanitize: ARGS = tests/kernels/test_memory.py tests/kernels/test_mixed_layouts.p
 	tests/kernels/test_masked_operators.py tests/kernels/test_unaligned.py tests/kernels/test_bool_bytes.py
 sanitize: $(VENV)/.installed
 	@$(BIN)/python tests/native/build_driver.py sanitize --quick
-	@ASAN_OPTIONS=detect_leaks=0:handle_segv=0 UBSAN_OPTIONS=print_stacktrace=1 EVENKEEL_NATIVE=1 \
-		LD_PRELOAD="$$($(COMPILER) -print-file-name=libasan.so)" EVENKEEL_LIBRARY=$(abspath build/sanitize/libevenkeel.so) \
+	@ASAN_OPTIONS=detect_leaks=0:handle_segv=0 UBSAN_OPTIONS=print_stacktrace=1 KEELNORM_NATIVE=1 \
+		LD_PRELOAD="$$($(COMPILER) -print-file-name=libasan.so)" KEELNORM_LIBRARY=$(abspath build/sanitize/libkeelnorm.so) \
 		PYTHONPATH=src $(BIN)/python -m pytest -n 2 --dist worksteal -p no:cacheprovider $(ARGS)
 
 check: $(VENV)/.built
@@ -154,7 +154,7 @@ clean:
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo 'evenkeel needs Python 3.10 or newer: make PYTHON=... names one' >&2; exit 1; }
+		{ echo 'keelnorm needs Python 3.10 or newer: make PYTHON=... names one' >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || \
 		{ echo 'Python cannot create virtual environments: install python3-venv (on Debian and Ubuntu)' >&2; exit 1; }
 	@echo 'creating $(VENV)'
@@ -167,18 +167,18 @@ $(VENV)/.installed: requirements/dev.txt $(VENV)/.torch
 	@touch $@
 
 # Building is repeated when a kernel's source or the way to build changed, when what it leaves is gone, and when the
-# kernels are required (EVENKEEL_NATIVE=1) but were left out.
-LEFT := $(wildcard $(LIBRARY) $(if $(filter 1,$(EVENKEEL_NATIVE)),,$(WHY_NOT)))
+# kernels are required (KEELNORM_NATIVE=1) but were left out.
+LEFT := $(wildcard $(LIBRARY) $(if $(filter 1,$(KEELNORM_NATIVE)),,$(WHY_NOT)))
 
 $(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(CSRC) $(VENV)/.compiler $(if $(LEFT),,FORCE)
 	@echo 'building the native kernels'
-	@EVENKEEL_OBJECTS=build/objects $(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@KEELNORM_OBJECTS=build/objects $(PIP) install --quiet --no-build-isolation --no-deps --editable .
 	@test ! -f $(WHY_NOT) || echo "left out, the reference back end will run: $$(cat $(WHY_NOT))" >&2
 	@touch $@
 
 # Two files that change only when what they say does.
 $(VENV)/.torch: WORDS = $(TORCH)
-$(VENV)/.compiler: WORDS = $(COMPILER) $(CXXFLAGS) $(LDFLAGS) $(filter 0,$(EVENKEEL_NATIVE))
+$(VENV)/.compiler: WORDS = $(COMPILER) $(CXXFLAGS) $(LDFLAGS) $(filter 0,$(KEELNORM_NATIVE))
 $(VENV)/.torch $(VENV)/.compiler: FORCE | $(VENV)/.created
 	@echo '$(WORDS)' | cmp -s - $@ || echo '$(WORDS)' > $@
 

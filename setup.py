@@ -2,8 +2,8 @@
 
 The library registers its operators with LibTorch through the stable ABI. It is no Python module, so one build serves
 every Python, and every torch from 2.10 on. Where it cannot be built (no C++ compiler, no torch), the package installs
-without it and runs on the reference back end. EVENKEEL_NATIVE=0 leaves it out, EVENKEEL_NATIVE=1 makes it required.
-CXX, CXXFLAGS and LDFLAGS are heeded. EVENKEEL_OBJECTS names a folder in which object files are kept, so that the next
+without it and runs on the reference back end. KEELNORM_NATIVE=0 leaves it out, KEELNORM_NATIVE=1 makes it required.
+CXX, CXXFLAGS and LDFLAGS are heeded. KEELNORM_OBJECTS names a folder in which object files are kept, so that the next
 build compiles only what changed.
 """
 
@@ -28,8 +28,8 @@ from setuptools.command.build import build as build_command
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-LIBRARY = "evenkeel.engine.kernels.cpu.libevenkeel"
-CSRC = Path("src/evenkeel/engine/kernels/cpu/csrc")
+LIBRARY = "keelnorm.engine.kernels.cpu.libkeelnorm"
+CSRC = Path("src/keelnorm/engine/kernels/cpu/csrc")
 TORCH_FOR_BUILDING = "torch==2.13.0"
 TORCH_TARGET_VERSION = "0x020a000000000000"  # the oldest torch that the library must load into: 2.10
 
@@ -51,9 +51,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx512_bf16"] = ["-mavx512bf16", *INSTRUCTION_SETS["avx512"]]
 DTYPES = dict.fromkeys(INSTRUCTION_SETS, ("f32", "f64", "bf16", "f16")) | {"avx512_bf16": ("bf16",)}
 
-wish = os.environ.get("EVENKEEL_NATIVE", "")
+wish = os.environ.get("KEELNORM_NATIVE", "")
 if wish not in ("", "0", "1"):
-    raise SystemExit(f"EVENKEEL_NATIVE is {wish!r}; legal are 0 (leave out), 1 (required) and unset (where possible)")
+    raise SystemExit(f"KEELNORM_NATIVE is {wish!r}; legal are 0 (leave out), 1 (required) and unset (where possible)")
 
 
 class BuildError(Exception):
@@ -120,7 +120,7 @@ def build(library: Path) -> None:
         BuildError: it is not wanted, something is missing, or the compiler failed.
     """
     if wish == "0":
-        raise BuildError("EVENKEEL_NATIVE=0 asked to leave it out")
+        raise BuildError("KEELNORM_NATIVE=0 asked to leave it out")
     compiler, torch = find_compiler(), find_torch()
     if compiler is None:
         asked = f" (CXX is {os.environ['CXX']!r})" if os.environ.get("CXX") else ""
@@ -131,14 +131,14 @@ def build(library: Path) -> None:
     with_torch = [f"-isystem{torch / 'include'}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     units = [
         *(
-            (f"kernels_{isa}_{dtype}", "kernels.cpp", [f"-DEVENKEEL_ISA={isa}", f"-DEVENKEEL_DTYPE={dtype}", *options])
+            (f"kernels_{isa}_{dtype}", "kernels.cpp", [f"-DKEELNORM_ISA={isa}", f"-DKEELNORM_DTYPE={dtype}", *options])
             for isa, options in INSTRUCTION_SETS.items()
             for dtype in DTYPES[isa]
         ),
         ("register", "register.cpp", with_torch),
         ("dispatch", "dispatch.cpp", []),
     ]
-    kept = os.environ.get("EVENKEEL_OBJECTS")
+    kept = os.environ.get("KEELNORM_OBJECTS")
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
         folder = Path(kept or temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ class BuildNative(build_ext):
             build(library)
         except BuildError as error:
             if wish == "1":
-                raise CompileError(f"EVENKEEL_NATIVE=1 requires the native CPU kernels, but {error}") from None
+                raise CompileError(f"KEELNORM_NATIVE=1 requires the native CPU kernels, but {error}") from None
             reason.write_text(f"{error}\n")
             self.warn(f"the native CPU kernels are left out, the reference back end will run: {error}")
 

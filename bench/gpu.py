@@ -1,6 +1,6 @@
-"""Check and time evenkeel's GPU kernels: `python bench/gpu.py`, in under eight minutes.
+"""Check and time keelnorm's GPU kernels: `python bench/gpu.py`, in under eight minutes.
 
-Writes bench/results/gpu-<name of the GPU>.json, which `evenkeel bench page` and `make bench` draw. What the time did
+Writes bench/results/gpu-<name of the GPU>.json, which `keelnorm bench page` and `make bench` draw. What the time did
 not suffice for, and what a GPU or a package is missing for, is said. `--device cpu` with TRITON_INTERPRET=1 tries the
 program itself on a machine without a GPU, on small tensors.
 """
@@ -18,13 +18,13 @@ sys.path.insert(0, str(ROOT / "src"))
 
 import torch  # noqa: E402
 
-import evenkeel as ek  # noqa: E402
-from evenkeel.bench import gpu_check, gpu_network, gpu_run, gpu_sync  # noqa: E402
-from evenkeel.bench.cases import LAYOUTS, VARIANTS, cases, shapes  # noqa: E402
-from evenkeel.bench.machine import describe  # noqa: E402
-from evenkeel.bench.results import NetworkRow, Report, Row, Settings  # noqa: E402
-from evenkeel.bench.summary import means  # noqa: E402
-from evenkeel.engine.atomic_write import write_text  # noqa: E402
+import keelnorm as kn  # noqa: E402
+from keelnorm.bench import gpu_check, gpu_network, gpu_run, gpu_sync  # noqa: E402
+from keelnorm.bench.cases import LAYOUTS, VARIANTS, cases, shapes  # noqa: E402
+from keelnorm.bench.machine import describe  # noqa: E402
+from keelnorm.bench.results import NetworkRow, Report, Row, Settings  # noqa: E402
+from keelnorm.bench.summary import means  # noqa: E402
+from keelnorm.engine.atomic_write import write_text  # noqa: E402
 
 
 def main() -> int:
@@ -36,16 +36,16 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=450.0, help="after so many nothing new is begun")
     parser.add_argument("--quick", action="store_true", help="four shapes of twelve")
-    parser.add_argument("--network", default="ResNet-50", help="of evenkeel.bench.networks; none: leave it out")
+    parser.add_argument("--network", default="ResNet-50", help="of keelnorm.bench.networks; none: leave it out")
     parser.add_argument("--autotune", action="store_true", help="time tile sizes first")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     if asked.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU here; --device cpu with TRITON_INTERPRET=1 tries the program itself")
     if asked.device == "cpu":
-        ek.kernels.use("triton")  # says what to set where that can't be
+        kn.kernels.use("triton")  # says what to set where that can't be
     if asked.autotune:
-        ek.kernels.autotune()
+        kn.kernels.autotune()
     start = monotonic()
     until = start + asked.seconds
 
@@ -53,7 +53,7 @@ def main() -> int:
         print(f"[{monotonic() - start:5.0f} s] {text}", flush=True)
 
     name = torch.cuda.get_device_name() if asked.device == "cuda" else "interpreter"
-    say(f"{name}, torch {torch.__version__}, kernels {ek.kernels.active(asked.device)}")
+    say(f"{name}, torch {torch.__version__}, kernels {kn.kernels.active(asked.device)}")
     checked = gpu_check.check_all(asked.device, say, gpu_check.SHAPES[: 3 if asked.device == "cpu" else None])
 
     listed = shapes(
@@ -75,9 +75,9 @@ def main() -> int:
         for row in networks:
             memory = "" if row.peak_bytes is None else f", {row.peak_bytes / 2**30:.2f} GiB at most"
             say(f"{row.network}, {row.arm}: {row.error or f'{row.step_ms:.1f} ms a step{memory}'}")
-    measure(("evenkeel", *gpu_run.COMPILED, "copy"), ("channels_last",), ("bn_relu",), "bfloat16", 0.5)
+    measure(("keelnorm", *gpu_run.COMPILED, "copy"), ("channels_last",), ("bn_relu",), "bfloat16", 0.5)
     measure(gpu_run.PLAIN, LAYOUTS[::-1], VARIANTS, "float32", 0.8)
-    measure(("evenkeel", "max-autotune"), ("channels_last",), ("bn_relu",), "bfloat16")
+    measure(("keelnorm", "max-autotune"), ("channels_last",), ("bn_relu",), "bfloat16")
     rows += gpu_sync.run_sync(
         asked.device, asked.rounds, say, gpu_sync.DIMS if asked.device == "cuda" else (4, 8, 5, 5)
     )
@@ -91,7 +91,7 @@ def main() -> int:
     for row in rows:
         row.pages = "device"
     report = Report(machine, settings, rows, networks=networks, seconds=monotonic() - start)
-    report.means = means(rows, ("evenkeel",))
+    report.means = means(rows, ("keelnorm",))
     for mean in report.means:
         others = ", ".join(f"{other} ×{1 / value:.2f}" for other, value in mean.ratios.items())
         rate = "" if mean.copy_fraction is None else f", {mean.copy_fraction:.0%} of the copy's rate"

@@ -1,7 +1,7 @@
 """How much of the accuracy that corrupted images cost do adapted statistics bring back? On handwritten digits.
 
 A small convolutional network is trained on clean digits; its test images are then corrupted, which shifts what goes
-into its batch norms. Without a label, `ek.adapt` takes the statistics of the corrupted images. What is printed is the
+into its batch norms. Without a label, `kn.adapt` takes the statistics of the corrupted images. What is printed is the
 test accuracy, and the share of the lost accuracy that came back: the mean over seeds, each with its 95 % interval. A
 seed draws the split, the initial weights, the order of the samples and the corruption.
 
@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import evenkeel as ek
-from evenkeel.lab import data
-from evenkeel.lab.core.seeds import generator
-from evenkeel.measure.statistics import mean
+import keelnorm as kn
+from keelnorm.lab import data
+from keelnorm.lab.core.seeds import generator
+from keelnorm.measure.statistics import mean
 
 
 def noise(x: Tensor, random: torch.Generator) -> Tensor:
@@ -88,7 +88,7 @@ def one_seed(seed: int, epochs: int) -> Iterator[tuple[str, dict[str, float]]]:
         found = {"clean": clean, "corrupted": accuracy(model, x, split.test_y)}
         for way, options in WAYS.items():
             batches = None if options.get("mode") == "batch" else list(x.split(50))
-            adapted, _ = ek.adapt(copy.deepcopy(model), batches, **options)  # type: ignore[arg-type]
+            adapted, _ = kn.adapt(copy.deepcopy(model), batches, **options)  # type: ignore[arg-type]
             found[way] = accuracy(adapted, x, split.test_y)
         yield name, found
 

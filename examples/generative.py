@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import evenkeel as ek
-from evenkeel.lab.core.seeds import generator, seed_from
-from evenkeel.lab.data import Split, digits
-from evenkeel.lab.training.frechet import frechet_distance
-from evenkeel.measure.statistics import difference, mean
+import keelnorm as kn
+from keelnorm.lab.core.seeds import generator, seed_from
+from keelnorm.lab.data import Split, digits
+from keelnorm.lab.training.frechet import frechet_distance
+from keelnorm.measure.statistics import difference, mean
 
 PIXELS, SIDE, LATENT, HIDDEN, BATCH = 64, 8, 16, 128, 64
 DISCRIMINATORS = ("none", "separate", "mixed", "virtual")
@@ -58,12 +58,12 @@ class VAE(nn.Module):
 
     def __init__(self, norm: type[nn.Module] | None) -> None:
         super().__init__()
-        self.encode = ek.Sequential(
+        self.encode = kn.Sequential(
             *block(PIXELS, HIDDEN, norm, nn.ReLU()),
             *block(HIDDEN, HIDDEN, norm, nn.ReLU()),
             nn.Linear(HIDDEN, 2 * LATENT),
         )
-        self.decode = ek.Sequential(
+        self.decode = kn.Sequential(
             *block(LATENT, HIDDEN, norm, nn.ReLU()), *block(HIDDEN, HIDDEN, norm, nn.ReLU()), nn.Linear(HIDDEN, PIXELS)
         )
 
@@ -77,8 +77,8 @@ class VAE(nn.Module):
 
 def make_generator() -> nn.Sequential:
     """Noise (n, 16) to images (n, 64). No normalization at the output: an image is to have a brightness of its own."""
-    norm = ek.BatchNorm1d
-    return ek.Sequential(
+    norm = kn.BatchNorm1d
+    return kn.Sequential(
         *block(LATENT, HIDDEN, norm, nn.ReLU()),
         *block(HIDDEN, HIDDEN, norm, nn.ReLU()),
         nn.Linear(HIDDEN, PIXELS),
@@ -88,8 +88,8 @@ def make_generator() -> nn.Sequential:
 
 def make_discriminator(kind: str) -> nn.Sequential:
     """Images (n, 64) to one logit each."""
-    norm = {"none": None, "virtual": ek.VirtualBatchNorm}.get(kind, ek.BatchNorm1d)
-    return ek.Sequential(
+    norm = {"none": None, "virtual": kn.VirtualBatchNorm}.get(kind, kn.BatchNorm1d)
+    return kn.Sequential(
         *block(PIXELS, HIDDEN, norm, nn.LeakyReLU(0.2)),
         *block(HIDDEN, HIDDEN, norm, nn.LeakyReLU(0.2)),
         nn.Linear(HIDDEN, 1),
@@ -128,7 +128,7 @@ def train_gan(kind: str, x: Tensor, steps: int, seed: int) -> nn.Module:
             if (
                 kind == "virtual"
             ):  # the reference holds both kinds; its moments follow the weights, so it runs each time
-                with ek.collect_reference(judge), nullcontext() if judging else torch.no_grad():
+                with kn.collect_reference(judge), nullcontext() if judging else torch.no_grad():
                     judge(torch.cat([x[:BATCH], images.detach()]))
             if kind == "mixed":
                 on_real, on_fake = judge(torch.cat([real, images])).chunk(2)
@@ -143,7 +143,7 @@ def train_gan(kind: str, x: Tensor, steps: int, seed: int) -> nn.Module:
 def train_features(split: Split, steps: int) -> nn.Sequential:
     """A classifier's layers up to the last hidden one: what the Fréchet distance looks at."""
     torch.manual_seed(seed_from(example="generative", draw="classifier"))
-    features = ek.Sequential(nn.Linear(PIXELS, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU())
+    features = kn.Sequential(nn.Linear(PIXELS, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU())
     classifier = nn.Sequential(features, nn.Linear(32, 10))
     optimizer = torch.optim.Adam(classifier.parameters(), 0.003)
     x, y = split.train_x.flatten(1), split.train_y
@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     print(f"VAE, negative evidence lower bound in nats; seeds: {given.seeds}")
     bounds: dict[str, list[float]] = {}
-    for label, norm in (("no normalization", None), ("batch norm in encoder and decoder", ek.BatchNorm1d)):
+    for label, norm in (("no normalization", None), ("batch norm in encoder and decoder", kn.BatchNorm1d)):
         bounds[label] = []
         for seed, split in enumerate(splits):
             model, x = train_vae(norm, split.train_x.flatten(1), size.vae, seed), split.test_x.flatten(1)

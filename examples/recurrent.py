@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evenkeel.lab import data
-from evenkeel.lab.core.seeds import generator, seed_from
-from evenkeel.measure.statistics import difference, mean
-from evenkeel.nn.recurrent.recurrent_layers import BatchNormLSTM
+from keelnorm.lab import data
+from keelnorm.lab.core.seeds import generator, seed_from
+from keelnorm.measure.statistics import difference, mean
+from keelnorm.nn.recurrent.recurrent_layers import BatchNormLSTM
 
 ARMS: dict[str, Callable[..., nn.Module]] = {
     "LSTM": nn.LSTM,

@@ -1,9 +1,9 @@
 """Does batch normalization carry over to a speaker that training has not heard? And does adapting its moments help?
 
 A convolutional network over time learns to tell spoken words apart from log-mel spectrograms. Each speaker in turn is
-held out; the network is tested on that speaker as it is, and after `ek.adapt` has set its running moments to those of
-the speaker's recordings, without their words. What is printed is the test accuracy: the mean over speakers, and of the
-differences, speaker by speaker, each with its 95 % interval.
+held out; the network is tested on that speaker as it is, and after `kn.adapt` has set its running statistics to those
+of the speaker's recordings, without their words. What is printed is the test accuracy: the mean over speakers, and of
+the differences, speaker by speaker, each with its 95 % interval.
 
     python examples/speech.py recordings/        WAV files named {word}_{speaker}_{number}.wav, or
                                                  {speaker}_nohash_{number}.wav in a folder for each word, such as the
@@ -22,24 +22,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import evenkeel as ek
-from evenkeel.lab.core.seeds import generator, seed_from
-from evenkeel.lab.data import DataError, Recordings, Split, discover, spoken
-from evenkeel.lab.data.data_folder import reading_from
-from evenkeel.measure.statistics import difference, mean
+import keelnorm as kn
+from keelnorm.lab.core.seeds import generator, seed_from
+from keelnorm.lab.data import DataError, Recordings, Split, discover, spoken
+from keelnorm.lab.data.data_folder import reading_from
+from keelnorm.measure.statistics import difference, mean
 
 CHANNELS, BATCH, RATE = 48, 32, 0.003
 
 
 def network(bands: int, classes: int, *, normalized: bool) -> nn.Sequential:
-    """(n, bands, frames) to (n, classes); `ek.Sequential` runs batch norm and ReLU as one kernel."""
+    """(n, bands, frames) to (n, classes); `kn.Sequential` runs batch norm and ReLU as one kernel."""
     modules: list[nn.Module] = []
     for layer in range(3):
         into = bands if layer == 0 else CHANNELS
         modules.append(nn.Conv1d(into, CHANNELS, 3, stride=1 + layer % 2, padding=1, bias=not normalized))
-        modules += [ek.BatchNorm1d(CHANNELS)] if normalized else []
+        modules += [kn.BatchNorm1d(CHANNELS)] if normalized else []
         modules.append(nn.ReLU())
-    return ek.Sequential(*modules, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(CHANNELS, classes))
+    return kn.Sequential(*modules, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(CHANNELS, classes))
 
 
 def train(split: Split, steps: int, seed: int, *, normalized: bool) -> nn.Module:
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     for speaker in speakers:
         split = scaled(heard.held_out(speaker, seed=0))
         models = {name: train(split, steps, speaker, normalized=name == "batch norm") for name in list(arms)[:2]}
-        models["batch norm, adapted"], _ = ek.adapt(copy.deepcopy(models["batch norm"]), [split.test_x], progress=False)
+        models["batch norm, adapted"], _ = kn.adapt(copy.deepcopy(models["batch norm"]), [split.test_x], progress=False)
         for name, model in models.items():
             arms[name].append(accuracy(model, split.test_x, split.test_y))
         print(

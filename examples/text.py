@@ -2,7 +2,7 @@
 
 It trains on the source code of Python's standard library, or on a folder of text files of yours; files are held out
 for validation and test. What is printed: bits per character on the validation part along the way, on the test part at
-the end, and a few lines that the model writes. In evaluation each step has the running moments of its place in the
+the end, and a few lines that the model writes. In evaluation each step has the running statistics of its place in the
 window.
 
     python examples/text.py                 some minutes on one core
@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evenkeel.lab.data.text import ASCII, characters, divided
-from evenkeel.nn.recurrent.recurrent_layers import BatchNormLSTM
+from keelnorm.lab.data.text import ASCII, characters, divided
+from keelnorm.nn.recurrent.recurrent_layers import BatchNormLSTM
 
 WINDOW, BATCH, RATE = 50, 32, 0.01
 SUFFIXES = (".txt", ".md", ".py", ".rst")

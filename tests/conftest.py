@@ -16,31 +16,31 @@ from hypothesis import HealthCheck, settings
 from support.forcing import KERNELS, check_ran, require_kernel
 from support.poison import poison_fresh_memory
 
-import evenkeel as ek
+import keelnorm as kn
 
 poison_fresh_memory()
 
-if "native" in {kernel.name for kernel in ek.kernels.available()}:  # stands for the library where it is missing
-    with warnings.catch_warnings(), ek.kernels.use("auto"):
+if "native" in {kernel.name for kernel in kn.kernels.available()}:  # stands for the library where it is missing
+    with warnings.catch_warnings(), kn.kernels.use("auto"):
         warnings.simplefilter("ignore", RuntimeWarning)
-        ek.kernels.announce_fallback()
-    os.environ.setdefault("EVENKEEL_KERNELS", "reference")  # for processes that tests start
+        kn.kernels.announce_fallback()
+    os.environ.setdefault("KEELNORM_KERNELS", "reference")  # for processes that tests start
 
 # The same examples in every run. Fixtures that hold for a whole test hold for each of its examples.
 settings.register_profile(
-    "evenkeel",
+    "keelnorm",
     deadline=None,
     derandomize=True,
     database=None,
     max_examples=40,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-settings.load_profile("evenkeel")
+settings.load_profile("keelnorm")
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
     """torch's own test helpers load a profile of theirs, which would hold for the modules that are imported later."""
-    settings.load_profile("evenkeel")
+    settings.load_profile("keelnorm")
 
 
 @pytest.fixture(autouse=True)
@@ -50,28 +50,28 @@ def _seeded_and_restored(request: pytest.FixtureRequest) -> Iterator[None]:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    threads, dtype, forced = torch.get_num_threads(), torch.get_default_dtype(), ek.kernels._forced
+    threads, dtype, forced = torch.get_num_threads(), torch.get_default_dtype(), kn.kernels._forced
     grad_mode = torch.is_grad_enabled()
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
     torch.set_grad_enabled(grad_mode)
-    ek.kernels.use(forced or "auto")
+    kn.kernels.use(forced or "auto")
 
 
 @pytest.fixture(params=KERNELS)
 def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each of the kernels in turn, forced. The test fails when others ran, or none; see pytest_pyfunc_call below."""
     require_kernel(request.param)
-    with ek.kernels.use(request.param):
+    with kn.kernels.use(request.param):
         yield request.param
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
     """Fail a test that asked for ``kernel`` (or was parametrized by it) and did not run it."""
-    before = ek.kernels.calls()
+    before = kn.kernels.calls()
     result = yield
     if "kernel" in pyfuncitem.fixturenames:
-        check_ran(pyfuncitem.callspec.params["kernel"], before, ek.kernels.calls())
+        check_ran(pyfuncitem.callspec.params["kernel"], before, kn.kernels.calls())
     return result

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from evenkeel.bench.machine import describe
-from evenkeel.bench.results import NetworkRow, Report, Row, Settings
-from evenkeel.bench.summary import means, totals
+from keelnorm.bench.machine import describe
+from keelnorm.bench.results import NetworkRow, Report, Row, Settings
+from keelnorm.bench.summary import means, totals
 
 
 def kernel_rows(pages: str = "fresh", factor: float = 1.0) -> list[Row]:
-    """Two shapes in both layouts: evenkeel wins one of them, and loses the other."""
+    """Two shapes in both layouts: keelnorm wins one of them, and loses the other."""
     rows = []
     for shape, ratio in (("2x64x7x7", 0.5 * factor), ("2x128x7x7", 1.25 * factor)):
         for layout in ("contiguous", "channels_last"):
-            for peer, against, time in (("evenkeel", "eager", 100 * ratio), ("eager", "evenkeel", 100.0)):
-                value = ratio if peer == "evenkeel" else 1 / ratio
+            for peer, against, time in (("keelnorm", "eager", 100 * ratio), ("eager", "keelnorm", 100.0)):
+                value = ratio if peer == "keelnorm" else 1 / ratio
                 rows.append(
                     Row(
                         *("resnet50", shape, layout, "bn_relu", "both", peer),
@@ -33,8 +33,8 @@ def kernel_rows(pages: str = "fresh", factor: float = 1.0) -> list[Row]:
 def network_rows(pages: str = "fresh") -> list[NetworkRow]:
     """One network, both kinds of layers."""
     rows = []
-    for layers, time in (("eager", 20.0), ("evenkeel", 10.0)):
-        other = "evenkeel" if layers == "eager" else "eager"
+    for layers, time in (("eager", 20.0), ("keelnorm", 10.0)):
+        other = "keelnorm" if layers == "eager" else "eager"
         rows.append(
             NetworkRow(
                 *("ResNet-50", f"{layers} contiguous {pages}", layers, "contiguous", pages, "training", 2, 32),
@@ -42,7 +42,7 @@ def network_rows(pages: str = "fresh") -> list[NetworkRow]:
                 spread=0.0,
                 peak_bytes=2 << 20,
                 baseline_bytes=1 << 20,
-                ratios={f"{other} contiguous {pages}": 0.5 if layers == "evenkeel" else 2.0},
+                ratios={f"{other} contiguous {pages}": 0.5 if layers == "keelnorm" else 2.0},
                 samples_ms=[time],
             )
         )
@@ -52,7 +52,7 @@ def network_rows(pages: str = "fresh") -> list[NetworkRow]:
 def report_of(rows: list[Row], networks: list[NetworkRow] | None = None) -> Report:
     """A report of this machine."""
     layouts = ["contiguous", "channels_last"]
-    peers = ["evenkeel", "eager"]
+    peers = ["keelnorm", "eager"]
     settings = Settings(2, layouts, ["bn_relu"], ["both"], [], peers, 3, 2.0, pages=["fresh", "reused"])
     return Report(
         describe(), settings, rows, means(rows, peers), totals(rows, peers), networks=networks or [], seconds=1.5

@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from evenkeel.bench.cases import LAYOUTS, RESNET50, VARIANTS, Case, Shape, cases, least_bytes, shapes
+from keelnorm.bench.cases import LAYOUTS, RESNET50, VARIANTS, Case, Shape, cases, least_bytes, shapes
 
 
 def resnet50_norms():

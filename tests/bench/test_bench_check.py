@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from evenkeel.bench import definition
-from evenkeel.bench.cases import LAYOUTS, VARIANTS, Case, Shape
-from evenkeel.bench.check import WrongResultError, check, expect
-from evenkeel.bench.peers import PEERS, Built
-from evenkeel.bench.problem import EPS, MOMENTUM, make_problem
+from keelnorm.bench import definition
+from keelnorm.bench.cases import LAYOUTS, VARIANTS, Case, Shape
+from keelnorm.bench.check import WrongResultError, check, expect
+from keelnorm.bench.peers import PEERS, Built
+from keelnorm.bench.problem import EPS, MOMENTUM, make_problem
 
 SHAPES = [(4, 6, 5, 3), (8, 16, 4, 4), (7, 5), (3, 4, 9), (2, 3, 1, 1)]
 

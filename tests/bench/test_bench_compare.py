@@ -7,8 +7,8 @@ from bench_results import kernel_rows, network_rows, report_of
 from rich.console import Console
 from typer.testing import CliRunner
 
-from evenkeel.bench.compare import compare, differences, print_comparison
-from evenkeel.bench.group import bench_app
+from keelnorm.bench.compare import compare, differences, print_comparison
+from keelnorm.bench.group import bench_app
 
 
 def test_losers_come_first():
@@ -48,7 +48,7 @@ def test_nothing_in_common_is_an_error():
 
 def test_differences_are_named():
     before, after = report_of(kernel_rows()), report_of(kernel_rows())
-    after.machine.evenkeel = "another"
+    after.machine.keelnorm = "another"
     after.machine.revision = "abc"
     assert differences(before, after) == []
     after.machine.cpu = "another"

@@ -12,19 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
-import evenkeel as ek
-from evenkeel.bench import gpu_check, gpu_network, gpu_run, gpu_sync
-from evenkeel.bench.cases import Case, Shape, least_bytes
-from evenkeel.bench.gpu_timing import Loop, by_turns
-from evenkeel.bench.peers import PEERS, Built, Peer
-from evenkeel.bench.results import Report
-from evenkeel.engine.kernels import triton
+import keelnorm as kn
+from keelnorm.bench import gpu_check, gpu_network, gpu_run, gpu_sync
+from keelnorm.bench.cases import Case, Shape, least_bytes
+from keelnorm.bench.gpu_timing import Loop, by_turns
+from keelnorm.bench.peers import PEERS, Built, Peer
+from keelnorm.bench.results import Report
+from keelnorm.engine.kernels import triton
 
 CASE = Case(Shape("small", (6, 5, 4, 4)), "channels_last", "bn_add_relu")
 
 
 def test_every_peer_has_a_row_for_each_mode_with_ratios_of_the_same_rounds():
-    names = ("evenkeel", "eager", "native", "relu", "copy")
+    names = ("keelnorm", "eager", "native", "relu", "copy")
     rows = {(row.peer, row.mode): row for row in gpu_run.run_case(CASE, names, device="cpu", rounds=3)}
     both = {(name, mode) for name in names[:-1] for mode in gpu_run.MODES}
     assert set(rows) == both | {("copy", "forward")}
@@ -32,7 +32,7 @@ def test_every_peer_has_a_row_for_each_mode_with_ratios_of_the_same_rounds():
         assert row.error is None
         assert len(row.samples_us) == 3
         assert row.median_us == pytest.approx(sorted(row.samples_us)[1], rel=1e-3, abs=1e-3)
-    own, eager = rows["evenkeel", "both"], rows["eager", "both"]
+    own, eager = rows["keelnorm", "both"], rows["eager", "both"]
     assert own.ratios["eager"] == pytest.approx(
         sorted(a / b for a, b in zip(own.samples_us, eager.samples_us, strict=True))[1], rel=1e-2
     )
@@ -85,7 +85,7 @@ def test_the_check_compares_every_dtype_layout_and_variant():
 
 
 def test_a_network_is_compared_with_eager_before_it_is_timed(monkeypatch):
-    rows = gpu_network.run_network("ResNet-50", 4, 64, "cpu", 1, ("eager", "evenkeel"))
+    rows = gpu_network.run_network("ResNet-50", 4, 64, "cpu", 1, ("eager", "keelnorm"))
     assert [(row.error, len(row.samples_ms)) for row in rows] == [(None, 1), (None, 1)]
     assert rows[1].ratios["eager"] == pytest.approx(rows[1].samples_ms[0] / rows[0].samples_ms[0], rel=1e-6)
 
@@ -135,4 +135,4 @@ def test_without_a_gpu_it_says_what_to_do():
     run = subprocess.run([sys.executable, str(program)], capture_output=True, text=True)
     assert run.returncode == 2
     assert "torch finds no GPU here; --device cpu with TRITON_INTERPRET=1" in run.stderr
-    assert ek.kernels.active("cuda") in ("triton", "reference")
+    assert kn.kernels.active("cuda") in ("triton", "reference")

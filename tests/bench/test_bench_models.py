@@ -11,12 +11,12 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from evenkeel.bench import model_run
-from evenkeel.bench.group import bench_app
-from evenkeel.bench.machine import describe
-from evenkeel.bench.model_patterns import count
-from evenkeel.bench.model_run import ModelReport, ModelRow
-from evenkeel.bench.model_table import page, print_models
+from keelnorm.bench import model_run
+from keelnorm.bench.group import bench_app
+from keelnorm.bench.machine import describe
+from keelnorm.bench.model_patterns import count
+from keelnorm.bench.model_run import ModelReport, ModelRow
+from keelnorm.bench.model_table import page, print_models
 
 COUNTS = {
     "batch_norms": 4, "fusible": 4, "fused": 3, "foldable": 2, "folded": 3, "same_state": True,

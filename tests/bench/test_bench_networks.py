@@ -1,4 +1,4 @@
-"""Networks: the same results with evenkeel's layers, turns taken, peaks of the arm's own process."""
+"""Networks: the same results with keelnorm's layers, turns taken, peaks of the arm's own process."""
 
 import os
 import subprocess
@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-import evenkeel as ek
-from evenkeel.bench import agreement as agreement_module
-from evenkeel.bench import arms, network_run
-from evenkeel.bench.agreement import agreement, judge
-from evenkeel.bench.check import WrongResultError
-from evenkeel.bench.network_run import run_networks
-from evenkeel.bench.results import Settings
+import keelnorm as kn
+from keelnorm.bench import agreement as agreement_module
+from keelnorm.bench import arms, network_run
+from keelnorm.bench.agreement import agreement, judge
+from keelnorm.bench.check import WrongResultError
+from keelnorm.bench.network_run import run_networks
+from keelnorm.bench.results import Settings
 
 pytest.importorskip("pytorchcv", reason="the extra [bench] is not installed")
-from evenkeel.bench.fusing import fused_name, use_evenkeel
-from evenkeel.bench.networks import build
+from keelnorm.bench.fusing import fused_name, use_keelnorm
+from keelnorm.bench.networks import build
 
 
 def settings_of(**given):
@@ -47,12 +47,12 @@ def test_a_layer_that_is_wrong_is_found_in_the_small_network(monkeypatch, layout
     """However much room the roundings leave: here eps of one layer is another."""
 
     def wrong(net):
-        found = use_evenkeel(net)
-        [*_, last] = [module for module in found.modules() if isinstance(module, ek.BatchNorm2d)]
+        found = use_keelnorm(net)
+        [*_, last] = [module for module in found.modules() if isinstance(module, kn.BatchNorm2d)]
         last.eps = 0.1
         return found
 
-    monkeypatch.setattr(agreement_module, "use_evenkeel", wrong)
+    monkeypatch.setattr(agreement_module, "use_keelnorm", wrong)
     with pytest.raises(WrongResultError, match="is off by"):
         agreement("MobileNetV2", batch=2, size=64, layout=layout)
 
@@ -60,15 +60,15 @@ def test_a_layer_that_is_wrong_is_found_in_the_small_network(monkeypatch, layout
 def test_every_layer_is_replaced_with_the_same_parameters():
     net = build("DenseNet-121", 32)
     before = {name: value.data_ptr() for name, value in net.state_dict(keep_vars=True).items()}
-    use_evenkeel(net)
+    use_keelnorm(net)
     assert {name: value.data_ptr() for name, value in net.state_dict(keep_vars=True).items()} == before
     kinds = {type(module) for module in net.modules()}
-    assert ek.BatchNorm2d in kinds
+    assert kn.BatchNorm2d in kinds
     assert nn.BatchNorm2d not in kinds
 
 
 def test_relu_is_fused_in_resnet():
-    net = use_evenkeel(build("ResNet-50", 32)).eval()
+    net = use_keelnorm(build("ResNet-50", 32)).eval()
     called = []
     for module in net.modules():
         if isinstance(module, nn.ReLU):
@@ -123,10 +123,10 @@ def run(settings, **given):
 def test_arms_take_turns_and_inference_is_first(fake):
     report = run(settings_of(), check=lambda *_, **__: 1.0)
     steps = network_run.WARM_UP + 2
-    assert fake.log[:4] == ["inference eager", "inference evenkeel", "inference evenkeel", "inference eager"]
+    assert fake.log[:4] == ["inference eager", "inference keelnorm", "inference keelnorm", "inference eager"]
     assert fake.log[2 * steps].startswith("training")
-    assert fake.log[-2:] == ["close evenkeel", "close eager"]
-    row = next(one for one in report.networks if one.layers == "evenkeel" and one.mode == "training")
+    assert fake.log[-2:] == ["close keelnorm", "close eager"]
+    row = next(one for one in report.networks if one.layers == "keelnorm" and one.mode == "training")
     assert row.ratios == {"eager contiguous fresh": pytest.approx(8 / 5)}
     assert len(row.samples_ms) == 2
     assert not report.failed
@@ -139,20 +139,20 @@ def test_a_wrong_network_is_not_timed(fake):
     report = run(settings_of(), check=wrong)
     assert report.failed
     for row in report.networks:
-        assert (row.step_ms is None) == (row.layers == "evenkeel")
-        assert bool(row.error) == (row.layers == "evenkeel")
-    assert not any("evenkeel" in line for line in fake.log)
+        assert (row.step_ms is None) == (row.layers == "keelnorm")
+        assert bool(row.error) == (row.layers == "keelnorm")
+    assert not any("keelnorm" in line for line in fake.log)
 
 
 def test_an_arm_that_ends_costs_its_own_rows(fake, monkeypatch):
     def step(self, mode):
-        if self.name == "evenkeel":
+        if self.name == "keelnorm":
             raise arms.ArmError("out of memory")
         return 0.001, 1
 
     monkeypatch.setattr(FakeWorker, "step", step)
     report = run(settings_of(), check=lambda *_, **__: 1.0)
-    assert {row.layers: bool(row.error) for row in report.networks} == {"evenkeel": True, "eager": False}
+    assert {row.layers: bool(row.error) for row in report.networks} == {"keelnorm": True, "eager": False}
 
 
 def test_a_real_process_says_why_it_ends():
@@ -165,7 +165,7 @@ def test_a_real_process_says_why_it_ends():
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not tell a process's own peak")
 def test_the_peak_is_not_the_parents():
     held = torch.ones(150 << 20)  # 600 MB, more than a process with torch takes
-    code = "import torch; from evenkeel.measure.disturbance import peak_bytes; print(peak_bytes())"
+    code = "import torch; from keelnorm.measure.disturbance import peak_bytes; print(peak_bytes())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 0 < int(done.stdout) < held.nbytes

@@ -5,10 +5,10 @@ from bench_results import kernel_rows, network_rows, report_of
 from support import browser
 from typer.testing import CliRunner
 
-from evenkeel.bench.figures import against
-from evenkeel.bench.page import bench_document, losses
-from evenkeel.cli import app
-from evenkeel.measure.page.html import page, write_page
+from keelnorm.bench.figures import against
+from keelnorm.bench.page import bench_document, losses
+from keelnorm.cli import app
+from keelnorm.measure.page.html import page, write_page
 
 
 @pytest.fixture
@@ -26,12 +26,12 @@ def test_losers_are_listed_the_worst_first():
 
 def test_bars_that_lose_have_another_style():
     figure = against("title", {"a": 2.0, "b": 0.5})
-    assert {series["style"]: series["y"] for series in figure["series"]} == {"evenkeel": [2.0], "none": [0.5]}
+    assert {series["style"]: series["y"] for series in figure["series"]} == {"keelnorm": [2.0], "none": [0.5]}
 
 
 def test_the_page_has_all_parts(document):
     text = page(document, "bench.html")
-    for part in ("Where evenkeel loses", "2x128x7x7", "ResNet-50", "Where it ran", "times as fast", "Peak memory"):
+    for part in ("Where keelnorm loses", "2x128x7x7", "ResNet-50", "Where it ran", "times as fast", "Peak memory"):
         assert part in text
 
 

@@ -6,14 +6,14 @@ import json
 import pytest
 from rich.console import Console
 
-from evenkeel.bench.cases import RESNET50
-from evenkeel.bench.machine import describe
-from evenkeel.bench.results import Report, Row, Settings
-from evenkeel.bench.summary import geometric_mean, means, totals
-from evenkeel.bench.table import print_report
+from keelnorm.bench.cases import RESNET50
+from keelnorm.bench.machine import describe
+from keelnorm.bench.results import Report, Row, Settings
+from keelnorm.bench.summary import geometric_mean, means, totals
+from keelnorm.bench.table import print_report
 
 
-def row(shape="2x4x7x7", peer="evenkeel", **given):
+def row(shape="2x4x7x7", peer="keelnorm", **given):
     defaults = {
         "suite": "resnet50",
         "layout": "contiguous",
@@ -31,7 +31,7 @@ def row(shape="2x4x7x7", peer="evenkeel", **given):
 
 
 def report_of(rows):
-    peers = ["evenkeel", "eager"]
+    peers = ["keelnorm", "eager"]
     settings = Settings(2, ["contiguous"], ["bn"], ["forward"], [], peers, 3, 2.0)
     return Report(describe(), settings, rows, means(rows, peers), totals(rows, peers), 1.5)
 
@@ -63,8 +63,8 @@ def test_means_over_shapes():
         row("c", suite="small", ratios={"eager": 3.0}, copy_fraction=None),
         row("a", peer="relu"),
     ]
-    first, second = means(rows, ["evenkeel"])
-    assert (first.suite, first.shapes, first.peer) == ("resnet50", 2, "evenkeel")
+    first, second = means(rows, ["keelnorm"])
+    assert (first.suite, first.shapes, first.peer) == ("resnet50", 2, "keelnorm")
     assert first.ratios == pytest.approx({"eager": 0.4, "relu": 2.0})
     assert first.copy_fraction == pytest.approx(0.6)
     assert second.ratios == pytest.approx({"eager": 3.0})
@@ -72,8 +72,8 @@ def test_means_over_shapes():
 
 
 def test_no_mean_over_a_part():
-    assert means([row("a"), row("b", error="WrongResultError: y", ratios={})], ["evenkeel"]) == []
-    (mean,) = means([row("a"), row("b", ratios={})], ["evenkeel"])
+    assert means([row("a"), row("b", error="WrongResultError: y", ratios={})], ["keelnorm"]) == []
+    (mean,) = means([row("a"), row("b", ratios={})], ["keelnorm"])
     assert mean.ratios == {}
 
 
@@ -86,9 +86,9 @@ def network_rows():
 
 
 def test_total_counts_every_layer():
-    (total,) = totals(network_rows(), ["evenkeel"])
+    (total,) = totals(network_rows(), ["keelnorm"])
     assert (total.layers, total.total_ms) == (53, pytest.approx(53.0))
-    assert totals(network_rows()[1:], ["evenkeel"]) == []
+    assert totals(network_rows()[1:], ["keelnorm"]) == []
 
 
 def printed(report):

@@ -7,11 +7,11 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from evenkeel.bench.cases import LAYOUTS, MODES, VARIANTS
-from evenkeel.bench.command import bench_command
-from evenkeel.bench.peers import PEERS, Built, Peer
-from evenkeel.bench.results import Report, Settings
-from evenkeel.bench.run import run_bench
+from keelnorm.bench.cases import LAYOUTS, MODES, VARIANTS
+from keelnorm.bench.command import bench_command
+from keelnorm.bench.peers import PEERS, Built, Peer
+from keelnorm.bench.results import Report, Settings
+from keelnorm.bench.run import run_bench
 
 
 def settings_of(peers, **given):
@@ -51,7 +51,7 @@ def invoke(*arguments):
 
 
 def test_every_row_is_complete():
-    names = ["evenkeel", "eager", "relu", "copy", "clone"]
+    names = ["keelnorm", "eager", "relu", "copy", "clone"]
     report = run_bench(settings_of(names), progress=False)
     assert report.errors == []
     cases = len(LAYOUTS) * len(VARIANTS)
@@ -63,7 +63,7 @@ def test_every_row_is_complete():
         assert row.copy_fraction > 0
         assert set(row.ratios) <= set(names) - {row.peer}
         assert (row.error_eps is not None) == PEERS[row.peer].is_batch_norm
-    assert {mean.peer for mean in report.means} == {"evenkeel", "eager"}
+    assert {mean.peer for mean in report.means} == {"keelnorm", "eager"}
     assert Report.from_json(report.to_json()) == report
 
 

@@ -3,20 +3,20 @@
 import pytest
 import torch
 
-from evenkeel import memory
-from evenkeel.bench import definition
-from evenkeel.bench.cases import DTYPES, GRADIENTS, Case, Shape, cases, least_bytes
-from evenkeel.bench.check import check, expect
-from evenkeel.bench.machine import caches
-from evenkeel.bench.peers import PEERS, CannotError
-from evenkeel.bench.problem import make_problem
-from evenkeel.bench.run import page_settings, run_bench
-from evenkeel.measure import timing
+from keelnorm import memory
+from keelnorm.bench import definition
+from keelnorm.bench.cases import DTYPES, GRADIENTS, Case, Shape, cases, least_bytes
+from keelnorm.bench.check import check, expect
+from keelnorm.bench.machine import caches
+from keelnorm.bench.peers import PEERS, CannotError
+from keelnorm.bench.problem import make_problem
+from keelnorm.bench.run import page_settings, run_bench
+from keelnorm.measure import timing
 
 from test_bench_run import settings_of  # isort: skip
 
 
-@pytest.mark.parametrize("peer", ["evenkeel", "eager"])
+@pytest.mark.parametrize("peer", ["keelnorm", "eager"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_peers_are_right_for_every_dtype_and_gradient(peer, dtype, gradient):

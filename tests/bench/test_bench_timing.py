@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from evenkeel.measure import disturbance, timing
+from keelnorm.measure import disturbance, timing
 
 
 def test_turns_rotate():

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-import evenkeel as ek
-from evenkeel.bench.compare import compare
-from evenkeel.bench.group import bench_app
-from evenkeel.bench.peers import CannotError
-from evenkeel.bench.results import Report
-from evenkeel.bench.variant_run import run_variants
-from evenkeel.bench.variant_table import print_variants
-from evenkeel.bench.variants import PLAIN, VARIANTS, Made, layer
-from evenkeel.measure import timing
+import keelnorm as kn
+from keelnorm.bench.compare import compare
+from keelnorm.bench.group import bench_app
+from keelnorm.bench.peers import CannotError
+from keelnorm.bench.results import Report
+from keelnorm.bench.variant_run import run_variants
+from keelnorm.bench.variant_table import print_variants
+from keelnorm.bench.variants import PLAIN, VARIANTS, Made, layer
+from keelnorm.measure import timing
 
 from test_bench_run import settings_of  # isort: skip
 
@@ -23,14 +23,14 @@ TINY = ("--shape", "8x16x4x4", "--rounds", "2", "--min-time", "0")
 
 
 def run(variants, **given):
-    return run_variants(settings_of(["evenkeel"], variants=list(variants), **given), variants=variants, progress=False)
+    return run_variants(settings_of(["keelnorm"], variants=list(variants), **given), variants=variants, progress=False)
 
 
 def computing(function):
     """A factory of something that computes ``function(layer, x)``."""
 
     def make(x):
-        module = ek.BatchNorm(x.shape[1])
+        module = kn.BatchNorm(x.shape[1])
         return Made(module, lambda x: function(module, x))
 
     return make
@@ -99,12 +99,12 @@ def test_what_a_variant_can_not_do_is_no_failure():
 
 
 def test_plain_is_measured_though_not_asked_for():
-    settings = settings_of(["evenkeel"], variants=[], layouts=["contiguous"])
+    settings = settings_of(["keelnorm"], variants=[], layouts=["contiguous"])
     assert [row.variant for row in run_variants(settings, progress=False).variants] == [PLAIN]
 
 
 def test_an_unused_parameter_is_not_asked_for_its_gradient():
-    class Unused(ek.BatchNorm):
+    class Unused(kn.BatchNorm):
         def __init__(self, channels):
             super().__init__(channels)
             self.unused = nn.Parameter(torch.zeros(3))
@@ -120,7 +120,7 @@ def test_arguments_are_made_from_the_input():
         seen.append(x.shape)
         return {"residual": x.detach()}
 
-    assert not run({PLAIN: layer(ek.BatchNorm, arguments, eps=0.1)}, layouts=["contiguous"]).failed
+    assert not run({PLAIN: layer(kn.BatchNorm, arguments, eps=0.1)}, layouts=["contiguous"]).failed
     assert seen == [(8, 16, 4, 4)]
 
 

@@ -1,13 +1,13 @@
-"""Models with batch norms: torch.nn's, evenkeel's, a variant of evenkeel's, and a subclass from elsewhere."""
+"""Models with batch norms: torch.nn's, keelnorm's, a variant of keelnorm's, and a subclass from elsewhere."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-import evenkeel as ek
-from evenkeel.engine.activations import Activation
-from evenkeel.nn._shared.variant import Variant, normalize
+import keelnorm as kn
+from keelnorm.engine.activations import Activation
+from keelnorm.nn._shared.variant import Variant, normalize
 
 
 class Plain(Variant):
@@ -16,8 +16,8 @@ class Plain(Variant):
     _masks = True
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
-        moments = ek.Moments.from_tensor(x, mask)
-        self.update_running(ek.Moments(moments.count, moments.mean.detach(), moments.m2.detach()))
+        moments = kn.Moments.from_tensor(x, mask)
+        self.update_running(kn.Moments(moments.count, moments.mean.detach(), moments.m2.detach()))
         var = moments.m2 / moments.count
         return normalize(x, moments.mean, var, self.weight, self.bias, self.eps, residual, act)
 
@@ -29,8 +29,8 @@ class Foreign(nn.BatchNorm2d):
         return super().forward(input).relu()
 
 
-FLAT = {"torch": nn.BatchNorm1d, "evenkeel": ek.BatchNorm1d, "variant": Plain}
-PLANES = {"torch": nn.BatchNorm2d, "evenkeel": ek.BatchNorm2d, "variant": Plain, "foreign": Foreign}
+FLAT = {"torch": nn.BatchNorm1d, "keelnorm": kn.BatchNorm1d, "variant": Plain}
+PLANES = {"torch": nn.BatchNorm2d, "keelnorm": kn.BatchNorm2d, "variant": Plain, "foreign": Foreign}
 KINDS = [(rank, kind) for rank, kinds in ((1, FLAT), (2, PLANES)) for kind in kinds]
 
 

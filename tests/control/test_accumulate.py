@@ -1,4 +1,4 @@
-"""Micro-batches inside accumulate_statistics give the running moments of one large batch."""
+"""Micro-batches inside accumulate_statistics give the running statistics of one large batch."""
 
 import copy
 
@@ -11,9 +11,9 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
-import evenkeel as ek
-from evenkeel.control import accumulate_statistics, freeze, pause_statistics
-from evenkeel.engine.fusion.call import all_sizes_wait
+import keelnorm as kn
+from keelnorm.control import accumulate_statistics, freeze, pause_statistics
+from keelnorm.engine.fusion.call import all_sizes_wait
 
 every_kind = pytest.mark.parametrize(("rank", "kind"), KINDS, ids=[f"{kind}{rank}d" for rank, kind in KINDS])
 momenta = pytest.mark.parametrize("momentum", [0.1, 0.3, None])
@@ -31,7 +31,7 @@ def values(rank, count=16):
 
 
 def expected_after(state, batches, momentum):
-    """The running moments after these batches, by the definition, in float64."""
+    """The running statistics after these batches, by the definition, in float64."""
     mean, var = state["running_mean"].double(), state["running_var"].double()
     count = state["num_batches_tracked"].item()
     for x in batches:
@@ -132,7 +132,7 @@ def test_an_error_updates_nothing(rank, kind):
     assert "_control" not in vars(model.norm)
 
 
-@pytest.mark.parametrize("kind", ["torch", "evenkeel", "variant"])
+@pytest.mark.parametrize("kind", ["torch", "keelnorm", "variant"])
 def test_a_forward_that_raises_counts_nothing(kind):
     layer = layer_of(1, kind)
     x = values(1)
@@ -178,19 +178,19 @@ def test_inside_pause(rank, kind):
     assert layer.num_batches_tracked.item() == 1
 
 
-@pytest.mark.parametrize("kind", ["torch", "evenkeel"])
+@pytest.mark.parametrize("kind", ["torch", "keelnorm"])
 def test_an_empty_batch_counts_nothing(kind):
     layer, x = layer_of(1, kind), values(1)
     expected = expected_after(buffers(layer), [x], 0.1)
     with accumulate_statistics(layer):
-        if kind == "evenkeel":  # torch.nn's raises
+        if kind == "keelnorm":  # torch.nn's raises
             layer(x[:0])
         layer(x)
     assert_moments(layer, expected)
 
 
 def test_blocks_within_blocks():
-    model = Block(2, "evenkeel")
+    model = Block(2, "keelnorm")
     with accumulate_statistics(model, where="norm"):
         with pytest.raises(RuntimeError, match="accumulates already for norm"), accumulate_statistics(model):
             pass
@@ -232,7 +232,7 @@ def test_as_a_decorator():
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_activation_in_the_call(inplace):
-    layer, x = ek.BatchNorm2d(4), values(2)
+    layer, x = kn.BatchNorm2d(4), values(2)
     expected = expected_after(buffers(layer), [x], 0.1)
     y = layer.train()(x, activation="leaky_relu")
     layer.reset_running_stats()
@@ -254,7 +254,7 @@ def test_a_mask_of_a_variant():
 
 def test_sample_weights():
     """The values 0, 1, 5 count once, once and eight times."""
-    layer = ek.BatchNorm1d(1, momentum=1.0)
+    layer = kn.BatchNorm1d(1, momentum=1.0)
     x, weight = torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([1.0, 1.0, 8.0])
     with accumulate_statistics(layer):
         layer(x, sample_weight=weight)
@@ -278,7 +278,7 @@ ARGUMENTS = {
 @pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=list(ARGUMENTS))
 def test_every_argument_of_the_call(arguments, dtype):
     """Micro-batches with an argument are as the large batch with it, which torch.nn's layer knows nothing of."""
-    layer, x = ek.BatchNorm2d(4), values(2).to(dtype)
+    layer, x = kn.BatchNorm2d(4), values(2).to(dtype)
     reference = copy.deepcopy(layer)
     reference(x.clone(), **arguments)
     outputs = []
@@ -292,7 +292,7 @@ def test_every_argument_of_the_call(arguments, dtype):
 
 @pytest.mark.parametrize("too_few", ["running", "skip"])
 def test_one_value_per_channel_does_not_count(too_few):
-    layer, x = ek.BatchNorm1d(4, too_few=too_few), values(1)
+    layer, x = kn.BatchNorm1d(4, too_few=too_few), values(1)
     layer(x)
     expected = expected_after(buffers(layer), [x], 0.1)
     with accumulate_statistics(layer):
@@ -312,7 +312,7 @@ TRANSFORMS = {
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=list(TRANSFORMS))
-@pytest.mark.parametrize("kind", ["torch", "evenkeel", "variant"])
+@pytest.mark.parametrize("kind", ["torch", "keelnorm", "variant"])
 def test_function_transforms(kind, transform):
     """Each instance of a vmapped layer is a forward."""
     layer, x = layer_of(1, kind), values(1)
@@ -373,7 +373,7 @@ def test_a_subclass_with_a_forward_of_its_own():
 
 
 def test_the_momentum_of_the_forward():
-    layer, x = ek.BatchNorm1d(4, momentum=0.5), values(1)
+    layer, x = kn.BatchNorm1d(4, momentum=0.5), values(1)
     expected = expected_after(buffers(layer), [x], 0.5)
     with accumulate_statistics(layer):
         layer(x)
@@ -388,10 +388,10 @@ def test_moments_without_their_graph():
         assert not any(value.requires_grad for value in vars(accumulated.moments[""]).values() if value is not None)
 
 
-@pytest.mark.parametrize("convert", [lambda net: net, ek.convert], ids=["Sequential", "convert"])
+@pytest.mark.parametrize("convert", [lambda net: net, kn.convert], ids=["Sequential", "convert"])
 def test_fused_layers_give_the_same(convert):
     """And what waits for the activation behind it counts."""
-    net, x = convert(ek.Sequential(ek.BatchNorm2d(4), nn.ReLU())), values(2)
+    net, x = convert(kn.Sequential(kn.BatchNorm2d(4), nn.ReLU())), values(2)
     net = net[0] if isinstance(net, tuple) else net
     expected, twin = net(x), copy.deepcopy(net)
     with accumulate_statistics(net), all_sizes_wait():
@@ -402,7 +402,7 @@ def test_fused_layers_give_the_same(convert):
         torch.testing.assert_close(value, twin.state_dict()[name])
 
 
-@pytest.mark.parametrize("kind", ["torch", "evenkeel"])
+@pytest.mark.parametrize("kind", ["torch", "keelnorm"])
 def test_one_channel_that_is_not_finite_stays(kind):
     layer, x = layer_of(1, kind), values(1)
     expected = expected_after(buffers(layer), [x], 0.1)
@@ -417,7 +417,7 @@ def test_one_channel_that_is_not_finite_stays(kind):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("kind", ["torch", "evenkeel", "variant"])
+@pytest.mark.parametrize("kind", ["torch", "keelnorm", "variant"])
 def test_compiled(kind):
     torch._dynamo.reset()
     model, x = Block(1, kind), data(1)
@@ -447,7 +447,7 @@ class TestCheckpointed:
             h = segment(h) if use_reentrant is None else checkpoint(segment, h, use_reentrant=use_reentrant)
         h.square().sum().backward()
 
-    @pytest.mark.parametrize("kind", ["evenkeel", "variant"])
+    @pytest.mark.parametrize("kind", ["keelnorm", "variant"])
     def test_same_bits_as_the_plain_model(self, kind, use_reentrant, momentum):
         model = Block(2, kind, momentum=momentum)
         plain = copy.deepcopy(model)
@@ -474,7 +474,7 @@ class TestCheckpointed:
         assert model.norm.num_batches_tracked.item() == 2
 
     def test_gradients_inside_pause(self, use_reentrant, momentum):
-        model = Block(2, "evenkeel", momentum=momentum)
+        model = Block(2, "keelnorm", momentum=momentum)
         plain, x = copy.deepcopy(model), data(2)
         with pause_statistics(model):
             self.step(model, x, use_reentrant)
@@ -485,7 +485,7 @@ class TestCheckpointed:
 
 
 def test_the_normalization_is_each_micro_batchs_own():
-    layer, x = ek.BatchNorm1d(4), values(1)
+    layer, x = kn.BatchNorm1d(4), values(1)
     with accumulate_statistics(layer):
         y = torch.cat([layer(part) for part in x.split(4)])
     assert torch.allclose(

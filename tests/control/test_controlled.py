@@ -12,8 +12,8 @@ from control.models import FLAT, Block, Foreign, data
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-import evenkeel as ek
-from evenkeel.control import accumulate_statistics, freeze, pause_statistics, unfreeze
+import keelnorm as kn
+from keelnorm.control import accumulate_statistics, freeze, pause_statistics, unfreeze
 
 BLOCKS = [pause_statistics, accumulate_statistics]
 every_block = pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.__name__)
@@ -83,8 +83,8 @@ def test_a_block_around_a_copy_from_a_block(block, kind):
 def test_a_layer_that_is_converted_inside(block):
     model, x = nn.Sequential(nn.BatchNorm1d(4)), torch.randn(8, 4)
     with block(model):
-        ek.convert(model)
-        assert isinstance(model[0], ek.BatchNorm1d)
+        kn.convert(model)
+        assert isinstance(model[0], kn.BatchNorm1d)
         model(x)
         assert model[0].num_batches_tracked.item() == 0
     pooled = int(block is accumulate_statistics)
@@ -96,7 +96,7 @@ def test_a_layer_that_is_converted_inside(block):
 
 
 def test_a_copy_of_a_ghost_feeds_itself():
-    layer = ek.GhostBatchNorm(1, 4, momentum=1.0)
+    layer = kn.GhostBatchNorm(1, 4, momentum=1.0)
     with accumulate_statistics(layer):
         other = copy.deepcopy(layer)
         other(torch.full((8, 1), 50.0))
@@ -117,7 +117,7 @@ def test_a_shallow_copy_shares_the_statistics_and_the_block(block, kind):
 
 
 def test_a_replica_of_data_parallel_is_in_the_block():
-    for layer in (nn.BatchNorm1d(4), ek.BatchNorm1d(4)):
+    for layer in (nn.BatchNorm1d(4), kn.BatchNorm1d(4)):
         with accumulate_statistics(layer) as accumulated:
             replica = layer._replicate_for_data_parallel()
             vars(replica).update(weight=layer.weight.detach(), bias=layer.bias.detach())
@@ -127,7 +127,7 @@ def test_a_replica_of_data_parallel_is_in_the_block():
 
 
 @every_block
-@pytest.mark.parametrize("kind", [nn.LazyBatchNorm1d, ek.LazyBatchNorm1d])
+@pytest.mark.parametrize("kind", [nn.LazyBatchNorm1d, kn.LazyBatchNorm1d])
 def test_the_first_forward_of_a_lazy_layer(block, kind):
     """It makes what there is to track, and is paused or pooled as any other."""
     layer, x = kind(), torch.randn(8, 4)
@@ -160,20 +160,20 @@ def test_the_flag_is_the_users(block, kind):
     assert layer.running_mean.abs().max() == 0
 
 
-@pytest.mark.parametrize("library", [nn, ek], ids=["torch", "evenkeel"])
+@pytest.mark.parametrize("library", [nn, kn], ids=["torch", "keelnorm"])
 def test_conversion_and_old_checkpoints_inside_pause(library):
     """Both read the flag."""
     layer = library.BatchNorm1d(4)
     old = {name: value for name, value in layer.state_dict().items() if name != "num_batches_tracked"}
     with pause_statistics(layer):
-        if library is ek:  # torch.nn's layers have hooks there, which are refused by name
-            assert ek.SyncBatchNorm.convert_sync_batchnorm(layer).track_running_stats
+        if library is kn:  # torch.nn's layers have hooks there, which are refused by name
+            assert kn.SyncBatchNorm.convert_sync_batchnorm(layer).track_running_stats
         else:
             assert nn.SyncBatchNorm.convert_sync_batchnorm(layer).track_running_stats
         layer.load_state_dict(old)
 
 
-@pytest.mark.parametrize("library", [nn, ek], ids=["torch", "evenkeel"])
+@pytest.mark.parametrize("library", [nn, kn], ids=["torch", "keelnorm"])
 def test_update_bn_inside(library):
     """It resets, and averages over what it runs: inside accumulate over all of it as one batch, with its momentum."""
     model, batches = nn.Sequential(library.BatchNorm1d(4)), [torch.randn(6, 4) * 3 + 1 for _ in range(3)]
@@ -190,7 +190,7 @@ def test_update_bn_inside(library):
 
 
 def test_a_reset_forgets_what_was_pooled():
-    layer, x = ek.BatchNorm1d(4, momentum=1.0), torch.randn(8, 4)
+    layer, x = kn.BatchNorm1d(4, momentum=1.0), torch.randn(8, 4)
     with accumulate_statistics(layer):
         layer(x + 50)
         layer.reset_running_stats()
@@ -299,8 +299,8 @@ class TestCompiled:
             assert self.stance() == "eager_on_recompile"
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-    @pytest.mark.parametrize("kind", ["evenkeel", "variant"])
-    def test_evenkeels_layers_stay_compiled_in_pause(self, kind):
+    @pytest.mark.parametrize("kind", ["keelnorm", "variant"])
+    def test_keelnorms_layers_stay_compiled_in_pause(self, kind):
         """A graph for each, whatever the number of blocks."""
         graphs = []
         model, x = nn.Sequential(nn.Linear(3, 4), FLAT[kind](4)), data(1)
@@ -316,10 +316,10 @@ class TestCompiled:
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
     @every_block
-    @pytest.mark.parametrize("kind", ["torch", "evenkeel"])
+    @pytest.mark.parametrize("kind", ["torch", "keelnorm"])
     def test_compiled_inside(self, block, kind, monkeypatch):
         """Where nothing was compiled before, the compiler is not even loaded; as here, with its stance left alone."""
-        monkeypatch.setattr("evenkeel.control.run_uncompiled.sys", SimpleNamespace(modules={}))
+        monkeypatch.setattr("keelnorm.control.run_uncompiled.sys", SimpleNamespace(modules={}))
         model, x = nn.Sequential(FLAT[kind](3)), data(1)
         compiled = torch.compile(model, backend="eager")
         with block(model):

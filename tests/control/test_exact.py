@@ -9,8 +9,8 @@ from control.models import Block, Foreign, Plain, buffers, data, same
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import evenkeel as ek
-from evenkeel.control import accumulate_statistics, backward_as_one_batch, freeze, pause_statistics
+import keelnorm as kn
+from keelnorm.control import accumulate_statistics, backward_as_one_batch, freeze, pause_statistics
 
 WEIGHTS = torch.linspace(0.2, 2, 12)
 
@@ -46,7 +46,7 @@ def assert_same_buffers(model, other, tolerance):
         torch.testing.assert_close(b, a, rtol=tolerance, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["torch", "evenkeel"])
+@pytest.mark.parametrize("kind", ["torch", "keelnorm"])
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("sizes", [[4, 4, 4], [1, 8, 3], [1] * 12, [12]], ids=str)
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -58,7 +58,7 @@ def test_in_double(kind, rank, sizes, momentum):
     assert "forward" not in vars(other.norm)
 
 
-@pytest.mark.parametrize("kind", ["torch", "evenkeel"])
+@pytest.mark.parametrize("kind", ["torch", "keelnorm"])
 def test_in_single(kind):
     model, other = both(Block(2, kind), data(2), [4, 4, 4])
     assert_same_gradients(model, other, 1e-4)
@@ -66,7 +66,7 @@ def test_in_single(kind):
 
 
 def test_micro_batches_give_another_gradient_without_it():
-    model, x = Block(2, "evenkeel").double(), data(2).double()
+    model, x = Block(2, "keelnorm").double(), data(2).double()
     other = copy.deepcopy(model)
     loss_of(model, x, WEIGHTS).backward()
     for part, weights in zip(x.split(4), WEIGHTS.split(4), strict=True):
@@ -80,9 +80,9 @@ class Deep(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 3, padding=1)
-        self.left = ek.Sequential(nn.Conv2d(4, 4, 3, padding=1), ek.BatchNorm2d(4), nn.SiLU())
+        self.left = kn.Sequential(nn.Conv2d(4, 4, 3, padding=1), kn.BatchNorm2d(4), nn.SiLU())
         self.right = nn.Sequential(nn.BatchNorm2d(4), nn.Tanh())
-        self.join = ek.BatchNorm2d(4)
+        self.join = kn.BatchNorm2d(4)
         self.head = nn.Linear(4, 2)
 
     def forward(self, x):
@@ -135,7 +135,7 @@ def test_dropout_is_repeated():
 
 
 def test_frozen_and_paused_layers():
-    model = Block(2, "evenkeel").double()
+    model = Block(2, "keelnorm").double()
     model(data(2).double())
     freeze(model, where="norm")
     model, other = both(model, data(2), [4, 8])
@@ -147,7 +147,7 @@ def test_frozen_and_paused_layers():
     assert same(buffers(other), before)
 
 
-@pytest.mark.parametrize("library", [nn, ek], ids=["torch", "evenkeel"])
+@pytest.mark.parametrize("library", [nn, kn], ids=["torch", "keelnorm"])
 def test_a_step_that_evaluates_too(library):
     layer, x = library.BatchNorm1d(3).double(), data(1).double()
 
@@ -179,8 +179,8 @@ MASKED = {
 @pytest.mark.parametrize("sizes", [[4, 4, 4], [1, 2, 9]], ids=str)
 @pytest.mark.parametrize("arguments", MASKED.values(), ids=list(MASKED))
 def test_every_argument_of_the_call(arguments, sizes):
-    """The moments, the gradients and what enters the running moments are those of the values that count."""
-    layer, x = ek.BatchNorm1d(3).double(), torch.randn(12, 3, 7).double() * 3 + 1
+    """The moments, the gradients and what enters the running statistics are those of the values that count."""
+    layer, x = kn.BatchNorm1d(3).double(), torch.randn(12, 3, 7).double() * 3 + 1
     x[1] = torch.where(torch.tensor("mask" in arguments) & ~_counts(arguments)[1], torch.nan, x[1])
     given = {name: v.double() if torch.is_tensor(v) and v.dtype != torch.bool else v for name, v in arguments.items()}
     other, parts = copy.deepcopy(layer), []
@@ -206,7 +206,7 @@ def _counts(arguments):
     return (mask if mask.dim() == 2 else mask[:, None]).expand(12, 7).unsqueeze(1)
 
 
-@pytest.mark.parametrize("library", [nn, ek], ids=["torch", "evenkeel"])
+@pytest.mark.parametrize("library", [nn, kn], ids=["torch", "keelnorm"])
 def test_a_forward_on_the_instance_is_used_and_kept(library):
     """As tools set them around the layer's own, which they have taken before."""
     layer, x = library.BatchNorm1d(3).double(), data(1).double()
@@ -240,9 +240,9 @@ def test_what_would_be_the_micro_batchs_is_refused():
     before = buffers(layer)
     outside = [
         lambda part: F.batch_norm(part, None, None, training=True),
-        lambda part: ek.functional.batch_norm(part, None, None, training=True),
+        lambda part: kn.functional.batch_norm(part, None, None, training=True),
         nn.BatchNorm1d(3),
-        ek.BatchNorm1d(3),
+        kn.BatchNorm1d(3),
     ]
     for norm in outside:
         with pytest.raises(TypeError, match="normalizes by the batch outside of the model's layers"):
@@ -257,7 +257,7 @@ def test_what_would_be_the_micro_batchs_is_refused():
     backward_as_one_batch(layer, lambda part: evaluated(layer(part)).sum(), x.split(4))
 
 
-@pytest.mark.parametrize("library", [nn, ek], ids=["torch", "evenkeel"])
+@pytest.mark.parametrize("library", [nn, kn], ids=["torch", "keelnorm"])
 def test_one_value_in_all(library):
     layer = library.BatchNorm1d(3)
     before = buffers(layer)
@@ -266,7 +266,7 @@ def test_one_value_in_all(library):
     assert same(buffers(layer), before)
 
 
-@pytest.mark.parametrize("library", [nn, ek], ids=["torch", "evenkeel"])
+@pytest.mark.parametrize("library", [nn, kn], ids=["torch", "keelnorm"])
 def test_inside_accumulate(library):
     """The micro-batches together are one batch of the pool, once."""
     layer, x = library.BatchNorm1d(3), data(1)
@@ -299,7 +299,7 @@ def test_errors():
         backward_as_one_batch(layer, lambda part: layer(part).sum().detach(), x.split(4))
     with pytest.raises(ValueError, match="expected 2D or 3D input"):
         backward_as_one_batch(layer, lambda part: layer(part[..., None, None]).sum(), x.split(4))
-    other = ek.BatchNorm1d(3)
+    other = kn.BatchNorm1d(3)
     with pytest.raises(ValueError, match="x must have 2 or 3 dimensions"):
         backward_as_one_batch(other, lambda part: other(part[..., None, None]).sum(), x.split(4))
     for foreign in (Plain(3), Foreign(3), nn.SyncBatchNorm(3)):

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-import evenkeel as ek
-from evenkeel.control import Frozen, assert_frozen, freeze, frozen, pause_statistics, unfreeze
-from evenkeel.engine.fusion import pending
-from evenkeel.engine.fusion.call import all_sizes_wait
+import keelnorm as kn
+from keelnorm.control import Frozen, assert_frozen, freeze, frozen, pause_statistics, unfreeze
+from keelnorm.engine.fusion import pending
+from keelnorm.engine.fusion.call import all_sizes_wait
 
 every_kind = pytest.mark.parametrize(("rank", "kind"), KINDS, ids=[f"{kind}{rank}d" for rank, kind in KINDS])
 
@@ -194,7 +194,7 @@ def test_a_parametrized_weight():
         def forward(self, weight):
             return 2 * weight
 
-    layer = ek.BatchNorm1d(3)
+    layer = kn.BatchNorm1d(3)
     parametrize.register_parametrization(layer, "weight", Double())
     freeze(layer)
     assert not layer.weight.requires_grad
@@ -203,7 +203,7 @@ def test_a_parametrized_weight():
 
 
 def test_where():
-    model = nn.ModuleDict({"stem": Block(2, "torch"), "stem2": Block(2, "evenkeel")})
+    model = nn.ModuleDict({"stem": Block(2, "torch"), "stem2": Block(2, "keelnorm")})
     everything = ["stem.norm", "stem.last.0", "stem2.norm", "stem2.last.0"]
     assert freeze(model) == everything
     unfreeze(model)
@@ -248,10 +248,10 @@ def test_errors(function):
     assert frozen(model) == dict.fromkeys(PATHS, Frozen(statistics=False, affine=False))
 
 
-@pytest.mark.parametrize("library", [nn, ek], ids=["torch", "evenkeel"])
+@pytest.mark.parametrize("library", [nn, kn], ids=["torch", "keelnorm"])
 def test_no_running_moments(library):
     model = nn.Sequential(library.BatchNorm1d(3), library.BatchNorm1d(3, track_running_stats=False))
-    with pytest.raises(ValueError, match=r"freeze: 1 has no running moments .*statistics=False"):
+    with pytest.raises(ValueError, match=r"freeze: 1 has no running statistics .*statistics=False"):
         freeze(model)
     assert frozen(model)["0"] == Frozen(statistics=False, affine=False)
     assert freeze(model, statistics=False) == ["0", "1"]
@@ -299,7 +299,7 @@ def all_that_freezing_touches(model):
 @pytest.mark.parametrize("function", [freeze, unfreeze])
 @pytest.mark.parametrize("before", [{}, {"affine": False}, {"affine": True}], ids=["thawed", "in part", "frozen"])
 def test_nothing_stays_half_done(function, before):
-    model = nn.Sequential(nn.BatchNorm2d(3), ek.BatchNorm2d(3), Stubborn(3), nn.BatchNorm2d(3))
+    model = nn.Sequential(nn.BatchNorm2d(3), kn.BatchNorm2d(3), Stubborn(3), nn.BatchNorm2d(3))
     if before:
         freeze(model, **before)
     if function is unfreeze and not before:
@@ -322,7 +322,7 @@ def test_an_assignment_to_training_is_found():
     assert_frozen(layer)
 
 
-@pytest.mark.parametrize("kind", ["torch", "evenkeel", "variant"])
+@pytest.mark.parametrize("kind", ["torch", "keelnorm", "variant"])
 @pytest.mark.parametrize("early", [True, False], ids=["frozen first", "compiled first"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled(kind, early):
@@ -347,7 +347,7 @@ def test_compiled(kind, early):
 
 
 def test_sequential_stays_fused():
-    net = freeze_and_give(ek.Sequential(ek.BatchNorm2d(3), nn.ReLU())).train()
+    net = freeze_and_give(kn.Sequential(kn.BatchNorm2d(3), nn.ReLU())).train()
     with all_sizes_wait():
         net(torch.randn(4, 3, 5, 5))  # the layer learns what follows it
         before = pending.completed
@@ -355,7 +355,7 @@ def test_sequential_stays_fused():
     assert pending.completed == before + 1
 
 
-@pytest.mark.parametrize("kind", ["torch", "evenkeel", "variant"])
+@pytest.mark.parametrize("kind", ["torch", "keelnorm", "variant"])
 class TestAveraging:
     def test_average_of_a_frozen_model(self, kind):
         for keywords in ({}, {"use_buffers": True}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9), "use_buffers": True}):
@@ -393,7 +393,7 @@ class TestAveraging:
 
 
 def test_frozen_inside_pause():
-    model = Block(2, "evenkeel")
+    model = Block(2, "keelnorm")
     freeze(model)
     x = data(2)
     expected = model(x)

@@ -1,4 +1,4 @@
-"""Paused layers normalize with the batch and leave their running moments alone."""
+"""Paused layers normalize with the batch and leave their running statistics alone."""
 
 import copy
 
@@ -7,8 +7,8 @@ import torch
 from control.models import KINDS, PATHS, Block, buffers, data, same
 from torch import nn
 
-import evenkeel as ek
-from evenkeel.control import pause_statistics
+import keelnorm as kn
+from keelnorm.control import pause_statistics
 
 every_kind = pytest.mark.parametrize(("rank", "kind"), KINDS, ids=[f"{kind}{rank}d" for rank, kind in KINDS])
 
@@ -42,8 +42,8 @@ def test_evaluation_inside(rank, kind):
 
 
 def test_one_value_per_channel_by_the_running_moments():
-    """The policy needs the running moments, which a paused layer still has."""
-    layer, x = ek.BatchNorm1d(3, too_few="running"), torch.randn(1, 3)
+    """The policy needs the running statistics, which a paused layer still has."""
+    layer, x = kn.BatchNorm1d(3, too_few="running"), torch.randn(1, 3)
     layer(data(1))
     before = buffers(layer)
     expected = copy.deepcopy(layer).eval()(x)
@@ -57,7 +57,7 @@ def test_one_value_per_channel_by_the_running_moments():
 
 @pytest.mark.parametrize("arguments", [{"activation": "elu", "inplace": True}, {"mask": torch.arange(12) > 3}], ids=str)
 def test_the_same_bits_as_unpaused(arguments):
-    layer, x = ek.BatchNorm2d(3), data(2)
+    layer, x = kn.BatchNorm2d(3), data(2)
     expected = copy.deepcopy(layer)(x.clone(), **arguments)
     with pause_statistics(layer), torch.no_grad():
         assert torch.equal(layer(x.clone(), **arguments), expected)
@@ -65,7 +65,7 @@ def test_the_same_bits_as_unpaused(arguments):
 
 
 def test_nested_and_after_an_exception():
-    model, x = Block(2, "evenkeel"), data(2)
+    model, x = Block(2, "keelnorm"), data(2)
     with pause_statistics(model):
         with pause_statistics(model, where="norm") as paths:
             assert paths == ["norm"]
@@ -101,7 +101,7 @@ def test_where():
 
 
 def test_as_a_decorator():
-    model, x = Block(2, "evenkeel"), data(2)
+    model, x = Block(2, "keelnorm"), data(2)
 
     @pause_statistics(model)
     def teacher(x):
@@ -114,7 +114,7 @@ def test_as_a_decorator():
     assert model.norm.num_batches_tracked.item() == 1
 
 
-@pytest.mark.parametrize("library", [nn, ek], ids=["torch", "evenkeel"])
+@pytest.mark.parametrize("library", [nn, kn], ids=["torch", "keelnorm"])
 def test_layers_that_track_nothing_stay_so(library):
     layer = library.BatchNorm1d(3, track_running_stats=False)
     switched_off = library.BatchNorm1d(3)
@@ -126,7 +126,7 @@ def test_layers_that_track_nothing_stay_so(library):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("kind", ["torch", "evenkeel"])
+@pytest.mark.parametrize("kind", ["torch", "keelnorm"])
 def test_compiled(kind):
     torch._dynamo.reset()
     model, x = Block(1, kind), data(1)
@@ -147,7 +147,7 @@ def test_sharpness_aware_minimization():
     def loss_of(model, x):
         return model(x).square().mean()
 
-    model, counted, x = Block(2, "evenkeel"), Block(2, "evenkeel"), data(2)
+    model, counted, x = Block(2, "keelnorm"), Block(2, "keelnorm"), data(2)
     counted.load_state_dict(model.state_dict())
     parameters = list(model.parameters())
     gradient = torch.autograd.grad(loss_of(model, x), parameters)

@@ -9,14 +9,14 @@ import torch
 import torch._dynamo.testing
 from torch import nn
 
-import evenkeel as ek
-from evenkeel.control.momentum_schedule import MomentumSchedule, cosine, cumulative_then_exponential, linear, step_decay
-from evenkeel.nn.whitening import WhiteningBatchNorm
+import keelnorm as kn
+from keelnorm.control.momentum_schedule import MomentumSchedule, cosine, cumulative_then_exponential, linear, step_decay
+from keelnorm.nn.whitening import WhiteningBatchNorm
 
 
 def model_of(momentum: float | None = 0.1) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, momentum=momentum), ek.BatchNorm2d(4, momentum=0.2),
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, momentum=momentum), kn.BatchNorm2d(4, momentum=0.2),
         WhiteningBatchNorm(4, momentum=0.3), nn.InstanceNorm2d(4, momentum=0.4), nn.SyncBatchNorm(4, momentum=0.5),
     )  # fmt: skip
 
@@ -34,7 +34,7 @@ def test_cumulative_then_exponential() -> None:
 
 
 def test_cumulative_gives_the_exact_average_then_the_exponential_one() -> None:
-    layer = ek.BatchNorm1d(3, dtype=torch.float64)
+    layer = kn.BatchNorm1d(3, dtype=torch.float64)
     schedule = MomentumSchedule(layer, cumulative_then_exponential(0.2))
     means = []
     for step in range(8):
@@ -206,7 +206,7 @@ def test_a_shared_layer_is_restored_once() -> None:
 
 def test_a_compiled_layer_follows_without_compiling_each_time() -> None:
     torch._dynamo.reset()
-    layer = ek.BatchNorm1d(3)
+    layer = kn.BatchNorm1d(3)
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
     schedule = MomentumSchedule(layer, linear(0.9, 0.1, steps=20))

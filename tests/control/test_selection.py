@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -18,30 +18,30 @@ def enter(context):
 
 #: Functions that would do nothing, and say nothing, on a model without batch norms.
 QUIET = {
-    "freeze": ek.freeze,
-    "unfreeze": ek.unfreeze,
-    "assert_frozen": ek.assert_frozen,
-    "pause_statistics": lambda model, **options: enter(ek.pause_statistics(model, **options)),
-    "accumulate_statistics": lambda model, **options: enter(ek.accumulate_statistics(model, **options)),
-    "follow_scaler": lambda model, **options: enter(ek.follow_scaler(model, SCALER, **options)),
-    "MomentumSchedule": lambda model, **options: ek.MomentumSchedule(model, lambda step: 0.5, **options),
+    "freeze": kn.freeze,
+    "unfreeze": kn.unfreeze,
+    "assert_frozen": kn.assert_frozen,
+    "pause_statistics": lambda model, **options: enter(kn.pause_statistics(model, **options)),
+    "accumulate_statistics": lambda model, **options: enter(kn.accumulate_statistics(model, **options)),
+    "follow_scaler": lambda model, **options: enter(kn.follow_scaler(model, SCALER, **options)),
+    "MomentumSchedule": lambda model, **options: kn.MomentumSchedule(model, lambda step: 0.5, **options),
 }
 X = torch.randn(4, 2)
 #: Functions that say what they did, with the number that says so.
 TELLING = {
-    "convert": (lambda model: ek.convert(model), "batch norms"),
-    "revert": (lambda model: ek.revert(model), "layers"),
-    "fold": (lambda model: ek.fold(model, X), "folded"),
-    "recalibrate": (lambda model: ek.recalibrate(model, [X]), "layers"),
-    "adapt": (lambda model: ek.adapt(model, [X]), "layers"),
-    "reset_adaptation": (lambda model: ek.reset_adaptation(model), "layers"),
-    "prepare_export": (lambda model: ek.prepare_export(model), "batch norms"),
+    "convert": (lambda model: kn.convert(model), "batch norms"),
+    "revert": (lambda model: kn.revert(model), "layers"),
+    "fold": (lambda model: kn.fold(model, X), "folded"),
+    "recalibrate": (lambda model: kn.recalibrate(model, [X]), "layers"),
+    "adapt": (lambda model: kn.adapt(model, [X]), "layers"),
+    "reset_adaptation": (lambda model: kn.reset_adaptation(model), "layers"),
+    "prepare_export": (lambda model: kn.prepare_export(model), "batch norms"),
 }
 
 
 @pytest.mark.parametrize("name", [*QUIET, "sync_statistics"])
 def test_a_model_without_batch_norms_is_an_error_where_nothing_would_say_so(name):
-    function = QUIET.get(name, ek.sync_statistics)
+    function = QUIET.get(name, kn.sync_statistics)
     with pytest.raises(ValueError, match=f"{name}: there is no batch norm in Sequential"):
         function(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
 
@@ -56,8 +56,8 @@ def test_reports_say_that_there_is_none(name):
 
 def test_what_is_right_without_batch_norms_is_done():
     model = nn.Sequential(nn.Linear(2, 1))
-    assert ek.frozen(model) == {}
-    loss = ek.backward_as_one_batch(model, lambda x: model(x).sum(), X.split(2))
+    assert kn.frozen(model) == {}
+    loss = kn.backward_as_one_batch(model, lambda x: model(x).sum(), X.split(2))
     torch.testing.assert_close(loss, model(X).sum().detach())
     torch.testing.assert_close(model[0].weight.grad, X.sum(0, keepdim=True))
 
@@ -65,10 +65,10 @@ def test_what_is_right_without_batch_norms_is_done():
 @pytest.mark.parametrize("name", QUIET)
 def test_where_takes_a_pattern_several_or_a_function(name):
     model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(3))
-    ek.freeze(model)
+    kn.freeze(model)
     for where in ("0", ["1", "0"], iter(["0"]), lambda path, layer: layer.num_features == 2):
         QUIET[name](model, where=where)
-        ek.freeze(model)
+        kn.freeze(model)
     for where, error in (
         (3, TypeError),
         ([3], TypeError),
@@ -78,11 +78,11 @@ def test_where_takes_a_pattern_several_or_a_function(name):
     ):
         with pytest.raises(error, match=f"{name}: where"):
             QUIET[name](model, where=where)
-    assert ek.frozen(model) == dict.fromkeys(("0", "1"), (True, True))
+    assert kn.frozen(model) == dict.fromkeys(("0", "1"), (True, True))
 
 
 def test_fold_takes_patterns_that_come_once():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
     for where in (iter(["1"]), lambda path, layer: path == "1"):
-        _, report = ek.fold(model, X, where=where)
+        _, report = kn.fold(model, X, where=where)
         assert [(row["path"], row["into"]) for row in report.rows] == [("1", "0")]

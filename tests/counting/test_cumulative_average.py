@@ -1,4 +1,4 @@
-"""momentum=None: the running moments are the average over the batches that were taken, channel by channel."""
+"""momentum=None: the running statistics are the average over the batches that were taken, channel by channel."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-import evenkeel as ek
-from evenkeel.control.accumulation import enter
-from evenkeel.moments import Moments
+import keelnorm as kn
+from keelnorm.control.accumulation import enter
+from keelnorm.moments import Moments
 
 C, BAD = 3, 1
 WAYS = ["native", "reference", "compiled", "compiled reference", "inplace", "masked"]
@@ -40,7 +40,7 @@ def assert_average(layer, given):
 
 def run(layer, given, way):
     torch._dynamo.reset()
-    with ek.kernels.use("reference" if "reference" in way else "auto"):
+    with kn.kernels.use("reference" if "reference" in way else "auto"):
         call = torch.compile(layer, fullgraph=True, backend="aot_eager") if "compiled" in way else layer
         for x in given:
             if way == "masked":
@@ -54,33 +54,33 @@ def run(layer, given, way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_batch_that_was_left_out_does_not_weigh(way):
-    layer, given = ek.BatchNorm1d(C, momentum=None), batches()
+    layer, given = kn.BatchNorm1d(C, momentum=None), batches()
     run(layer, given, way)
     assert_average(layer, given)
 
 
 def test_the_rows_that_were_reported():
-    layer = ek.BatchNorm1d(1, momentum=None)
+    layer = kn.BatchNorm1d(1, momentum=None)
     layer(torch.full((2, 1), torch.nan))
     layer(torch.tensor([[9.0], [11.0]]))
     assert layer.running_mean.item() == 10.0
 
 
-class OnePart(ek.SplitBatchNorm):
+class OnePart(kn.SplitBatchNorm):
     def forward(self, x):
         with self.using(0):
             return super().forward(x)
 
 
-class OneDomain(ek.DomainBatchNorm):
+class OneDomain(kn.DomainBatchNorm):
     def forward(self, x):
         return super().forward(x, domain=0)
 
 
 VARIANTS = {
-    "sync": lambda: ek.SyncBatchNorm(C, momentum=None),
+    "sync": lambda: kn.SyncBatchNorm(C, momentum=None),
     "split": lambda: OnePart(C, momentum=None),
-    "ghost": lambda: ek.GhostBatchNorm(C, 3, momentum=None),
+    "ghost": lambda: kn.GhostBatchNorm(C, 3, momentum=None),
     "domain": lambda: OneDomain(C, 1, momentum=None),
 }
 
@@ -89,14 +89,14 @@ VARIANTS = {
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_variants(kind, kernels):
     layer, given = VARIANTS[kind](), batches()
-    with ek.kernels.use(kernels):
+    with kn.kernels.use(kernels):
         for x in given:
             layer(x)
     assert_average(layer, given)
 
 
 def test_ghost_batches_one_after_the_other():
-    layer, given = ek.GhostBatchNorm(C, 3, momentum=None, running="sequential"), batches()
+    layer, given = kn.GhostBatchNorm(C, 3, momentum=None, running="sequential"), batches()
     for x in given:
         layer(x)
     parts = [part for x in given for part in x.split(3)]
@@ -105,7 +105,7 @@ def test_ghost_batches_one_after_the_other():
 
 
 def test_covariances_of_groups():
-    layer, given = ek.WhiteningBatchNorm(4, momentum=None, group_size=2), [torch.randn(20, 4) + k for k in range(4)]
+    layer, given = kn.WhiteningBatchNorm(4, momentum=None, group_size=2), [torch.randn(20, 4) + k for k in range(4)]
     given[1][0, 0] = torch.nan
     for x in given:
         layer(x)
@@ -116,7 +116,7 @@ def test_covariances_of_groups():
 
 
 def test_steps_of_a_recurrent_layer():
-    layer = ek.nn.StepwiseBatchNorm(C, max_length=2, momentum=None)
+    layer = kn.nn.StepwiseBatchNorm(C, max_length=2, momentum=None)
     given = batches()
     for x in given:
         layer(x, step=1)
@@ -126,11 +126,11 @@ def test_steps_of_a_recurrent_layer():
     assert layer.skipped_updates.tolist() == [[0] * C, [0, 2, 0]]
 
 
-@pytest.mark.parametrize("layer_type", [nn.BatchNorm1d, ek.BatchNorm1d])
+@pytest.mark.parametrize("layer_type", [nn.BatchNorm1d, kn.BatchNorm1d])
 def test_accumulated_batches(layer_type):
     layer, given = layer_type(C, momentum=None), batches()
     for x in given:
-        with ek.accumulate_statistics(layer):
+        with kn.accumulate_statistics(layer):
             layer(x)
     for running, expected in zip((layer.running_mean, layer.running_var), average(given), strict=True):
         torch.testing.assert_close(running.double(), expected, rtol=1e-5, atol=1e-5)
@@ -138,7 +138,7 @@ def test_accumulated_batches(layer_type):
 
 def test_channels_of_few_values():
     """A channel with a single value has no variance: the batch does not weigh there either."""
-    layer = ek.BatchNorm1d(2, momentum=None)
+    layer = kn.BatchNorm1d(2, momentum=None)
     for count in ([1.0, 4.0], [4.0, 4.0]):
         enter(layer, Moments(torch.tensor(count), torch.tensor([3.0, 5.0]), torch.tensor([0.0, 6.0])), None)
     assert layer.running_mean.tolist() == [3.0, 5.0]
@@ -148,8 +148,8 @@ def test_channels_of_few_values():
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 @pytest.mark.parametrize("how", ["zeroed", "loaded", "averaged"])
 def test_a_number_of_batches_that_someone_set_counts_itself(how, kernels):
-    layer, x = ek.BatchNorm1d(1, momentum=None), torch.tensor([[9.0], [11.0]])
-    with ek.kernels.use(kernels):
+    layer, x = kn.BatchNorm1d(1, momentum=None), torch.tensor([[9.0], [11.0]])
+    with kn.kernels.use(kernels):
         for batch in (x * torch.nan, x * torch.nan, x):
             layer(batch)
         if how == "zeroed":  # as recipes for precise statistics do
@@ -171,7 +171,7 @@ def test_a_number_of_batches_that_someone_set_counts_itself(how, kernels):
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "continued"])
 def test_copies_go_on_with_the_same_average(way):
-    layer, given = ek.BatchNorm1d(C, momentum=None), batches()
+    layer, given = kn.BatchNorm1d(C, momentum=None), batches()
     run(layer, given[:3], "native")
     if way == "pickle":
         layer = pickle.loads(pickle.dumps(layer))
@@ -188,11 +188,11 @@ def test_a_step_that_is_rolled_back_leaves_the_average_too():
         def get_scale(self):
             return self.scale
 
-    layer, given, scaler = ek.BatchNorm1d(C, momentum=None), batches(), Scaler()
+    layer, given, scaler = kn.BatchNorm1d(C, momentum=None), batches(), Scaler()
     for k, x in enumerate(given):
         layer(x)
         if k == 2:
-            with ek.follow_scaler(layer, scaler):
+            with kn.follow_scaler(layer, scaler):
                 layer(torch.full((4, C), 100.0))
                 scaler.scale /= 2
     assert layer.skipped_updates.tolist() == [1, 3, 1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import evenkeel as ek
+import keelnorm as kn
 
 SHAPES = [(7, 5), (4, 6, 9), (3, 5, 4, 5), (2, 20, 3, 3, 2), (3, 64, 21), (5, 3, 700)]
 ACTIVATIONS = [None, "relu", "silu"]
@@ -45,7 +45,7 @@ def definition(x, residual, weight, bias, mask, keep, activation, eps=1e-5):
 def test_result_moments_and_gradients(shape, channels_last, activation, with_residual, padding, native):
     x, residual, dy, mask = problem(shape, channels_last)
     residual = residual if with_residual else None
-    layer = ek.BatchNorm(shape[1], dtype=torch.float64)
+    layer = kn.BatchNorm(shape[1], dtype=torch.float64)
     torch.nn.init.normal_(layer.weight), torch.nn.init.normal_(layer.bias)
     inputs = [t.detach().requires_grad_() for t in (x, residual) if t is not None]
     expected, mean, unbiased = definition(
@@ -57,7 +57,7 @@ def test_result_moments_and_gradients(shape, channels_last, activation, with_res
     poisoned = [torch.where(holes, torch.nan, t.detach()).requires_grad_() for t in inputs]
     if padding == "keep":
         poisoned[0] = x.clone().requires_grad_()
-    with ek.kernels.use("auto" if native else "reference"):
+    with kn.kernels.use("auto" if native else "reference"):
         y = layer(*poisoned, activation=activation, mask=mask, padding=padding)
         gradients = torch.autograd.grad(y, [*poisoned, layer.weight, layer.bias], dy)
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
@@ -73,7 +73,7 @@ def test_result_moments_and_gradients(shape, channels_last, activation, with_res
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_narrower_dtypes(dtype):
     x, _, dy, mask = problem((4, 6, 33), dtype=torch.float32)
-    layer = ek.BatchNorm1d(6)
+    layer = kn.BatchNorm1d(6)
     expected, *_ = definition(x.to(dtype).double(), None, layer.weight, layer.bias, mask, False, "relu")
     y = layer(x.to(dtype).requires_grad_(), activation="relu", mask=mask)
     y.backward(dy.to(dtype))
@@ -84,17 +84,17 @@ def test_narrower_dtypes(dtype):
 def test_whole_samples():
     x = torch.randn(6, 3, 5)
     mask = torch.tensor([True, False, True, True, False, True])
-    layer, other = ek.BatchNorm1d(3), ek.BatchNorm1d(3)
+    layer, other = kn.BatchNorm1d(3), kn.BatchNorm1d(3)
     torch.testing.assert_close(layer(x, mask=mask)[mask], other(x[mask]))
     torch.testing.assert_close(layer.running_var, other.running_var)
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "reference"])
 def test_a_batch_in_which_nothing_counts_changes_nothing(native):
-    layer = ek.BatchNorm1d(3)
+    layer = kn.BatchNorm1d(3)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     x = torch.full((4, 3, 5), torch.nan, requires_grad=True)
-    with ek.kernels.use("auto" if native else "reference"):
+    with kn.kernels.use("auto" if native else "reference"):
         y = layer(x, mask=torch.zeros(4, 5, dtype=torch.bool))
         y.backward(torch.ones_like(y))
     assert (y == 0).all()
@@ -105,7 +105,7 @@ def test_a_batch_in_which_nothing_counts_changes_nothing(native):
 
 
 def test_evaluation_blanks_what_does_not_count():
-    layer = ek.BatchNorm1d(3).eval()
+    layer = kn.BatchNorm1d(3).eval()
     x, _, _, mask = problem((4, 3, 5), dtype=torch.float32)
     y = layer(x, mask=mask)
     torch.testing.assert_close(y, layer(x) * mask.unsqueeze(1))
@@ -113,7 +113,7 @@ def test_evaluation_blanks_what_does_not_count():
 
 def test_second_derivatives():
     x, _, _, mask = problem((3, 2, 4))
-    layer = ek.BatchNorm1d(2, dtype=torch.float64, track_running_stats=False)
+    layer = kn.BatchNorm1d(2, dtype=torch.float64, track_running_stats=False)
     x.requires_grad_()
     assert torch.autograd.gradgradcheck(lambda x: layer(x, mask=mask, activation="silu"), x)
 
@@ -121,7 +121,7 @@ def test_second_derivatives():
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled(backend):
     x, _, dy, mask = problem((4, 3, 5), dtype=torch.float32)
-    layer, other = ek.BatchNorm1d(3), ek.BatchNorm1d(3)
+    layer, other = kn.BatchNorm1d(3), kn.BatchNorm1d(3)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     y = torch.compile(layer, fullgraph=True, backend=backend)(a, mask=mask)
     expected = other(b, mask=mask)
@@ -132,7 +132,7 @@ def test_compiled(backend):
 
 
 def test_a_checkpoint_counts_once():
-    layer, other = ek.BatchNorm1d(3), ek.BatchNorm1d(3)
+    layer, other = kn.BatchNorm1d(3), kn.BatchNorm1d(3)
     x, _, dy, mask = problem((4, 3, 5), dtype=torch.float32)
     a = x.clone().requires_grad_()
     torch.utils.checkpoint.checkpoint(lambda a: layer(a, mask=mask), a, use_reentrant=False).backward(dy)
@@ -142,7 +142,7 @@ def test_a_checkpoint_counts_once():
 
 
 def test_lengths():
-    assert ek.functional.length_mask(torch.tensor([0, 2, 3]), 3).tolist() == [
+    assert kn.functional.length_mask(torch.tensor([0, 2, 3]), 3).tolist() == [
         [False, False, False],
         [True, True, False],
         [True, True, True],
@@ -160,7 +160,7 @@ def test_lengths():
 )
 def test_illegal_lengths(lengths, error):
     with pytest.raises(error, match="length_mask: lengths must"):
-        ek.functional.length_mask(lengths, 3)
+        kn.functional.length_mask(lengths, 3)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_illegal_lengths(lengths, error):
     ],
 )
 def test_illegal_calls(keywords, error, words):
-    layer = ek.BatchNorm1d(3)
+    layer = kn.BatchNorm1d(3)
     before = layer.running_var.clone()
     with pytest.raises(error, match=words) as caught:
         layer(torch.randn(4, 3, 5), **keywords)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-import evenkeel as ek
+import keelnorm as kn
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4), (6, 3, 2, 2)], ids=str)
@@ -15,7 +15,7 @@ def test_weights_of_whole_numbers_are_repetitions(shape):
     x = torch.randn(shape, dtype=torch.float64)
     times = torch.tensor([1, 3, 0, 2, 1, 1])
     repeated = x.repeat_interleave(times, 0)
-    layer, other = (ek.BatchNorm(3, dtype=torch.float64) for _ in range(2))
+    layer, other = (kn.BatchNorm(3, dtype=torch.float64) for _ in range(2))
     y, expected = layer(x, sample_weight=times.double()), other(repeated)
     torch.testing.assert_close(y.repeat_interleave(times, 0), expected)
     torch.testing.assert_close(layer.running_mean, other.running_mean)
@@ -25,21 +25,21 @@ def test_weights_of_whole_numbers_are_repetitions(shape):
 def test_gradients():
     x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(4, 5, dtype=torch.float64)
-    layer = ek.BatchNorm1d(3, dtype=torch.float64, track_running_stats=False)
+    layer = kn.BatchNorm1d(3, dtype=torch.float64, track_running_stats=False)
     assert torch.autograd.gradcheck(lambda x: layer(x, sample_weight=weight, activation="silu", residual=x), x)
 
 
 def test_ones_are_no_weights_and_a_mask_takes_them_away():
     x = torch.randn(4, 3, 5, dtype=torch.float64)
     mask = torch.rand(4, 5) < 0.7
-    layer, other = (ek.BatchNorm1d(3, dtype=torch.float64) for _ in range(2))
+    layer, other = (kn.BatchNorm1d(3, dtype=torch.float64) for _ in range(2))
     torch.testing.assert_close(layer(x, sample_weight=torch.ones(4).double()), other(x))
     torch.testing.assert_close(layer(x, sample_weight=torch.ones(4, 5).double(), mask=mask), other(x, mask=mask))
     torch.testing.assert_close(layer.running_var, other.running_var)
 
 
 def test_weights_of_nothing_change_nothing():
-    layer = ek.BatchNorm1d(3)
+    layer = kn.BatchNorm1d(3)
     y = layer(torch.randn(4, 3), sample_weight=torch.zeros(4))
     assert y.isfinite().all()
     assert layer.num_batches_tracked == 0
@@ -53,12 +53,12 @@ def test_weights_of_nothing_change_nothing():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_too_little_is_refused(weights, dtype):
     """Also where a rounding puts the sum above 1."""
-    layer, x = ek.BatchNorm1d(1), torch.arange(len(weights), dtype=torch.float32).unsqueeze(1)
+    layer, x = kn.BatchNorm1d(1), torch.arange(len(weights), dtype=torch.float32).unsqueeze(1)
     with pytest.raises(ValueError, match=r"BatchNorm1d: sample_weight says how often.*Σw must be above 1.*importance"):
         layer(x, sample_weight=torch.tensor(weights, dtype=dtype))
     assert (layer.running_mean.item(), layer.num_batches_tracked.item()) == (0, 0)
     with pytest.raises(ValueError, match="Σw must be above 1"):
-        ek.functional.batch_norm(
+        kn.functional.batch_norm(
             x, torch.zeros(1), torch.ones(1), training=True, sample_weight=torch.tensor(weights, dtype=dtype)
         )
 
@@ -66,7 +66,7 @@ def test_too_little_is_refused(weights, dtype):
 @pytest.mark.parametrize("weights", [[0.25, 0.75], [1.0, 0.0]], ids=str)
 @pytest.mark.parametrize("too_few", ["running", "skip"])
 def test_policies(weights, too_few):
-    layer = ek.BatchNorm1d(1, too_few=too_few)
+    layer = kn.BatchNorm1d(1, too_few=too_few)
     x, w = torch.tensor([[0.0], [1.0]]), torch.tensor(weights)
     y = layer(x, sample_weight=w)
     mean, var = (0.0, 1.0) if too_few == "running" else ((w @ x).item(), (w @ (x - w @ x) ** 2).item())
@@ -76,16 +76,16 @@ def test_policies(weights, too_few):
 
 def test_nothing_is_refused_where_nothing_is_learned():
     x, w = torch.tensor([[0.0], [1.0]]), torch.tensor([0.25, 0.75])
-    for layer in (ek.BatchNorm1d(1, track_running_stats=False), ek.BatchNorm1d(1).eval()):
+    for layer in (kn.BatchNorm1d(1, track_running_stats=False), kn.BatchNorm1d(1).eval()):
         assert layer(x, sample_weight=w).isfinite().all()
-    layer = ek.BatchNorm1d(1)
+    layer = kn.BatchNorm1d(1)
     layer(x, sample_weight=torch.tensor([3.0, 0.0]))  # the same value three times
     assert layer.running_var.item() == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize("keywords", [{}, {"track_running_stats": False}], ids=str)
 def test_one_value_has_no_variance(keywords):
-    layer, x = ek.BatchNorm1d(1, **keywords), torch.tensor([[0.0], [1.0]])
+    layer, x = kn.BatchNorm1d(1, **keywords), torch.tensor([[0.0], [1.0]])
     with pytest.raises(ValueError, match="lets one value per channel count"):
         layer(x, sample_weight=torch.tensor([0.5, 0.0]))
     with pytest.raises(ValueError, match="lets one value per channel count"):
@@ -97,7 +97,7 @@ def test_one_value_has_no_variance(keywords):
 @pytest.mark.parametrize("weights", [[0.25, 0.75], [5.0, 0.0], [1 / 3, 2 / 3]], ids=str)
 def test_what_is_not_looked_at_learns_nothing_either(weights):
     """In compiled code, as on GPUs, no value is waited for."""
-    layer = ek.BatchNorm1d(1)
+    layer = kn.BatchNorm1d(1)
     torch._dynamo.reset()
     call = torch.compile(layer, fullgraph=True, backend="aot_eager")
     weighting = "importance" if 0.0 in weights else "frequency"
@@ -120,7 +120,7 @@ def unbiased(x, w):
 @pytest.mark.parametrize("way", ["eager", "compiled"])
 def test_importance_has_no_unit(scale, way):
     x, w = torch.randn(9, 3), torch.rand(9) + 0.1
-    layer, twin = ek.BatchNorm1d(3, momentum=1.0), ek.BatchNorm1d(3, momentum=1.0)
+    layer, twin = kn.BatchNorm1d(3, momentum=1.0), kn.BatchNorm1d(3, momentum=1.0)
     torch._dynamo.reset()
     call = torch.compile(layer, fullgraph=True, backend="aot_eager") if way == "compiled" else layer
     y = call(x, sample_weight=w * scale, weighting="importance")
@@ -136,14 +136,14 @@ def test_the_variance_of_importance_is_unbiased():
     generator = torch.Generator().manual_seed(0)
     w = torch.tensor([0.1, 0.2, 0.3, 0.4])
     draws = 2 * torch.randn(4, 40000, generator=generator, dtype=torch.float64)
-    found = ek.Moments.from_tensor(draws, sample_weight=w, weighting="importance").var_unbiased
+    found = kn.Moments.from_tensor(draws, sample_weight=w, weighting="importance").var_unbiased
     # The mean of so many variances is off by a few standard errors at most.
     assert abs(found.mean().item() - 4) < 5 * found.std().item() / math.sqrt(len(found))
 
 
 def test_weights_that_are_one_mean_the_same():
     x = torch.randn(6, 2)
-    layers = [ek.BatchNorm1d(2) for _ in range(3)]
+    layers = [kn.BatchNorm1d(2) for _ in range(3)]
     layers[0](x)
     for layer, weighting in zip(layers[1:], ("frequency", "importance"), strict=True):
         layer(x, sample_weight=torch.ones(6), weighting=weighting)
@@ -152,7 +152,7 @@ def test_weights_that_are_one_mean_the_same():
 
 def test_a_weighting_that_there_is_not():
     x = torch.randn(4, 1)
-    for call in (ek.BatchNorm1d(1), ek.Moments.from_tensor, ek.functional.moments):
+    for call in (kn.BatchNorm1d(1), kn.Moments.from_tensor, kn.functional.moments):
         for keywords in ({}, {"sample_weight": torch.ones(4)}):
             with pytest.raises(ValueError, match=r"weighting must be one of .*'importance'.*got 'reliability'"):
                 call(x, weighting="reliability", **keywords)
@@ -161,7 +161,7 @@ def test_a_weighting_that_there_is_not():
 def test_gradients_of_importance():
     x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.rand(4, 5, dtype=torch.float64, requires_grad=True)
-    layer = ek.BatchNorm1d(3, dtype=torch.float64, track_running_stats=False)
+    layer = kn.BatchNorm1d(3, dtype=torch.float64, track_running_stats=False)
 
     def call(x, weight):
         return layer(x, sample_weight=weight, weighting="importance", activation="silu", residual=x)
@@ -170,18 +170,18 @@ def test_gradients_of_importance():
 
 
 def test_a_wrong_weighting_is_refused_where_results_wait(monkeypatch):
-    from evenkeel.engine.fusion import call
+    from keelnorm.engine.fusion import call
 
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.bn = ek.BatchNorm1d(3)
+            self.bn = kn.BatchNorm1d(3)
 
         def forward(self, x):
             return torch.relu(self.bn(x, weighting="often"))
 
     monkeypatch.setattr(call, "smallest", [0, 0])
-    model, _ = ek.convert(Net())
+    model, _ = kn.convert(Net())
     for _ in range(2):
         with pytest.raises(ValueError, match="weighting must be one of"):
             model(torch.randn(4, 3))

@@ -1,4 +1,4 @@
-"""A batch with a NaN or an infinity in a channel leaves that channel's running moments alone, and is counted."""
+"""A batch with a NaN or an infinity in a channel leaves that channel's running statistics alone, and is counted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-import evenkeel as ek
+import keelnorm as kn
 
 BAD = [float("inf"), float("-inf"), float("nan")]
 
@@ -17,13 +17,13 @@ BAD = [float("inf"), float("-inf"), float("nan")]
 @pytest.mark.parametrize("shape", [(8, 5), (8, 5, 4, 4), (2, 5, 40, 40)], ids=str)
 @pytest.mark.parametrize("bad", BAD)
 def test_only_the_poisoned_channel_stays(bad, shape, way, momentum):
-    layer = ek.BatchNorm(5, momentum=momentum)
+    layer = kn.BatchNorm(5, momentum=momentum)
     layer(torch.randn(shape))
     before, twin = copy.deepcopy(layer), copy.deepcopy(layer)
     x = torch.randn(shape)
     clean = x.clone()
     x[1, 3] = bad
-    with ek.kernels.use("reference" if way == "reference" else "auto"):
+    with kn.kernels.use("reference" if way == "reference" else "auto"):
         if way == "compiled":
             torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
         else:
@@ -39,18 +39,18 @@ def test_only_the_poisoned_channel_stays(bad, shape, way, momentum):
 
 
 def test_the_counter_is_no_part_of_the_state():
-    layer = ek.BatchNorm2d(3)
+    layer = kn.BatchNorm2d(3)
     assert "skipped_updates" not in dict(layer.named_buffers())
     assert layer.state_dict().keys() == torch.nn.BatchNorm2d(3).state_dict().keys()
     layer.skipped_updates += 2
     assert copy.deepcopy(layer).skipped_updates.tolist() == [2, 2, 2]
     layer.reset_running_stats()
     assert layer.skipped_updates.tolist() == [0, 0, 0]
-    assert ek.BatchNorm2d(3, track_running_stats=False).skipped_updates is None
+    assert kn.BatchNorm2d(3, track_running_stats=False).skipped_updates is None
 
 
 def test_evaluation_and_clean_batches_count_nothing():
-    layer = ek.BatchNorm1d(2)
+    layer = kn.BatchNorm1d(2)
     layer(torch.randn(4, 2))
     layer.eval()(torch.full((4, 2), torch.nan))
     assert layer.skipped_updates.tolist() == [0, 0]
@@ -65,8 +65,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def test_one_large_value_in_half_precision(way):
     x = torch.randn(64, 2).half()
     x[0, 0] = 30000
-    layer = (ek.GhostBatchNorm(2, 32) if way == "groups" else ek.BatchNorm1d(2)).half()
-    with ek.kernels.use("reference" if "reference" in way else "auto"):
+    layer = (kn.GhostBatchNorm(2, 32) if way == "groups" else kn.BatchNorm1d(2)).half()
+    with kn.kernels.use("reference" if "reference" in way else "auto"):
         if "compiled" in way:
             torch._dynamo.reset()
             torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
@@ -81,9 +81,9 @@ def test_one_large_value_in_half_precision(way):
 def test_what_fits_once_it_is_averaged_is_stored(way):
     """The batch's variance alone does not fit into float16: a tenth of it does."""
     x = torch.tensor([[-300.0], [300.0]]).half()
-    layer = ek.BatchNorm1d(1).half()
+    layer = kn.BatchNorm1d(1).half()
     torch._dynamo.reset()
-    with ek.kernels.use("reference" if "reference" in way else "auto"):
+    with kn.kernels.use("reference" if "reference" in way else "auto"):
         (torch.compile(layer, fullgraph=True, backend="aot_eager") if "compiled" in way else layer)(x)
     assert layer.running_var.item() == torch.tensor(0.9 + 0.1 * 180000).half().item()
     assert layer.skipped_updates.tolist() == [0]
@@ -96,9 +96,9 @@ def test_the_bound_is_what_the_dtype_rounds_to_infinity(dtype, kernels):
     largest = torch.finfo(dtype).max
     half_step = (largest - torch.nextafter(torch.tensor(largest, dtype=dtype), torch.tensor(0, dtype=dtype)).item()) / 2
     at = torch.tensor([largest + share * half_step for share in (0, 0.99, 1, 1.01)], dtype=torch.float64)
-    layer = ek.BatchNorm1d(4, momentum=1.0, dtype=dtype)
+    layer = kn.BatchNorm1d(4, momentum=1.0, dtype=dtype)
     fits = at.to(dtype).isfinite()
-    with ek.kernels.use(kernels):
+    with kn.kernels.use(kernels):
         layer(torch.stack([at, at]))
     assert layer.running_mean.tolist() == torch.where(fits, at, 0).to(dtype).tolist()
     assert layer.skipped_updates.tolist() == (~fits).long().tolist()
@@ -106,14 +106,14 @@ def test_the_bound_is_what_the_dtype_rounds_to_infinity(dtype, kernels):
 
 
 def test_a_variance_beyond_float32():
-    layer = ek.BatchNorm1d(1)
+    layer = kn.BatchNorm1d(1)
     layer(torch.tensor([[-1e30], [1e30]]))
     assert (layer.running_mean.item(), layer.running_var.item()) == (0, 1)
     assert layer.skipped_updates.tolist() == [1]
 
 
 def test_covariances_are_stored_where_they_are_finite():
-    layer = ek.WhiteningBatchNorm(2, group_size=1).half()
+    layer = kn.WhiteningBatchNorm(2, group_size=1).half()
     x = torch.randn(64, 2).half()
     x[0, 0] = 30000
     layer(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import evenkeel as ek
+import keelnorm as kn
 
 ONE = torch.tensor([[2.0, -1.0, 5.0]])
 
@@ -13,7 +13,7 @@ ONE = torch.tensor([[2.0, -1.0, 5.0]])
 class Net(torch.nn.Module):
     def __init__(self, **keywords):
         super().__init__()
-        self.stages = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(3, 3), ek.BatchNorm1d(3, **keywords))])
+        self.stages = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(3, 3), kn.BatchNorm1d(3, **keywords))])
 
     def forward(self, x):
         for stage in self.stages:
@@ -30,7 +30,7 @@ def test_the_error_names_the_path_the_shape_and_the_remedy():
 
 def test_a_layer_by_itself_has_no_path():
     with pytest.raises(ValueError, match=r"^BatchNorm1d: one value per channel"):
-        ek.BatchNorm1d(3)(ONE)
+        kn.BatchNorm1d(3)(ONE)
 
 
 def test_other_errors_name_the_path_too():
@@ -46,7 +46,7 @@ def test_other_errors_name_the_path_too():
 )
 @pytest.mark.parametrize("too_few", ["running", "skip"])
 def test_policies(too_few, masked, way):
-    layer = ek.BatchNorm1d(3, too_few=too_few)
+    layer = kn.BatchNorm1d(3, too_few=too_few)
     layer(torch.randn(16, 3) * 2 + 1)
     torch.nn.init.normal_(layer.bias)
     before = {name: value.clone() for name, value in layer.named_buffers()}
@@ -55,7 +55,7 @@ def test_policies(too_few, masked, way):
         x, keywords = torch.cat([ONE, ONE + 1]), {"mask": torch.tensor([True, False])}
     x.requires_grad_()
     call = torch.compile(layer, backend="aot_eager") if way == "compiled" else layer
-    with ek.kernels.use("reference" if way == "reference" else "auto"):
+    with kn.kernels.use("reference" if way == "reference" else "auto"):
         y = call(x, **keywords)
         y[:1].sum().backward()
     if too_few == "running":
@@ -69,12 +69,12 @@ def test_policies(too_few, masked, way):
 
 def test_illegal_policies():
     with pytest.raises(ValueError, match=r"BatchNorm2d: too_few must be one of .*'skip'.*got 'drop'"):
-        ek.BatchNorm2d(3, too_few="drop")
-    with pytest.raises(ValueError, match="too_few='running' needs running moments"):
-        ek.BatchNorm1d(3, too_few="running", track_running_stats=False)(ONE)
+        kn.BatchNorm2d(3, too_few="drop")
+    with pytest.raises(ValueError, match="too_few='running' needs running statistics"):
+        kn.BatchNorm1d(3, too_few="running", track_running_stats=False)(ONE)
 
 
 def test_the_policy_is_shown_and_kept():
-    layer = ek.BatchNorm1d(3, too_few="skip")
+    layer = kn.BatchNorm1d(3, too_few="skip")
     assert "too_few='skip'" in repr(layer)
-    assert "too_few" not in repr(ek.BatchNorm1d(3))
+    assert "too_few" not in repr(kn.BatchNorm1d(3))

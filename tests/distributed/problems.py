@@ -22,7 +22,7 @@ class Case:
         shares: Samples of each rank.
         size: Positions, *S.
         masks: Whether values are masked, with NaN in their places; on which ranks.
-        kernels: Which evenkeel kernels run.
+        kernels: Which keelnorm kernels run.
     """
 
     name: str

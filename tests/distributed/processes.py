@@ -48,7 +48,7 @@ class Scenarios:
 
 def run_all(folder: Path) -> Scenarios:
     """Run every scenario of ``scenarios.SCENARIOS``, one after the other."""
-    environment = {name: value for name, value in os.environ.items() if name != "EVENKEEL_SYNC_DEBUG"}
+    environment = {name: value for name, value in os.environ.items() if name != "KEELNORM_SYNC_DEBUG"}
     environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(
         [sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=300

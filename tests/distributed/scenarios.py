@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-import evenkeel as ek
-import evenkeel.distributed
-from evenkeel.distributed import preflight, sync_statistics
-from evenkeel.nn.sync.sync_batch_norm import SyncBatchNorm
+import keelnorm as kn
+import keelnorm.distributed
+from keelnorm.distributed import preflight, sync_statistics
+from keelnorm.nn.sync.sync_batch_norm import SyncBatchNorm
 
 
 class Scenario(NamedTuple):
@@ -62,10 +62,10 @@ def run_cases(cases: tuple[Case, ...]) -> dict[str, dict[str, Any]]:
     for case in cases:
         batch = case.part(dist.get_rank())
         layer = layer_of(case, batch)
-        before = ek.kernels.calls()
-        with ek.kernels.use(case.kernels):
+        before = kn.kernels.calls()
+        with kn.kernels.use(case.kernels):
             found[case.name] = step(layer, batch, case.activation) | dict(layer.named_buffers())
-        after = ek.kernels.calls()
+        after = kn.kernels.calls()
         found[case.name]["ran"] = {name for name in after if after[name] > before.get(name, 0)}
         found[case.name]["kept"] = case.size == () or not case.channels_last or channels_last(found[case.name]["y"])
     return found
@@ -151,7 +151,7 @@ def many() -> Any:
     }
 
     frozen = layer_of(case, batch).eval()
-    plain = ek.BatchNorm(C, dtype=torch.float64).eval()
+    plain = kn.BatchNorm(C, dtype=torch.float64).eval()
     plain.load_state_dict(frozen.state_dict())
     # Only one rank evaluates: nothing is exchanged.
     found["evaluation"] = torch.equal(frozen(x), plain(x)) if rank == 0 else True
@@ -281,9 +281,9 @@ def unlike() -> Any:
         found[name] = said(lambda layer=layer, x=x: layer(x))
         found[f"{name}, unchanged"] = int(layer.num_batches_tracked), float(layer.running_mean.abs().max())
         found[f"{name}, activated"] = said(lambda layer=layer, x=x: nn.Sequential(layer)(x.detach()))
-        found[f"{name}, moments"] = said(lambda x=x: ek.functional.moments(x.detach()).all_reduce())
-        model = ek.BatchNorm1d(channels)
-        found[f"{name}, recalibrated"] = said(lambda model=model, x=x: ek.recalibrate(model, [x.detach()]))
+        found[f"{name}, moments"] = said(lambda x=x: kn.functional.moments(x.detach()).all_reduce())
+        model = kn.BatchNorm1d(channels)
+        found[f"{name}, recalibrated"] = said(lambda model=model, x=x: kn.recalibrate(model, [x.detach()]))
     bn, bn2 = SyncBatchNorm(4), SyncBatchNorm(3)
     outputs = [bn(torch.randn(5, 4, requires_grad=True)).sum(), bn2(torch.randn(5, 3, requires_grad=True)).sum()]
     found["backward"] = said(outputs[odd].backward)
@@ -355,7 +355,7 @@ class Pooled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.bn = nn.BatchNorm2d(3)
-        self.deep = nn.Sequential(ek.BatchNorm1d(4, affine=False), nn.BatchNorm1d(2, track_running_stats=False))
+        self.deep = nn.Sequential(kn.BatchNorm1d(4, affine=False), nn.BatchNorm1d(2, track_running_stats=False))
 
 
 def pooled_model(rank: int) -> Pooled:
@@ -374,20 +374,20 @@ def moments() -> Any:
     data = torch.randn(20, 3, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 1e6
     data += torch.arange(20).view(-1, 1, 1) // 7
     own = data[:7] if rank == 0 else data[7:] if rank == 1 else data[:0]
-    total = ek.Moments.from_tensor(own).all_reduce()
-    per_channel = ek.Moments.from_tensor(
+    total = kn.Moments.from_tensor(own).all_reduce()
+    per_channel = kn.Moments.from_tensor(
         own, torch.ones(len(own), dtype=torch.bool) if rank == 1 else None
     ).all_reduce()
-    alone = ek.Moments.empty(3) if rank else ek.Moments.from_tensor(data)
+    alone = kn.Moments.empty(3) if rank else kn.Moments.from_tensor(data)
     alone = alone.all_reduce()
-    nothing = ek.Moments.empty(2).all_reduce()
-    half = ek.BatchNorm1d(2).half()
+    nothing = kn.Moments.empty(2).all_reduce()
+    half = kn.BatchNorm1d(2).half()
     half.running_mean.copy_(torch.tensor([400.0, 1.0]) * (rank - 1))
     half.num_batches_tracked.fill_(1)
-    ek.sync_statistics(half)
+    kn.sync_statistics(half)
     weights = None if rank == 1 else torch.arange(1.0, len(own) + 1) / 100  # some ranks have weights, others none
-    weighted = ek.Moments.from_tensor(own, sample_weight=weights, weighting="importance").all_reduce()
-    differentiable = ek.Moments.from_tensor(own.clone().requires_grad_())
+    weighted = kn.Moments.from_tensor(own, sample_weight=weights, weighting="importance").all_reduce()
+    differentiable = kn.Moments.from_tensor(own.clone().requires_grad_())
     return {
         "total": total,
         "per channel": per_channel,
@@ -400,14 +400,14 @@ def moments() -> Any:
 
 
 def environment() -> Any:
-    """Whether preflight is on, by what the environment says when evenkeel.distributed is imported."""
+    """Whether preflight is on, by what the environment says when keelnorm.distributed is imported."""
     found = {}
     for value in (None, "0", "1"):
-        os.environ.pop("EVENKEEL_SYNC_DEBUG", None)
+        os.environ.pop("KEELNORM_SYNC_DEBUG", None)
         if value is not None:
-            os.environ["EVENKEEL_SYNC_DEBUG"] = value
-        importlib.reload(evenkeel.distributed)
-        found[value] = evenkeel.distributed.preflight_is_on()
+            os.environ["KEELNORM_SYNC_DEBUG"] = value
+        importlib.reload(keelnorm.distributed)
+        found[value] = keelnorm.distributed.preflight_is_on()
     return found
 
 

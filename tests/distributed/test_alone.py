@@ -1,4 +1,4 @@
-"""Without other ranks: ek.BatchNorm, torch.nn.SyncBatchNorm's constructor and state, and the conversion of models."""
+"""Without other ranks: kn.BatchNorm, torch.nn.SyncBatchNorm's constructor and state, and the conversion of models."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from problems import C, Case, one_process
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import evenkeel as ek
-from evenkeel.distributed import sync_statistics
-from evenkeel.nn.sync.sync_batch_norm import SyncBatchNorm
+import keelnorm as kn
+from keelnorm.distributed import sync_statistics
+from keelnorm.nn.sync.sync_batch_norm import SyncBatchNorm
 
 convert = SyncBatchNorm.convert_sync_batchnorm
 
@@ -42,7 +42,7 @@ def test_distributed_data_parallel_takes_it_on_the_cpu() -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("track", [True, False])
 def test_alone_it_is_batch_norm_to_the_bit(training: bool, track: bool) -> None:
-    ours, plain = (kind(C, track_running_stats=track).train(training) for kind in (SyncBatchNorm, ek.BatchNorm))
+    ours, plain = (kind(C, track_running_stats=track).train(training) for kind in (SyncBatchNorm, kn.BatchNorm))
     x, residual = torch.randn(2, 6, C, 4, 3)
     found = []
     for layer in (ours, plain):
@@ -106,7 +106,7 @@ def test_copies_and_pickles() -> None:
 
 def test_convert_takes_over_everything() -> None:
     shared = nn.BatchNorm1d(4, momentum=None, eps=1e-3).eval()
-    model = nn.Sequential(nn.Sequential(ek.BatchNorm2d(3), shared), shared, nn.InstanceNorm1d(4), nn.SyncBatchNorm(2))
+    model = nn.Sequential(nn.Sequential(kn.BatchNorm2d(3), shared), shared, nn.InstanceNorm1d(4), nn.SyncBatchNorm(2))
     model[0][0](torch.randn(4, 3, 2, 2))
     parameters, state = list(model.parameters()), copy.deepcopy(model.state_dict())
     assert convert(model) is model
@@ -163,7 +163,7 @@ def test_convert_refuses_what_would_be_lost(make: Any, why: str) -> None:
 
 
 def test_moments_and_statistics_alone() -> None:
-    moments = ek.Moments.from_tensor(torch.randn(5, 3))
+    moments = kn.Moments.from_tensor(torch.randn(5, 3))
     assert moments.all_reduce() is moments
     model = nn.BatchNorm1d(3)
     model(torch.randn(5, 3))

@@ -1,4 +1,4 @@
-"""Moments and running moments over ranks."""
+"""Moments and running statistics over ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def mixture(states: list[dict[str, Tensor]], layer: str, weights: list[float]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of what has the ranks' running moments, in these proportions."""
+    """Mean and variance of what has the ranks' running statistics, in these proportions."""
     w = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     means = torch.stack([state[f"{layer}.running_mean"].double() for state in states])
     squares = torch.stack([state[f"{layer}.running_var"].double() for state in states]) + means.square()
@@ -89,7 +89,7 @@ def test_what_no_rank_has_trained_stays(ranks: Scenarios) -> None:
     ("what", "words"),
     [
         ("other model", "the models differ at 'more': rank 0 has no batch normalization"),
-        ("other channels", "the models differ at '': rank 0 has running moments of shape (2,)"),
+        ("other channels", "the models differ at '': rank 0 has running statistics of shape (2,)"),
         ("other counts", "count is given on all ranks or on none; rank 0 has None, rank 2 1.0"),
         ("illegal count", "count must be a number from 0 on; got -1.0 (float) on rank 2"),
     ],
@@ -129,7 +129,7 @@ def test_moments_of_all_ranks(ranks: Scenarios) -> None:
 
 def test_weights_and_their_squares_add_up(ranks: Scenarios) -> None:
     """Also where some ranks have weights and others do not."""
-    from evenkeel import Moments
+    from keelnorm import Moments
 
     data = torch.randn(20, 3, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 1e6
     data += torch.arange(20).view(-1, 1, 1) // 7
@@ -152,7 +152,7 @@ def test_what_a_buffer_can_not_hold_stays(ranks: Scenarios) -> None:
 
 
 def test_empty_parts_change_no_bit(ranks: Scenarios) -> None:
-    from evenkeel import Moments
+    from keelnorm import Moments
 
     data = torch.randn(20, 3, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 1e6
     data += torch.arange(20).view(-1, 1, 1) // 7

@@ -11,7 +11,7 @@ from problems import FOUR, TWO, C, Case, one_process
 from processes import Scenarios
 from torch import Tensor
 
-import evenkeel as ek
+import keelnorm as kn
 
 #: Largest difference, in the whole result's largest value.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2.0**-8}
@@ -81,7 +81,7 @@ def test_the_forced_kernels_ran(ranks: Scenarios) -> None:
         for case in TWO:
             if case.kernels == "reference":
                 assert found[case.name]["ran"] == {"reference"}
-            elif found[case.name]["y"].numel() and ek.kernels.active() != "reference":
+            elif found[case.name]["y"].numel() and kn.kernels.active() != "reference":
                 assert found[case.name]["ran"], case.name
                 assert "reference" not in found[case.name]["ran"], case.name
 
@@ -161,7 +161,7 @@ def test_one_value_over_all_ranks_is_an_error_and_one_on_each_is_not(ranks: Scen
 
 
 def test_one_value_over_all_ranks_where_it_is_no_error(ranks: Scenarios) -> None:
-    """Normalized by the running moments (mean 1, variance 4), as constants; or the bias. Neither counts."""
+    """Normalized by the running statistics (mean 1, variance 4), as constants; or the bias. Neither counts."""
     rstd = (4 + 1e-5) ** -0.5
     for policy, y, dx in (("running", 6 * rstd * 3 + 5, rstd * 3), ("skip", 5, 0)):
         for rank, found in enumerate(each[f"too few, {policy}"] for each in ranks("many")):

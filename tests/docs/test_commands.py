@@ -11,7 +11,7 @@ import typer
 from pages import PAGES, ROOT, SHELLS, blocks_of, name_of
 from typer.main import get_command
 
-from evenkeel.cli import app
+from keelnorm.cli import app
 
 END = re.compile(r"^[|&;<>()]+$")
 
@@ -49,9 +49,9 @@ def commands_of(line: str) -> list[list[str]]:
 
 
 def check(command: list[str]) -> None:
-    """Raise for an evenkeel command, a make target or an extra of the package that does not exist."""
+    """Raise for an keelnorm command, a make target or an extra of the package that does not exist."""
     program, *arguments = command
-    if program == "evenkeel":
+    if program == "keelnorm":
         group = get_command(app)
         try:
             if arguments and not arguments[0].startswith("-"):
@@ -59,7 +59,7 @@ def check(command: list[str]) -> None:
                 if name not in group.commands:
                     raise ValueError(f"there is no command {name!r}; there are {sorted(group.commands)}")
                 group = group.commands[name]
-            group.make_context("evenkeel", list(arguments))
+            group.make_context("keelnorm", list(arguments))
         except typer.Exit:
             pass  # --version and --help answer at once
     elif program == "make":
@@ -75,7 +75,7 @@ def check(command: list[str]) -> None:
                 raise ValueError(f"there is no extra {extra!r} in pyproject.toml")
 
 
-PROGRAMS = ("evenkeel", "make", "pip")
+PROGRAMS = ("keelnorm", "make", "pip")
 
 
 def commands_to_check(page: Path) -> list[tuple[int, list[str]]]:
@@ -97,12 +97,12 @@ def test_commands_exist(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "line",
     [
-        "evenkeel no-such-command",
-        "evenkeel demo --no-such-option",
-        "evenkeel demo --seeds many",
-        "cd somewhere && EVENKEEL_KERNELS=avx2 evenkeel demo --out > results.json  # no file is named",
+        "keelnorm no-such-command",
+        "keelnorm demo --no-such-option",
+        "keelnorm demo --seeds many",
+        "cd somewhere && KEELNORM_KERNELS=avx2 keelnorm demo --out > results.json  # no file is named",
         "make no-such-target",
-        "pip install 'evenkeel[no-such-extra]'",
+        "pip install 'keelnorm[no-such-extra]'",
     ],
 )
 def test_a_wrong_command_is_found(line: str) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import evenkeel
+import keelnorm
 
-SOURCES = Path(evenkeel.__file__).parent
+SOURCES = Path(keelnorm.__file__).parent
 
 
 def modules_with_examples() -> list[str]:

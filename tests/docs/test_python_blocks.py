@@ -56,7 +56,7 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for name, command in FILES.items():
         if any(name in block.text for block in blocks):
             done = subprocess.run(
-                [sys.executable, "-m", "evenkeel", *command.split()], capture_output=True, text=True, cwd=tmp_path
+                [sys.executable, "-m", "keelnorm", *command.split()], capture_output=True, text=True, cwd=tmp_path
             )
             assert done.returncode == 0, done.stderr
             Path(name).write_text(done.stdout, encoding="utf-8")

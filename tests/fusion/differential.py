@@ -11,8 +11,8 @@ import torch
 from fusion.programs import CHANNELS, Program
 from torch import Tensor, nn
 
-import evenkeel as ek
-from evenkeel.engine.fusion import pending as fusion
+import keelnorm as kn
+from keelnorm.engine.fusion import pending as fusion
 
 #: Relative to the largest value of a tensor.
 TOLERANCE = 1e-7
@@ -156,7 +156,7 @@ def check(program: Program, seen: Counter[str] | None = None) -> str | None:
 
 def _check(program: Program, seen: Counter[str]) -> str | None:
     plain = _twin(program)
-    model, _ = ek.convert(program.make())
+    model, _ = kn.convert(program.make())
     before = fusion.completed
     for call, record in enumerate(program.graph):
         for one in (model, plain):
@@ -182,18 +182,18 @@ def _check(program: Program, seen: Counter[str]) -> str | None:
 
 
 def _twin(program: Program) -> nn.Module:
-    """The module as it is; with evenkeel's layers where a checkpoint would make torch's count a batch twice."""
+    """The module as it is; with keelnorm's layers where a checkpoint would make torch's count a batch twice."""
     plain = program.make()
-    return ek.convert(plain, fuse=False)[0] if "checkpoint" in program.source else plain
+    return kn.convert(plain, fuse=False)[0] if "checkpoint" in program.source else plain
 
 
 def _ill_conditioned(program: Program, call: int, x: Tensor, record: bool, wanted: Outcome) -> bool:
-    """Whether roundings alone give something else: the plain program's input moved by some, or evenkeel's layers with
+    """Whether roundings alone give something else: the plain program's input moved by some, or keelnorm's layers with
     nothing fused."""
     for shift in range(8):
         plain = _twin(program)
         if shift == 0:
-            plain, _ = ek.convert(plain, fuse=False)
+            plain, _ = kn.convert(plain, fuse=False)
         for earlier in range(call + 1):
             program.act(plain, earlier)
             if earlier < call:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import evenkeel as ek
-from evenkeel.engine.activations import Activation
-from evenkeel.engine.fusion import call, operations, pending, scope
-from evenkeel.engine.fusion.expectations import Memory
+import keelnorm as kn
+from keelnorm.engine.activations import Activation
+from keelnorm.engine.fusion import call, operations, pending, scope
+from keelnorm.engine.fusion.expectations import Memory
 
 
 def _stale_mode(patch: Any) -> None:
@@ -131,13 +131,13 @@ def _copies_share(patch: Any) -> None:
     """A copied layer is normalized with the statistics of the one that it was copied from."""
     patch.setattr(Memory, "__deepcopy__", lambda self, memo: self, raising=False)
     first: dict[int, Any] = {}
-    normalization = ek.BatchNorm2d.normalization
+    normalization = kn.BatchNorm2d.normalization
 
     def borrowed(self: Any, x: Tensor) -> Any:
         owner = first.setdefault(id(self.__dict__.get("_fusion")), self)
         return normalization(owner if owner.num_features == self.num_features else self, x)
 
-    patch.setattr(ek.BatchNorm2d, "normalization", borrowed)
+    patch.setattr(kn.BatchNorm2d, "normalization", borrowed)
 
 
 def _any_dtype(patch: Any) -> None:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from twins import LEARNED, Net, after, alike, batch, same, small_tensors_wait, twins  # noqa: F401
 
-from evenkeel.engine.fusion import pending
-from evenkeel.engine.fusion.deferred_tensor import DeferredTensor
+from keelnorm.engine.fusion import pending
+from keelnorm.engine.fusion.deferred_tensor import DeferredTensor
 
 
 def _pickled(y: Tensor) -> Any:

@@ -16,7 +16,7 @@ from fusion.differential import check
 from fusion.mutants import MUTANTS
 from fusion.programs import program
 
-from evenkeel.engine.fusion import call
+from keelnorm.engine.fusion import call
 
 #: Programs of a run, all with fresh seeds, in parts that run side by side.
 PROGRAMS = int(os.environ.get("FUSION_FUZZ", "2000"))

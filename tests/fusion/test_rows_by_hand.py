@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from twins import LEARNED, Net, after, alike, batch, outcome, plainly, same, small_tensors_wait, twins  # noqa: F401
 
-from evenkeel.engine.fusion import pending
+from keelnorm.engine.fusion import pending
 
 
 def _values(layer: Any) -> Any:

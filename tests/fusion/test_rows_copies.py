@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from twins import LEARNED, Net, after, alike, batch, outcome, plainly, same, small_tensors_wait, twins  # noqa: F401
 
-import evenkeel as ek
-from evenkeel.engine.fusion import pending
-from evenkeel.engine.fusion.expectations import ATTRIBUTE
+import keelnorm as kn
+from keelnorm.engine.fusion import pending
+from keelnorm.engine.fusion.expectations import ATTRIBUTE
 
 
 class Model(nn.Module):
@@ -200,7 +200,7 @@ def test_state_dicts_are_interchangeable() -> None:
     converted, twin = twins(Model())
     _alike(converted, twin)
     assert list(converted.state_dict()) == list(twin.state_dict())
-    new, other = Model(), ek.convert(Model())[0]
+    new, other = Model(), kn.convert(Model())[0]
     new.load_state_dict(converted.state_dict())
     other.load_state_dict(twin.state_dict())
     _alike(other, new)
@@ -211,7 +211,7 @@ def test_revert_works_on_copies() -> None:
     _alike(converted, twin)
     for way in ("pickle", "deepcopy", "replica"):
         mine, other = COPIES[way](converted), COPIES[way](twin)
-        mine, _ = ek.revert(mine)
+        mine, _ = kn.revert(mine)
         assert _alike(mine, other) == 0
 
 
@@ -228,7 +228,7 @@ def test_any_name_will_do(name: str) -> None:
     parts = nn.ModuleDict({name: nn.BatchNorm2d(3), name + "2": nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())})
     model = Net(lambda m, x: m.parts[name + "2"](torch.relu(m.parts[name](m.conv(x)))), parts=parts)
     converted = alike(model)
-    _, report = ek.convert(converted)
+    _, report = kn.convert(converted)
     assert f"parts.{name}" in [row["path"] for row in report.rows]
 
 

@@ -15,7 +15,7 @@ from twins import LEARNED, Net, after, alike, batch, learned_twins, outcome, pla
 
 
 def _maybe(m: Any, f: Any, x: Tensor, reentrant: bool) -> Any:
-    """A checkpoint in the converted model alone: evenkeel counts its batch once, torch's layer twice."""
+    """A checkpoint in the converted model alone: keelnorm counts its batch once, torch's layer twice."""
     return checkpoint(f, x, use_reentrant=reentrant) if m.checkpoints else f(x)
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from twins import LEARNED, Net, ResNet, after, alike, batch, outcome, same, small_tensors_wait, twins  # noqa: F401
 
-import evenkeel as ek
-from evenkeel.engine.fusion import pending
+import keelnorm as kn
+from keelnorm.engine.fusion import pending
 
 
 def test_recursion() -> None:
@@ -51,7 +51,7 @@ SEQUENTIALS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", SEQUENTIALS)
-@pytest.mark.parametrize("where", ["ek.Sequential", "inside a model", "nested"])
+@pytest.mark.parametrize("where", ["kn.Sequential", "inside a model", "nested"])
 def test_sequentials(kind: str, where: str) -> None:
     """torch.nn's inside a converted model, ours by itself, ours inside."""
     layers = SEQUENTIALS[kind]()
@@ -62,7 +62,7 @@ def test_sequentials(kind: str, where: str) -> None:
     if where == "nested":
         twin = nn.Sequential(twin, nn.BatchNorm2d(3).double(), nn.ReLU()) if kind != "flatten" else nn.Sequential(twin)
     mine, twin = twins(twin, fuse=False)
-    mine = _with(mine, ek.Sequential)
+    mine = _with(mine, kn.Sequential)
     for i in range(9):
         torch.manual_seed(i)
         x = batch()
@@ -77,7 +77,7 @@ def _with(model: nn.Module, kind: type) -> nn.Module:
 
 
 def test_ek_sequential_fuses() -> None:
-    net = ek.Sequential(nn.Conv2d(3, 3, 1), ek.BatchNorm2d(3), nn.ReLU()).double()
+    net = kn.Sequential(nn.Conv2d(3, 3, 1), kn.BatchNorm2d(3), nn.ReLU()).double()
     for _ in range(3):
         net(batch())
     before = pending.completed
@@ -89,7 +89,7 @@ def test_scopes_are_put_back_by_revert() -> None:
     converted, twin = twins(ResNet())
     for _ in range(3):
         converted(batch())
-    converted, _ = ek.revert(converted)
+    converted, _ = kn.revert(converted)
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in converted.modules())
     twin.load_state_dict(converted.state_dict())
     x = batch()

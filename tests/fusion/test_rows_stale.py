@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from twins import MODES, Net, alike, outcome, plainly, same, small_tensors_wait, twins  # noqa: F401
 
-import evenkeel as ek
+import keelnorm as kn
 
 
 class _Head(nn.Module):
@@ -195,7 +195,7 @@ def test_changes_outside_the_model_are_seen(kind: str, monkeypatch: pytest.Monke
     reads = {
         "class attribute": lambda m: m.head.flag,
         "a global": lambda m: SWITCH["on"],
-        "the environment": lambda m: os.environ.get("EVENKEEL_TEST_SWITCH") == "1",
+        "the environment": lambda m: os.environ.get("KEELNORM_TEST_SWITCH") == "1",
     }
     body = _branching(reads[kind]) if kind in reads else lambda m, x: m.head(F.silu(_bn(m, x)))
     converted, twin = twins(Net(body, head=_Head()))
@@ -203,7 +203,7 @@ def test_changes_outside_the_model_are_seen(kind: str, monkeypatch: pytest.Monke
         if i == 3:
             monkeypatch.setattr(_Head, "flag", True)
             monkeypatch.setitem(SWITCH, "on", True)
-            monkeypatch.setenv("EVENKEEL_TEST_SWITCH", "1")
+            monkeypatch.setenv("KEELNORM_TEST_SWITCH", "1")
             if kind == "forward of a class":
                 monkeypatch.setattr(_Head, "forward", lambda self, x: x.sigmoid())
             if kind == "torch":
@@ -250,10 +250,10 @@ def test_side_effects_where_nothing_is_converted() -> None:
     """convert itself runs nothing, and neither where it refuses."""
     model = Net(lambda m, x: setattr(m, "step", m.step + 1) or torch.relu(_bn(m, x)), step=0)
     model.bn.forward = model.bn.forward
-    ek.convert(model)
+    kn.convert(model)
     assert model.step == 0
     with pytest.raises(ValueError, match="nothing"):
-        ek.convert(model, where="nothing.*")
+        kn.convert(model, where="nothing.*")
     assert model.step == 0
 
 

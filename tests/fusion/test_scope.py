@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from twins import LEARNED, Block, Net, ResNet, after, alike, batch, outcome, same, small_tensors_wait, twins  # noqa: F401
 
-import evenkeel as ek
-from evenkeel.engine.fusion import pending
-from evenkeel.engine.fusion.scope import current
+import keelnorm as kn
+from keelnorm.engine.fusion import pending
+from keelnorm.engine.fusion.scope import current
 
 
 @pytest.fixture(autouse=True)
@@ -93,9 +93,9 @@ def test_model_inside_another() -> None:
         wholes = [nn.Sequential(m, nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.SiLU()).double() for m in (model, twin)]
         wholes[1].load_state_dict(wholes[0].state_dict())
         if inner:
-            ek.convert(model)
+            kn.convert(model)
         if outer:
-            ek.convert(wholes[0])
+            kn.convert(wholes[0])
         before = pending.completed
         for i in range(8):
             x = batch()
@@ -190,7 +190,7 @@ def test_exception_that_the_forward_catches() -> None:
 
     alike(Net(body, child=Child()))
     model = Net(body, child=Child())
-    ek.convert(model.child)
+    kn.convert(model.child)
     alike(model)
 
 

@@ -29,8 +29,8 @@ from twins import (  # noqa: F401
     twins,
 )
 
-from evenkeel.engine.fusion import pending
-from evenkeel.engine.fusion.deferred_tensor import DeferredTensor
+from keelnorm.engine.fusion import pending
+from keelnorm.engine.fusion.deferred_tensor import DeferredTensor
 
 pytestmark = [  # torch's own, about inputs that are no leaves and about its decompositions
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),

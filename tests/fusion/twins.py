@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import evenkeel as ek
-from evenkeel.engine.fusion import call, pending
-from evenkeel.engine.fusion.deferred_tensor import DeferredTensor
+import keelnorm as kn
+from keelnorm.engine.fusion import call, pending
+from keelnorm.engine.fusion.deferred_tensor import DeferredTensor
 
 #: A layer learns on its first call in a mode, and waits from the second on.
 MODES = (True, True, True, True, False, False, False, False, True)
@@ -88,7 +88,7 @@ def batch(*shape: int) -> Tensor:
 def twins(model: nn.Module, **options: Any) -> tuple[nn.Module, nn.Module]:
     """A model, converted, and a copy of it as it was."""
     twin = copy.deepcopy(model)
-    return ek.convert(model, **options)[0], twin
+    return kn.convert(model, **options)[0], twin
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

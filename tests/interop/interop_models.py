@@ -1,4 +1,4 @@
-"""A small residual network, of evenkeel's layers or of torch's, and what one step of it gives."""
+"""A small residual network, of keelnorm's layers or of torch's, and what one step of it gives."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 SHAPE = (4, 3, 6, 5)
 
@@ -17,20 +17,20 @@ class Block(nn.Module):
 
     def __init__(self, ours: bool = True, momentum: float | None = 0.1) -> None:
         super().__init__()
-        norm, sequential = (ek.BatchNorm2d, ek.Sequential) if ours else (nn.BatchNorm2d, nn.Sequential)
+        norm, sequential = (kn.BatchNorm2d, kn.Sequential) if ours else (nn.BatchNorm2d, nn.Sequential)
         self.stem = sequential(nn.Conv2d(3, 4, 3, padding=1), norm(4, momentum=momentum), nn.ReLU())
         self.conv = nn.Conv2d(4, 4, 3, padding=1)
         self.norm = norm(4, momentum=momentum)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.stem(x)
-        if isinstance(self.norm, ek.BatchNorm2d):
+        if isinstance(self.norm, kn.BatchNorm2d):
             return self.norm(self.conv(h), h, activation="relu")
         return torch.relu(self.norm(self.conv(h)) + h)
 
 
 def twins(ours: bool = True, **keywords: float | None) -> tuple[Block, Block]:
-    """Two blocks with the same state: the first of evenkeel's layers, the second of those that are asked for."""
+    """Two blocks with the same state: the first of keelnorm's layers, the second of those that are asked for."""
     block = Block(**keywords)
     with torch.no_grad():
         for name, value in block.state_dict().items():

@@ -5,7 +5,7 @@ import torch
 from interop.interop_models import SHAPE, Block, twins
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 
 def run(block, x, dtype):
@@ -59,7 +59,7 @@ def test_moments_and_gradients_stay_float32():
 
 def test_layer_keeps_the_dtype_of_its_input():
     """Batch norm is on none of autocast's lists: it runs in the dtype that comes."""
-    layer, oracle = ek.BatchNorm2d(3), nn.BatchNorm2d(3)
+    layer, oracle = kn.BatchNorm2d(3), nn.BatchNorm2d(3)
     x = torch.randn(SHAPE)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(x).dtype == oracle(x).dtype == torch.float32
@@ -69,7 +69,7 @@ def test_layer_keeps_the_dtype_of_its_input():
 
 
 def test_sequential():
-    net = ek.Sequential(nn.Conv2d(3, 4, 1), ek.BatchNorm2d(4), nn.ReLU())
+    net = kn.Sequential(nn.Conv2d(3, 4, 1), kn.BatchNorm2d(4), nn.ReLU())
     x = torch.randn(SHAPE)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = net(x)

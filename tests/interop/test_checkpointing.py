@@ -6,14 +6,14 @@ from interop.interop_models import SHAPE, assert_same, step, twins
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-import evenkeel as ek
+import keelnorm as kn
 
 reentrant = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
 
 
 @pytest.fixture(params=["auto", "reference"])
 def backend(request):
-    with ek.kernels.use(request.param):
+    with kn.kernels.use(request.param):
         yield request.param
 
 
@@ -60,7 +60,7 @@ def test_nested(use_reentrant, backend):
 def test_checkpoint_sequential(use_reentrant):
     def network():
         torch.manual_seed(0)
-        layers = [module for _ in range(3) for module in (nn.Linear(4, 4), ek.BatchNorm1d(4), nn.ReLU())]
+        layers = [module for _ in range(3) for module in (nn.Linear(4, 4), kn.BatchNorm1d(4), nn.ReLU())]
         return nn.Sequential(*layers)
 
     plain, other = network(), network()
@@ -86,7 +86,7 @@ def test_two_checkpoints_before_one_backward(use_reentrant):
 
 def test_counts_again_after_a_backward(backend):
     """What marks a recomputation is that it runs within a backward, and that is over afterwards."""
-    layer = ek.BatchNorm2d(3)
+    layer = kn.BatchNorm2d(3)
     for count in (1, 2):
         x = torch.randn(SHAPE, requires_grad=True)
         checkpoint(layer, x, use_reentrant=False).sum().backward()
@@ -99,7 +99,7 @@ class Tagged(torch.Tensor):
 
 
 def test_subclass():
-    layer = ek.BatchNorm2d(3)
+    layer = kn.BatchNorm2d(3)
     x = torch.randn(SHAPE).as_subclass(Tagged).requires_grad_()
     checkpoint(layer, x, use_reentrant=False).sum().backward()
     assert layer.num_batches_tracked.item() == 1

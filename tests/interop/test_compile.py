@@ -10,7 +10,7 @@ from support.forcing import usable_native
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import evenkeel as ek
+import keelnorm as kn
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 UNITS = 512
 #: Traced through Dynamo and AOTAutograd and run as it is, a layer runs the very kernels of eager, with the very same
 #: bits. Where there are none, it runs torch's operators, and not those of the reference back end.
-TRACED_UNITS = UNITS if ek.kernels.active() == "reference" else 0
+TRACED_UNITS = UNITS if kn.kernels.active() == "reference" else 0
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
@@ -39,7 +39,7 @@ def test_same_bits_as_eager(momentum, memory_format):
     """Training, evaluation, training: nothing falls back, and the layout of the output is eager's."""
     eager, other = twins(momentum=momentum)
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
-    before = ek.kernels.calls()
+    before = kn.kernels.calls()
     for training in (True, False, True):
         eager.train(training), other.train(training)
         x = torch.randn(SHAPE).to(memory_format=memory_format)
@@ -49,8 +49,8 @@ def test_same_bits_as_eager(momentum, memory_format):
     if usable_native():
         active = usable_native()[-1]
         # three steps of two layers, forward and backward, compiled and eager: nothing fell back
-        assert ek.kernels.calls()[active] - before[active] == 3 * 2 * 2 * 2
-        assert ek.kernels.calls()["reference"] == before["reference"]
+        assert kn.kernels.calls()[active] - before[active] == 3 * 2 * 2 * 2
+        assert kn.kernels.calls()["reference"] == before["reference"]
 
 
 def test_dynamic_batch_size_compiles_as_often_as_torchs():
@@ -75,7 +75,7 @@ def test_dynamic_batch_size_compiles_as_often_as_torchs():
 
 def test_automatic_dynamic_batch_size():
     """Without dynamic=True the second size makes the graph dynamic, as for any module."""
-    layer = ek.BatchNorm2d(3)
+    layer = kn.BatchNorm2d(3)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for samples in (4, 7, 2, 5):
@@ -89,9 +89,9 @@ def test_automatic_dynamic_batch_size():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_activations(activation, with_residual, dtype):
     """By name and as modules, whose parameters are taken over."""
-    if dtype != torch.float32 and ek.kernels.active() == "reference":
+    if dtype != torch.float32 and kn.kernels.active() == "reference":
         pytest.skip("torch's operators round between batch norm and activation")
-    layer, twin = ek.BatchNorm2d(3), ek.BatchNorm2d(3)
+    layer, twin = kn.BatchNorm2d(3), kn.BatchNorm2d(3)
     x = torch.randn(SHAPE).to(dtype)
 
     def run(norm, x):
@@ -104,7 +104,7 @@ def test_activations(activation, with_residual, dtype):
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "elu"])
 def test_inplace_is_the_ordinary_call(activation):
     """Memory is the compiler's affair; the input stays."""
-    layer, twin = ek.BatchNorm2d(3), ek.BatchNorm2d(3)
+    layer, twin = kn.BatchNorm2d(3), kn.BatchNorm2d(3)
     x = torch.randn(SHAPE)
     compiled = torch.compile(
         lambda x: layer(x, activation=activation, inplace=True), fullgraph=True, backend="aot_eager"
@@ -113,7 +113,7 @@ def test_inplace_is_the_ordinary_call(activation):
 
 
 def test_a_sequential_with_an_activation():
-    net = ek.Sequential(ek.BatchNorm2d(3), nn.LeakyReLU(0.3))
+    net = kn.Sequential(kn.BatchNorm2d(3), nn.LeakyReLU(0.3))
     other = copy.deepcopy(net)
     x = torch.randn(SHAPE)
     found = step(torch.compile(net, fullgraph=True, backend="aot_eager"), x, net)
@@ -122,49 +122,49 @@ def test_a_sequential_with_an_activation():
 
 def test_a_strided_input():
     """What is traced lies in memory as what runs."""
-    layer, twin = ek.BatchNorm2d(3), ek.BatchNorm2d(3)
+    layer, twin = kn.BatchNorm2d(3), kn.BatchNorm2d(3)
     wide = torch.randn(4, 6, 6, 10)
     for x in (wide[:, ::2, :, :5], wide.contiguous(memory_format=torch.channels_last)[:, :3]):
         y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
         expected = twin(x)
         assert_same({"y": y}, {"y": expected}, TRACED_UNITS)
-        if ek.kernels.active() != "reference":
+        if kn.kernels.active() != "reference":
             assert y.stride() == expected.stride()
 
 
-@pytest.mark.skipif(ek.kernels.active() != "reference", reason="the native kernels take bfloat16")
+@pytest.mark.skipif(kn.kernels.active() != "reference", reason="the native kernels take bfloat16")
 def test_bfloat16_runs_on_torchs_operators():
     """To the bit what torch's layers give when they are compiled the same way."""
     [_, ours], [_, theirs] = twins(), twins(ours=False)
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(SHAPE).bfloat16()
-    before = ek.kernels.calls()
+    before = kn.kernels.calls()
     found, expected = (
         step(torch.compile(block.bfloat16(), fullgraph=True, backend="aot_eager"), x, block) for block in (ours, theirs)
     )
-    assert ek.kernels.calls() == before
+    assert kn.kernels.calls() == before
     assert_same(found, expected)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_forced_reference(training):
     eager, other = (module.train(training) for module in twins())
-    with ek.kernels.use("reference"):
+    with kn.kernels.use("reference"):
         compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
-        before = ek.kernels.calls()
+        before = kn.kernels.calls()
         x = torch.randn(SHAPE)
         found = step(compiled, x, other)
-        after = ek.kernels.calls()
+        after = kn.kernels.calls()
         assert {name: count for name, count in after.items() if count != before[name] and name != "reference"} == {}
         assert_same(found, step(eager, x), UNITS)
 
 
 @pytest.mark.parametrize("keywords", [{"affine": False}, {"track_running_stats": False}], ids=str)
 def test_layers_without_parameters_or_moments(keywords):
-    layer = ek.BatchNorm1d(3, **keywords)
+    layer = kn.BatchNorm1d(3, **keywords)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(8, 3)
-    twin = ek.BatchNorm1d(3, **keywords)
+    twin = kn.BatchNorm1d(3, **keywords)
     for training in (True, False):
         layer.train(training), twin.train(training)
         assert_same(step(compiled, x, layer), step(twin, x), TRACED_UNITS)
@@ -172,10 +172,10 @@ def test_layers_without_parameters_or_moments(keywords):
 
 def test_functional():
     x, mean, var = torch.randn(8, 3), torch.zeros(3), torch.ones(3)
-    compiled = torch.compile(ek.functional.batch_norm, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(kn.functional.batch_norm, fullgraph=True, backend="aot_eager")
     moments = (mean.clone(), var.clone())
     y = compiled(x, *moments, training=True, activation="relu", residual=x)
-    expected = ek.functional.batch_norm(x, mean, var, training=True, activation="relu", residual=x)
+    expected = kn.functional.batch_norm(x, mean, var, training=True, activation="relu", residual=x)
     found = {"y": y, "mean": moments[0], "var": moments[1]}
     assert_same(found, {"y": expected, "mean": mean, "var": var}, TRACED_UNITS)
 
@@ -194,7 +194,7 @@ def test_compiled_autograd(training):
 
 def test_double_backward_is_refused_and_not_wrong():
     """AOTAutograd differentiates once; a second time is an error of torch's."""
-    compiled = torch.compile(ek.BatchNorm1d(3), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(kn.BatchNorm1d(3), fullgraph=True, backend="aot_eager")
     x = torch.randn(8, 3, requires_grad=True)
     [dx] = torch.autograd.grad(compiled(x).pow(3).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
@@ -202,7 +202,7 @@ def test_double_backward_is_refused_and_not_wrong():
 
 
 def test_checkpoint_inside_counts_once():
-    layer, twin = ek.BatchNorm2d(3), ek.BatchNorm2d(3)
+    layer, twin = kn.BatchNorm2d(3), kn.BatchNorm2d(3)
 
     def checkpointed(x):
         return torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from interop.interop_models import SHAPE
 
-import evenkeel as ek
+import keelnorm as kn
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
-native = ek.kernels.active() != "reference"
+native = kn.kernels.active() != "reference"
 
 
 def compiled(layer):
@@ -24,7 +24,7 @@ def compiled(layer):
     ids=["one value", "rank", "activation"],
 )
 def test_bad_calls(x, arguments, words):
-    layer = ek.BatchNorm2d(3)
+    layer = kn.BatchNorm2d(3)
     with pytest.raises(ValueError, match="BatchNorm2d") as caught:
         compiled(layer)(x, **arguments)
     assert all(word in str(caught.value) for word in words)
@@ -33,41 +33,41 @@ def test_bad_calls(x, arguments, words):
 
 def test_integers():
     with pytest.raises(TypeError, match="real floating-point"):
-        compiled(ek.BatchNorm2d(3))(torch.ones(SHAPE, dtype=torch.int64))
+        compiled(kn.BatchNorm2d(3))(torch.ones(SHAPE, dtype=torch.int64))
 
 
 def test_number_of_channels():
-    layer = ek.BatchNorm2d(3).eval()
+    layer = kn.BatchNorm2d(3).eval()
     with pytest.raises(ValueError, match="x has 5 channels"):
         compiled(layer)(torch.ones(4, 5, 2, 2))
 
 
 def test_residual_of_another_shape():
     with pytest.raises(ValueError, match="residual must have x's shape"):
-        compiled(ek.BatchNorm2d(3))(torch.ones(SHAPE), torch.ones(1, *SHAPE[1:]))
+        compiled(kn.BatchNorm2d(3))(torch.ones(SHAPE), torch.ones(1, *SHAPE[1:]))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_empty_batch(training):
-    layer = ek.BatchNorm2d(3).train(training)
+    layer = kn.BatchNorm2d(3).train(training)
     assert compiled(layer)(torch.ones(0, 3, 2, 2)).shape == (0, 3, 2, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_empty_batch_changes_no_statistics(dtype):
-    layer = ek.BatchNorm2d(3, dtype=dtype)
+    layer = kn.BatchNorm2d(3, dtype=dtype)
     compiled(layer)(torch.ones(0, 3, 2, 2, dtype=dtype))
     assert layer.num_batches_tracked.item() == 0
 
 
 def test_non_contiguous_weight():
     x, weight = torch.randn(SHAPE), torch.randn(6)[::2]
-    y = torch.compile(ek.functional.batch_norm, backend="aot_eager")(x, None, None, weight, training=True)
-    torch.testing.assert_close(y, ek.functional.batch_norm(x, None, None, weight, training=True))
+    y = torch.compile(kn.functional.batch_norm, backend="aot_eager")(x, None, None, weight, training=True)
+    torch.testing.assert_close(y, kn.functional.batch_norm(x, None, None, weight, training=True))
 
 
 def test_negative_momentum_is_as_in_eager():
-    layer, twin = ek.BatchNorm2d(3, momentum=-0.5), ek.BatchNorm2d(3, momentum=-0.5)
+    layer, twin = kn.BatchNorm2d(3, momentum=-0.5), kn.BatchNorm2d(3, momentum=-0.5)
     x = torch.randn(SHAPE)
     compiled(layer)(x), twin(x)
     torch.testing.assert_close(layer.running_mean, twin.running_mean)
@@ -89,7 +89,7 @@ def transforms(layer):
 )
 def test_function_transforms_inside(transform):
     """Those that Dynamo traces through torch's batch norm, it traces through ours."""
-    function = transforms(ek.BatchNorm2d(3).eval())[transform]
+    function = transforms(kn.BatchNorm2d(3).eval())[transform]
     theirs = transforms(torch.nn.BatchNorm2d(3).eval())[transform]
     x = torch.randn(SHAPE)
     expected = torch.compile(theirs, fullgraph=True, backend="aot_eager")(x)

@@ -8,8 +8,8 @@ from interop.interop_models import formula
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
-import evenkeel as ek
-from evenkeel.engine.activations import NAMED
+import keelnorm as kn
+from keelnorm.engine.activations import NAMED
 
 C = 3
 SHAPE = (4, C, 2, 3)
@@ -23,7 +23,7 @@ forward_mode = pytest.mark.filterwarnings(
 
 def layers(training):
     """A float32 layer and its oracle with the same state."""
-    layer, oracle = ek.BatchNorm2d(C, eps=1e-2), nn.BatchNorm2d(C, eps=1e-2).double()
+    layer, oracle = kn.BatchNorm2d(C, eps=1e-2), nn.BatchNorm2d(C, eps=1e-2).double()
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([1.5, -0.7, 0.4]))
         layer.bias.copy_(torch.tensor([0.3, -0.2, 0.1]))
@@ -35,7 +35,7 @@ def layers(training):
 def penalty(norm, x, residual, dy, activation):
     """The gradients of y² + y, and those of a gradient penalty: |dx|² + |dweight|² + |dbias|² + |dresidual|²."""
     tensors = [x, *norm.parameters(), *([] if residual is None else [residual])]
-    if isinstance(norm, ek.BatchNorm2d):
+    if isinstance(norm, kn.BatchNorm2d):
         y = norm(x, residual, activation=activation)
     else:
         y = norm(x) if residual is None else norm(x) + residual
@@ -54,7 +54,7 @@ def test_gradient_penalty_in_float32(training, with_residual, activation, kernel
     inputs = [torch.randn(SHAPE), torch.randn(SHAPE) if with_residual else None, torch.randn(SHAPE)]
     ours = [None if t is None else t.requires_grad_() for t in inputs]
     theirs = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
-    with ek.kernels.use(kernels):
+    with kn.kernels.use(kernels):
         found, expected = penalty(layer, *ours, activation), penalty(oracle, *theirs, activation)
     for found_part, expected_part in zip(found, expected, strict=True):
         for value, value64 in zip(found_part, expected_part, strict=True):
@@ -86,7 +86,7 @@ def function_and_inputs(training, activation, with_residual, affine):
     def function(x, *rest):
         rest = list(rest)
         residual = rest.pop() if with_residual else None
-        return ek.functional.batch_norm(
+        return kn.functional.batch_norm(
             x, mean.clone(), var.clone(), *rest, training=training, eps=1e-2, activation=activation, residual=residual
         )
 

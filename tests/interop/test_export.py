@@ -1,4 +1,4 @@
-"""torch.export: a plain ATen graph that needs no evenkeel, with a dynamic batch size and the moments as buffers."""
+"""torch.export: a plain ATen graph that needs no keelnorm, with a dynamic batch size and the moments as buffers."""
 
 import copy
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from interop.interop_models import SHAPE, twins
 
-import evenkeel as ek
+import keelnorm as kn
 
 trainings = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 
@@ -66,7 +66,7 @@ def test_decompositions_and_files(training, tmp_path):
 class Activated(torch.nn.Module):
     def __init__(self, activation):
         super().__init__()
-        self.norm, self.activation = ek.BatchNorm2d(3), activation
+        self.norm, self.activation = kn.BatchNorm2d(3), activation
 
     def forward(self, x):
         return self.norm(x, x.sin(), activation=self.activation)
@@ -85,7 +85,7 @@ def test_activations(activation):
 
 @trainings
 def test_layer_without_moments_or_parameters(training):
-    layer = ek.BatchNorm2d(3, affine=False, track_running_stats=False).train(training)
+    layer = kn.BatchNorm2d(3, affine=False, track_running_stats=False).train(training)
     program = export(layer)
     assert operators(program) == {"aten.batch_norm.default"}
     x = torch.randn(5, *SHAPE[1:])
@@ -99,4 +99,4 @@ def test_same_operators_as_torchs_layer():
 
 def test_bad_input_is_refused_while_exporting():
     with pytest.raises(ValueError, match="x has 3 channels"):
-        torch.export.export(ek.BatchNorm2d(4), (torch.randn(SHAPE),))
+        torch.export.export(kn.BatchNorm2d(4), (torch.randn(SHAPE),))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-import evenkeel as ek
+import keelnorm as kn
 
 SHAPE = (4, 3, 2, 3)
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use
@@ -13,7 +13,7 @@ trainings = pytest.mark.parametrize("training", [True, False], ids=["training", 
 
 
 def pair(training, momentum=0.1):
-    ours = ek.BatchNorm2d(3, momentum=momentum).train(training)
+    ours = kn.BatchNorm2d(3, momentum=momentum).train(training)
     theirs = nn.BatchNorm2d(3, momentum=momentum).double().train(training)
     with torch.no_grad():
         ours.weight.uniform_(-2, 2), ours.bias.normal_(), ours.running_var.uniform_(0.5, 2)

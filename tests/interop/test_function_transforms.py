@@ -6,7 +6,7 @@ from interop.interop_models import formula
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
-import evenkeel as ek
+import keelnorm as kn
 
 SHAPE = (4, 3, 2, 2)
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use
@@ -20,13 +20,13 @@ def randomized(layer):
     return layer
 
 
-def evaluated(norm=ek.BatchNorm2d):
+def evaluated(norm=kn.BatchNorm2d):
     return randomized(norm(3)).eval()
 
 
 def pair(training):
-    """Layers whose result has no side effect: evaluated, or in training without running moments."""
-    ours = randomized(ek.BatchNorm2d(3, track_running_stats=not training))
+    """Layers whose result has no side effect: evaluated, or in training without running statistics."""
+    ours = randomized(kn.BatchNorm2d(3, track_running_stats=not training))
     theirs = nn.BatchNorm2d(3, track_running_stats=not training).double()
     theirs.load_state_dict(ours.state_dict())
     return ours.train(training), theirs.train(training)
@@ -123,7 +123,7 @@ def test_vmap_over_an_evaluated_layer(in_dim, chunk_size):
 
 def test_vmap_over_a_training_layer_without_moments():
     """Each slice is normalized with its own batch."""
-    layer = ek.BatchNorm2d(3, track_running_stats=False)
+    layer = kn.BatchNorm2d(3, track_running_stats=False)
     stack = torch.randn(3, *SHAPE)
     assert_near(vmap(layer)(stack), torch.stack([layer(x) for x in stack]).double())
 
@@ -169,7 +169,7 @@ def test_batched_gradients(training):
 
 def test_training_under_vmap_is_refused_as_by_torch():
     """One set of moments cannot take in several batches at once."""
-    for layer in (ek.BatchNorm2d(3), nn.BatchNorm2d(3)):
+    for layer in (kn.BatchNorm2d(3), nn.BatchNorm2d(3)):
         with pytest.raises(RuntimeError, match="running_mean or running_var"):
             vmap(layer)(torch.randn(2, *SHAPE))
         assert torch.equal(layer.running_mean, torch.zeros(3))
@@ -177,7 +177,7 @@ def test_training_under_vmap_is_refused_as_by_torch():
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_refused_training_under_vmap_counts_nothing(momentum):
-    layer = ek.BatchNorm2d(3, momentum=momentum)
+    layer = kn.BatchNorm2d(3, momentum=momentum)
     with pytest.raises(RuntimeError):
         vmap(layer)(torch.randn(2, *SHAPE))
     assert layer.num_batches_tracked.item() == 0
@@ -185,7 +185,7 @@ def test_a_refused_training_under_vmap_counts_nothing(momentum):
 
 def test_training_with_moments_under_grad_is_refused_as_by_torch():
     """torch.func allows no change of a tensor from outside; functional_call hands the buffers in."""
-    for layer in (ek.BatchNorm2d(3), nn.BatchNorm2d(3)):
+    for layer in (kn.BatchNorm2d(3), nn.BatchNorm2d(3)):
         with pytest.raises(RuntimeError, match="mutate a captured Tensor"):
             grad(lambda x, layer=layer: layer(x).sum())(torch.randn(SHAPE))
         assert layer.num_batches_tracked.item() == 0
@@ -194,7 +194,7 @@ def test_training_with_moments_under_grad_is_refused_as_by_torch():
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_training_with_moments_handed_in(momentum):
     """As the tutorial on ensembles has it: the updated buffers come back as auxiliary values."""
-    ours = ek.BatchNorm2d(3, momentum=momentum)
+    ours = kn.BatchNorm2d(3, momentum=momentum)
     x = torch.randn(SHAPE)
 
     def loss(parameters, buffers):
@@ -212,7 +212,7 @@ def test_training_with_moments_handed_in(momentum):
 
 
 def test_functionalize():
-    layer, twin = ek.BatchNorm2d(3), ek.BatchNorm2d(3)
+    layer, twin = kn.BatchNorm2d(3), kn.BatchNorm2d(3)
     x = torch.randn(SHAPE)
     assert_near(torch.func.functionalize(layer)(x), twin(x).double())
     for found, expected in zip(layer.buffers(), twin.buffers(), strict=True):

@@ -7,13 +7,13 @@ import torch
 from interop.interop_models import SHAPE, assert_same, step, twins
 from torch import fx, nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 trainings = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 
 
 def same_layer():
-    layer = ek.BatchNorm2d(3)
+    layer = kn.BatchNorm2d(3)
     with torch.no_grad():
         layer.weight.uniform_(0.5, 2), layer.bias.normal_(), layer.running_var.uniform_(0.5, 2)
     return layer, copy.deepcopy(layer)
@@ -77,15 +77,15 @@ def test_every_activation(activation):
 
 def test_sequential_is_traced_fused():
     layer, twin = same_layer()
-    traced = fx.symbolic_trace(ek.Sequential(layer, nn.ReLU()))
+    traced = fx.symbolic_trace(kn.Sequential(layer, nn.ReLU()))
     x = torch.randn(SHAPE)
     assert torch.equal(traced(x), twin(x, activation="relu"))
 
 
 def test_functional():
-    traced = fx.symbolic_trace(lambda x: ek.functional.batch_norm(x, None, None, training=True, activation="relu"))
+    traced = fx.symbolic_trace(lambda x: kn.functional.batch_norm(x, None, None, training=True, activation="relu"))
     x = torch.randn(SHAPE)
-    assert torch.equal(traced(x), ek.functional.batch_norm(x, None, None, training=True, activation="relu"))
+    assert torch.equal(traced(x), kn.functional.batch_norm(x, None, None, training=True, activation="relu"))
 
 
 def test_traced_module_can_be_copied_and_reports_bad_input():
@@ -97,7 +97,7 @@ def test_traced_module_can_be_copied_and_reports_bad_input():
 
 def test_shape_propagation():
     layer, _ = same_layer()
-    traced = fx.symbolic_trace(ek.Sequential(layer, nn.ReLU(), nn.Conv2d(3, 2, 1)).eval())
+    traced = fx.symbolic_trace(kn.Sequential(layer, nn.ReLU(), nn.Conv2d(3, 2, 1)).eval())
     fx.passes.shape_prop.ShapeProp(traced).propagate(torch.randn(SHAPE))
     shapes = [node.meta["tensor_meta"].shape for node in traced.graph.nodes if node.op != "get_attr"]
     assert shapes[-1] == (SHAPE[0], 2, *SHAPE[2:])
@@ -148,17 +148,17 @@ class Calls(nn.Module):
 
 
 VARIANTS = {
-    "drop-in": ek.BatchNorm2d,
-    "any rank": ek.BatchNorm,
-    "sync": ek.SyncBatchNorm,
-    "ghost": lambda size: ek.GhostBatchNorm(size, 2),
-    "renorm": ek.BatchRenorm,
-    "cross-iteration": lambda size: ek.CrossIterationBatchNorm(size, compensate=False),
-    "moving average": ek.MovingAverageBatchNorm,
-    "split": ek.SplitBatchNorm,
-    "L1": ek.L1BatchNorm,
-    "range": ek.RangeBatchNorm,
-    "whitening": ek.WhiteningBatchNorm,
+    "drop-in": kn.BatchNorm2d,
+    "any rank": kn.BatchNorm,
+    "sync": kn.SyncBatchNorm,
+    "ghost": lambda size: kn.GhostBatchNorm(size, 2),
+    "renorm": kn.BatchRenorm,
+    "cross-iteration": lambda size: kn.CrossIterationBatchNorm(size, compensate=False),
+    "moving average": kn.MovingAverageBatchNorm,
+    "split": kn.SplitBatchNorm,
+    "L1": kn.L1BatchNorm,
+    "range": kn.RangeBatchNorm,
+    "whitening": kn.WhiteningBatchNorm,
 }
 
 

@@ -5,7 +5,7 @@ import torch
 from interop.interop_models import SHAPE, Block
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
@@ -13,11 +13,11 @@ pytestmark = [
 ]
 
 MODELS = {
-    "layer": lambda: ek.BatchNorm2d(3),
-    "evaluated layer": lambda: ek.BatchNorm2d(3).eval(),
-    "layer without state": lambda: ek.BatchNorm(3, affine=False, track_running_stats=False),
-    "in torch's Sequential": lambda: nn.Sequential(nn.Conv2d(3, 3, 1), ek.BatchNorm2d(3)),
-    "in ek.Sequential": lambda: ek.Sequential(ek.BatchNorm2d(3), nn.ReLU()),
+    "layer": lambda: kn.BatchNorm2d(3),
+    "evaluated layer": lambda: kn.BatchNorm2d(3).eval(),
+    "layer without state": lambda: kn.BatchNorm(3, affine=False, track_running_stats=False),
+    "in torch's Sequential": lambda: nn.Sequential(nn.Conv2d(3, 3, 1), kn.BatchNorm2d(3)),
+    "in kn.Sequential": lambda: kn.Sequential(kn.BatchNorm2d(3), nn.ReLU()),
     "in a module": Block,
 }
 WORDS = ("torch.jit", "torch.export", "torch.compile", "torch.nn.BatchNorm")
@@ -45,16 +45,16 @@ def test_trace(make):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_trace_of_other_dtypes(dtype):
     """Which the reference back end would run."""
-    assert_refused(lambda model: torch.jit.trace(model, torch.randn(SHAPE, dtype=dtype)), ek.BatchNorm2d(3).to(dtype))
+    assert_refused(lambda model: torch.jit.trace(model, torch.randn(SHAPE, dtype=dtype)), kn.BatchNorm2d(3).to(dtype))
 
 
 def test_trace_of_the_function():
     with pytest.raises(RuntimeError, match=r"torch\.jit\.trace"):
-        torch.jit.trace(lambda x: ek.functional.batch_norm(x, None, None, training=True), torch.randn(SHAPE))
+        torch.jit.trace(lambda x: kn.functional.batch_norm(x, None, None, training=True), torch.randn(SHAPE))
 
 
 def test_layers_run_again_after_a_refusal():
-    layer = ek.BatchNorm2d(3)
+    layer = kn.BatchNorm2d(3)
     with pytest.raises(RuntimeError):
         torch.jit.trace(layer, torch.randn(SHAPE))
     layer(torch.randn(SHAPE))
@@ -63,13 +63,13 @@ def test_layers_run_again_after_a_refusal():
 
 def test_the_way_out():
     """torch.nn's layer takes the state, and goes through torch.jit."""
-    layer, theirs = ek.BatchNorm2d(3), nn.BatchNorm2d(3)
+    layer, theirs = kn.BatchNorm2d(3), nn.BatchNorm2d(3)
     theirs.load_state_dict(layer.state_dict())
     x = torch.randn(SHAPE)
     torch.testing.assert_close(torch.jit.script(theirs.eval())(x), layer.eval()(x))
 
 
 def test_script_of_a_sequential_without_a_layer():
-    """ek.Sequential is not scriptable itself; torch.nn.Sequential is."""
-    with pytest.raises(RuntimeError, match=r"evenkeel\.Sequential"):
-        torch.jit.script(ek.Sequential(nn.Linear(3, 3), nn.ReLU()))
+    """kn.Sequential is not scriptable itself; torch.nn.Sequential is."""
+    with pytest.raises(RuntimeError, match=r"keelnorm\.Sequential"):
+        torch.jit.script(kn.Sequential(nn.Linear(3, 3), nn.ReLU()))

@@ -6,13 +6,13 @@ from interop.interop_models import SHAPE, Block
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import evenkeel as ek
+import keelnorm as kn
 
 LAYERS = [
-    (ek.BatchNorm, (4, 3, 2, 2, 2, 2)),
-    (ek.BatchNorm1d, (4, 3)),
-    (ek.BatchNorm2d, (4, 3, 5, 6)),
-    (ek.BatchNorm3d, (2, 3, 4, 5, 6)),
+    (kn.BatchNorm, (4, 3, 2, 2, 2, 2)),
+    (kn.BatchNorm1d, (4, 3)),
+    (kn.BatchNorm2d, (4, 3, 5, 6)),
+    (kn.BatchNorm3d, (2, 3, 4, 5, 6)),
 ]
 
 
@@ -32,7 +32,7 @@ def test_meta(layer_type, shape, dtype, training):
 
 def test_meta_keeps_the_layout():
     x = torch.empty(SHAPE, device="meta").to(memory_format=torch.channels_last)
-    assert ek.BatchNorm2d(3, device="meta")(x).is_contiguous(memory_format=torch.channels_last)
+    assert kn.BatchNorm2d(3, device="meta")(x).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_model_made_on_meta_gets_its_state_later():
@@ -48,7 +48,7 @@ def test_a_model_made_on_meta_gets_its_state_later():
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_fake_tensors(training, activation):
     with FakeTensorMode():
-        layer = ek.BatchNorm2d(3).train(training)
+        layer = kn.BatchNorm2d(3).train(training)
         x = torch.empty(SHAPE, requires_grad=True)
         y = layer(x, x, activation=activation)
         assert (y.shape, y.dtype, y.device.type) == (SHAPE, torch.float32, "cpu")
@@ -73,15 +73,15 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.skipif(ek.kernels.active() == "reference", reason="there are no native operators to compare with")
+@pytest.mark.skipif(kn.kernels.active() == "reference", reason="there are no native operators to compare with")
 @pytest.mark.parametrize("x", LAYOUTS.values(), ids=LAYOUTS)
 def test_fake_operators_return_what_the_real_ones_return(x):
     """Shapes, dtypes and strides, so that what is traced runs."""
     weight, bias = torch.ones(x.shape[1]), torch.zeros(x.shape[1])
 
     def run(x, weight, bias):
-        y, saved = torch.ops.evenkeel.forward(x, x, weight, bias, None, None, True, 1e-5, 1, 0.0, 0.0)
-        gradients = torch.ops.evenkeel.backward(
+        y, saved = torch.ops.keelnorm.forward(x, x, weight, bias, None, None, True, 1e-5, 1, 0.0, 0.0)
+        gradients = torch.ops.keelnorm.backward(
             x, x, saved, weight, bias, y, None, True, 1, 0.0, 0.0, True, True, True, True
         )
         return [y, saved, *gradients]
@@ -101,7 +101,7 @@ def test_fake_operators_return_what_the_real_ones_return(x):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_make_fx(training, tracing_mode):
     """The recorded graph computes what was recorded; in training each run updates the moments."""
-    layer, twin = ek.BatchNorm2d(3).train(training), ek.BatchNorm2d(3).train(training)
+    layer, twin = kn.BatchNorm2d(3).train(training), kn.BatchNorm2d(3).train(training)
     x = torch.randn(SHAPE)
     graph = make_fx(lambda x: layer(x, x, activation="relu"), tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(x)
     layer.load_state_dict(twin.state_dict())
@@ -113,7 +113,7 @@ def test_make_fx(training, tracing_mode):
 
 @pytest.mark.parametrize("tracing_mode", ["real", "symbolic"])
 def test_make_fx_of_a_gradient(tracing_mode):
-    layer = ek.BatchNorm2d(3, track_running_stats=False)
+    layer = kn.BatchNorm2d(3, track_running_stats=False)
 
     def gradient(x):
         return torch.autograd.grad(layer(x, activation="relu").square().sum(), x)[0]

@@ -7,7 +7,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import evenkeel as ek
+import keelnorm as kn
 
 
 class SeenFunctions(TorchFunctionMode):
@@ -45,15 +45,15 @@ def compare(mode):
 def test_function_mode():
     mode = SeenFunctions()
     compare(mode)
-    assert mode.seen.count(ek.functional.layer_batch_norm) == 4  # two layers, twice
+    assert mode.seen.count(kn.functional.layer_batch_norm) == 4  # two layers, twice
 
 
-@pytest.mark.skipif(ek.kernels.active() == "reference", reason="the reference back end runs torch's operators")
+@pytest.mark.skipif(kn.kernels.active() == "reference", reason="the reference back end runs torch's operators")
 def test_dispatch_mode():
     mode = SeenOperators()
     compare(mode)
-    assert mode.seen.count(torch.ops.evenkeel.forward_.default) == 4
-    assert mode.seen.count(torch.ops.evenkeel.backward.default) == 4
+    assert mode.seen.count(torch.ops.keelnorm.forward_.default) == 4
+    assert mode.seen.count(torch.ops.keelnorm.backward.default) == 4
 
 
 def test_default_device():
@@ -72,16 +72,16 @@ def test_flop_counter():
 
 
 def test_profiler():
-    layer = ek.BatchNorm2d(3)
+    layer = kn.BatchNorm2d(3)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         layer(torch.randn(SHAPE)).sum().backward()
     names = {event.key for event in profile.key_averages()}
-    expected = "evenkeel::forward_" if ek.kernels.active() != "reference" else "aten::rsqrt"
+    expected = "keelnorm::forward_" if kn.kernels.active() != "reference" else "aten::rsqrt"
     assert expected in names
 
 
 def test_anomaly_detection():
-    layer = ek.BatchNorm2d(3)
+    layer = kn.BatchNorm2d(3)
     x = torch.randn(SHAPE, requires_grad=True)
     with pytest.warns(UserWarning, match="Anomaly Detection"), torch.autograd.detect_anomaly():
         layer(x, activation="relu").square().sum().backward()

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from kernels.random_cases import Case, Tensors, in_shape_of, laid, tensors_of
 from torch import Tensor, nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 #: Roundings of the dtype that is computed in.
 FEW = 32.0
 KINKS = {nn.ReLU: (0.0,), nn.ReLU6: (0.0, 6.0), nn.LeakyReLU: (0.0,), nn.ELU: (0.0,), nn.Hardswish: (-3.0, 3.0),
          nn.Hardsigmoid: (-3.0, 3.0)}  # fmt: skip
-#: Roundings of y that may reach x in place, as evenkeel.engine.inplace has them.
+#: Roundings of y that may reach x in place, as keelnorm.engine.inplace has them.
 REBUILT = {torch.float32: 64.0, torch.float64: 64.0, torch.bfloat16: 8.0, torch.float16: 8.0}
 SATURATED = 128.0
 
@@ -74,8 +74,8 @@ def run(case: Case, given: Tensors) -> dict[str, Tensor]:
     if case.inplace:
         x = laid(torch.zeros_like(x), case.layouts[0], case.dtype).copy_(x)
     buffers = [None if t is None else laid(t, case.vector_layout) for t in (given.running_mean, given.running_var)]
-    with ek.kernels.use(case.kernel):
-        y = ek.functional.batch_norm(
+    with kn.kernels.use(case.kernel):
+        y = kn.functional.batch_norm(
             x, *buffers, *others, case.training, case.momentum, case.eps, activation=case.activation,
             residual=leaves.get("residual"), inplace=case.inplace, mask=given.mask, sample_weight=given.sample_weight,
             padding=case.padding,

@@ -11,7 +11,7 @@ from support.cases import laid_out
 from support.unaligned import unaligned
 from torch import Tensor, nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACTIVATIONS = (
@@ -33,7 +33,7 @@ class Case:
     kernel: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    vectors: torch.dtype  # of parameters and running moments
+    vectors: torch.dtype  # of parameters and running statistics
     layouts: tuple[str, str, str]  # of x, dy and the residual
     activation: nn.Module | None
     training: bool
@@ -62,7 +62,7 @@ def draw(seed: int) -> Case:
     masks = several and rng.random() < 0.3
     weighs = several and rng.random() < 0.15
     inplace = not masks and not weighs and rng.random() < 0.3
-    kernels = [kernel.name for kernel in ek.kernels.available() if kernel.usable and kernel.name != "triton"]
+    kernels = [kernel.name for kernel in kn.kernels.available() if kernel.usable and kernel.name != "triton"]
     return Case(
         seed=seed,
         kernel=rng.choice([*kernels, "auto"]),

@@ -1,4 +1,4 @@
-"""Forward, gradients and running moments against the definition in float64: as accurate as torch's own operators.
+"""Forward, gradients and running statistics against the definition in float64: as accurate as torch's own operators.
 
 ``python -m tests.support.accuracy_table`` prints the ratios that are tested here.
 """
@@ -10,7 +10,7 @@ import torch
 from support.accuracy import LIMIT, Expected, errors_on, over, ratios, ratios_to_no_offset
 from support.cases import DENSE, LARGE_SHAPES, OFFSETS, SHAPES, Options, all_options, layouts_of, make_problem
 from support.forcing import KERNELS
-from support.runs import by_evenkeel, by_torch, run
+from support.runs import by_keelnorm, by_torch, run
 
 
 def cases(shapes):
@@ -56,7 +56,7 @@ def test_error_with_an_expanded_gradient_is_that_of_torch(kernel, shape, layout)
         for seed in range(4):
             problem = make_problem(shape, options, seed).laid_out(layout)
             expected.append(Expected(problem.replace(dy=problem.dy[:, :, :1, :1].expand(shape))))
-        return over(errors_on(expected, None, by_evenkeel), errors_on(expected, None, by_torch))
+        return over(errors_on(expected, None, by_keelnorm), errors_on(expected, None, by_torch))
 
     assert_within(LIMIT, ratios_of, [Options()])
 
@@ -68,7 +68,7 @@ def test_gate_of_the_backward_is_that_of_the_forward(kernel, layout, training, o
     """Where rounding decides too: without a residual the backward finds from x the very values the forward wrote."""
     problem = make_problem((4, 21, 9, 9), Options(training, "relu", False, offset)).laid_out(layout)
     problem.dy.fill_(1)
-    found = run(problem, by_evenkeel)
+    found = run(problem, by_keelnorm)
     open_gates = found["y"] > 0
     assert 0.3 < open_gates.float().mean() < 0.7
     assert torch.equal(found["dbias"], open_gates.sum((0, 2, 3)).float())

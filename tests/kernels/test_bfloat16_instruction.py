@@ -6,8 +6,8 @@ import pytest
 import torch
 from support.forcing import require_kernel
 
-import evenkeel as ek
-from evenkeel.engine import ops  # noqa: F401  (registers the operators)
+import keelnorm as kn
+from keelnorm.engine import ops  # noqa: F401  (registers the operators)
 
 SHAPES = [(2, 3, 5), (5, 13, 3, 11), (3, 64, 7, 7), (64, 3), (2, 16, 17, 9)]
 
@@ -19,13 +19,13 @@ def _machine():
 
 def _run(kernel: str, x: torch.Tensor, dy: torch.Tensor, activation: int) -> list[torch.Tensor]:
     weight, bias = torch.linspace(-1, 2, x.shape[1]), torch.linspace(-1, 1, x.shape[1])
-    before = ek.kernels.calls()
-    with ek.kernels.use(kernel):
-        y, saved = torch.ops.evenkeel.forward(x, None, weight, bias, None, None, True, 1e-5, activation, 0.0, 0.0)
-        gradients = torch.ops.evenkeel.backward(
+    before = kn.kernels.calls()
+    with kn.kernels.use(kernel):
+        y, saved = torch.ops.keelnorm.forward(x, None, weight, bias, None, None, True, 1e-5, activation, 0.0, 0.0)
+        gradients = torch.ops.keelnorm.backward(
             dy, x, saved, weight, bias, None, None, True, activation, 0.0, 0.0, True, False, True, True
         )
-    after = ek.kernels.calls()
+    after = kn.kernels.calls()
     assert {name for name in after if after[name] != before[name]} == {kernel}
     return [y, saved, *(g for g in gradients if g is not None)]
 
@@ -47,8 +47,8 @@ def test_the_same_bits(shape, channels_last, activation):
 def test_infinity_and_nan_pass():
     x = torch.tensor([[1.0, 2.0], [float("inf"), 3.0], [float("nan"), 5.0]]).bfloat16()
     mean, rstd = torch.zeros(2, dtype=torch.double), torch.ones(2, dtype=torch.double)
-    with ek.kernels.use("avx512_bf16"):
-        y = torch.ops.evenkeel.apply(x, mean, rstd, None, None, None, 0, 0.0, 0.0)
+    with kn.kernels.use("avx512_bf16"):
+        y = torch.ops.keelnorm.apply(x, mean, rstd, None, None, None, 0, 0.0, 0.0)
     assert y.isnan().tolist() == x.isnan().tolist()
     assert torch.equal(y[:2], x[:2])
 
@@ -58,15 +58,15 @@ def test_subnormal_results_are_zero_where_integers_would_keep_them():
     mean, rstd = torch.zeros(2, dtype=torch.double), torch.ones(2, dtype=torch.double)
     results = {}
     for kernel in ("avx512", "avx512_bf16"):
-        with ek.kernels.use(kernel):
-            results[kernel] = torch.ops.evenkeel.apply(x, mean, rstd, None, None, None, 0, 0.0, 0.0)
+        with kn.kernels.use(kernel):
+            results[kernel] = torch.ops.keelnorm.apply(x, mean, rstd, None, None, None, 0, 0.0, 0.0)
     assert torch.equal(results["avx512"], x)
     assert (results["avx512_bf16"] == 0).all()
 
 
 def test_other_dtypes_take_the_plainer_set():
-    before = ek.kernels.calls()
-    with ek.kernels.use("avx512_bf16"):
-        ek.functional.batch_norm(torch.randn(4, 3), None, None, training=True)
-    after = ek.kernels.calls()
+    before = kn.kernels.calls()
+    with kn.kernels.use("avx512_bf16"):
+        kn.functional.batch_norm(torch.randn(4, 3), None, None, training=True)
+    after = kn.kernels.calls()
     assert {name for name in after if after[name] != before[name]} == {"avx512"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.cases import laid_out
 
-import evenkeel as ek
+import keelnorm as kn
 
 SHAPES = [(5, 19), (4, 5, 33), (3, 67, 7, 7), (2, 3, 130, 131)]
 layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -27,12 +27,12 @@ def masks(shape):
 def results(x, dy, mask, padding, training):
     """y, all gradients, the buffers and the moments."""
     torch.manual_seed(0)
-    layer = ek.BatchNorm(x.shape[1]).train(training)
+    layer = kn.BatchNorm(x.shape[1]).train(training)
     torch.nn.init.normal_(layer.weight)
     x = x.detach().requires_grad_()
     y = layer(x, activation="silu", mask=mask, padding=padding)
     gradients = torch.autograd.grad(y, [x, *layer.parameters()], dy)
-    moments = ek.functional.moments(x.detach(), mask)
+    moments = kn.functional.moments(x.detach(), mask)
     return [y, *gradients, *layer.buffers(), moments.count, moments.mean, moments.m2]
 
 
@@ -54,13 +54,13 @@ def test_an_image_mask():
     """0 and 255, as files of masks have them."""
     x = torch.tensor([1.0, 2.0, 9.0, 900.0]).view(1, 1, 4)
     mask = torch.frombuffer(bytearray([255, 255, 255, 0]), dtype=torch.uint8).view(torch.bool).view(1, 4)
-    layer = ek.BatchNorm1d(1, momentum=1.0)
+    layer = kn.BatchNorm1d(1, momentum=1.0)
     y = layer(x, mask=mask)
     assert layer.running_mean.item() == 4.0
     assert layer.running_var.item() == 19.0
     torch.testing.assert_close(y[0, 0, :3], (x[0, 0, :3] - 4) / (38 / 3 + layer.eps) ** 0.5)
     assert y[0, 0, 3] == 0
-    assert ek.functional.moments(x, mask).count.item() == 3
+    assert kn.functional.moments(x, mask).count.item() == 3
 
 
 @pytest.mark.parametrize("size", [1, 8, 9, 17])
@@ -71,7 +71,7 @@ def test_runs_of_every_length(kernel, size):
         for end in range(begin + 1, size + 1):
             mask = torch.zeros(1, size, dtype=torch.uint8)
             mask[0, begin:end] = 200
-            moments = ek.functional.moments(x, mask.view(torch.bool))
-            right = ek.Moments.from_tensor(x[..., begin:end])
+            moments = kn.functional.moments(x, mask.view(torch.bool))
+            right = kn.Moments.from_tensor(x[..., begin:end])
             torch.testing.assert_close(moments.mean, right.mean, rtol=0, atol=1e-6)
             torch.testing.assert_close(moments.m2, right.m2, rtol=1e-5, atol=1e-5)

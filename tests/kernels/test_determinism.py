@@ -7,7 +7,7 @@ import torch
 from support.cases import LARGE_SHAPES, Options, layouts_of, make_problem
 from support.forcing import NATIVE
 from support.operators import NONE, OPERATORS, RELU, operators
-from support.runs import by_evenkeel, run
+from support.runs import by_keelnorm, run
 
 # What is large enough for several threads (see kSerialBelow in problem.h), on every path through the kernels: blocks
 # of channels, segments of planes, one channel, chunks of rows, few rows.
@@ -37,7 +37,7 @@ def test_bits_do_not_depend_on_threads_or_runs(kernel, shape, layout):
         runs = []
         for threads in (1, 1, 2, 3):
             torch.set_num_threads(threads)
-            runs.append(run(problem, by_evenkeel))
+            runs.append(run(problem, by_keelnorm))
         assert not names_of_different(runs), options
 
 
@@ -77,4 +77,4 @@ def test_bits_of_the_reference_do_not_depend_on_runs(kernel, threads):
     torch.set_num_threads(threads)
     for shape in ((3, 1, 22003), (9, 80, 7, 7)):
         problem = make_problem(shape, Options(True, "relu", True))
-        assert not names_of_different([run(problem, by_evenkeel) for _ in range(3)])
+        assert not names_of_different([run(problem, by_keelnorm) for _ in range(3)])

@@ -1,4 +1,4 @@
-"""EVENKEEL_KERNELS, and what happens without the native library: in processes of their own."""
+"""KEELNORM_KERNELS, and what happens without the native library: in processes of their own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from support.forcing import KERNELS, require_kernel, usable_native
 from support.fresh import Scenario, run_fresh
 
-import evenkeel as ek
+import keelnorm as kn
 
 #: Runs layers, and tells what ran, what was warned of, and how far the results are from torch's.
 REPORT = """
@@ -18,19 +18,19 @@ import json, warnings, torch
 import torch.nn.functional as F
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    import evenkeel as ek
-    ek.functional.batch_norm(torch.randn(4, 3, device="meta"), None, None, training=True)  # never native
+    import keelnorm as kn
+    kn.functional.batch_norm(torch.randn(4, 3, device="meta"), None, None, training=True)  # never native
     early = len(caught)
-    before, errors = ek.kernels.calls(), []
+    before, errors = kn.kernels.calls(), []
     for _ in range(3):
         x = torch.randn(4, 3, 5)
-        layer, other = ek.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
+        layer, other = kn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
         errors.append((layer(x, activation="relu") - other(x).relu()).abs().max().item())
 print(json.dumps({
-    "active": ek.kernels.active(),
-    "file": ek.__file__,
-    "ran": [name for name, count in ek.kernels.calls().items() if count != before[name]],
-    "available": [(kernel.name, kernel.usable, kernel.note) for kernel in ek.kernels.available()],
+    "active": kn.kernels.active(),
+    "file": kn.__file__,
+    "ran": [name for name, count in kn.kernels.calls().items() if count != before[name]],
+    "available": [(kernel.name, kernel.usable, kernel.note) for kernel in kn.kernels.available()],
     "early": early,
     "warnings": [(warning.category.__name__, str(warning.message)) for warning in caught],
     "error": max(errors),
@@ -39,12 +39,12 @@ print(json.dumps({
 
 
 def copy_of_the_package(folder, *, library=None, reason=None):
-    """evenkeel's Python sources in ``folder``, with other bytes for the native library, or none."""
-    package = Path(folder, "evenkeel")
+    """keelnorm's Python sources in ``folder``, with other bytes for the native library, or none."""
+    package = Path(folder, "keelnorm")
     left_out = shutil.ignore_patterns("*.so", "__pycache__", "not_built.txt", "csrc")
-    shutil.copytree(Path(ek.__file__).parent, package, ignore=left_out)
+    shutil.copytree(Path(kn.__file__).parent, package, ignore=left_out)
     if library is not None:
-        (package / "kernels/cpu/libevenkeel.so").write_bytes(library)
+        (package / "kernels/cpu/libkeelnorm.so").write_bytes(library)
     if reason is not None:
         (package / "kernels/cpu/not_built.txt").write_text(reason)
     return str(folder)
@@ -55,11 +55,11 @@ def outcomes(tmp_path_factory):
     without, broken = (tmp_path_factory.mktemp(name) for name in ("without", "broken"))
     copy_of_the_package(without, reason="there was no compiler\n")
     copy_of_the_package(broken, library=b"no library")
-    scenarios = {name: Scenario(REPORT, {"EVENKEEL_KERNELS": name}) for name in (*KERNELS, "auto", "", "sse9")}
+    scenarios = {name: Scenario(REPORT, {"KEELNORM_KERNELS": name}) for name in (*KERNELS, "auto", "", "sse9")}
     scenarios["unset"] = Scenario(REPORT)
     scenarios["without"] = Scenario(REPORT, folder=str(without))
-    scenarios["without, reference"] = Scenario(REPORT, {"EVENKEEL_KERNELS": "reference"}, str(without))
-    scenarios["without, avx2"] = Scenario(REPORT, {"EVENKEEL_KERNELS": "avx2"}, str(without))
+    scenarios["without, reference"] = Scenario(REPORT, {"KEELNORM_KERNELS": "reference"}, str(without))
+    scenarios["without, avx2"] = Scenario(REPORT, {"KEELNORM_KERNELS": "avx2"}, str(without))
     scenarios["broken"] = Scenario(REPORT, folder=str(broken))
     return run_fresh(scenarios)
 
@@ -81,7 +81,7 @@ def test_variable_forces_kernels(outcomes, name):
 
 @pytest.mark.parametrize("name", ["auto", "", "unset"])
 def test_without_a_choice_the_best_run(outcomes, name):
-    usable = [kernel.name for kernel in ek.kernels.available() if kernel.usable]
+    usable = [kernel.name for kernel in kn.kernels.available() if kernel.usable]
     report = report_of(outcomes[name])
     assert report["active"] == usable[-1]
     assert report["ran"] == [usable_native()[-1] if usable_native() else "reference"]  # of float32
@@ -91,26 +91,26 @@ def test_an_illegal_value_is_an_error(outcomes):
     outcome = outcomes["sse9"]
     assert outcome.status == 1
     assert "ValueError: kernels 'sse9' can't be used" in outcome.errors
-    assert all(kernel.name in outcome.errors for kernel in ek.kernels.available() if kernel.usable)
+    assert all(kernel.name in outcome.errors for kernel in kn.kernels.available() if kernel.usable)
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("without", "it was not built when evenkeel was installed (there was no compiler)"),
+        ("without", "it was not built when keelnorm was installed (there was no compiler)"),
         ("broken", "it does not load into this torch: "),
     ],
 )
 def test_without_the_library_the_reference_runs_and_says_so_once(outcomes, name, reason):
     report = report_of(outcomes[name])
-    assert Path(report["file"]) != Path(ek.__file__)
+    assert Path(report["file"]) != Path(kn.__file__)
     assert report["ran"] == ["reference"]
     assert report["error"] < 1e-5
     assert report["early"] == 0
     ((category, message),) = report["warnings"]
     assert category == "RuntimeWarning"
     assert reason in message
-    assert "EVENKEEL_KERNELS=reference" in message
+    assert "KEELNORM_KERNELS=reference" in message
     (reference, native, triton) = report["available"]
     assert reference[:2] == ["reference", True]
     assert native[:2] == ["native", False]

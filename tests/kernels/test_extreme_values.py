@@ -9,9 +9,9 @@ import torch
 from support.accuracy import ONE_SIDED, Expected, errors_on
 from support.cases import DENSE, EPS, MOMENTUM, Options, laid_out, make_problem
 from support.definition import UNIT, expect, rms, spread
-from support.runs import by_evenkeel, by_torch, run
+from support.runs import by_keelnorm, by_torch, run
 
-import evenkeel as ek
+import keelnorm as kn
 
 SHAPE = (6, 5, 7, 9)
 BAD = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf}
@@ -31,7 +31,7 @@ def test_nan_and_infinity_are_those_of_torch_and_stay_in_their_channel(kernel, l
         spoilt = getattr(clean, where).clone()
         spoilt[2, 1, 3, 4] = BAD[bad]
         problem = clean.replace(**{where: spoilt})
-        found, torchs, wanted = run(problem, by_evenkeel), run(problem, by_torch), run(clean, by_evenkeel)
+        found, torchs, wanted = run(problem, by_keelnorm), run(problem, by_torch), run(clean, by_keelnorm)
         for name, value in found.items():
             if where == "x" and training and name in ("running_mean", "running_var"):
                 assert value.isfinite().all(), name  # torch's would be spoilt for good
@@ -50,16 +50,16 @@ def test_nan_and_infinity_are_those_of_torch_and_stay_in_their_channel(kernel, l
 @pytest.mark.parametrize("layout", DENSE)
 def test_gradient_with_fixed_statistics_does_not_depend_on_x(kernel, layout, bad):
     problem = make_problem(SHAPE, Options(training=False)).laid_out(layout)
-    wanted = run(problem, by_evenkeel)["dx"]
+    wanted = run(problem, by_keelnorm)["dx"]
     problem.x[2, 1, 3, 4] = BAD[bad]
-    assert torch.equal(run(problem, by_evenkeel)["dx"], wanted)
+    assert torch.equal(run(problem, by_keelnorm)["dx"], wanted)
 
 
 def test_activation_lets_nan_through(kernel):
     x = torch.tensor([[1.0, torch.nan], [-2.0, 3.0], [0.5, 1.0]])
     mean, var = torch.zeros(2), torch.ones(2)
     for residual in (None, torch.zeros_like(x)):
-        y = ek.functional.batch_norm(x, mean, var, activation="relu", residual=residual)
+        y = kn.functional.batch_norm(x, mean, var, activation="relu", residual=residual)
         assert y[0, 1].isnan()
         assert y[1, 0] == 0
         assert torch.equal(y[:, 0] > 0, x[:, 0] > 0)
@@ -72,7 +72,7 @@ def test_activation_is_closed_at_zero(kernel, layout):
     mean, var, dy = torch.zeros(3), torch.ones(3) - EPS, torch.ones_like(x)
     for residual in (None, torch.zeros_like(x)):
         leaves = [t.clone().requires_grad_() for t in (x, residual) if t is not None]
-        y = ek.functional.batch_norm(
+        y = kn.functional.batch_norm(
             leaves[0], mean, var, activation="relu", residual=leaves[1] if residual is not None else None
         )
         for gradient in torch.autograd.grad(y, leaves, dy):
@@ -85,7 +85,7 @@ def test_activation_is_closed_at_zero(kernel, layout):
 def test_constant_channels_give_the_bias(kernel, shape, layout, value):
     problem = make_problem(shape, Options())
     problem = problem.replace(x=torch.full(shape, value)).laid_out(layout)
-    found, right = run(problem, by_evenkeel), expect(problem, eps=EPS, momentum=MOMENTUM)
+    found, right = run(problem, by_keelnorm), expect(problem, eps=EPS, momentum=MOMENTUM)
     assert torch.equal(found["y"], spread(problem.bias, len(shape)).expand(shape))
     assert torch.equal(found["dweight"], torch.zeros(shape[1]))
     for name in ("running_mean", "running_var"):
@@ -144,13 +144,13 @@ def test_peculiar_data_costs_no_digits(kernel, layout, data):
         for shape, seeds in (((4, 12, 9, 11), 10), ((2, 16, 40, 50), 3))
         for seed in range(seeds)
     ]
-    for name, error in errors_on(cases, layout, by_evenkeel).items():
+    for name, error in errors_on(cases, layout, by_keelnorm).items():
         assert error <= ONE_SIDED, f"{name} is off by {error / UNIT:.1f} roundings"
 
 
 def assert_right_output(problem, layout):
     right = expect(problem, eps=EPS, momentum=MOMENTUM)["y"]
-    y = ek.functional.batch_norm(laid_out(problem.x, layout), None, None, problem.weight, problem.bias, training=True)
+    y = kn.functional.batch_norm(laid_out(problem.x, layout), None, None, problem.weight, problem.bias, training=True)
     assert bool((rms(y - right.value) <= 4 * UNIT * right.scale).all())
 
 

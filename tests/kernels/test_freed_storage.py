@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evenkeel.engine.kernels import cpu
+from keelnorm.engine.kernels import cpu
 
 CHANNELS = 5
 #: A value for every argument of a schema by its name; all tensors that there may be.
@@ -16,7 +16,7 @@ OTHERS = {
 }  # fmt: skip
 NAMES = {"counts": "update counts"}
 SCHEMAS = {
-    name: getattr(torch.ops.evenkeel, name).default._schema
+    name: getattr(torch.ops.keelnorm, name).default._schema
     for name in (
         "stats", "measure_", "apply", "finish", "grad_stats", "grad_input", "forward", "forward_", "inplace_", "invert",
         "backward", "backward_", "forward_groups_", "backward_groups",
@@ -72,10 +72,10 @@ def test_every_tensor_of_every_operator(operator, name, cut, layout):
     chosen = {argument: {**OTHERS, **given}[argument] for argument in arguments}
     others = {key: t for key, t in chosen.items() if isinstance(t, torch.Tensor) and key != name}
     before = {key: t.clone() for key, t in others.items()}
-    call = getattr(torch.ops.evenkeel, operator)
+    call = getattr(torch.ops.keelnorm, operator)
     call(**{key: t.clone() if isinstance(t, torch.Tensor) else t for key, t in chosen.items()})  # is legal
     chosen[name].untyped_storage().resize_(0 if cut == "freed" else span(chosen[name]) - 1)
-    with pytest.raises(RuntimeError, match=rf"^evenkeel: the memory of {NAMES.get(name, name)} is gone: its values "):
+    with pytest.raises(RuntimeError, match=rf"^keelnorm: the memory of {NAMES.get(name, name)} is gone: its values "):
         call(**chosen)
     for key, t in others.items():
         assert torch.equal(t, before[key]), key
@@ -84,6 +84,6 @@ def test_every_tensor_of_every_operator(operator, name, cut, layout):
 def test_all_operators_of_the_library_are_tried():
     """A new operator belongs into SCHEMAS."""
     assert cpu.load() is None
-    registered = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("evenkeel::")]
+    registered = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("keelnorm::")]
     native = [name for name in registered if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")]
-    assert sorted(native) == sorted(f"evenkeel::{name}" for name in SCHEMAS)
+    assert sorted(native) == sorted(f"keelnorm::{name}" for name in SCHEMAS)

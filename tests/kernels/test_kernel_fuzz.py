@@ -18,9 +18,9 @@ from kernels.differential import check
 from kernels.random_cases import draw
 from torch import Tensor
 
-from evenkeel.engine import dispatch
-from evenkeel.engine.kernels import reference
-from evenkeel.engine.running_statistics import update_running
+from keelnorm.engine import dispatch
+from keelnorm.engine.kernels import reference
+from keelnorm.engine.running_statistics import update_running
 
 #: Calls of a run, half of them with fresh seeds, in parts that run side by side.
 CALLS = int(os.environ.get("KERNEL_FUZZ", "480"))

@@ -53,7 +53,7 @@ def by_sample(operator, *tensors):
 @pytest.mark.parametrize("kernel", NATIVE, indirect=True)
 def test_large_tensors(kernel, large):
     x, dy, residual, weight, bias = large
-    four = torch.ops.evenkeel
+    four = torch.ops.keelnorm
     running = torch.zeros_like(weight), torch.ones_like(weight)
     y, saved = four.forward_(x, residual, weight, bias, *running, None, True, True, MOMENTUM, EPS, *RELU)
     mean, var, rstd = saved

@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from support.cases import DENSE, laid_out
 from support.definition import UNIT, over, spread
 
-import evenkeel as ek
+import keelnorm as kn
 
 EPS = 1e-12
 #: Of values that are a few roundings of terms up to a scale; the variance is a sum of up to a hundred terms.
@@ -36,7 +36,7 @@ def batches(draw):
 def layer_of(x, seed=0):
     """A layer in training with random weight and bias."""
     torch.manual_seed(seed)
-    layer = ek.BatchNorm(x.shape[1], eps=EPS)
+    layer = kn.BatchNorm(x.shape[1], eps=EPS)
     torch.nn.init.normal_(layer.weight)
     torch.nn.init.normal_(layer.bias)
     return layer

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import evenkeel as ek
+import keelnorm as kn
 
 SHAPES = [(5, 19), (4, 5, 33), (3, 67, 7, 7), (2, 4, 130, 131), (3, 18, 2, 3, 3), (64, 3, 2)]
 UNITS = {torch.float32: 64, torch.float64: 256, torch.bfloat16: 8, torch.float16: 8}
@@ -23,7 +23,7 @@ def test_values_that_count(kernel, shape, channels_last, activation, dtype):
     if channels_last:
         x, dy = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, dy))
     parameters = torch.float64 if dtype == torch.float64 else torch.float32
-    layer = ek.BatchNorm(shape[1], track_running_stats=False, dtype=parameters)
+    layer = kn.BatchNorm(shape[1], track_running_stats=False, dtype=parameters)
     torch.nn.init.normal_(layer.weight), torch.nn.init.normal_(layer.bias)
 
     rows = x.double().movedim(1, -1)[mask].requires_grad_()

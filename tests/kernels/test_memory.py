@@ -14,7 +14,7 @@ from support.guarded import Guarded
 from support.operators import NONE, RELU
 from support.poison import FRESH_DOUBLE
 
-OPERATORS = torch.ops.evenkeel
+OPERATORS = torch.ops.keelnorm
 # Planes of these lengths and as many channels; every tail of a vector, and several vectors abreast.
 WIDTHS = (1, 2, *AROUND_VECTORS, 31, 33, 63, 65, 67)
 
@@ -44,7 +44,7 @@ def run_all(x, dy, residual, weight, bias, running_mean, running_var, y_kept=Non
 
 
 def tensors_of(problem):
-    """In the order of run_all, running moments and y copied because they are written."""
+    """In the order of run_all, running statistics and y copied because they are written."""
     return (
         problem.x, problem.dy, problem.residual, problem.weight, problem.bias, problem.running_mean.clone(),
         problem.running_var.clone(),
@@ -86,12 +86,12 @@ def test_results_are_written_completely(kernel, layout):
 GUARDED = """
 import sys
 sys.path.insert(0, {tests!r})
-import evenkeel as ek
+import keelnorm as kn
 from kernels.test_memory import WIDTHS, run_all, tensors_of
 from support.cases import Options, make_problem
 from support.guarded import between_guard_pages
 
-with ek.kernels.use({kernel!r}):
+with kn.kernels.use({kernel!r}):
     for width in WIDTHS:
         for shape in ((1, 1, width), (2, width, 3), (3, width, width)):
             problem = make_problem(shape, Options(activation="relu", residual=True))

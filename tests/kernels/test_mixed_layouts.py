@@ -9,16 +9,16 @@ import torch
 from support.accuracy import ONE_SIDED, Expected, errors_on
 from support.cases import DENSE, EPS, LAYOUTS, MOMENTUM, Options, laid_out, make_problem
 from support.definition import UNIT
-from support.runs import by_evenkeel, run
+from support.runs import by_keelnorm, run
 
-import evenkeel as ek
+import keelnorm as kn
 
 SHAPE = (5, 18, 3, 7)
 
 
 def check(problem):
     """Right up to rounding; an expanded gradient has equal values."""
-    for name, error in errors_on([Expected(problem)], None, by_evenkeel).items():
+    for name, error in errors_on([Expected(problem)], None, by_keelnorm).items():
         assert error <= ONE_SIDED, f"{name} is off by {error / UNIT:.1f} roundings, {problem.options}"
 
 
@@ -51,7 +51,7 @@ def test_results_lie_as_x(kernel, shape):
     told = [d for d, size in enumerate(shape) if size > 1]  # the stride of a dimension of one value says nothing
     for layout, training, residual in itertools.product((*DENSE, "sliced"), (True, False), (False, True)):
         problem = make_problem(shape, Options(training, "relu", residual)).laid_out(layout)
-        found = run(problem, by_evenkeel)
+        found = run(problem, by_keelnorm)
         # As torch's: three dimensions have one memory format.
         kept = layout in DENSE and (layout == "contiguous" or len(shape) > 3)
         strides = problem.x.stride() if kept else torch.empty(shape).stride()
@@ -65,7 +65,7 @@ def test_results_lie_as_x(kernel, shape):
 def test_only_the_gradients_asked_for(kernel, training, activation, with_residual):
     """Each subset of the inputs gets the gradients it gets when all are asked for, and the others get none."""
     problem = make_problem(SHAPE, Options(training, activation, with_residual))
-    everything = run(problem, by_evenkeel)
+    everything = run(problem, by_keelnorm)
     inputs = {"dx": problem.x, "dweight": problem.weight, "dbias": problem.bias}
     if with_residual:
         inputs["dresidual"] = problem.residual
@@ -74,7 +74,7 @@ def test_only_the_gradients_asked_for(kernel, training, activation, with_residua
             name: value.detach().clone().requires_grad_(want)
             for (name, value), want in zip(inputs.items(), wanted, strict=True)
         }
-        y = ek.functional.batch_norm(
+        y = kn.functional.batch_norm(
             leaves["dx"], problem.running_mean.clone(), problem.running_var.clone(), leaves["dweight"],
             leaves["dbias"], training, MOMENTUM, EPS, activation=activation, residual=leaves.get("dresidual"),
         )  # fmt: skip
@@ -98,8 +98,8 @@ def test_absent_weight_and_bias(kernel):
             (given["bias"] if bias else torch.zeros(18)).clone().requires_grad_(),
         ]
         x, x_filled = (problem.x.clone().requires_grad_() for _ in range(2))
-        y = ek.functional.batch_norm(x, None, None, training=True, activation="relu", **given)
-        y_filled = ek.functional.batch_norm(x_filled, None, None, *filled, training=True, activation="relu")
+        y = kn.functional.batch_norm(x, None, None, training=True, activation="relu", **given)
+        y_filled = kn.functional.batch_norm(x_filled, None, None, *filled, training=True, activation="relu")
         assert torch.equal(y, y_filled)
         y.backward(problem.dy)
         y_filled.backward(problem.dy)

@@ -8,7 +8,7 @@ from support.cases import DENSE, EPS, laid_out
 from support.forcing import require_kernel
 from support.operators import NONE, RELU, activation_of
 
-OPERATORS = torch.ops.evenkeel
+OPERATORS = torch.ops.keelnorm
 CHANNELS = 6
 LEAKY_RELU, ELU, SOFTPLUS = (activation_of(name) for name in ("leaky_relu", "elu", "softplus"))
 ACTIVATIONS = (NONE, RELU, LEAKY_RELU, ELU, SOFTPLUS)

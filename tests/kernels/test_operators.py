@@ -151,7 +151,7 @@ def test_fused_is_the_composition_of_the_four(kernel, shape, layout, activation,
         problem = make_problem(shape, Options(training, activation, residual, 1e4 * training)).laid_out(layout)
         x, weight, bias, act = problem.x, problem.weight, problem.bias, activation_of(activation)
         running = (problem.running_mean, problem.running_var)
-        four, fused = operators(kernel), torch.ops.evenkeel
+        four, fused = operators(kernel), torch.ops.keelnorm
         y, saved = fused.forward(x, problem.residual, weight, bias, *running, training, EPS, *act)
         mean, var, rstd = saved
         assert torch.equal(saved[:2], four.stats(x, None) if training else torch.stack(running).double())
@@ -183,7 +183,7 @@ def test_the_two_halves_are_the_whole(kernel, shape, layout, activation, residua
     for training in (True, False):
         problem = make_problem(shape, Options(training, activation, residual, 1e4 * training)).laid_out(layout)
         x, weight, bias, act = problem.x, problem.weight, problem.bias, activation_of(activation)
-        fused, buffers = torch.ops.evenkeel, []
+        fused, buffers = torch.ops.keelnorm, []
         for _ in range(2):
             counts = torch.zeros(3, x.shape[1], dtype=torch.int64)
             buffers.append([problem.running_mean.clone(), problem.running_var.clone(), torch.tensor(3), counts])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import evenkeel as ek
+import keelnorm as kn
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: How many roundings of the dtype a result takes at most, of terms as large as what it is made of. Arithmetic on 16-bit
@@ -107,7 +107,7 @@ def test_any_view(kernel, dtype, activation):
 
         given_ = [t.detach().requires_grad_() for t in (x, weight, bias)]
         added = None if residual is None else residual.detach().requires_grad_()
-        y = ek.functional.batch_norm(
+        y = kn.functional.batch_norm(
             given_[0], None, None, given_[1], given_[2], training=True, eps=EPS, activation=activation, residual=added
         )
         given_ += [] if added is None else [added]

@@ -1,4 +1,4 @@
-"""How a batch enters the running moments, on every kernel."""
+"""How a batch enters the running statistics, on every kernel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from support.cases import DENSE, laid_out
 from support.definition import UNIT, moments
 
-import evenkeel as ek
+import keelnorm as kn
 
 CHANNELS = 19
 
@@ -22,7 +22,7 @@ def batches(layout):
 @pytest.mark.parametrize("layout", DENSE)
 def test_update(kernel, layout, momentum):
     """running = (1 - momentum)·running + momentum·batch with the unbiased variance; None averages over all batches."""
-    layer = ek.BatchNorm(CHANNELS, momentum=momentum)
+    layer = kn.BatchNorm(CHANNELS, momentum=momentum)
     mean, var = torch.zeros(CHANNELS, dtype=torch.float64), torch.ones(CHANNELS, dtype=torch.float64)
     for i, x in enumerate(batches(layout)):
         layer(x)
@@ -38,7 +38,7 @@ def test_update(kernel, layout, momentum):
 
 @pytest.mark.parametrize("layout", DENSE)
 def test_evaluation_leaves_them_alone(kernel, layout):
-    layer = ek.BatchNorm(CHANNELS).eval()
+    layer = kn.BatchNorm(CHANNELS).eval()
     torch.nn.init.normal_(layer.running_mean)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     for x in batches(layout):
@@ -47,13 +47,13 @@ def test_evaluation_leaves_them_alone(kernel, layout):
 
 
 def test_without_them_the_batch_normalizes(kernel):
-    layer = ek.BatchNorm(CHANNELS, track_running_stats=False)
+    layer = kn.BatchNorm(CHANNELS, track_running_stats=False)
     (x, *_) = batches("contiguous")
     assert torch.equal(layer(x), layer.eval()(x))
 
 
 def test_backward_does_not_update(kernel):
-    layer = ek.BatchNorm(CHANNELS)
+    layer = kn.BatchNorm(CHANNELS)
     (x, *_) = batches("contiguous")
     y = layer(x.requires_grad_())
     before = layer.running_mean.clone(), layer.running_var.clone()

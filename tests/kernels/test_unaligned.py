@@ -11,9 +11,9 @@ from support.forcing import NATIVE
 from support.operators import NONE, RELU
 from support.unaligned import unaligned
 
-import evenkeel as ek
+import keelnorm as kn
 
-OPERATORS = torch.ops.evenkeel
+OPERATORS = torch.ops.keelnorm
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SILU = (5, 0.0, 0.0)
 # Lengths around vectors, and planes and rows of several.
@@ -100,7 +100,7 @@ def test_every_operator(kernel, shape, layout, dtype):
 @pytest.mark.parametrize("inplace", [True, False])
 def test_large_results_stored_past_the_cache(kernel, layout, inplace):
     x = laid_out(torch.randn(LARGE), layout)
-    layer = ek.BatchNorm2d(LARGE[1])
+    layer = kn.BatchNorm2d(LARGE[1])
     other = copy.deepcopy(layer)
     given = unaligned(x, 1)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_a_layer_in_training(kernel, layout, dtype, inplace):
     results = []
     for moved in (torch.clone, unaligned):
         torch.manual_seed(0)
-        layer = ek.BatchNorm2d(7, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        layer = kn.BatchNorm2d(7, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         torch.nn.init.normal_(layer.weight)
         state = {name: moved(t) for name, t in layer.state_dict().items()}
         layer.load_state_dict(state, assign=True)

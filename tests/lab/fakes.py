@@ -6,15 +6,15 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from evenkeel.lab.core.cell import Cell, Failure, Result, Results
-from evenkeel.lab.core.claim import Claim, Reading, Source
-from evenkeel.lab.core.plan import Plan
-from evenkeel.lab.core.runner import Outcome
-from evenkeel.lab.reading.document import document
-from evenkeel.lab.reading.figures import Axis, Figure, Series, Table
-from evenkeel.lab.reading.results_by_arm import Runs
-from evenkeel.lab.reading.verdicts import Finding
-from evenkeel.measure.statistics import difference, mean
+from keelnorm.lab.core.cell import Cell, Failure, Result, Results
+from keelnorm.lab.core.claim import Claim, Reading, Source
+from keelnorm.lab.core.plan import Plan
+from keelnorm.lab.core.runner import Outcome
+from keelnorm.lab.reading.document import document
+from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
+from keelnorm.lab.reading.results_by_arm import Runs
+from keelnorm.lab.reading.verdicts import Finding
+from keelnorm.measure.statistics import difference, mean
 
 
 def accuracy(*, arm: str, seed: int) -> Result:
@@ -111,4 +111,4 @@ def fake_document(plan: Plan | None = None, fails: Callable[[Cell], bool] = lamb
     """A whole document of made-up results, of two claims."""
     plan = plan or Plan()
     claims = [fake_claim()]
-    return document("A title", claims, plan, outcome_of(plan, claims, fails), command="evenkeel lab run --quick")
+    return document("A title", claims, plan, outcome_of(plan, claims, fails), command="keelnorm lab run --quick")

@@ -1,4 +1,4 @@
-"""`evenkeel lab run` with one claim whose cells never end; each leaves its number in EVENKEEL_TEST_STARTED."""
+"""`keelnorm lab run` with one claim whose cells never end; each leaves its number in KEELNORM_TEST_STARTED."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from fakes import fake_claim
 
-from evenkeel.lab.core import claim
-from evenkeel.lab.core.cell import Cell
+from keelnorm.lab.core import claim
+from keelnorm.lab.core.cell import Cell
 
 
 def sleeps(*, seed):
-    Path(os.environ["EVENKEEL_TEST_STARTED"], str(seed)).touch()
+    Path(os.environ["KEELNORM_TEST_STARTED"], str(seed)).touch()
     time.sleep(600)
 
 
@@ -24,7 +24,7 @@ def cells(plan):
 if __name__ == "__main__":
     import sleeping  # by its own name, so that workers find it
 
-    from evenkeel.cli import main
+    from keelnorm.cli import main
 
     made = fake_claim(cells=sleeping.cells)
     claim.claims = lambda: {made.name: made}

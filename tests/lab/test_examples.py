@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-DATA = os.environ.get("EVENKEEL_DATA_DIR")
+DATA = os.environ.get("KEELNORM_DATA_DIR")
 
 
 def run(name: str, *arguments: str) -> None:
@@ -41,7 +41,7 @@ def test_speech_on_the_stand_in(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(numbers(said, r"^  difference, .*: (-?\d+\.\d) \[")) == 2
 
 
-@pytest.mark.skipif(DATA is None, reason="EVENKEEL_DATA_DIR names no folder with recordings")
+@pytest.mark.skipif(DATA is None, reason="KEELNORM_DATA_DIR names no folder with recordings")
 def test_speech_on_recordings(capsys: pytest.CaptureFixture[str]) -> None:
     run("speech", str(DATA), "--quick")
     said = capsys.readouterr().out

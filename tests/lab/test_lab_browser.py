@@ -4,7 +4,7 @@ import pytest
 from fakes import fake_document
 from support import browser
 
-from evenkeel.measure.page.html import write_page
+from keelnorm.measure.page.html import write_page
 
 pytestmark = pytest.mark.skipif(browser.EXECUTABLE is None, reason=browser.MISSING)
 

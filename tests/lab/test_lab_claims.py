@@ -9,14 +9,14 @@ from pathlib import Path
 import plotly.graph_objects
 import pytest
 
-from evenkeel.lab.core.cell import Results
-from evenkeel.lab.core.claim import chosen, claims
-from evenkeel.lab.core.plan import Plan, kind_of
-from evenkeel.lab.core.runner import Outcome, attempt_on_one_thread, stored
-from evenkeel.lab.core.store import Store
-from evenkeel.lab.reading.document import document
-from evenkeel.measure.page.html import page
-from evenkeel.measure.page.plots import plotly_figure
+from keelnorm.lab.core.cell import Results
+from keelnorm.lab.core.claim import chosen, claims
+from keelnorm.lab.core.plan import Plan, kind_of
+from keelnorm.lab.core.runner import Outcome, attempt_on_one_thread, stored
+from keelnorm.lab.core.store import Store
+from keelnorm.lab.reading.document import document
+from keelnorm.measure.page.html import page
+from keelnorm.measure.page.plots import plotly_figure
 
 SEEDS = 2
 EVERYTHING = Plan(quick=False, data=("mnist@00000000", "images@00000000", "speech@00000000.6"))
@@ -72,7 +72,7 @@ def test_a_claim_is_chosen_by_name_or_number():
 def whole(tmp_path_factory):
     """A quick run of everything, as a user starts it: its document and its results."""
     out = tmp_path_factory.mktemp("lab") / "lab.html"
-    command = [sys.executable, "-m", "evenkeel", "lab", "run", "--quick", "--seeds", str(SEEDS), "--jobs", "2"]
+    command = [sys.executable, "-m", "keelnorm", "lab", "run", "--quick", "--seeds", str(SEEDS), "--jobs", "2"]
     ended = subprocess.run([*command, "--json", "--out", str(out)], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout), out
@@ -159,15 +159,15 @@ def test_a_failed_cell_leaves_an_answer_from_the_other_seeds_or_says_that_there_
         cells = claim.cells(plan)
         kept = stored(cells, Store(out.with_suffix(".jsonl"))).results
         without = {key: result for key, result in kept.items() if key != cells[0].key}
-        made = document("t", [claim], plan, Outcome(results=without), command="evenkeel lab run")
+        made = document("t", [claim], plan, Outcome(results=without), command="keelnorm lab run")
         assert made["run"]["missing"] == 1
         assert made["sections"][0]["answer"]
-        empty = document("t", [claim], plan, Outcome(), command="evenkeel lab run")["sections"][0]
+        empty = document("t", [claim], plan, Outcome(), command="keelnorm lab run")["sections"][0]
         assert empty["verdict"] == "no answer"
         assert empty["answer"].startswith("No answer: ")
 
 
 def test_private_modules_are_no_claims():
-    folder = Path(sys.modules["evenkeel.lab.claims"].__file__).parent
+    folder = Path(sys.modules["keelnorm.lab.claims"].__file__).parent
     files = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
     assert files == claims().keys()

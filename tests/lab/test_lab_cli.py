@@ -7,9 +7,9 @@ import pytest
 from fakes import fake_claim
 from typer.testing import CliRunner
 
-import evenkeel
-from evenkeel import cli
-from evenkeel.lab.core import claim as claim_module
+import keelnorm
+from keelnorm import cli
+from keelnorm.lab.core import claim as claim_module
 
 runner = CliRunner()
 
@@ -32,18 +32,18 @@ def test_run_then_report_then_show(fake, tmp_path):
     ran = runner.invoke(cli.app, ["lab", "run", "--jobs", "1", "--json"])
     assert ran.exit_code == 0, ran.output
     document = json.loads(ran.stdout)
-    assert document["files"] == {"page": "evenkeel-lab.html", "results": "evenkeel-lab.jsonl"}
+    assert document["files"] == {"page": "keelnorm-lab.html", "results": "keelnorm-lab.jsonl"}
     assert document["plan"] == {"quick": True, "seeds": None, "data": []}
     assert document["run"]["failed"] == document["run"]["missing"] == 0
     assert document["sections"][0]["verdict"] == "holds"
-    page = (tmp_path / "evenkeel-lab.html").read_text()
+    page = (tmp_path / "keelnorm-lab.html").read_text()
 
     again = runner.invoke(cli.app, ["lab", "run", "--jobs", "1", "--json"])
     assert json.loads(again.stdout) == document
-    (tmp_path / "evenkeel-lab.html").unlink()
+    (tmp_path / "keelnorm-lab.html").unlink()
     reported = runner.invoke(cli.app, ["lab", "report", "--json"])
     assert json.loads(reported.stdout) == document
-    assert (tmp_path / "evenkeel-lab.html").read_text() == page
+    assert (tmp_path / "keelnorm-lab.html").read_text() == page
 
     shown = runner.invoke(cli.app, ["lab", "show", "1"])
     assert "It is better. holds" in said(shown)
@@ -54,10 +54,10 @@ def test_run_then_report_then_show(fake, tmp_path):
 def test_full_has_more_seeds_and_seeds_override(fake):
     full = json.loads(runner.invoke(cli.app, ["lab", "run", "--full", "--jobs", "1", "--json"]).stdout)
     assert full["run"]["cells"] == 10
-    assert full["command"] == "evenkeel lab run --full"
+    assert full["command"] == "keelnorm lab run --full"
     own = json.loads(runner.invoke(cli.app, ["lab", "run", "fakes", "--seeds", "2", "--jobs", "1", "--json"]).stdout)
     assert own["run"]["cells"] == 4
-    assert own["sections"][0]["command"] == "evenkeel lab run fakes --quick --seeds 2"
+    assert own["sections"][0]["command"] == "keelnorm lab run fakes --quick --seeds 2"
     # A report is on what the last run was asked for.
     assert json.loads(runner.invoke(cli.app, ["lab", "report", "--json"]).stdout)["run"]["cells"] == 4
 
@@ -73,7 +73,7 @@ def test_a_report_without_results_says_how_to_get_them(fake):
         result = runner.invoke(cli.app, ["lab", command, "--out", "other.html"])
         assert result.exit_code == 1
         assert "other.jsonl has no results" in said(result)
-        assert "evenkeel lab run --out other.html" in said(result)
+        assert "keelnorm lab run --out other.html" in said(result)
 
 
 def test_a_failing_cell_ends_with_an_error_and_a_page(fake, tmp_path, monkeypatch):
@@ -87,11 +87,11 @@ def test_a_failing_cell_ends_with_an_error_and_a_page(fake, tmp_path, monkeypatc
     assert result.exit_code == 1
     assert "6 of 6 cells failed" in result.stderr
     assert "RuntimeError: made to fail" in said(result)
-    assert "No answer" in (tmp_path / "evenkeel-lab.html").read_text()
+    assert "No answer" in (tmp_path / "keelnorm-lab.html").read_text()
 
 
 def test_being_stopped_says_how_to_go_on(fake, monkeypatch):
-    from evenkeel.lab.core import laboratory
+    from keelnorm.lab.core import laboratory
 
     def stopped(*args, **how):
         raise KeyboardInterrupt
@@ -128,7 +128,7 @@ def test_options_are_checked_before_anything_runs(options, answer, tmp_path, fak
 
 @pytest.mark.parametrize("command", [["demo"], ["lab", "run"], ["lab", "list"]])
 def test_a_missing_package_is_named_with_what_to_install(monkeypatch, command):
-    from evenkeel.engine import optional_imports
+    from keelnorm.engine import optional_imports
 
     found = optional_imports.find_spec
     monkeypatch.setattr(optional_imports, "find_spec", lambda name: None if name == "plotly" else found(name))
@@ -139,15 +139,15 @@ def test_a_missing_package_is_named_with_what_to_install(monkeypatch, command):
 
 
 def test_without_typer_the_command_says_what_to_install():
-    code = "import sys; sys.modules['typer'] = None; import evenkeel.cli"
+    code = "import sys; sys.modules['typer'] = None; import keelnorm.cli"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == 1
-    said = r"the evenkeel command needs typer: .*pip install 'typer>=[\d.]+' 'rich>=\d+' 'safetensors>=[\d.]+'\n"
+    said = r"the keelnorm command needs typer: .*pip install 'typer>=[\d.]+' 'rich>=\d+' 'safetensors>=[\d.]+'\n"
     assert re.fullmatch(said, ended.stderr)
 
 
 def test_version_and_help():
-    assert runner.invoke(cli.app, ["--version"]).stdout == f"evenkeel {evenkeel.__version__}\n"
+    assert runner.invoke(cli.app, ["--version"]).stdout == f"keelnorm {keelnorm.__version__}\n"
     shown = said(runner.invoke(cli.app, ["--help"]))
     assert "demo" in shown
     assert "lab" in shown
@@ -159,8 +159,8 @@ def test_version_and_help():
 
 def test_help_imports_nothing_heavy_of_its_own():
     code = (
-        "import sys, evenkeel; before = set(sys.modules); import evenkeel.cli; "
-        "print([name for name in ('sklearn', 'joblib', 'plotly', 'scipy', 'jinja2', 'PIL', 'evenkeel.lab') "
+        "import sys, keelnorm; before = set(sys.modules); import keelnorm.cli; "
+        "print([name for name in ('sklearn', 'joblib', 'plotly', 'scipy', 'jinja2', 'PIL', 'keelnorm.lab') "
         "if name in set(sys.modules) - before])"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

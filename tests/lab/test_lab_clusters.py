@@ -13,11 +13,11 @@ from importlib.util import find_spec
 import pytest
 from test_lab_runner import cells, dies_on_two, fails_on_two, square
 
-from evenkeel.engine import optional_imports
-from evenkeel.lab.core import clusters
-from evenkeel.lab.core.clusters import ClusterError, cluster
-from evenkeel.lab.core.runner import run
-from evenkeel.lab.core.store import Store
+from keelnorm.engine import optional_imports
+from keelnorm.lab.core import clusters
+from keelnorm.lab.core.clusters import ClusterError, cluster
+from keelnorm.lab.core.runner import run
+from keelnorm.lab.core.store import Store
 
 
 @pytest.fixture

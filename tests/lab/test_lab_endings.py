@@ -11,13 +11,13 @@ from fakes import fake_claim
 from support.fresh import Scenario, run_fresh
 from typer.testing import CliRunner
 
-from evenkeel import cli
-from evenkeel.cli._shared import exit_status, laboratory_options
-from evenkeel.engine.atomic_write import write_text
-from evenkeel.lab.core import claim as claim_module
-from evenkeel.lab.core.plan import MOST_SEEDS
-from evenkeel.lab.core.store import Store
-from evenkeel.measure.page import html
+from keelnorm import cli
+from keelnorm.cli._shared import exit_status, laboratory_options
+from keelnorm.engine.atomic_write import write_text
+from keelnorm.lab.core import claim as claim_module
+from keelnorm.lab.core.plan import MOST_SEEDS
+from keelnorm.lab.core.store import Store
+from keelnorm.measure.page import html
 
 runner = CliRunner()
 
@@ -38,8 +38,8 @@ def fake(monkeypatch, tmp_path):
 
 START = """
 import io, os, sys
-from evenkeel.cli import main
-sys.argv = ["evenkeel", *{words}]
+from keelnorm.cli import main
+sys.argv = ["keelnorm", *{words}]
 {before}
 main()
 """
@@ -94,13 +94,13 @@ def test_characters_that_the_terminal_lacks_are_replaced_by_like_ones(monkeypatc
 
 
 def test_every_sign_of_an_outcome_has_a_substitute_of_its_own():
-    from evenkeel.measure.page.terminal import SIGNS
+    from keelnorm.measure.page.terminal import SIGNS
 
-    plain = [sign.encode("ascii", "evenkeel.substitute") for sign in SIGNS.values()]
+    plain = [sign.encode("ascii", "keelnorm.substitute") for sign in SIGNS.values()]
     assert len(set(plain)) == len(SIGNS)
 
 
-@pytest.mark.parametrize("name", ["evenkeel-lab.html", "evenkeel-lab.jsonl"])
+@pytest.mark.parametrize("name", ["keelnorm-lab.html", "keelnorm-lab.jsonl"])
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
 def test_a_place_where_nothing_can_be_written_is_said_before_anything_runs(fake, tmp_path, name, make):
     make(tmp_path / name)
@@ -132,14 +132,14 @@ def test_a_page_that_cannot_be_written_loses_nothing(fake, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(claim_module, "claims", lambda: {fake.name: fake})
     assert runner.invoke(cli.app, ["lab", "report"]).exit_code == 0
-    assert (tmp_path / "evenkeel-lab.html").exists()
+    assert (tmp_path / "keelnorm-lab.html").exists()
 
 
 def test_a_store_that_cannot_be_written_ends_the_run_in_one_line(fake, monkeypatch):
     monkeypatch.setattr(Store, "put", no_space)
     result = runner.invoke(cli.app, ["lab", "run", "--jobs", "1"])
     assert result.exit_code == 1
-    assert "No space left on device; what was measured is kept in evenkeel-lab.jsonl" in said(result)
+    assert "No space left on device; what was measured is kept in keelnorm-lab.jsonl" in said(result)
     assert "Traceback" not in result.output
 
 
@@ -173,12 +173,12 @@ def test_no_such_claim_is_said_before_whether_there_are_results(fake):
     ],
 )
 def test_an_order_that_cannot_be_read_is_one_line(fake, tmp_path, order):
-    (tmp_path / "evenkeel-lab.jsonl").write_text(json.dumps({"order": order}) + "\n")
+    (tmp_path / "keelnorm-lab.jsonl").write_text(json.dumps({"order": order}) + "\n")
     for command in ("show", "report"):
         result = runner.invoke(cli.app, ["lab", command])
         assert result.exit_code == 1
         assert "what was asked for can't be read there" in said(result)
-        assert "`evenkeel lab run --out evenkeel-lab.html` measures anew" in said(result)
+        assert "`keelnorm lab run --out keelnorm-lab.html` measures anew" in said(result)
 
 
 def test_the_most_seeds_are_the_same_for_the_command_and_for_what_is_stored():
@@ -188,9 +188,9 @@ def test_the_most_seeds_are_the_same_for_the_command_and_for_what_is_stored():
 def test_a_progress_bar_that_cannot_be_drawn_costs_the_bar_alone(fake):
     from rich.console import Console
 
-    from evenkeel.lab.core.laboratory import Order, run_order
-    from evenkeel.lab.core.plan import Plan
-    from evenkeel.lab.core.progress import ProgressBar
+    from keelnorm.lab.core.laboratory import Order, run_order
+    from keelnorm.lab.core.plan import Plan
+    from keelnorm.lab.core.progress import ProgressBar
 
     with open("/dev/full", "w", buffering=1) as full:
         with ProgressBar(Console(file=full, force_terminal=True)) as bar:

@@ -13,7 +13,7 @@ CLAIMS = ["convergence"]
 
 def command(page):
     options = ["--quick", "--seeds", "2", "--jobs", "2", "--json", "--out", str(page)]
-    return [sys.executable, "-m", "evenkeel", "lab", "run", *CLAIMS, *options]
+    return [sys.executable, "-m", "keelnorm", "lab", "run", *CLAIMS, *options]
 
 
 def sections(ended):
@@ -42,7 +42,7 @@ def test_killed_again_and_again_it_ends_with_the_same_page(tmp_path):
     ended = subprocess.run(command(page), capture_output=True, text=True, check=True)
     assert sections(ended) == sections(whole)
     reported = subprocess.run(
-        [sys.executable, "-m", "evenkeel", "lab", "report", "--json", "--out", str(page)],
+        [sys.executable, "-m", "keelnorm", "lab", "report", "--json", "--out", str(page)],
         capture_output=True,
         text=True,
         check=True,

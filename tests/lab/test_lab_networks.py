@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from evenkeel.lab.core.seeds import generator
-from evenkeel.lab.training.arms import ARMS, GROUPS, arm_named
-from evenkeel.lab.training.networks import ACTIVATIONS, StackedCNN, StackedMLP, draw_weight
-from evenkeel.lab.training.train import Descent, losses
+from keelnorm.lab.core.seeds import generator
+from keelnorm.lab.training.arms import ARMS, GROUPS, arm_named
+from keelnorm.lab.training.networks import ACTIVATIONS, StackedCNN, StackedMLP, draw_weight
+from keelnorm.lab.training.train import Descent, losses
 
 RATES = torch.tensor([0.02, 0.1, 0.3])
 SCALES = torch.tensor([0.5, 1.0, 2.0])

@@ -7,17 +7,17 @@ import pytest
 from fakes import fake_claim, fake_document
 from rich.console import Console
 
-from evenkeel.lab.core.claim import Reading, Source
-from evenkeel.lab.core.plan import Plan
-from evenkeel.lab.core.runner import Outcome
-from evenkeel.lab.reading.document import document as make_document
-from evenkeel.lab.reading.figures import Axis, Figure, Series, Table
-from evenkeel.lab.reading.verdicts import Finding
-from evenkeel.measure.page.html import page, write_page
-from evenkeel.measure.page.looks import LOOKS
-from evenkeel.measure.page.plots import plotly_figure
-from evenkeel.measure.page.terminal import show, show_claims, show_section
-from evenkeel.measure.statistics import Interval
+from keelnorm.lab.core.claim import Reading, Source
+from keelnorm.lab.core.plan import Plan
+from keelnorm.lab.core.runner import Outcome
+from keelnorm.lab.reading.document import document as make_document
+from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
+from keelnorm.lab.reading.verdicts import Finding
+from keelnorm.measure.page.html import page, write_page
+from keelnorm.measure.page.looks import LOOKS
+from keelnorm.measure.page.plots import plotly_figure
+from keelnorm.measure.page.terminal import show, show_claims, show_section
+from keelnorm.measure.statistics import Interval
 
 NASTY = "<script>alert('x')</script>&\"\u2028</style>"
 
@@ -83,7 +83,7 @@ def printed(width, show_it):
 def test_the_page_holds_every_claim_with_verdict_answer_and_text_alternatives(document, text):
     for section in document["sections"]:
         assert f'id="{section["name"]}"' in text
-        assert section["command"].startswith(f"evenkeel lab run {section['name']} ")
+        assert section["command"].startswith(f"keelnorm lab run {section['name']} ")
         for part in ("statement", "question", "answer", "literature", "criterion", "command"):
             assert escaped(section[part]) in text
         assert f"{section['verdict']}</span>" in text
@@ -171,7 +171,7 @@ def test_a_reference_line_on_a_logarithmic_axis_is_where_its_name_is(document):
 
 
 def test_arms_differ_without_colour():
-    # The two names of evenkeel's batch norm are drawn alike, and some arms never meet in one figure.
+    # The two names of keelnorm's batch norm are drawn alike, and some arms never meet in one figure.
     meets = [
         ("none", "torch", "bn", "ln", "gn", "ghost", "renorm", "cross", "moving", "sync"),
         ("none", "bn", "dropout", "both", "ghost"),
@@ -237,6 +237,6 @@ def test_without_any_result_there_is_no_answer_and_a_page():
 def test_what_has_not_run_is_said(document):
     plan = Plan()
     partly = Outcome(results={fakes.cells(plan)[0].key: {"accuracy": 90.0}})
-    whole = make_document("t", [fake_claim()], plan, partly, command="evenkeel lab run")
+    whole = make_document("t", [fake_claim()], plan, partly, command="keelnorm lab run")
     assert whole["run"]["missing"] == 5
     assert "5 of 6 cells have not run" in page(whole)

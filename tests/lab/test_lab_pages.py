@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from fakes import fake_document
 
-from evenkeel.lab.core.claim import claims
-from evenkeel.lab.core.plan import kind_of
-from evenkeel.lab.reading.claim_pages import STORED, kept, main, pages, write_pages
-from evenkeel.lab.reading.guide import ADVICE
+from keelnorm.lab.core.claim import claims
+from keelnorm.lab.core.plan import kind_of
+from keelnorm.lab.reading.claim_pages import STORED, kept, main, pages, write_pages
+from keelnorm.lab.reading.guide import ADVICE
 
 DOCS = Path(__file__).parents[2] / "docs"
 #: Of the bundled data alone, and with MNIST and recordings.
@@ -68,8 +68,8 @@ def test_a_page_holds_verdict_findings_tables_and_command():
 def test_where_the_data_lay_is_nobody_s_business():
     document = fake_document()
     for place in ("/home/me/data", "'/home/me/my data'"):
-        document["command"] = f"evenkeel lab run --full --data-dir {place} --seeds 3"
-        document["sections"][0]["command"] = f"evenkeel lab run fakes --data-dir {place}"
+        document["command"] = f"keelnorm lab run --full --data-dir {place} --seeds 3"
+        document["sections"][0]["command"] = f"keelnorm lab run fakes --data-dir {place}"
         text = json.dumps(kept(document))
         assert "home" not in text
         assert "--data-dir FOLDER --seeds 3" in text

@@ -3,9 +3,9 @@ import os
 import pytest
 import torch
 
-from evenkeel.lab.core.cell import Cell, Results
-from evenkeel.lab.core.runner import run, stored
-from evenkeel.lab.core.store import Store
+from keelnorm.lab.core.cell import Cell, Results
+from keelnorm.lab.core.runner import run, stored
+from keelnorm.lab.core.store import Store
 
 
 def square(*, seed):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evenkeel.lab.core.seeds import canonical, generator, seed_from
+from keelnorm.lab.core.seeds import canonical, generator, seed_from
 
 scalars = st.one_of(st.text("ab1=, "), st.integers(), st.booleans(), st.floats(allow_nan=False, allow_infinity=False))
 names = st.text(alphabet="abcdefghij", min_size=1)
@@ -19,7 +19,7 @@ def test_a_seed_is_the_same_for_ever():
 
 
 def test_a_seed_is_the_same_in_another_process():
-    code = "from evenkeel.lab.core.seeds import seed_from; print(seed_from(draw='order', seed=4, rate=0.3))"
+    code = "from keelnorm.lab.core.seeds import seed_from; print(seed_from(draw='order', seed=4, rate=0.3))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(printed.stdout) == seed_from(draw="order", seed=4, rate=0.3)
 

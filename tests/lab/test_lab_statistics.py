@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from evenkeel.measure.statistics import Interval, difference, first_crossing, geometric_mean, mean, ratio, speedup
+from keelnorm.measure.statistics import Interval, difference, first_crossing, geometric_mean, mean, ratio, speedup
 
 samples = st.lists(st.floats(0.1, 1000.0), min_size=2, max_size=20).filter(lambda values: np.ptp(values) > 1e-3)
 

@@ -21,7 +21,7 @@ def sleeping_run(folder):
     with open(folder / "said", "wb") as said:  # a pipe would stay open as long as any worker lives
         process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("sleeping.py")), "lab", "run", "--jobs", "2"],
-            env=os.environ | {"EVENKEEL_TEST_STARTED": str(folder / "started")},
+            env=os.environ | {"KEELNORM_TEST_STARTED": str(folder / "started")},
             cwd=folder,
             stdout=subprocess.DEVNULL,
             stderr=said,
@@ -74,7 +74,7 @@ def test_stopped_while_workers_start_it_says_so_in_one_line(tmp_path, sent, stat
         assert process.wait(PATIENCE) in statuses
         assert comes(lambda: not members(process.pid))
     said = (tmp_path / "said").read_text()  # beside the bar, and what loky may say of semaphores it takes down
-    assert said.count("stopped; what was measured is kept in evenkeel-lab.jsonl, and the same command goes on\n") == 1
+    assert said.count("stopped; what was measured is kept in keelnorm-lab.jsonl, and the same command goes on\n") == 1
     assert "Traceback" not in said
 
 

@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from evenkeel.lab.core import store as store_module
-from evenkeel.lab.core.cell import Cell
-from evenkeel.lab.core.environment import source_used
-from evenkeel.lab.core.runner import run
-from evenkeel.lab.core.store import Store, _digest
+from keelnorm.lab.core import store as store_module
+from keelnorm.lab.core.cell import Cell
+from keelnorm.lab.core.environment import source_used
+from keelnorm.lab.core.runner import run
+from keelnorm.lab.core.store import Store, _digest
 
 HERE = {"machine": "here"}
 
@@ -51,7 +51,7 @@ def test_the_file_tells_machine_versions_code_and_duration(tmp_path):
     for cell in cells(2):
         store.put(cell, {"value": 1}, 0.25)
     described, *records = map(json.loads, path.read_text().splitlines())
-    assert {"processor", "cores", "python", "torch", "evenkeel"} <= described["is"].keys()
+    assert {"processor", "cores", "python", "torch", "keelnorm"} <= described["is"].keys()
     assert {record["environment"] for record in records} == {described["environment"]}
     assert records[0].keys() == {"cell", "environment", "code", "finished", "seconds", "result"}
 

@@ -2,14 +2,14 @@ import pytest
 import torch
 from torch import nn
 
-import evenkeel as ek
-from evenkeel.lab.claims.convergence import curves
-from evenkeel.lab.core.seeds import generator
-from evenkeel.lab.data import digits
-from evenkeel.lab.training.arms import arm_named
-from evenkeel.lab.training.networks import StackedMLP
-from evenkeel.lab.training.parameter_drift import Wander, received_by, unit_moments
-from evenkeel.lab.training.train import batch_moments, batches, plain, train
+import keelnorm as kn
+from keelnorm.lab.claims.convergence import curves
+from keelnorm.lab.core.seeds import generator
+from keelnorm.lab.data import digits
+from keelnorm.lab.training.arms import arm_named
+from keelnorm.lab.training.input_shift import Wander, received_by, unit_moments
+from keelnorm.lab.training.networks import StackedMLP
+from keelnorm.lab.training.train import batch_moments, batches, plain, train
 
 AXES = {
     "data": "digits",
@@ -52,7 +52,7 @@ def test_batches_are_epochs_in_random_order():
         next(batches(10, 11, 1, generator(draw="test")))
 
 
-@pytest.mark.parametrize("layer", [nn.BatchNorm1d, ek.BatchNorm1d])
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d, kn.BatchNorm1d])
 def test_looking_with_the_batchs_moments_leaves_no_trace(layer):
     model = layer(4)
     model(torch.randn(10, 4))

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from evenkeel.lab.reading.verdicts import MEANING, Finding, speedup_finding, verdict
-from evenkeel.measure.statistics import Interval, speedup
+from keelnorm.lab.reading.verdicts import MEANING, Finding, speedup_finding, verdict
+from keelnorm.measure.statistics import Interval, speedup
 
 UP, DOWN, BOTH = Interval(2.0, 1.0, 3.0, 5), Interval(-2.0, -3.0, -1.0, 5), Interval(0.0, -1.0, 1.0, 5)
 

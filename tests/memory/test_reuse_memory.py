@@ -9,13 +9,13 @@ import warnings
 
 import pytest
 
-import evenkeel as ek
-from evenkeel import memory
+import keelnorm as kn
+from keelnorm import memory
 
 possible = pytest.mark.skipif(memory.obstacle() is not None, reason=f"not here: {memory.obstacle()}")
 
 COUNT = """
-import resource, torch, evenkeel as ek
+import resource, torch, keelnorm as kn
 
 def faults(elements):
     for index in range(15):
@@ -25,7 +25,7 @@ def faults(elements):
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 counts = [faults(16 << 20)]
-with ek.reuse_memory():
+with kn.reuse_memory():
     counts.append(faults(16 << 20))
 counts.append(faults(256 << 20))  # too large for what the heap has free: mapped, unless the thresholds stayed
 print(*counts)
@@ -66,10 +66,10 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def test_the_outermost_counts(library: Recorder) -> None:
-    with ek.reuse_memory() as outer:
+    with kn.reuse_memory() as outer:
         raised = list(library.calls)
         assert raised == [(memory.M_MMAP_THRESHOLD, memory.LARGEST_INT), (memory.M_TRIM_THRESHOLD, memory.NEVER)]
-        with ek.reuse_memory() as inner:
+        with kn.reuse_memory() as inner:
             assert outer.active
             assert inner.active
         assert not inner.active
@@ -82,21 +82,21 @@ def test_the_outermost_counts(library: Recorder) -> None:
 
 
 def test_it_is_undone_after_an_exception(library: Recorder) -> None:
-    with pytest.raises(KeyError), ek.reuse_memory():
+    with pytest.raises(KeyError), kn.reuse_memory():
         raise KeyError
     assert library.calls[-1] == (0,)
 
 
 def test_an_older_library_forbids_mappings_altogether(library: Recorder) -> None:
     library.refused = (memory.M_MMAP_THRESHOLD,)
-    with ek.reuse_memory() as reuse:
+    with kn.reuse_memory() as reuse:
         assert reuse.active
         assert (memory.M_MMAP_MAX, 0) in library.calls
     assert (memory.M_MMAP_MAX, memory.MMAP_MAX) in library.calls
 
 
 def test_it_is_announced(library: Recorder, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "evenkeel"), ek.reuse_memory() as reuse:
+    with caplog.at_level(logging.INFO, "keelnorm"), kn.reuse_memory() as reuse:
         assert reuse.reason in caplog.text
     assert "goes back" in caplog.text
 
@@ -108,11 +108,11 @@ def test_where_it_cannot_be_had_it_warns_once(monkeypatch: pytest.MonkeyPatch) -
     why = memory.obstacle()
     assert why
     with pytest.warns(RuntimeWarning, match="is not reused"):
-        reuse = ek.reuse_memory()
+        reuse = kn.reuse_memory()
     assert (reuse.active, reuse.reason) == (False, why)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ek.reuse_memory().undo()
+        kn.reuse_memory().undo()
 
 
 @possible

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from support.batches import full_mask, masks, values
 
-import evenkeel as ek
-from evenkeel import Moments
+import keelnorm as kn
+from keelnorm import Moments
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -79,7 +79,7 @@ def test_all_of_a_mask_is_no_mask():
 @pytest.mark.parametrize(
     "shape", [(3,), (5,), (4, 3), (4, 6, 5), (4, 3, 5), (3, 1, 5, 6), (4, 2, 5, 6), (1, 4, 3, 5, 6), ()]
 )
-@pytest.mark.parametrize("function", [Moments.from_tensor, ek.functional.moments])
+@pytest.mark.parametrize("function", [Moments.from_tensor, kn.functional.moments])
 def test_shape_that_does_not_fit(function, shape):
     """The message says what came and what is legal."""
     with pytest.raises(ValueError, match="mask does not fit") as raised:

@@ -1,11 +1,11 @@
-"""``ek.functional.moments`` with a mask, on every kernel: the same moments as those of the values that count."""
+"""``kn.functional.moments`` with a mask, on every kernel: the same moments as those of the values that count."""
 
 import pytest
 import torch
 from support.batches import full_mask
 from support.cases import DENSE, laid_out
 
-import evenkeel as ek
+import keelnorm as kn
 
 SHAPE = (6, 5, 4, 3)
 #: Those that are the same for all channels.
@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check(x, mask):
-    found = ek.functional.moments(x, mask)
+    found = kn.functional.moments(x, mask)
     counts = full_mask(mask, x.shape)
     assert found.count.shape == found.mean.shape == found.m2.shape == (x.shape[1],)
     for c in range(x.shape[1]):
@@ -44,15 +44,15 @@ def test_masks_of_single_channels(kernel):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_a_mask_that_lets_nothing_count(native):
-    with ek.kernels.use("auto" if native else "reference"):
+    with kn.kernels.use("auto" if native else "reference"):
         check(torch.full(SHAPE, torch.nan), torch.zeros(6, dtype=torch.bool))
 
 
 def test_merging_masked_parts_gives_the_whole(kernel):
     x, mask = torch.randn(SHAPE), torch.rand(6, 4, 3) < 0.5
     mask[0, 0, 0] = mask[3, 0, 0] = True
-    whole = ek.functional.moments(x, mask)
-    merged = ek.functional.moments(x[:3], mask[:3]).merge(ek.functional.moments(x[3:], mask[3:]))
+    whole = kn.functional.moments(x, mask)
+    merged = kn.functional.moments(x[:3], mask[:3]).merge(kn.functional.moments(x[3:], mask[3:]))
     assert torch.equal(merged.count, whole.count)
     torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(merged.m2, whole.m2, rtol=1e-6, atol=1e-6)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from support.batches import cuts, masks, values
 
-from evenkeel import Moments
+from keelnorm import Moments
 
 EPS = torch.finfo(torch.float64).eps
 

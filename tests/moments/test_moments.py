@@ -11,8 +11,8 @@ from support.cases import DENSE, LAYOUTS, laid_out
 from support.definition import moments, over
 from support.forcing import NATIVE
 
-import evenkeel as ek
-from evenkeel import Moments
+import keelnorm as kn
+from keelnorm import Moments
 
 EPS64 = torch.finfo(torch.float64).eps
 
@@ -50,9 +50,9 @@ def test_a_large_mean_costs_no_digits(dtype, layout, offset):
 
 @pytest.mark.parametrize("layout", DENSE)
 def test_on_kernels(kernel, layout):
-    """evenkeel.functional.moments takes the kernels in use."""
+    """keelnorm.functional.moments takes the kernels in use."""
     x = laid_out(torch.randn(7, 5, 6, 4) + 1e6, layout)
-    found, (mean, var) = ek.functional.moments(x), moments(x)
+    found, (mean, var) = kn.functional.moments(x), moments(x)
     assert found.count.item() == 7 * 6 * 4
     assert bool(((found.mean - mean).abs() <= 1e-6 * var.sqrt()).all())
     assert bool(((found.var - var).abs() <= 1e-6 * var).all())
@@ -75,18 +75,18 @@ def test_scales(scale):
 @pytest.mark.parametrize("kernel", NATIVE, indirect=True)
 @pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-22, 1e-15, 1e15, 1e18, 1e20, 1e30])
 def test_scales_on_kernels(kernel, scale):
-    assert_scaled_moments(ek.functional.moments, scale)
+    assert_scaled_moments(kn.functional.moments, scale)
 
 
 def test_functional_takes_a_mask_and_a_gradient():
     x, mask = torch.randn(4, 3, 5), torch.tensor([True, False, True, True])
-    with_mask, wanted = ek.functional.moments(x, mask), Moments.from_tensor(x[mask])
+    with_mask, wanted = kn.functional.moments(x, mask), Moments.from_tensor(x[mask])
     torch.testing.assert_close(with_mask.m2, wanted.m2, rtol=1e-6, atol=0)
     x.requires_grad_()
-    (gradient,) = torch.autograd.grad(ek.functional.moments(x).mean.sum(), x)
+    (gradient,) = torch.autograd.grad(kn.functional.moments(x).mean.sum(), x)
     torch.testing.assert_close(gradient, torch.full_like(x, 1 / 20))
     with torch.no_grad():
-        assert not ek.functional.moments(x).mean.requires_grad
+        assert not kn.functional.moments(x).mean.requires_grad
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -150,7 +150,7 @@ def test_repr_says_how_much_there_is():
         (torch.tensor(1.0), ValueError, r"shape \(\)"),
     ],
 )
-@pytest.mark.parametrize("function", [Moments.from_tensor, ek.functional.moments])
+@pytest.mark.parametrize("function", [Moments.from_tensor, kn.functional.moments])
 def test_what_is_not_legal(function, x, error, words):
     with pytest.raises(error, match=words):
         function(x)
@@ -161,7 +161,7 @@ def test_under_vmap(masked):
     x, mask = torch.randn(3, 5, 2, 4), torch.arange(5) > 1 if masked else None
 
     def moments(x):
-        found = ek.functional.moments(x, mask)
+        found = kn.functional.moments(x, mask)
         return found.count, found.mean, found.m2
 
     found = torch.func.vmap(moments)(x)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evenkeel import Moments
-from evenkeel.functional import moments
+from keelnorm import Moments
+from keelnorm.functional import moments
 
 WEIGHTINGS = ["frequency", "importance"]
 

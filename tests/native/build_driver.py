@@ -3,7 +3,7 @@
     python tests/native/build_driver.py native|sanitize|arm [the driver's own arguments]
 
 ``native`` links the objects that the package is built of, ``sanitize`` the same compiled with AddressSanitizer and
-UndefinedBehaviorSanitizer; both also leave a library in their folder, for EVENKEEL_LIBRARY. ``arm`` compiles for
+UndefinedBehaviorSanitizer; both also leave a library in their folder, for KEELNORM_LIBRARY. ``arm`` compiles for
 aarch64 and runs on an emulator. What did not change is not compiled again.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 HERE = Path("tests/native")
-CSRC = Path("src/evenkeel/engine/kernels/cpu/csrc")
+CSRC = Path("src/keelnorm/engine/kernels/cpu/csrc")
 BUILD = Path("build")
 DTYPES = ("f32", "f64", "bf16", "f16")
 
@@ -50,14 +50,14 @@ def native(folder: Path = BUILD / "native", flags: list[str] | None = None) -> l
     objects = folder / "objects" if flags else BUILD / "objects"
     environment = {
         **os.environ,
-        "EVENKEEL_NATIVE": "1",
-        "EVENKEEL_OBJECTS": str(objects),
+        "KEELNORM_NATIVE": "1",
+        "KEELNORM_OBJECTS": str(objects),
         "CXXFLAGS": shlex.join([*flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]),
         "LDFLAGS": shlex.join([*flags, *shlex.split(os.environ.get("LDFLAGS", ""))]),
     }
     temporary = ["--build-lib", str(folder), "--build-temp", str(folder)]
     _run([sys.executable, "setup.py", "--quiet", "build_ext", *temporary], env=environment)
-    library = folder / "evenkeel/engine/kernels/cpu/libevenkeel.so"
+    library = folder / "keelnorm/engine/kernels/cpu/libkeelnorm.so"
     library.replace(folder / library.name)
     driver = folder / "driver"
     linked = [*sorted(objects.glob("kernels_*.o")), objects / "dispatch.o"]
@@ -88,9 +88,9 @@ def arm() -> list[str]:
     command, emulator = arm_tools()
     folder = BUILD / "arm"
     folder.mkdir(parents=True, exist_ok=True)
-    kernel = ["-O2", "-fno-math-errno", "-ffp-contract=off", "-DEVENKEEL_ISA=baseline"]
+    kernel = ["-O2", "-fno-math-errno", "-ffp-contract=off", "-DKEELNORM_ISA=baseline"]
     units = [
-        *((f"kernels_{dtype}", CSRC / "kernels.cpp", [*kernel, f"-DEVENKEEL_DTYPE={dtype}"]) for dtype in DTYPES),
+        *((f"kernels_{dtype}", CSRC / "kernels.cpp", [*kernel, f"-DKEELNORM_DTYPE={dtype}"]) for dtype in DTYPES),
         ("dispatch", CSRC / "dispatch.cpp", []),
         ("driver", HERE / "driver.cpp", []),
     ]

@@ -11,7 +11,7 @@
 
 namespace native {
 
-using evenkeel::Layout;
+using keelnorm::Layout;
 
 enum class Op { stats, apply, forward, grad_stats, grad_input, backward, invert, transpose };
 constexpr Op kOps[] = {Op::stats,      Op::apply,    Op::forward, Op::grad_stats,

@@ -72,7 +72,7 @@ int64_t check_single_values(Memory& memory, const Kernels& kernels, Dtype dtype)
   about("apply", {Activation::none});
   end_if(sweep.identity());
   int64_t runs = 1;
-  for (int64_t i = 0; i < evenkeel::kActivations; ++i)
+  for (int64_t i = 0; i < keelnorm::kActivations; ++i)
     for (const Function& function : variants_of(static_cast<Activation>(i))) {
       about("apply", function);
       end_if(sweep.activation(function));
@@ -89,9 +89,9 @@ int64_t check_table(const Kernels& kernels, Dtype dtype, bool quick) {
   int64_t turn = 0;
   for (Shape shape : shapes_of(quick))
     for (Op op : kOps)
-      for (int64_t activation = 0; activation < (takes_activation(op) ? evenkeel::kActivations : 1); ++activation) {
+      for (int64_t activation = 0; activation < (takes_activation(op) ? keelnorm::kActivations : 1); ++activation) {
         if (op == Op::invert && !inverts(activation)) continue;
-        const bool large = shape.samples * shape.channels * shape.positions >= evenkeel::kSerialBelow;
+        const bool large = shape.samples * shape.channels * shape.positions >= keelnorm::kSerialBelow;
         // Quickly, an activation meets every second shape, and of the large ones every eighth.
         const int64_t rarely = quick && takes_activation(op) ? (large ? 8 : 2) : 1;
         if (++turn % rarely != 0) continue;
@@ -131,19 +131,19 @@ int main(int count, char** words) {
   std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);  // a fault ends the program without more words
   watch();
   int tables = 0;
-  for (int i = 0; i < evenkeel_kernels_count(); ++i) {
-    const std::string name = evenkeel_kernels_name(i);
-    if (!isa.empty() ? isa != name : !evenkeel_kernels_supported(i)) continue;
-    if (!evenkeel_kernels_supported(i)) {
+  for (int i = 0; i < keelnorm_kernels_count(); ++i) {
+    const std::string name = keelnorm_kernels_name(i);
+    if (!isa.empty() ? isa != name : !keelnorm_kernels_supported(i)) continue;
+    if (!keelnorm_kernels_supported(i)) {
       std::fprintf(stderr, "this machine lacks %s\n", name.c_str());
       return 1;
     }
-    evenkeel_kernels_force(i);
-    for (int j = 0; j < evenkeel::kDtypes; ++j) {
+    keelnorm_kernels_force(i);
+    for (int j = 0; j < keelnorm::kDtypes; ++j) {
       const Dtype which = static_cast<Dtype>(j);
       if (!dtype.empty() && dtype != format_of(which).name) continue;
-      if (!evenkeel::has_kernels(i, which)) continue;
-      const Kernels& kernels = evenkeel::active_kernels(which);
+      if (!keelnorm::has_kernels(i, which)) continue;
+      const Kernels& kernels = keelnorm::active_kernels(which);
       if (name != kernels.name) {
         std::printf("%s was forced, but %s is active\n", name.c_str(), kernels.name);
         return 1;

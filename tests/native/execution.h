@@ -11,8 +11,8 @@
 
 namespace native {
 
-using evenkeel::Kernels;
-using evenkeel::Problem;
+using keelnorm::Kernels;
+using keelnorm::Problem;
 
 // The memory of all arguments, kept from one run to the next.
 struct Memory {
@@ -32,7 +32,7 @@ class Execution {
       : m_(memory), kernels_(kernels), c_(c), numbers_(numbers), given_(given) {}
 
   // Runs the operator. Returns what it did wrong to memory that is not its own, or an empty text.
-  std::string run(const evenkeel::Parallel& how, Place place, int64_t core_cache) {
+  std::string run(const keelnorm::Parallel& how, Place place, int64_t core_cache) {
     place_ = place, used_.clear(), inputs_.clear(), results_.clear();
     Problem p = problem();
     p.core_cache = core_cache;
@@ -72,7 +72,7 @@ class Execution {
     return std::string(static_cast<const char*>(memory.data()), memory.bytes());
   }
 
-  static void (*Kernels::* operator_of(Op op))(const Problem&, evenkeel::Parallel) {
+  static void (*Kernels::* operator_of(Op op))(const Problem&, keelnorm::Parallel) {
     switch (op) {
       case Op::stats:
         return &Kernels::stats;

@@ -8,7 +8,7 @@
 
 namespace native {
 
-using evenkeel::Activation;
+using keelnorm::Activation;
 
 constexpr double kRootHalf = 0.70710678118654752440, kRootTwoOverPi = 0.79788456080286535588;
 
@@ -132,7 +132,7 @@ inline const char* name_of(Activation activation) {
   static const char* const names[] = {"none",    "relu", "relu6",     "leaky_relu", "elu",
                                       "silu",    "gelu", "gelu_tanh", "hardswish",  "hardsigmoid",
                                       "sigmoid", "tanh", "mish",      "softplus"};
-  static_assert(sizeof(names) / sizeof(names[0]) == evenkeel::kActivations, "a name for each activation");
+  static_assert(sizeof(names) / sizeof(names[0]) == keelnorm::kActivations, "a name for each activation");
   return names[static_cast<int>(activation)];
 }
 

@@ -29,7 +29,7 @@ void run_in_threads(int64_t tasks, Body body, void* context) {
 
 struct Way {
   const char* name;
-  evenkeel::Parallel parallel;
+  keelnorm::Parallel parallel;
 };
 
 constexpr Way kWays[] = {{"serially", {run_serially}},

@@ -9,7 +9,7 @@
 
 namespace native {
 
-using evenkeel::Dtype;
+using keelnorm::Dtype;
 
 struct Format {
   const char* name;

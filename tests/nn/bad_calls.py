@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import evenkeel as ek
-from evenkeel.engine.fusion.expectations import ATTRIBUTE
-from evenkeel.nn.recurrent.stepwise import StepwiseBatchNorm
+import keelnorm as kn
+from keelnorm.engine.fusion.expectations import ATTRIBUTE
+from keelnorm.nn.recurrent.stepwise import StepwiseBatchNorm
 
 C, N, STEPS = 3, 4, 5
 #: What a call may raise.
@@ -23,33 +23,33 @@ INF, NAN = float("inf"), float("nan")
 
 #: How each layer is made.
 LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "BatchNorm": lambda: ek.BatchNorm(C),
-    "BatchNorm1d": lambda: ek.BatchNorm1d(C),
-    "BatchNorm2d": lambda: ek.BatchNorm2d(C, too_few="running"),
-    "BatchNorm3d": lambda: ek.BatchNorm3d(C, too_few="skip"),
-    "SyncBatchNorm": lambda: ek.SyncBatchNorm(C),
-    "BatchRenorm": lambda: ek.BatchRenorm(C, r_max=2.0, d_max=1.0),
-    "classes": lambda: ek.ConditionalBatchNorm(C, num_classes=2),
-    "embedding": lambda: ek.ConditionalBatchNorm(
+    "BatchNorm": lambda: kn.BatchNorm(C),
+    "BatchNorm1d": lambda: kn.BatchNorm1d(C),
+    "BatchNorm2d": lambda: kn.BatchNorm2d(C, too_few="running"),
+    "BatchNorm3d": lambda: kn.BatchNorm3d(C, too_few="skip"),
+    "SyncBatchNorm": lambda: kn.SyncBatchNorm(C),
+    "BatchRenorm": lambda: kn.BatchRenorm(C, r_max=2.0, d_max=1.0),
+    "classes": lambda: kn.ConditionalBatchNorm(C, num_classes=2),
+    "embedding": lambda: kn.ConditionalBatchNorm(
         C, embedding_features=2, modulation=nn.Sequential(nn.Linear(2, 2 * C), nn.BatchNorm1d(2 * C))
     ),
-    "CrossIterationBatchNorm": lambda: ek.CrossIterationBatchNorm(C, compensate=False),
-    "compensating": lambda: ek.CrossIterationBatchNorm(C).attach(nn.Linear(2, C)),
-    "DomainBatchNorm": lambda: ek.DomainBatchNorm(C, ["a", "b"], share_affine=False),
-    "pooled ghosts": lambda: ek.GhostBatchNorm(C, 2),
-    "ghosts in sequence": lambda: ek.GhostBatchNorm(C, 3, running="sequential"),
-    "L1BatchNorm": lambda: ek.L1BatchNorm(C),
-    "MovingAverageBatchNorm": lambda: ek.MovingAverageBatchNorm(C, burn_in=0),
-    "RangeBatchNorm": lambda: ek.RangeBatchNorm(C),
-    "SplitBatchNorm": lambda: ek.SplitBatchNorm(C),
-    "VirtualBatchNorm": lambda: ek.VirtualBatchNorm(C),
-    "WhiteningBatchNorm": lambda: ek.WhiteningBatchNorm(C, group_size=1),
+    "CrossIterationBatchNorm": lambda: kn.CrossIterationBatchNorm(C, compensate=False),
+    "compensating": lambda: kn.CrossIterationBatchNorm(C).attach(nn.Linear(2, C)),
+    "DomainBatchNorm": lambda: kn.DomainBatchNorm(C, ["a", "b"], share_affine=False),
+    "pooled ghosts": lambda: kn.GhostBatchNorm(C, 2),
+    "ghosts in sequence": lambda: kn.GhostBatchNorm(C, 3, running="sequential"),
+    "L1BatchNorm": lambda: kn.L1BatchNorm(C),
+    "MovingAverageBatchNorm": lambda: kn.MovingAverageBatchNorm(C, burn_in=0),
+    "RangeBatchNorm": lambda: kn.RangeBatchNorm(C),
+    "SplitBatchNorm": lambda: kn.SplitBatchNorm(C),
+    "VirtualBatchNorm": lambda: kn.VirtualBatchNorm(C),
+    "WhiteningBatchNorm": lambda: kn.WhiteningBatchNorm(C, group_size=1),
     "StepwiseBatchNorm": lambda: StepwiseBatchNorm(C, max_length=2),
-    "LSTM": lambda: ek.BatchNormLSTM(C, 2, num_layers=2, max_length=2),
-    "GRU": lambda: ek.BatchNormGRU(C, 2, num_layers=2, normalize="input", batch_first=True),
-    "LSTMCell": lambda: ek.BatchNormLSTMCell(C, 2, max_length=2),
-    "GRUCell": lambda: ek.BatchNormGRUCell(C, 2),
-    "Sequential": lambda: ek.Sequential(ek.BatchNorm(C), nn.ReLU()),
+    "LSTM": lambda: kn.BatchNormLSTM(C, 2, num_layers=2, max_length=2),
+    "GRU": lambda: kn.BatchNormGRU(C, 2, num_layers=2, normalize="input", batch_first=True),
+    "LSTMCell": lambda: kn.BatchNormLSTMCell(C, 2, max_length=2),
+    "GRUCell": lambda: kn.BatchNormGRUCell(C, 2),
+    "Sequential": lambda: kn.Sequential(kn.BatchNorm(C), nn.ReLU()),
 }
 FUNCTIONS = ("batch_norm", "moments", "length_mask")
 
@@ -211,7 +211,7 @@ def _frozen(value: Any) -> Any:
         return id(value), value.requires_grad, tuple(value.shape), packed.view(torch.uint8).tolist()
     if isinstance(value, deque | list | tuple):
         return [_frozen(item) for item in value]
-    if isinstance(value, ek.Moments):
+    if isinstance(value, kn.Moments):
         return [_frozen(item) for item in vars(value).values()]
     if isinstance(value, dict):
         return [(name, id(item)) for name, item in value.items()]
@@ -250,10 +250,10 @@ def function_call(seed: int) -> tuple[str, Callable[[], Any], list[Any]]:
     shape, bad = shape_of(draw, "BatchNorm"), draw.choice([0.1, 0.4])
     if name == "length_mask":
         given = [draw.maybe_spoiled(torch.tensor([1, 3, 0]), bad), draw.choice([3, 2, -1, "x", None])]
-        return f"{name}{given}", lambda: ek.functional.length_mask(*given), []
+        return f"{name}{given}", lambda: kn.functional.length_mask(*given), []
     if name == "moments":
         given = [draw.maybe_spoiled(draw.tensor(*shape), bad), draw.choice([None, draw.tensor(*shape) > 0, "x"])]
-        return f"{name}{given}", lambda: ek.functional.moments(*given), []
+        return f"{name}{given}", lambda: kn.functional.moments(*given), []
     keywords = arguments_of(draw, "function", shape, bad)
     for key in ("running_mean", "running_var", "weight", "bias"):
         keywords[key] = draw.maybe_spoiled(draw.tensor(C).abs() + 0.5, bad / 2)
@@ -262,12 +262,12 @@ def function_call(seed: int) -> tuple[str, Callable[[], Any], list[Any]]:
         if draw.random() < bad:
             keywords[key] = draw.choice([-1.0, 0.0, NAN, INF, None, "x", 1])
     told = f"{name}: { ({key: _short(value) for key, value in keywords.items()}) }"
-    return told, _in_mode(draw, lambda: ek.functional.batch_norm(**keywords)), list(keywords.values())
+    return told, _in_mode(draw, lambda: kn.functional.batch_norm(**keywords)), list(keywords.values())
 
 
 def _warm_up(draw: Draw, name: str, layer: nn.Module, shape: tuple[int, ...]) -> None:
     """A layer that has seen a batch has more to lose."""
-    if isinstance(layer, ek.VirtualBatchNorm) and draw.random() < 0.9:
+    if isinstance(layer, kn.VirtualBatchNorm) and draw.random() < 0.9:
         layer.set_reference(draw.tensor(N, *shape[1:]))
     if name != "compensating" and draw.random() < 0.5:
         keywords = arguments_of(Draw(draw.randrange(2**31)), name, shape, 0.0)
@@ -283,7 +283,7 @@ def _in_mode(draw: Draw, call: Callable[[], Any]) -> Callable[[], Any]:
     def run() -> Any:
         with ExitStack() as stack:
             if kernels:
-                stack.enter_context(ek.kernels.use("reference"))
+                stack.enter_context(kn.kernels.use("reference"))
             if mode is not None:
                 stack.enter_context(mode())
             return call()

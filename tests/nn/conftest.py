@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 from support.forcing import require_kernel
 
-import evenkeel as ek
-from evenkeel.engine.fusion import call
+import keelnorm as kn
+from keelnorm.engine.fusion import call
 
 
 @pytest.fixture(params=("auto", "reference"))
@@ -14,7 +14,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The kernels that a user gets, then plain torch."""
     if request.param != "auto":
         require_kernel(request.param)
-    with ek.kernels.use(request.param):
+    with kn.kernels.use(request.param):
         yield request.param
 
 

@@ -1,4 +1,4 @@
-"""evenkeel's layers beside torch.nn's: the pairs, the same step through both, and how results are compared."""
+"""keelnorm's layers beside torch.nn's: the pairs, the same step through both, and how results are compared."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import evenkeel as ek
+import keelnorm as kn
 
-#: (evenkeel's, torch's, the shape of an input with 5 channels)
+#: (keelnorm's, torch's, the shape of an input with 5 channels)
 PAIRS = (
-    (ek.BatchNorm1d, nn.BatchNorm1d, (7, 5)),
-    (ek.BatchNorm1d, nn.BatchNorm1d, (3, 5, 4)),
-    (ek.BatchNorm2d, nn.BatchNorm2d, (3, 5, 4, 3)),
-    (ek.BatchNorm3d, nn.BatchNorm3d, (2, 5, 3, 2, 3)),
+    (kn.BatchNorm1d, nn.BatchNorm1d, (7, 5)),
+    (kn.BatchNorm1d, nn.BatchNorm1d, (3, 5, 4)),
+    (kn.BatchNorm2d, nn.BatchNorm2d, (3, 5, 4, 3)),
+    (kn.BatchNorm3d, nn.BatchNorm3d, (2, 5, 3, 2, 3)),
 )
 PAIR_IDS = ("1d-rank2", "1d-rank3", "2d", "3d")
 CHANNELS = 5
@@ -24,7 +24,7 @@ MOMENTS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def randomize(layer: nn.Module) -> nn.Module:
-    """Give weight, bias and running moments values that no part of the formula leaves out unnoticed."""
+    """Give weight, bias and running statistics values that no part of the formula leaves out unnoticed."""
     with torch.no_grad():
         for name, value in layer.state_dict().items():
             if name.endswith("num_batches_tracked"):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from nn.layer_pairs import CHANNELS, assert_near, randomize, step, twin
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 SHAPE = (4, CHANNELS, 3, 5)
 
@@ -87,7 +87,7 @@ def compare(layer, oracle, activation, function, with_residual, dtype=torch.floa
 @residuals
 @trainings
 def test_agrees_with_torch_in_float64(activation, function, with_residual, training, backend):
-    layer = randomize(ek.BatchNorm2d(CHANNELS)).train(training)
+    layer = randomize(kn.BatchNorm2d(CHANNELS)).train(training)
     oracle = twin(layer, nn.BatchNorm2d, CHANNELS)
     compare(layer, oracle, activation, function, with_residual)
     for (name, found), (_, expected) in zip(layer.named_buffers(), oracle.named_buffers(), strict=True):
@@ -101,7 +101,7 @@ def test_agrees_with_torch_in_float64(activation, function, with_residual, train
 def test_other_dtypes(name, with_residual, dtype, backend):
     """The activation is computed in the dtype of the sums, and rounded once."""
     for training in (True, False):
-        layer = randomize(ek.BatchNorm2d(CHANNELS)).to(dtype).train(training)
+        layer = randomize(kn.BatchNorm2d(CHANNELS)).to(dtype).train(training)
         oracle = twin(layer, nn.BatchNorm2d, CHANNELS)
         compare(layer, oracle, name, FUNCTIONS[name], with_residual, dtype)
 
@@ -109,7 +109,7 @@ def test_other_dtypes(name, with_residual, dtype, backend):
 @names
 @residuals
 def test_without_weight_and_bias(name, with_residual, backend):
-    layer = ek.BatchNorm2d(CHANNELS, affine=False)
+    layer = kn.BatchNorm2d(CHANNELS, affine=False)
     compare(layer, nn.BatchNorm2d(CHANNELS, affine=False).double(), name, FUNCTIONS[name], with_residual)
 
 
@@ -117,7 +117,7 @@ def test_without_weight_and_bias(name, with_residual, backend):
 @residuals
 def test_channels_last(name, with_residual, backend):
     """The same values and gradients as in the other layout, up to the order of sums, in x's layout."""
-    layer = randomize(ek.BatchNorm2d(CHANNELS))
+    layer = randomize(kn.BatchNorm2d(CHANNELS))
     x, residual, dy = (torch.randn(SHAPE) for _ in range(3))
     arguments = (residual,) if with_residual else ()
     wanted = step(layer, x, dy, *arguments, activation=name)
@@ -140,7 +140,7 @@ def by_layer(values, activation, residual):
     if residual:
         x, given = given, x
     leaves = [t.requires_grad_() for t in (x, given) if t is not None]
-    y = ek.functional.batch_norm(
+    y = kn.functional.batch_norm(
         leaves[0], torch.zeros(1), torch.ones(1), eps=0.0, activation=activation,
         residual=leaves[1] if residual else None,
     )  # fmt: skip
@@ -187,7 +187,7 @@ def test_nan_comes_through(name, backend):
 
 def test_parameters_are_taken_at_the_call():
     """A module whose parameter changes counts with the new one."""
-    layer, x, module = ek.BatchNorm1d(CHANNELS), torch.randn(7, CHANNELS), nn.LeakyReLU(0.1)
+    layer, x, module = kn.BatchNorm1d(CHANNELS), torch.randn(7, CHANNELS), nn.LeakyReLU(0.1)
     first = layer(x, activation=module)
     module.negative_slope = 0.5
     assert not torch.equal(layer(x, activation=module), first)
@@ -240,10 +240,10 @@ REFUSED = {
 
 @pytest.mark.parametrize(("activation", "words"), REFUSED.values(), ids=REFUSED)
 def test_refused(activation, words, backend):
-    layer, x = ek.BatchNorm2d(CHANNELS), torch.randn(SHAPE)
+    layer, x = kn.BatchNorm2d(CHANNELS), torch.randn(SHAPE)
     for call in (
         lambda: layer(x, activation=activation),
-        lambda: ek.functional.batch_norm(x, layer.running_mean, layer.running_var, activation=activation),
+        lambda: kn.functional.batch_norm(x, layer.running_mean, layer.running_var, activation=activation),
     ):
         with pytest.raises(ValueError, match="activation must be one of None, 'relu', 'relu6', 'leaky_relu'") as caught:
             call()

@@ -14,8 +14,8 @@ import pytest
 import torch
 from nn.bad_calls import LAYERS, USUAL, function_call, layer_call, state_of
 
-import evenkeel as ek
-from evenkeel.engine.rollback import Unchanged
+import keelnorm as kn
+from keelnorm.engine.rollback import Unchanged
 
 CALLS = int(os.environ.get("CALL_FUZZ", "1600"))
 FRESH = int(os.environ.get("CALL_FUZZ_SEED") or random.SystemRandom().randrange(10**9))
@@ -71,7 +71,7 @@ def refused(layer: torch.nn.Module, call: object, words: str) -> None:
 @pytest.mark.parametrize("name", ["x", "residual", "weight"])
 def test_ghosts_on_inference_tensors(name: str, running: str, backend: str) -> None:
     """The backward can't keep them, which is known before anything is counted."""
-    layer = ek.GhostBatchNorm(3, 2, running=running)
+    layer = kn.GhostBatchNorm(3, 2, running=running)
     with torch.inference_mode():
         made = torch.randn(4, 3)
     x, residual = torch.randn(4, 3, requires_grad=name != "x"), None
@@ -110,16 +110,16 @@ def test_moments_that_cannot_be_written(kind: str, name: str, backend: str) -> N
 
 def test_parts_that_fail_late(backend: str) -> None:
     """The first parts have been counted by then."""
-    layer = ek.SplitBatchNorm(3, 3)
+    layer = kn.SplitBatchNorm(3, 3)
     layer.aux_bn[1].running_var = torch.ones(1).expand(3)
     refused(layer, lambda: layer(torch.randn(6, 3)), "more than one element")
-    layer = ek.BatchNormGRU(3, 4, num_layers=2, normalize="input")
+    layer = kn.BatchNormGRU(3, 4, num_layers=2, normalize="input")
     layer.norm_ih_l1.running_var = torch.ones(1).expand(12)
     refused(layer, lambda: layer(torch.randn(5, 2, 3)), "more than one element")
 
 
 def test_windows_that_fail_late() -> None:
-    for make in (ek.MovingAverageBatchNorm, lambda channels: ek.CrossIterationBatchNorm(channels, compensate=False)):
+    for make in (kn.MovingAverageBatchNorm, lambda channels: kn.CrossIterationBatchNorm(channels, compensate=False)):
         layer = make(3)
         layer._burning_in = False
         layer(torch.randn(4, 3))
@@ -139,14 +139,14 @@ def test_an_exception_of_the_users_module() -> None:
             raise RuntimeError("the user's")
 
     modulation = torch.nn.Sequential(torch.nn.Linear(2, 6), torch.nn.BatchNorm1d(6), Fails())
-    layer = ek.ConditionalBatchNorm(3, embedding_features=2, modulation=modulation)
+    layer = kn.ConditionalBatchNorm(3, embedding_features=2, modulation=modulation)
     refused(layer, lambda: layer(torch.randn(4, 3), condition=torch.randn(4, 2)), "the user's")
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_under_transforms() -> None:
     """What was written is put back outside of torch.func, which would let nobody write there."""
-    layer = ek.BatchNorm(3)
+    layer = kn.BatchNorm(3)
     layer.running_var = torch.ones(1).expand(3)
 
     def loss(x: torch.Tensor) -> torch.Tensor:

@@ -8,32 +8,32 @@ import pytest
 import torch
 from support.forcing import require_kernel
 
-import evenkeel as ek
-from evenkeel.engine import dispatch
+import keelnorm as kn
+from keelnorm.engine import dispatch
 
 
 @pytest.fixture
 def said(caplog, monkeypatch):
     require_kernel("baseline")
     monkeypatch.setattr(dispatch, "_declined_for", set())
-    caplog.set_level(logging.WARNING, logger="evenkeel")
-    with ek.kernels.use("auto"):
+    caplog.set_level(logging.WARNING, logger="keelnorm")
+    with kn.kernels.use("auto"):
         yield lambda: [record.getMessage() for record in caplog.records]
 
 
 def test_a_residual_of_another_dtype_is_announced_once(said):
-    layer, x = ek.BatchNorm1d(3), torch.randn(5, 3)
-    before = ek.kernels.calls()["reference"]
+    layer, x = kn.BatchNorm1d(3), torch.randn(5, 3)
+    before = kn.kernels.calls()["reference"]
     for _ in range(3):
         layer(x, residual=x.double(), activation="relu")
-    assert ek.kernels.calls()["reference"] > before
+    assert kn.kernels.calls()["reference"] > before
     [message] = said()
     assert "residual" in message
     assert "reference" in message
 
 
 def test_what_they_take_is_not(said):
-    layer = ek.BatchNorm1d(3)
+    layer = kn.BatchNorm1d(3)
     for dtype in (torch.float32, torch.bfloat16):
         layer(torch.randn(5, 3, dtype=dtype), activation="gelu").sum().backward()
     with torch.no_grad():
@@ -43,5 +43,5 @@ def test_what_they_take_is_not(said):
 
 def test_an_illegal_argument_is_an_error_and_no_fallback(said):
     with pytest.raises(ValueError, match="residual"):
-        ek.BatchNorm1d(3)(torch.randn(5, 3), residual=torch.randn(4, 3))
+        kn.BatchNorm1d(3)(torch.randn(5, 3), residual=torch.randn(4, 3))
     assert said() == []

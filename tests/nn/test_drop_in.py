@@ -1,6 +1,6 @@
 """Whatever takes a layer for torch.nn's finds what it would find there: buffers, parameters, names, versions.
 
-And what evenkeel's layers count besides is where the layer is, whatever a tool does to it.
+And what keelnorm's layers count besides is where the layer is, whatever a tool does to it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
-import evenkeel as ek
-from evenkeel.surgery.conversion.counterparts import TWINS
+import keelnorm as kn
+from keelnorm.surgery.conversion.counterparts import TWINS
 
 C = 3
 #: What the others are built with besides the number of channels.
@@ -29,7 +29,7 @@ ARGUMENTS = {
 #: Buffers beside torch.nn's, which a variant's evaluation needs: they are in its state_dict.
 BUFFERS = {"WhiteningBatchNorm": ["running_cov"]}
 LAYERS = sorted(
-    (found for found in vars(ek.nn).values() if inspect.isclass(found) and issubclass(found, _BatchNorm)),
+    (found for found in vars(kn.nn).values() if inspect.isclass(found) and issubclass(found, _BatchNorm)),
     key=lambda found: found.__name__,
 )
 every_layer = pytest.mark.parametrize("layer_type", LAYERS, ids=lambda found: found.__name__)
@@ -95,8 +95,8 @@ def test_drop_ins_have_what_torchs_have(theirs, ours, keywords):
 @pytest.mark.parametrize("way", ["eager", "compiled"])
 @pytest.mark.parametrize("how", ["tensors", "data"])
 def test_channels_are_pruned_in_place(how, way, kernels):
-    """As pruning libraries do: fewer channels are put into weight, bias and the running moments."""
-    layer, kept = ek.BatchNorm1d(4), torch.tensor([0, 2])
+    """As pruning libraries do: fewer channels are put into weight, bias and the running statistics."""
+    layer, kept = kn.BatchNorm1d(4), torch.tensor([0, 2])
     layer(poisoned(4))
     for name in ("weight", "bias", "running_mean", "running_var"):
         value = getattr(layer, name)
@@ -111,7 +111,7 @@ def test_channels_are_pruned_in_place(how, way, kernels):
     oracle.load_state_dict(layer.state_dict())
     torch._dynamo.reset()
     call = torch.compile(layer, fullgraph=True, backend="aot_eager") if way == "compiled" else layer
-    with ek.kernels.use(kernels):
+    with kn.kernels.use(kernels):
         for _ in range(2):
             x = torch.randn(6, 2)
             torch.testing.assert_close(call(x), oracle(x))
@@ -124,7 +124,7 @@ def test_channels_are_pruned_in_place(how, way, kernels):
     assert layer.skipped_updates.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("layer_type", [ek.BatchNorm1d, ek.SyncBatchNorm, ek.WhiteningBatchNorm])
+@pytest.mark.parametrize("layer_type", [kn.BatchNorm1d, kn.SyncBatchNorm, kn.WhiteningBatchNorm])
 @pytest.mark.parametrize("how", ["assign", "to_empty"])
 def test_layers_that_began_on_the_meta_device(how, layer_type):
     with torch.device("meta"):
@@ -148,7 +148,7 @@ def test_layers_that_began_on_the_meta_device(how, layer_type):
 def test_a_meta_layers_first_call_counts():
     """Nobody but the call itself sees that there is memory now."""
     with torch.device("meta"):
-        layer = ek.BatchNorm1d(C)
+        layer = kn.BatchNorm1d(C)
     for name in ("weight", "bias"):
         setattr(layer, name, nn.Parameter(torch.ones(C)))
     layer.running_mean, layer.running_var = torch.zeros(C), torch.ones(C)
@@ -160,7 +160,7 @@ def test_a_meta_layers_first_call_counts():
 def test_averages_that_were_made_before_the_conversion():
     model = nn.Sequential(nn.Linear(4, C), nn.BatchNorm1d(C), nn.Linear(C, C), nn.BatchNorm1d(C))
     average = AveragedModel(model, use_buffers=True)
-    ek.convert(model)
+    kn.convert(model)
     for _ in range(3):
         model(torch.randn(5, 4))
         average.update_parameters(model)
@@ -173,12 +173,12 @@ def test_averages_that_were_made_before_the_conversion():
 
 
 def test_files_from_when_the_counter_was_a_buffer():
-    layer = ek.BatchNorm1d(C)
+    layer = kn.BatchNorm1d(C)
     layer(poisoned())
     state = {name: copy.copy(value) for name, value in layer.__getstate__().items() if name != "_updates"}
     state["_buffers"]["skipped_updates"] = torch.tensor([4, 5, 6])
     state["_non_persistent_buffers_set"].add("skipped_updates")
-    old = ek.BatchNorm1d.__new__(ek.BatchNorm1d)
+    old = kn.BatchNorm1d.__new__(kn.BatchNorm1d)
     old.__setstate__(state)
     assert [name for name, _ in old.named_buffers()] == ["running_mean", "running_var", "num_batches_tracked"]
     assert not old._non_persistent_buffers_set
@@ -189,17 +189,17 @@ def test_files_from_when_the_counter_was_a_buffer():
 
 def test_files_name_no_class_that_torchs_do_not():
     file = io.BytesIO()
-    torch.save(ek.BatchNorm1d(C), file)
+    torch.save(kn.BatchNorm1d(C), file)
     file.seek(0)
-    with torch.serialization.safe_globals([ek.BatchNorm1d]):
+    with torch.serialization.safe_globals([kn.BatchNorm1d]):
         assert torch.load(file).skipped_updates.tolist() == [0] * C
 
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 def test_counts_that_began_in_inference_mode(kernels):
-    layer = ek.BatchNorm1d(C)
+    layer = kn.BatchNorm1d(C)
     layer._updates.tensor = None
-    with ek.kernels.use(kernels):
+    with kn.kernels.use(kernels):
         with torch.inference_mode():
             layer(poisoned())
         layer(poisoned())
@@ -208,7 +208,7 @@ def test_counts_that_began_in_inference_mode(kernels):
 
 def test_replicas_count_for_their_layer():
     """Those of torch.nn.DataParallel, which are told to share its buffers on its own device."""
-    layer = ek.BatchNorm1d(C)
+    layer = kn.BatchNorm1d(C)
     replica = layer._replicate_for_data_parallel()
     replica._buffers = dict(layer._buffers)
     replica._parameters = dict(layer._parameters)
@@ -221,7 +221,7 @@ def test_replicas_count_for_their_layer():
 
 def test_a_reset_leaves_the_counts_where_they_are():
     """A CUDA graph goes on to write there."""
-    layer = ek.BatchNorm1d(C)
+    layer = kn.BatchNorm1d(C)
     layer(poisoned())
     place = layer.skipped_updates.data_ptr()
     layer.reset_running_stats()
@@ -231,20 +231,20 @@ def test_a_reset_leaves_the_counts_where_they_are():
 
 def test_a_layer_that_someone_made_one_of_ours():
     layer = nn.BatchNorm1d(C)
-    layer.__class__ = ek.BatchNorm1d
+    layer.__class__ = kn.BatchNorm1d
     layer(poisoned())
     assert layer.skipped_updates.tolist() == [0] * (C - 1) + [1]
 
 
 def test_a_layer_that_is_traced_by_itself_counts():
-    layer = ek.BatchNorm1d(C)
+    layer = kn.BatchNorm1d(C)
     graph = torch.fx.symbolic_trace(layer)
     graph(poisoned())
     assert layer.skipped_updates.tolist() == [0] * (C - 1) + [1]
 
 
 def test_fake_tensors_leave_the_counts_alone():
-    layer = ek.BatchNorm1d(C)
+    layer = kn.BatchNorm1d(C)
     layer(poisoned())
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = {name: mode.from_tensor(value) for name, value in layer.state_dict().items()}
@@ -255,7 +255,7 @@ def test_fake_tensors_leave_the_counts_alone():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the counts move to a GPU, and there is none")
 def test_counts_follow_to_a_gpu_and_into_its_graphs():
-    layer = ek.BatchNorm1d(C)
+    layer = kn.BatchNorm1d(C)
     layer(poisoned())
     layer.to("cuda")
     x = poisoned().cuda()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import evenkeel as ek
+import keelnorm as kn
 
 CHANNELS = 5
 
@@ -18,7 +18,7 @@ def free(t):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["x", "weight", "bias", "running_mean", "running_var"])
 def test_a_layer(name, training, keywords, backend):
-    layer = ek.BatchNorm2d(CHANNELS).train(training)
+    layer = kn.BatchNorm2d(CHANNELS).train(training)
     x = torch.randn(6, CHANNELS, 3, 3)
     given = {"x": x, **dict(layer.named_parameters()), **dict(layer.named_buffers())}
     before = {key: t.clone() for key, t in given.items() if key != name}
@@ -34,14 +34,14 @@ def test_a_mask():
     mask = torch.ones(6, dtype=torch.bool)
     free(mask)
     with pytest.raises(RuntimeError, match="the memory of mask is gone"):
-        ek.BatchNorm1d(CHANNELS)(torch.randn(6, CHANNELS), mask=mask)
+        kn.BatchNorm1d(CHANNELS)(torch.randn(6, CHANNELS), mask=mask)
     with pytest.raises(RuntimeError, match="the memory of mask is gone"):
-        ek.functional.moments(torch.randn(6, CHANNELS), mask)
+        kn.functional.moments(torch.randn(6, CHANNELS), mask)
 
 
 def test_between_forward_and_backward():
     """As sharded training does that gathers parameters late."""
-    layer = ek.BatchNorm1d(CHANNELS)
+    layer = kn.BatchNorm1d(CHANNELS)
     x = torch.randn(6, CHANNELS, requires_grad=True)
     y = layer(x * 1, activation="relu")
     kept = layer.weight.detach().clone()

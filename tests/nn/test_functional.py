@@ -1,4 +1,4 @@
-"""``ek.functional.batch_norm`` is torch's function with an activation and a residual."""
+"""``kn.functional.batch_norm`` is torch's function with an activation and a residual."""
 
 import inspect
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from nn.layer_pairs import assert_near
 
-import evenkeel as ek
+import keelnorm as kn
 
 C = 5
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -20,7 +20,7 @@ def by_torch(x, mean, var, weight, bias, activation, residual, **keywords):
 
 
 def test_signature_is_torchs_and_more_keywords():
-    ours = list(inspect.signature(ek.functional.batch_norm).parameters.values())
+    ours = list(inspect.signature(kn.functional.batch_norm).parameters.values())
     theirs = list(inspect.signature(F.batch_norm).parameters.values())
     assert [(p.name, p.default) for p in ours[1 : len(theirs)]] == [(p.name, p.default) for p in theirs[1:]]
     assert [(p.name, p.default, p.kind) for p in ours[len(theirs) :]] == [
@@ -57,7 +57,7 @@ def test_agrees_with_torch_in_float64(shape, with_residual, activation, dtype, b
         moments64 = [moment.double() for moment in moments]
         keywords = {"training": training, "momentum": 0.3, "eps": 1e-3, "activation": activation}
         x, x64 = ours.pop("x"), theirs.pop("x")
-        y = ek.functional.batch_norm(x, *moments, **ours, **keywords)
+        y = kn.functional.batch_norm(x, *moments, **ours, **keywords)
         y64 = by_torch(x64, *moments64, **theirs, **keywords)
         assert y.dtype == dtype
         assert_near(y, y64)
@@ -73,10 +73,10 @@ def test_agrees_with_torch_in_float64(shape, with_residual, activation, dtype, b
 
 def test_moments_are_updated_in_training_only(backend):
     x, mean, var = torch.randn(4, C), torch.zeros(C), torch.ones(C)
-    ek.functional.batch_norm(x, mean, var)
+    kn.functional.batch_norm(x, mean, var)
     assert torch.equal(mean, torch.zeros(C))
     assert torch.equal(var, torch.ones(C))
-    ek.functional.batch_norm(x, mean, var, training=True, momentum=1.0)
+    kn.functional.batch_norm(x, mean, var, training=True, momentum=1.0)
     assert_near(mean, x.double().mean(0))
     assert_near(var, x.double().var(0))
 
@@ -85,7 +85,7 @@ def test_output_is_a_tensor_of_its_own(backend):
     """Whatever could be passed through is not: what comes in is never what comes out, and stays as it was."""
     x, residual = torch.randn(4, C), torch.randn(4, C)
     kept = x.clone(), residual.clone()
-    y = ek.functional.batch_norm(x, torch.zeros(C), torch.ones(C), eps=0.0, residual=residual, activation="relu")
+    y = kn.functional.batch_norm(x, torch.zeros(C), torch.ones(C), eps=0.0, residual=residual, activation="relu")
     assert y.data_ptr() not in (x.data_ptr(), residual.data_ptr())
     y.fill_(7)
     assert torch.equal(x, kept[0])

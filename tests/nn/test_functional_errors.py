@@ -1,4 +1,4 @@
-"""What ``ek.functional.batch_norm`` refuses, with which words, and that the running moments stay."""
+"""What ``kn.functional.batch_norm`` refuses, with which words, and that the running statistics stay."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 C = 5
 X = torch.randn(4, C, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -64,7 +64,7 @@ def refuse(changes, error, words):
     before = {name: value.clone() for name, value in moments.items()}
     keywords = {"input": X, **moments, "weight": ones(C), "bias": ones(C), "training": True} | changes
     with pytest.raises(error) as caught:
-        ek.functional.batch_norm(**keywords)
+        kn.functional.batch_norm(**keywords)
     assert type(caught.value) is error
     missing = [word for word in words if word not in str(caught.value)]
     assert not missing, f"{missing} not in {caught.value}"
@@ -102,7 +102,7 @@ def test_it_is_x_that_does_not_fit(backend):
             )
             words = rf"batch_norm: x has 3 channels \(dimension 1 of .*\), and {listed} 5; got .*{hint}$"
             with pytest.raises(ValueError, match=words):
-                ek.functional.batch_norm(torch.zeros(shape), **given)
+                kn.functional.batch_norm(torch.zeros(shape), **given)
 
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
@@ -117,10 +117,10 @@ def test_running_moments_have_no_gradient(name, training, backend):
         with pytest.raises(
             RuntimeError, match=f"batch_norm: .*not differentiable in its running statistics, so {name}.*detach it"
         ):
-            ek.functional.batch_norm(x, **moments, training=training)
+            kn.functional.batch_norm(x, **moments, training=training)
     assert torch.equal(moments["running_mean"].detach(), torch.zeros(C))
     with torch.no_grad():
-        found = ek.functional.batch_norm(X, **{key: value.clone() for key, value in moments.items()}, training=training)
+        found = kn.functional.batch_norm(X, **{key: value.clone() for key, value in moments.items()}, training=training)
         expected = F.batch_norm(X, **{key: value.clone() for key, value in moments.items()}, training=training)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -150,9 +150,9 @@ def test_eps_that_makes_nan(training, eps, backend):
 @pytest.mark.parametrize("momentum", [None])
 def test_momentum_none_is_a_layers_affair(momentum, backend):
     with pytest.raises((TypeError, ValueError), match="momentum"):
-        ek.functional.batch_norm(X, torch.zeros(C), ones(C), training=True, momentum=momentum)
+        kn.functional.batch_norm(X, torch.zeros(C), ones(C), training=True, momentum=momentum)
 
 
 def test_too_many_positional_arguments():
     with pytest.raises(TypeError, match="positional"):
-        ek.functional.batch_norm(X, None, None, None, None, True, 0.1, 1e-5, "relu")
+        kn.functional.batch_norm(X, None, None, None, None, True, 0.1, 1e-5, "relu")

@@ -7,7 +7,7 @@ import torch
 from nn.layer_pairs import CHANNELS, assert_near, assert_same_moments, randomize, twin
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 SHAPE = (6, CHANNELS, 4, 5)
 #: Those that can be undone, with torch's for the oracle.
@@ -46,7 +46,7 @@ def away_from_kink(oracle, x, dy):
 @layouts
 def test_agrees_with_torch_in_float64(activation, module, training, memory_format, backend):
     """Values, gradients, moments; weights of either sign."""
-    layer = randomize(ek.BatchNorm2d(CHANNELS)).train(training)
+    layer = randomize(kn.BatchNorm2d(CHANNELS)).train(training)
     with torch.no_grad():
         layer.weight[:2] = torch.tensor([-0.8, 1.2])
     oracle = twin(layer, nn.BatchNorm2d, CHANNELS)
@@ -71,7 +71,7 @@ def test_agrees_with_torch_in_float64(activation, module, training, memory_forma
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_other_dtypes(activation, module, training, dtype, backend):
     """The output's bits are those of the ordinary call; the gradients differ by roundings of y."""
-    layer = randomize(ek.BatchNorm2d(CHANNELS)).to(dtype).train(training)
+    layer = randomize(kn.BatchNorm2d(CHANNELS)).to(dtype).train(training)
     other = copy.deepcopy(layer)
     x = torch.randn(SHAPE).to(dtype)
     dy = away_from_kink(twin(layer, nn.BatchNorm2d, CHANNELS), x, torch.randn(SHAPE).to(dtype))
@@ -88,8 +88,8 @@ def test_other_dtypes(activation, module, training, dtype, backend):
 @asked
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_state_is_updated_to_the_bit(activation, module, momentum, backend):
-    """Running moments, counter and version counters, over several batches."""
-    layer = ek.BatchNorm2d(CHANNELS, momentum=momentum)
+    """Running statistics, counter and version counters, over several batches."""
+    layer = kn.BatchNorm2d(CHANNELS, momentum=momentum)
     other = copy.deepcopy(layer)
     for _ in range(3):
         x = torch.randn(SHAPE)
@@ -104,7 +104,7 @@ def test_state_is_updated_to_the_bit(activation, module, momentum, backend):
 @asked
 @pytest.mark.parametrize("keywords", [{"affine": False}, {"track_running_stats": False}], ids=str)
 def test_layers_without_parameters_or_moments(activation, module, keywords, backend):
-    layer = ek.BatchNorm2d(CHANNELS, **keywords)
+    layer = kn.BatchNorm2d(CHANNELS, **keywords)
     x, dy = torch.randn(SHAPE), torch.randn(SHAPE)
     dy = away_from_kink(layer.double(), x, dy)
     layer.float()
@@ -119,7 +119,7 @@ def test_layers_without_parameters_or_moments(activation, module, keywords, back
 @pytest.mark.parametrize("weight", [0.0, -0.0, 1e-30, -1e-12, 1e-3, torch.inf, torch.nan])
 def test_a_weight_that_cannot_be_divided_by(activation, module, training, weight, backend):
     """That channel keeps its x; its gradients, and those of the others, are the ordinary ones."""
-    layer = randomize(ek.BatchNorm2d(CHANNELS)).train(training)
+    layer = randomize(kn.BatchNorm2d(CHANNELS)).train(training)
     with torch.no_grad():
         layer.weight[:3] = torch.tensor([1.0, weight, -2.0])
         layer.bias[1] = 1.5
@@ -140,7 +140,7 @@ def test_a_weight_that_cannot_be_divided_by(activation, module, training, weight
 @pytest.mark.parametrize("sign", [1, -1])
 def test_where_elu_saturates(training, sign, backend):
     """Far below zero elu(v) is -1 for every v, whichever sign the weight has; such channels keep their x."""
-    layer = ek.BatchNorm1d(3).train(training)
+    layer = kn.BatchNorm1d(3).train(training)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([1.0, sign * 5.0, 1.0])), layer.bias.copy_(torch.tensor([0.0, -20.0, 0.5]))
     other = copy.deepcopy(layer)
@@ -161,7 +161,7 @@ def test_where_elu_saturates(training, sign, backend):
 @asked
 @trainings
 def test_without_gradients_x_is_overwritten(activation, module, training, mode, backend):
-    layer = randomize(ek.BatchNorm2d(CHANNELS)).train(training)
+    layer = randomize(kn.BatchNorm2d(CHANNELS)).train(training)
     other = copy.deepcopy(layer)
     x = torch.randn(SHAPE)
     expected = other(x, activation=activation).detach()
@@ -180,15 +180,15 @@ def test_without_gradients_x_is_overwritten(activation, module, training, mode, 
 
 def test_functional(backend):
     x, mean, var = torch.randn(SHAPE), torch.zeros(CHANNELS), torch.ones(CHANNELS)
-    expected = ek.functional.batch_norm(x, mean.clone(), var.clone(), training=True, activation="elu")
-    y = ek.functional.batch_norm(x, mean, var, training=True, activation="elu", inplace=True)
+    expected = kn.functional.batch_norm(x, mean.clone(), var.clone(), training=True, activation="elu")
+    y = kn.functional.batch_norm(x, mean, var, training=True, activation="elu", inplace=True)
     assert y is x
     assert torch.equal(y, expected)
     assert not torch.equal(mean, torch.zeros(CHANNELS))
 
 
 def test_an_empty_batch(backend):
-    layer = ek.BatchNorm2d(CHANNELS)
+    layer = kn.BatchNorm2d(CHANNELS)
     x = torch.zeros(0, CHANNELS, 2, 2, requires_grad=True)
     y = layer(x * 1, activation="elu", inplace=True)
     y.sum().backward()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ACTIVATIONS = (None, "leaky_relu", nn.LeakyReLU(3.0), "elu", nn.ELU(3.0))
@@ -46,7 +46,7 @@ def check(layer, x, dy, activation):
 
 def layer_of(dtype, channels=3):
     """Parameters in float32, as under autocast, or in float64."""
-    return ek.BatchNorm2d(channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    return kn.BatchNorm2d(channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 @asked
@@ -101,7 +101,7 @@ def test_x_is_the_largest_number(dtype, backend):
 @asked
 @trainings
 def test_an_ordinary_layer_keeps_nothing(training, activation, backend):
-    layer = ek.BatchNorm2d(8).train(training)
+    layer = kn.BatchNorm2d(8).train(training)
     x = torch.randn(32, 8, 28, 28).clamp(-3, 3).half()  # elu saturates below
     assert step(layer, x, torch.ones_like(x), activation, True)[2] == []
 
@@ -114,7 +114,7 @@ def test_an_ordinary_layer_keeps_nothing(training, activation, backend):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_the_gradient_behind_the_activation_overflows(memory_format, residual, activation, at, backend):
     """Where act′ is above 1; dx is finite, because it is multiplied by a small weight."""
-    layer = ek.BatchNorm2d(2)
+    layer = kn.BatchNorm2d(2)
     with torch.no_grad():
         layer.weight.fill_(1 / 16), layer.bias.fill_(at)
     x = torch.randn(16, 2, 4, 4).half().to(memory_format=memory_format)

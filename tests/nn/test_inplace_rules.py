@@ -5,14 +5,14 @@ import torch
 from nn.layer_pairs import CHANNELS, assert_near, randomize
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 SHAPE = (6, CHANNELS, 4, 5)
 trainings = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 
 
 def in_place(activation="leaky_relu"):
-    layer = randomize(ek.BatchNorm2d(CHANNELS))
+    layer = randomize(kn.BatchNorm2d(CHANNELS))
     leaf = torch.randn(SHAPE, requires_grad=True)
     return layer, leaf, layer(leaf * 1, activation=activation, inplace=True)
 
@@ -35,7 +35,7 @@ def test_an_activation_in_place_on_the_result_is_an_error(backend):
 def test_an_input_that_another_backward_needs_is_an_error(backend):
     """As with every operation in place: the sigmoid has saved its result."""
     leaf = torch.randn(SHAPE, requires_grad=True)
-    y = ek.BatchNorm2d(CHANNELS)(leaf.sigmoid(), inplace=True)
+    y = kn.BatchNorm2d(CHANNELS)(leaf.sigmoid(), inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -43,7 +43,7 @@ def test_an_input_that_another_backward_needs_is_an_error(backend):
 def test_between_convolutions(backend):
     """The commonest use, against the same network out of place."""
     convs = nn.Conv2d(3, CHANNELS, 3), nn.Conv2d(CHANNELS, 2, 3)
-    layer = randomize(ek.BatchNorm2d(CHANNELS))
+    layer = randomize(kn.BatchNorm2d(CHANNELS))
     x = torch.randn(4, 3, 9, 9)
     results = []
     for inplace in (True, False):
@@ -98,7 +98,7 @@ def test_batched_gradients(backend):
 
 @trainings
 def test_a_second_derivative_is_refused(training, backend):
-    layer = randomize(ek.BatchNorm2d(CHANNELS)).train(training)
+    layer = randomize(kn.BatchNorm2d(CHANNELS)).train(training)
     leaf = torch.randn(SHAPE, requires_grad=True)
     y = layer(leaf * 1, inplace=True)
     with pytest.raises(RuntimeError, match="BatchNorm2d: there is no second derivative through inplace=True"):
@@ -112,7 +112,7 @@ NOT_INVERTIBLE = ("relu", "silu", nn.LeakyReLU(0.0), nn.LeakyReLU(-0.1), nn.ELU(
 
 
 def refused(error, words, x, *arguments, **keywords):
-    layer = ek.BatchNorm2d(CHANNELS)
+    layer = kn.BatchNorm2d(CHANNELS)
     before = x.detach().clone()
     with pytest.raises(error) as caught:
         layer(x, *arguments, inplace=True, **keywords)
@@ -161,7 +161,7 @@ def test_a_tensor_made_in_inference_mode(backend):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use
 def test_function_transforms_and_forward_mode():
     """The ordinary path: the same values, and x stays."""
-    layer = randomize(ek.BatchNorm2d(CHANNELS)).eval()
+    layer = randomize(kn.BatchNorm2d(CHANNELS)).eval()
     x = torch.randn(SHAPE)
     kept = x.clone()
 

@@ -7,7 +7,7 @@ import torch
 from nn.layer_pairs import CHANNELS, assert_near, assert_untouched, randomize, snapshot, step, twin
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 SHAPE = (4, CHANNELS, 3, 3)
 MODIFIED = r"modified by an inplace operation"
@@ -17,7 +17,7 @@ trainings = pytest.mark.parametrize("training", [True, False], ids=["training", 
 
 
 def problem(training=True, with_residual=True):
-    layer = randomize(ek.BatchNorm2d(CHANNELS)).train(training)
+    layer = randomize(kn.BatchNorm2d(CHANNELS)).train(training)
     x = torch.randn(SHAPE, requires_grad=True)
     residual = torch.randn(SHAPE, requires_grad=True) if with_residual else None
     return layer, x, residual, torch.randn(SHAPE)
@@ -74,7 +74,7 @@ def test_modification_between_forward_and_backward(modified, training, with_resi
 
 def test_bias_may_change_before_the_backward_as_in_torch():
     """Without an activation the gradients do not depend on bias, and torch lets it change."""
-    for norm in (nn.BatchNorm2d, ek.BatchNorm2d):
+    for norm in (nn.BatchNorm2d, kn.BatchNorm2d):
         layer = norm(CHANNELS)
         y = layer(torch.randn(SHAPE))
         with torch.no_grad():
@@ -226,7 +226,7 @@ def test_grad_modes_and_version_counters(mode, training, backend):
 
 def test_layer_made_in_inference_mode_fails_without_an_update():
     with torch.inference_mode():
-        layer = ek.BatchNorm2d(CHANNELS)
+        layer = kn.BatchNorm2d(CHANNELS)
         before = snapshot(layer)
     with pytest.raises(RuntimeError, match=r"[Ii]nference"):
         layer(torch.randn(SHAPE))
@@ -238,7 +238,7 @@ def test_threads(backend):
 
     def train(seed):
         generator = torch.Generator().manual_seed(seed)
-        layer = ek.BatchNorm2d(CHANNELS)
+        layer = kn.BatchNorm2d(CHANNELS)
         results = []
         for _ in range(5):
             x = torch.randn(8, CHANNELS, 16, 16, generator=generator)

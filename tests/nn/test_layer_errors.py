@@ -8,7 +8,7 @@ import torch
 from nn.layer_pairs import CHANNELS, assert_untouched, randomize, snapshot
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 GOOD = torch.randn(4, CHANNELS, 3, 3, generator=torch.Generator().manual_seed(0))
 trainings = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -85,15 +85,15 @@ def assert_refused(layer, call, error, words):
 @trainings
 @pytest.mark.parametrize("bad", CALLS.values(), ids=CALLS)
 def test_bad_calls(bad, training, backend):
-    layer = randomize(ek.BatchNorm2d(CHANNELS)).train(training)
+    layer = randomize(kn.BatchNorm2d(CHANNELS)).train(training)
     assert_refused(layer, lambda: layer(*bad.arguments, **bad.keywords), bad.error, bad.words)
 
 
 LEGAL_RANKS = {
-    ek.BatchNorm: ((2, 3, 4, 5, 6), "two or more dimensions"),
-    ek.BatchNorm1d: ((2, 3), "2 or 3 dimensions"),
-    ek.BatchNorm2d: ((4,), "4 dimensions"),
-    ek.BatchNorm3d: ((5,), "5 dimensions"),
+    kn.BatchNorm: ((2, 3, 4, 5, 6), "two or more dimensions"),
+    kn.BatchNorm1d: ((2, 3), "2 or 3 dimensions"),
+    kn.BatchNorm2d: ((4,), "4 dimensions"),
+    kn.BatchNorm3d: ((5,), "5 dimensions"),
 }
 WRONG_RANKS = [(layer, rank) for layer, (legal, _) in LEGAL_RANKS.items() for rank in range(7) if rank not in legal]
 
@@ -101,7 +101,7 @@ WRONG_RANKS = [(layer, rank) for layer, (legal, _) in LEGAL_RANKS.items() for ra
 @trainings
 @pytest.mark.parametrize(("layer_type", "rank"), WRONG_RANKS, ids=lambda value: getattr(value, "__name__", value))
 def test_wrong_ranks(layer_type, rank, training, backend):
-    """torch refuses the same; ek.BatchNorm takes all ranks from two on."""
+    """torch refuses the same; kn.BatchNorm takes all ranks from two on."""
     shape = (4, CHANNELS, 2, 2, 2, 2)[:rank]
     layer = randomize(layer_type(CHANNELS)).train(training)
     words = (layer_type.__name__, LEGAL_RANKS[layer_type][1], "channels second", f"shape {shape} on cpu")
@@ -109,11 +109,11 @@ def test_wrong_ranks(layer_type, rank, training, backend):
 
 
 SINGLE = [
-    (ek.BatchNorm, (1, CHANNELS)),
-    (ek.BatchNorm1d, (1, CHANNELS)),
-    (ek.BatchNorm1d, (1, CHANNELS, 1)),
-    (ek.BatchNorm2d, (1, CHANNELS, 1, 1)),
-    (ek.BatchNorm3d, (1, CHANNELS, 1, 1, 1)),
+    (kn.BatchNorm, (1, CHANNELS)),
+    (kn.BatchNorm1d, (1, CHANNELS)),
+    (kn.BatchNorm1d, (1, CHANNELS, 1)),
+    (kn.BatchNorm2d, (1, CHANNELS, 1, 1)),
+    (kn.BatchNorm3d, (1, CHANNELS, 1, 1, 1)),
 ]
 
 
@@ -128,7 +128,7 @@ def test_one_value_per_channel_in_training(layer_type, shape, keywords, backend)
 
 
 def test_one_value_per_channel_without_moments_to_evaluate_with():
-    layer = ek.BatchNorm2d(CHANNELS, track_running_stats=False).eval()
+    layer = kn.BatchNorm2d(CHANNELS, track_running_stats=False).eval()
     with pytest.raises(ValueError, match="track_running_stats") as caught:
         layer(torch.randn(1, CHANNELS, 1, 1))
     assert "model.eval()" not in str(caught.value)
@@ -143,7 +143,7 @@ LEFT_BEHIND = [(name, mode) for name in ("weight", "bias", "running_mean", "runn
 
 @pytest.mark.parametrize(("left_behind", "training"), [*LEFT_BEHIND, ("num_batches_tracked", True)])
 def test_one_tensor_on_another_device(left_behind, training, backend):
-    layer = randomize(ek.BatchNorm2d(CHANNELS)).train(training)
+    layer = randomize(kn.BatchNorm2d(CHANNELS)).train(training)
     tensor = getattr(layer, left_behind)
     setattr(layer, left_behind, nn.Parameter(tensor.to("meta")) if tensor.requires_grad else tensor.to("meta"))
     assert_refused(layer, lambda: layer(GOOD), ValueError, ("x is on cpu", left_behind, "on meta"))
@@ -179,7 +179,7 @@ KINDS = {
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel:UserWarning")
 @trainings
 @pytest.mark.parametrize(("convert", "came", "remedy"), KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("layer_type", [ek.BatchNorm, ek.BatchNorm1d, ek.L1BatchNorm, ek.SyncBatchNorm])
+@pytest.mark.parametrize("layer_type", [kn.BatchNorm, kn.BatchNorm1d, kn.L1BatchNorm, kn.SyncBatchNorm])
 def test_other_kinds_of_tensors(layer_type, convert, came, remedy, training, backend):
     layer, x = randomize(layer_type(CHANNELS)).train(training), convert(torch.randn(4, CHANNELS))
     assert_refused(
@@ -194,7 +194,7 @@ def test_other_kinds_of_tensors(layer_type, convert, came, remedy, training, bac
 @pytest.mark.parametrize(("convert", "came", "remedy"), KINDS.values(), ids=KINDS)
 def test_other_kinds_of_tensors_in_a_converted_model(convert, came, remedy, training, backend):
     """Where the result would wait for the activation."""
-    model, _ = ek.convert(nn.Sequential(randomize(ek.BatchNorm1d(CHANNELS)), nn.ReLU()).train(training))
+    model, _ = kn.convert(nn.Sequential(randomize(kn.BatchNorm1d(CHANNELS)), nn.ReLU()).train(training))
     for _ in range(2):
         model(torch.randn(4, CHANNELS))
     x = convert(torch.randn(4, CHANNELS))
@@ -213,9 +213,9 @@ def test_other_kinds_beside_x(name, kind, training, backend):
     shape = (4, CHANNELS) if name == "residual" else (CHANNELS,)
     keywords = moments | {name: KINDS[kind][0](torch.rand(shape))}
     with pytest.raises(TypeError, match=rf"{name} must be .*{kind}.*to_dense"):
-        ek.functional.batch_norm(torch.randn(4, CHANNELS), **keywords, training=training)
+        kn.functional.batch_norm(torch.randn(4, CHANNELS), **keywords, training=training)
     assert torch.equal(moments["running_mean"], torch.zeros(CHANNELS))
-    layer = randomize(ek.BatchNorm1d(CHANNELS)).train(training)
+    layer = randomize(kn.BatchNorm1d(CHANNELS)).train(training)
     if name != "residual":  # in place of the layer's own
         value = KINDS[kind][0](torch.rand(CHANNELS))
         setattr(layer, name, nn.Parameter(value) if name in ("weight", "bias") else value)
@@ -225,7 +225,7 @@ def test_other_kinds_beside_x(name, kind, training, backend):
 
 def test_a_refused_call_leaves_no_trace(backend):
     """The next call is what it would have been."""
-    layer, other = randomize(ek.BatchNorm2d(CHANNELS)), ek.BatchNorm2d(CHANNELS)
+    layer, other = randomize(kn.BatchNorm2d(CHANNELS)), kn.BatchNorm2d(CHANNELS)
     other.load_state_dict(layer.state_dict())
     for bad in CALLS.values():
         with pytest.raises(bad.error):

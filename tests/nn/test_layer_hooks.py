@@ -6,7 +6,7 @@ from nn.layer_pairs import CHANNELS, assert_near, randomize, step, twin
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-import evenkeel as ek
+import keelnorm as kn
 
 SHAPE = (4, CHANNELS, 3, 3)
 #: How each kind of hook is registered on a layer, and for all modules.
@@ -27,7 +27,7 @@ GLOBAL = {
 @pytest.mark.parametrize("kind", ON_LAYER)
 @pytest.mark.parametrize("everywhere", [False, True], ids=["layer", "global"])
 def test_hooks_run_once_and_see_what_torchs_see(kind, everywhere, backend):
-    layer = randomize(ek.BatchNorm2d(CHANNELS))
+    layer = randomize(kn.BatchNorm2d(CHANNELS))
     oracle = twin(layer, nn.BatchNorm2d, CHANNELS)
     x, dy = torch.randn(SHAPE), torch.randn(SHAPE)
     seen = {layer: [], oracle: []}
@@ -52,7 +52,7 @@ def test_hooks_run_once_and_see_what_torchs_see(kind, everywhere, backend):
 
 
 def test_hooks_see_the_activation_and_the_residual(backend):
-    layer = ek.BatchNorm2d(CHANNELS)
+    layer = kn.BatchNorm2d(CHANNELS)
     x, residual = torch.randn(SHAPE), torch.randn(SHAPE)
     seen = []
     layer.register_forward_hook(lambda module, args, kwargs, y: seen.append((args, kwargs, y)), with_kwargs=True)
@@ -64,7 +64,7 @@ def test_hooks_see_the_activation_and_the_residual(backend):
 
 
 def test_hooks_change_input_and_output(backend):
-    layer = randomize(ek.BatchNorm2d(CHANNELS))
+    layer = randomize(kn.BatchNorm2d(CHANNELS))
     oracle = twin(layer, nn.BatchNorm2d, CHANNELS)
     for norm in (layer, oracle):
         norm.register_forward_pre_hook(lambda module, args: (2 * args[0] + 1,))
@@ -78,7 +78,7 @@ def test_hooks_change_input_and_output(backend):
 
 def test_hooks_on_tensors(backend):
     """The gradient of the output arrives once; that of the input goes out once."""
-    layer = ek.BatchNorm2d(CHANNELS)
+    layer = kn.BatchNorm2d(CHANNELS)
     x, dy = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
     seen = []
     x.register_hook(lambda grad: seen.append(("x", grad)))

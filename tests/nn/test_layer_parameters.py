@@ -6,7 +6,7 @@ from nn.layer_pairs import CHANNELS, assert_near, assert_same_moments, assert_sa
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-import evenkeel as ek
+import keelnorm as kn
 
 SHAPE = (4, CHANNELS, 3, 3)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -25,7 +25,7 @@ def compare(layer, oracle, **keywords):
 
 
 def test_replaced_parameters(backend):
-    layer = ek.BatchNorm2d(CHANNELS)
+    layer = kn.BatchNorm2d(CHANNELS)
     layer(torch.randn(SHAPE))
     layer.weight = nn.Parameter(torch.randn(CHANNELS))
     layer.bias = nn.Parameter(torch.randn(CHANNELS))
@@ -34,7 +34,7 @@ def test_replaced_parameters(backend):
 
 @pytest.mark.parametrize("missing", ["weight", "bias"])
 def test_one_parameter_missing(missing, backend):
-    layer, oracle = randomize(ek.BatchNorm2d(CHANNELS)), nn.BatchNorm2d(CHANNELS).double()
+    layer, oracle = randomize(kn.BatchNorm2d(CHANNELS)), nn.BatchNorm2d(CHANNELS).double()
     oracle.load_state_dict(layer.state_dict())
     setattr(layer, missing, None), setattr(oracle, missing, None)
     compare(layer, oracle)
@@ -42,7 +42,7 @@ def test_one_parameter_missing(missing, backend):
 
 def test_weight_as_a_plain_attribute(backend):
     """A tensor computed from others takes the parameter's place, and its gradient goes on."""
-    layer = randomize(ek.BatchNorm2d(CHANNELS))
+    layer = randomize(kn.BatchNorm2d(CHANNELS))
     oracle = twin(layer, nn.BatchNorm2d, CHANNELS)
     values = torch.randn(CHANNELS)
     sources = [values.clone().requires_grad_(), values.double().requires_grad_()]
@@ -65,7 +65,7 @@ class Squared(nn.Module):
     ids=["parametrization", "weight_norm"],
 )
 def test_parametrized_weight(register, backend):
-    layer = randomize(ek.BatchNorm2d(CHANNELS))
+    layer = randomize(kn.BatchNorm2d(CHANNELS))
     oracle = twin(layer, nn.BatchNorm2d, CHANNELS)
     register(layer), register(oracle)
     assert isinstance(layer, nn.BatchNorm2d)
@@ -74,7 +74,7 @@ def test_parametrized_weight(register, backend):
 
 def test_non_contiguous_parameters_and_buffers(backend):
     """Views into other tensors are read and updated in place; their neighbours are left alone."""
-    layer = randomize(ek.BatchNorm2d(CHANNELS))
+    layer = randomize(kn.BatchNorm2d(CHANNELS))
     oracle = twin(layer, nn.BatchNorm2d, CHANNELS)
     store = {}
     for name in ("running_mean", "running_var"):
@@ -95,7 +95,7 @@ def test_non_contiguous_parameters_and_buffers(backend):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_dtype_and_memory_format(dtype, memory_format, backend):
     """The layer moved with ``to``; the output has x's dtype and layout."""
-    layer = randomize(ek.BatchNorm2d(CHANNELS)).to(dtype=dtype, memory_format=memory_format)
+    layer = randomize(kn.BatchNorm2d(CHANNELS)).to(dtype=dtype, memory_format=memory_format)
     oracle = twin(layer, nn.BatchNorm2d, CHANNELS)
     x = torch.randn(SHAPE).to(dtype=dtype, memory_format=memory_format)
     dy = torch.randn(SHAPE).to(dtype=dtype, memory_format=memory_format)
@@ -113,7 +113,7 @@ def test_dtype_and_memory_format(dtype, memory_format, backend):
 def test_conversion_methods(method):
     dtypes = [
         {name: value.dtype for name, value in getattr(norm(CHANNELS), method)().state_dict().items()}
-        for norm in (ek.BatchNorm2d, nn.BatchNorm2d)
+        for norm in (kn.BatchNorm2d, nn.BatchNorm2d)
     ]
     assert dtypes[0] == dtypes[1]
 
@@ -123,7 +123,7 @@ def test_conversion_methods(method):
 @pytest.mark.parametrize("x_dtype", DTYPES, ids=name_of)
 def test_x_and_state_of_different_dtypes(x_dtype, state_dtype, training, backend):
     """Where torch takes the combination, the dtypes are torch's; everywhere the values are right."""
-    layer = randomize(ek.BatchNorm2d(CHANNELS)).to(state_dtype).train(training)
+    layer = randomize(kn.BatchNorm2d(CHANNELS)).to(state_dtype).train(training)
     oracle = twin(layer, nn.BatchNorm2d, CHANNELS)
     theirs = nn.BatchNorm2d(CHANNELS).to(state_dtype).train(training)
     x, dy = torch.randn(SHAPE).to(x_dtype), torch.randn(SHAPE)
@@ -146,7 +146,7 @@ def test_x_and_state_of_different_dtypes(x_dtype, state_dtype, training, backend
 )
 def test_residual_of_another_dtype(x_dtype, residual_dtype, activation, backend):
     """The result has the dtype that adding the two has in torch; each gradient has its tensor's."""
-    layer = randomize(ek.BatchNorm2d(CHANNELS))
+    layer = randomize(kn.BatchNorm2d(CHANNELS))
     oracle = twin(layer, nn.BatchNorm2d, CHANNELS)
     x = torch.randn(SHAPE).to(x_dtype).requires_grad_()
     residual = torch.randn(SHAPE).to(residual_dtype).requires_grad_()
@@ -180,14 +180,14 @@ class Counting(torch.Tensor):
 
 @pytest.mark.parametrize("subclass", [Tagged, Counting, nn.Parameter])
 def test_x_of_a_subclass(subclass, backend):
-    layer = randomize(ek.BatchNorm2d(CHANNELS))
+    layer = randomize(kn.BatchNorm2d(CHANNELS))
     oracle = twin(layer, nn.BatchNorm2d, CHANNELS)
     data, residual = torch.randn(SHAPE), torch.randn(SHAPE)
     x = nn.Parameter(data) if subclass is nn.Parameter else data.clone().as_subclass(subclass).requires_grad_()
     Counting.seen.clear()
     y = layer(x, residual, activation="relu")
     assert type(y) is (torch.Tensor if subclass is nn.Parameter else subclass)
-    assert (ek.functional.layer_batch_norm in Counting.seen) is (subclass is Counting)
+    assert (kn.functional.layer_batch_norm in Counting.seen) is (subclass is Counting)
     x64 = data.double().requires_grad_()
     y64 = (oracle(x64) + residual).relu()
     dy = torch.randn(SHAPE)
@@ -200,6 +200,6 @@ def test_x_of_a_subclass(subclass, backend):
 def test_functional_calls_torch_function_of_any_argument():
     weight = torch.ones(CHANNELS).as_subclass(Counting)
     Counting.seen.clear()
-    y = ek.functional.batch_norm(torch.randn(SHAPE), None, None, weight, training=True)
-    assert ek.functional.batch_norm in Counting.seen
+    y = kn.functional.batch_norm(torch.randn(SHAPE), None, None, weight, training=True)
+    assert kn.functional.batch_norm in Counting.seen
     assert type(y) is Counting

@@ -11,7 +11,7 @@ from nn.layer_pairs import CHANNELS, PAIR_IDS, PAIRS, assert_untouched, randomiz
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import evenkeel as ek
+import keelnorm as kn
 
 HAS_BIAS_ARGUMENT = "bias" in inspect.signature(nn.BatchNorm2d).parameters
 CONSTRUCTIONS = [
@@ -44,7 +44,7 @@ def test_signature_is_torchs(ours, theirs, shape):
     assert last == ("too_few", "error", inspect.Parameter.KEYWORD_ONLY)
 
 
-@pytest.mark.parametrize("layer_type", [ek.BatchNorm, ek.BatchNorm1d, ek.BatchNorm2d, ek.BatchNorm3d])
+@pytest.mark.parametrize("layer_type", [kn.BatchNorm, kn.BatchNorm1d, kn.BatchNorm2d, kn.BatchNorm3d])
 def test_call_signature(layer_type):
     """layer(input, residual=None, *, activation=None, inplace=False, mask=None, sample_weight=None, weighting=, …)."""
     x, residual, activation, inplace, *counting = inspect.signature(layer_type(3).forward).parameters.values()
@@ -64,7 +64,7 @@ def test_classes(ours, theirs, shape):
     layer = ours(CHANNELS)
     assert isinstance(layer, theirs)
     assert isinstance(layer, _BatchNorm)
-    assert issubclass(ek.BatchNorm, _BatchNorm)
+    assert issubclass(kn.BatchNorm, _BatchNorm)
     assert type(layer) is not theirs
 
 
@@ -85,7 +85,7 @@ def test_construction_agrees(ours, theirs, shape, keywords):
 
 
 def test_positional_arguments():
-    assert repr(ek.BatchNorm2d(3, 1e-3, None, False, True)) == repr(nn.BatchNorm2d(3, 1e-3, None, False, True))
+    assert repr(kn.BatchNorm2d(3, 1e-3, None, False, True)) == repr(nn.BatchNorm2d(3, 1e-3, None, False, True))
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -119,7 +119,7 @@ def test_old_checkpoint_as_a_plain_dictionary():
     """A checkpoint without metadata counts as old; one of the present version that lacks the counter is refused."""
     state = randomize(nn.BatchNorm2d(CHANNELS)).state_dict()
     del state["num_batches_tracked"]
-    layer = ek.BatchNorm2d(CHANNELS)
+    layer = kn.BatchNorm2d(CHANNELS)
     layer.load_state_dict(dict(state))
     assert torch.equal(layer.running_mean, state["running_mean"])
     with pytest.raises(RuntimeError, match=r"Missing key.*num_batches_tracked"):
@@ -129,7 +129,7 @@ def test_old_checkpoint_as_a_plain_dictionary():
 def test_old_checkpoint_trains_with_a_cumulative_average(backend):
     state = randomize(nn.BatchNorm1d(CHANNELS)).state_dict()
     del state["num_batches_tracked"]
-    layer = ek.BatchNorm1d(CHANNELS, momentum=None)
+    layer = kn.BatchNorm1d(CHANNELS, momentum=None)
     layer.load_state_dict(dict(state))
     x = torch.randn(9, CHANNELS)
     layer(x)
@@ -163,7 +163,7 @@ def test_copies(ours, theirs, shape, copies, backend):
 @pytest.mark.parametrize("weights_only", [True, False])
 def test_files(weights_only):
     """A state goes through a file that may hold tensors only, and into the other library's layer."""
-    layer = randomize(ek.BatchNorm2d(CHANNELS))
+    layer = randomize(kn.BatchNorm2d(CHANNELS))
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
@@ -173,21 +173,21 @@ def test_files(weights_only):
 
 
 def test_a_whole_layer_goes_through_a_file():
-    layer = randomize(ek.BatchNorm2d(CHANNELS))
+    layer = randomize(kn.BatchNorm2d(CHANNELS))
     file = io.BytesIO()
     torch.save(layer, file)
     file.seek(0)
-    with torch.serialization.safe_globals([ek.BatchNorm2d]):
+    with torch.serialization.safe_globals([kn.BatchNorm2d]):
         loaded = torch.load(file)
-    assert type(loaded) is ek.BatchNorm2d
+    assert type(loaded) is kn.BatchNorm2d
     assert_untouched(loaded, layer.state_dict())
 
 
 def test_reset():
-    layer = randomize(ek.BatchNorm2d(CHANNELS))
+    layer = randomize(kn.BatchNorm2d(CHANNELS))
     weight = layer.weight.detach().clone()
     layer.reset_running_stats()
-    fresh = ek.BatchNorm2d(CHANNELS).state_dict()
+    fresh = kn.BatchNorm2d(CHANNELS).state_dict()
     for name, value in layer.named_buffers():
         assert torch.equal(value, fresh[name]), name
     assert torch.equal(layer.weight, weight)

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim import swa_utils
 
-import evenkeel as ek
+import keelnorm as kn
 
-LAYERS = (ek.BatchNorm, ek.BatchNorm1d, ek.BatchNorm2d, ek.BatchNorm3d)
+LAYERS = (kn.BatchNorm, kn.BatchNorm1d, kn.BatchNorm2d, kn.BatchNorm3d)
 
 
 @pytest.mark.parametrize("layer_type", LAYERS)
@@ -27,7 +27,7 @@ def test_convert_sync_batchnorm(layer_type, affine):
 
 def test_converted_in_a_sequential_runs_its_activation():
     """Conversion swaps the layer and leaves the activation where it is: nothing is lost with the layer."""
-    net = ek.Sequential(randomize(ek.BatchNorm2d(CHANNELS)), nn.ReLU()).eval()
+    net = kn.Sequential(randomize(kn.BatchNorm2d(CHANNELS)), nn.ReLU()).eval()
     x = torch.randn(2, CHANNELS, 3, 3)
     expected = net(x)
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(net)
@@ -37,7 +37,7 @@ def test_converted_in_a_sequential_runs_its_activation():
 
 
 def test_fuse_conv_bn_eval(backend):
-    conv, norm = nn.Conv2d(3, CHANNELS, 3), randomize(ek.BatchNorm2d(CHANNELS))
+    conv, norm = nn.Conv2d(3, CHANNELS, 3), randomize(kn.BatchNorm2d(CHANNELS))
     net = nn.Sequential(conv, norm).eval()
     x = torch.randn(2, 3, 6, 6)
     fused = fuse_conv_bn_eval(conv, norm)
@@ -54,7 +54,7 @@ def test_update_bn(momentum, backend):
         swa_utils.update_bn([torch.randn(8, 3) for _ in range(4)], net)
         return net
 
-    ours, theirs = updated(ek.BatchNorm1d), updated(nn.BatchNorm1d)
+    ours, theirs = updated(kn.BatchNorm1d), updated(nn.BatchNorm1d)
     assert ours[1].momentum == momentum
     assert not ours[1].training
     assert ours[1].num_batches_tracked.item() == 4
@@ -76,7 +76,7 @@ def test_averaged_model(use_buffers):
             average.update_parameters(net)
         return average.state_dict()
 
-    ours, theirs = averaged(ek.BatchNorm1d), averaged(nn.BatchNorm1d)
+    ours, theirs = averaged(kn.BatchNorm1d), averaged(nn.BatchNorm1d)
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
         assert_near(ours[name].float(), expected.float(), units=256)
@@ -84,7 +84,7 @@ def test_averaged_model(use_buffers):
 
 def test_parameters_are_found_by_name_and_type():
     """What weight-decay filters, freezing and initialization do."""
-    net = nn.Sequential(nn.Conv2d(3, CHANNELS, 3), ek.BatchNorm2d(CHANNELS))
+    net = nn.Sequential(nn.Conv2d(3, CHANNELS, 3), kn.BatchNorm2d(CHANNELS))
     norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
     assert norms == [net[1]]
     net.apply(lambda module: nn.init.zeros_(module.weight) if isinstance(module, nn.BatchNorm2d) else None)
@@ -93,7 +93,7 @@ def test_parameters_are_found_by_name_and_type():
 
 
 def test_functional_call_takes_other_parameters_and_buffers(backend):
-    layer, other = randomize(ek.BatchNorm2d(CHANNELS)), randomize(ek.BatchNorm2d(CHANNELS))
+    layer, other = randomize(kn.BatchNorm2d(CHANNELS)), randomize(kn.BatchNorm2d(CHANNELS))
     before, state = snapshot(layer), snapshot(other)
     x = torch.randn(2, CHANNELS, 3, 3)
     y = torch.func.functional_call(layer, state, (x,), {"activation": "relu"})

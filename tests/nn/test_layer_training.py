@@ -19,7 +19,7 @@ from nn.layer_pairs import (
 )
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 pairs = pytest.mark.parametrize(("ours", "theirs", "shape"), PAIRS, ids=PAIR_IDS)
 SETTINGS = [
@@ -56,8 +56,8 @@ def test_steps_agree_with_torch_in_float64(ours, theirs, shape, keywords, backen
 
 
 def test_any_rank(backend):
-    """ek.BatchNorm takes every rank from two on; torch has the same for rank 5."""
-    layer = randomize(ek.BatchNorm(CHANNELS))
+    """kn.BatchNorm takes every rank from two on; torch has the same for rank 5."""
+    layer = randomize(kn.BatchNorm(CHANNELS))
     oracle = twin(layer, nn.BatchNorm1d, CHANNELS)
     for shape in ((7, 5), (3, 5, 4), (3, 5, 4, 3), (2, 5, 3, 2, 3), (2, 5, 2, 1, 3, 2)):
         x, dy = torch.randn(shape), torch.randn(shape)
@@ -87,7 +87,7 @@ def test_many_steps_of_training_stay_together(momentum, backend):
 
     exact = train(nn.BatchNorm1d, torch.float64).state_dict()
     theirs = train(nn.BatchNorm1d, torch.float32).state_dict()
-    ours = train(ek.BatchNorm1d, torch.float32).state_dict()
+    ours = train(kn.BatchNorm1d, torch.float32).state_dict()
     assert ours["1.num_batches_tracked"].item() == 200
     for name, expected in exact.items():
         reach = (theirs[name].double() - expected.double()).abs().max().item()
@@ -117,7 +117,7 @@ def test_settings_changed_later(ours, theirs, shape, backend):
 
 
 def test_tracking_turned_off_leaves_moments_and_still_evaluates_with_them(backend):
-    layer = randomize(ek.BatchNorm2d(CHANNELS))
+    layer = randomize(kn.BatchNorm2d(CHANNELS))
     layer.track_running_stats = False
     before = snapshot(layer)
     x = torch.randn(3, CHANNELS, 4, 3)
@@ -131,7 +131,7 @@ def test_tracking_turned_off_leaves_moments_and_still_evaluates_with_them(backen
 def test_tracking_turned_on_without_buffers(backend):
     """As in torch: there is nothing to update, so batches normalize in both modes."""
     layer, oracle = (
-        ek.BatchNorm1d(CHANNELS, track_running_stats=False),
+        kn.BatchNorm1d(CHANNELS, track_running_stats=False),
         nn.BatchNorm1d(CHANNELS, track_running_stats=False).double(),
     )
     for norm in (layer, oracle):
@@ -141,13 +141,13 @@ def test_tracking_turned_on_without_buffers(backend):
 
 
 def test_negative_momentum_means_what_it_means_in_torch():
-    layer = randomize(ek.BatchNorm1d(CHANNELS, momentum=-0.5))
+    layer = randomize(kn.BatchNorm1d(CHANNELS, momentum=-0.5))
     compare_steps(layer, twin(layer, nn.BatchNorm1d, CHANNELS, momentum=-0.5), (7, CHANNELS))
 
 
 def test_cumulative_average_without_a_counter_is_as_torch_or_refused(backend):
-    """torch leaves the moments alone; evenkeel refuses, and leaves them alone too."""
-    layer = randomize(ek.BatchNorm1d(CHANNELS, momentum=None))
+    """torch leaves the moments alone; keelnorm refuses, and leaves them alone too."""
+    layer = randomize(kn.BatchNorm1d(CHANNELS, momentum=None))
     layer.num_batches_tracked = None
     before = snapshot(layer)
     with pytest.raises((RuntimeError, ValueError), match="num_batches_tracked"):
@@ -164,7 +164,7 @@ activations = pytest.mark.parametrize("activation", [None, "relu"])
 @empty_batches
 def test_empty_batch(shape, training, activation, backend):
     """The result is empty and the statistics stay as they were (torch counts the batch)."""
-    layer = randomize(ek.BatchNorm2d(CHANNELS)).train(training)
+    layer = randomize(kn.BatchNorm2d(CHANNELS)).train(training)
     before = snapshot(layer)
     x = torch.empty(shape, requires_grad=True)
     y = layer(x, x, activation=activation)
@@ -184,7 +184,7 @@ def test_empty_batch(shape, training, activation, backend):
 )
 @empty_batches
 def test_empty_batch_gives_parameters_no_gradient(shape, training, activation, backend):
-    layer = randomize(ek.BatchNorm2d(CHANNELS)).train(training)
+    layer = randomize(kn.BatchNorm2d(CHANNELS)).train(training)
     layer(torch.empty(shape), activation=activation).sum().backward()
     for name, parameter in layer.named_parameters():
         assert torch.equal(parameter.grad, torch.zeros(CHANNELS)), name
@@ -200,19 +200,19 @@ def test_empty_batch_gives_parameters_no_gradient(shape, training, activation, b
 @pytest.mark.parametrize("shape", [(4, 0), (4, 0, 3)])
 def test_no_channels(shape, training, backend):
     """Nothing is asked for, and nothing comes back."""
-    assert ek.BatchNorm(0).train(training)(torch.empty(shape)).shape == shape
+    assert kn.BatchNorm(0).train(training)(torch.empty(shape)).shape == shape
 
 
 def test_variance_of_two_values(backend):
     """The smallest legal batch: the running variance takes the unbiased value, twice the biased one."""
-    layer = ek.BatchNorm1d(1, momentum=1.0)
+    layer = kn.BatchNorm1d(1, momentum=1.0)
     layer(torch.tensor([[1.0], [4.0]]))
     assert layer.running_mean.item() == 2.5
     assert math.isclose(layer.running_var.item(), 4.5, rel_tol=1e-6)
 
 
 def test_one_value_per_channel_evaluates(backend):
-    layer = randomize(ek.BatchNorm2d(CHANNELS)).eval()
+    layer = randomize(kn.BatchNorm2d(CHANNELS)).eval()
     x = torch.randn(1, CHANNELS, 1, 1)
     oracle = twin(layer, nn.BatchNorm2d, CHANNELS)
     assert_near(layer(x), oracle(x.double()))

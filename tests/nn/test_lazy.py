@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-import evenkeel as ek
-from evenkeel.nn.lazy import LazyBatchNorm, LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
+import keelnorm as kn
+from keelnorm.nn.lazy import LazyBatchNorm, LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 
 #: (lazy, what it becomes, torch's, shapes)
 LAYERS = (
-    (LazyBatchNorm1d, ek.BatchNorm1d, nn.LazyBatchNorm1d, ((4, 5), (4, 5, 3))),
-    (LazyBatchNorm2d, ek.BatchNorm2d, nn.LazyBatchNorm2d, ((4, 5, 3, 2),)),
-    (LazyBatchNorm3d, ek.BatchNorm3d, nn.LazyBatchNorm3d, ((4, 5, 3, 2, 2),)),
+    (LazyBatchNorm1d, kn.BatchNorm1d, nn.LazyBatchNorm1d, ((4, 5), (4, 5, 3))),
+    (LazyBatchNorm2d, kn.BatchNorm2d, nn.LazyBatchNorm2d, ((4, 5, 3, 2),)),
+    (LazyBatchNorm3d, kn.BatchNorm3d, nn.LazyBatchNorm3d, ((4, 5, 3, 2, 2),)),
 )
 CASES = [(*names, shape) for *names, shapes in LAYERS for shape in shapes]
 each = pytest.mark.parametrize(("kind", "becomes", "theirs", "shape"), CASES)
@@ -45,17 +45,17 @@ def test_the_first_forward_makes_the_layer(kind: type, becomes: type, theirs: ty
 
 @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 3), (4, 5, 3, 2), (4, 5, 2, 2, 2, 2)])
 def test_any_rank(shape: tuple[int, ...]) -> None:
-    layer, ordinary = LazyBatchNorm(), ek.BatchNorm(5)
+    layer, ordinary = LazyBatchNorm(), kn.BatchNorm(5)
     x = torch.randn(shape)
     assert torch.equal(layer(x), ordinary(x))
-    assert type(layer) is ek.BatchNorm
+    assert type(layer) is kn.BatchNorm
 
 
 def test_the_first_call_takes_all_arguments() -> None:
-    layer, ordinary = LazyBatchNorm2d(), ek.BatchNorm2d(5)
+    layer, ordinary = LazyBatchNorm2d(), kn.BatchNorm2d(5)
     x, residual = torch.randn(2, 4, 5, 3, 3).unbind()
     assert torch.equal(layer(x, residual, activation="relu"), ordinary(x, residual, activation="relu"))
-    assert torch.equal(LazyBatchNorm2d()(input=x, activation="silu"), ek.BatchNorm2d(5)(x, activation="silu"))
+    assert torch.equal(LazyBatchNorm2d()(input=x, activation="silu"), kn.BatchNorm2d(5)(x, activation="silu"))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_first_call_that_raises_leaves_it_lazy(wrong: dict[str, object]) -> No
     assert type(layer) is LazyBatchNorm2d
     assert isinstance(layer.weight, UninitializedParameter)
     x = torch.randn(4, 7, 2, 2)
-    expected = ek.BatchNorm2d(7)(x)
+    expected = kn.BatchNorm2d(7)(x)
     assert torch.equal(layer(x, activation=None), expected)
     assert layer.num_batches_tracked == 1
 
@@ -98,7 +98,7 @@ def test_a_first_call_that_raises_leaves_it_lazy(wrong: dict[str, object]) -> No
     ids=str,
 )
 def test_arguments_of_the_constructor(keywords: dict[str, object]) -> None:
-    layer, ordinary = LazyBatchNorm1d(**keywords), ek.BatchNorm1d(5, **keywords)
+    layer, ordinary = LazyBatchNorm1d(**keywords), kn.BatchNorm1d(5, **keywords)
     x = torch.randn(6, 5, dtype=keywords.get("dtype"))
     assert torch.equal(layer(x), ordinary(x))
     assert repr(layer) == repr(ordinary)
@@ -109,7 +109,7 @@ def test_arguments_of_the_constructor(keywords: dict[str, object]) -> None:
 
 
 def test_state_dicts_as_in_torch() -> None:
-    filled = ek.BatchNorm1d(5)
+    filled = kn.BatchNorm1d(5)
     filled(torch.randn(7, 5))
     lazy = LazyBatchNorm1d()
     assert isinstance(lazy.state_dict()["weight"], UninitializedParameter)
@@ -117,21 +117,21 @@ def test_state_dicts_as_in_torch() -> None:
     lazy.load_state_dict(filled.state_dict())  # initialized into lazy: the shapes come with it
     x = torch.randn(6, 5)
     assert torch.equal(lazy.eval()(x), filled.eval()(x))
-    assert (type(lazy), lazy.num_features) == (ek.BatchNorm1d, 5)
+    assert (type(lazy), lazy.num_features) == (kn.BatchNorm1d, 5)
 
     still_lazy = LazyBatchNorm1d()
     still_lazy.load_state_dict(LazyBatchNorm1d().state_dict())  # lazy into lazy: nothing
     assert isinstance(still_lazy.running_mean, UninitializedBuffer)
 
     with pytest.raises(RuntimeError, match="uninitialized"):  # lazy into initialized
-        ek.BatchNorm1d(5).load_state_dict(LazyBatchNorm1d().state_dict())
+        kn.BatchNorm1d(5).load_state_dict(LazyBatchNorm1d().state_dict())
 
     nn.LazyBatchNorm1d().load_state_dict(filled.state_dict())  # and torch's takes ours
 
 
 def test_a_loaded_size_is_held() -> None:
     lazy = LazyBatchNorm1d()
-    lazy.load_state_dict(ek.BatchNorm1d(5).state_dict())
+    lazy.load_state_dict(kn.BatchNorm1d(5).state_dict())
     with pytest.raises(ValueError, match="x has 6 channels"):
         lazy(torch.randn(4, 6))
     assert lazy.num_features == 5
@@ -158,19 +158,19 @@ def test_a_first_input_without_channels(kind: type, x: object, error: type[Excep
 def test_copies_and_pickles() -> None:
     x = torch.randn(4, 5)
     lazy = pickle.loads(pickle.dumps(LazyBatchNorm1d()))  # deepcopy of uninitialized buffers is an error in torch
-    assert torch.equal(lazy(x), ek.BatchNorm1d(5)(x))
+    assert torch.equal(lazy(x), kn.BatchNorm1d(5)(x))
     layer = LazyBatchNorm1d()
     layer(x)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert type(twin) is ek.BatchNorm1d
+        assert type(twin) is kn.BatchNorm1d
         assert torch.equal(twin.eval()(x), layer.eval()(x))
 
 
 def test_within_a_model_it_trains() -> None:
-    model = ek.Sequential(nn.LazyLinear(6), LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(2))
+    model = kn.Sequential(nn.LazyLinear(6), LazyBatchNorm1d(), nn.ReLU(), nn.LazyLinear(2))
     x = torch.randn(8, 3)
     model(x)
-    assert type(model[1]) is ek.BatchNorm1d
+    assert type(model[1]) is kn.BatchNorm1d
     before = model[1].weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(x).square().sum().backward()

@@ -1,16 +1,16 @@
-"""PyTorch's own ModuleInfo samples for batch norm, with evenkeel's layers in place of torch.nn's."""
+"""PyTorch's own ModuleInfo samples for batch norm, with keelnorm's layers in place of torch.nn's."""
 
 import pytest
 import torch
 from nn.layer_pairs import assert_near, assert_same_moments, randomize, snapshot, twin
 
-import evenkeel as ek
+import keelnorm as kn
 
 module_tests = pytest.importorskip(
     "torch.testing._internal.common_modules", reason="torch.testing's samples need the package expecttest"
 )
 
-OURS = {name: getattr(ek, name.removeprefix("nn.")) for name in ("nn.BatchNorm1d", "nn.BatchNorm2d", "nn.BatchNorm3d")}
+OURS = {name: getattr(kn, name.removeprefix("nn.")) for name in ("nn.BatchNorm1d", "nn.BatchNorm2d", "nn.BatchNorm3d")}
 INFOS = [info for info in module_tests.module_db if info.name in OURS]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -53,7 +53,7 @@ def test_samples_agree_with_torch_in_float64(info, dtype, training, backend):
 
 @pytest.mark.parametrize("info", INFOS, ids=lambda info: info.name)
 def test_zero_batch_sample_changes_no_statistics(info, backend):
-    """Where evenkeel differs on purpose: torch counts an empty batch in num_batches_tracked."""
+    """Where keelnorm differs on purpose: torch counts an empty batch in num_batches_tracked."""
     [sample] = [sample for sample in samples(info, torch.float32, True) if sample.desc == "zero_batch"]
     layer = OURS[info.name](*sample.constructor_input.args)
     before = snapshot(layer)

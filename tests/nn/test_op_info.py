@@ -1,4 +1,4 @@
-"""PyTorch's own OpInfo samples for ``nn.functional.batch_norm``, with evenkeel's function in place of torch's."""
+"""PyTorch's own OpInfo samples for ``nn.functional.batch_norm``, with keelnorm's function in place of torch's."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from nn.layer_pairs import assert_near
 from torch.autograd import gradcheck, gradgradcheck
 
-import evenkeel as ek
+import keelnorm as kn
 
 op_tests = pytest.importorskip(
     "torch.testing._internal.common_methods_invocations", reason="torch.testing's samples need the package expecttest"
@@ -14,19 +14,19 @@ op_tests = pytest.importorskip(
 
 [INFO] = [info for info in op_tests.op_db if info.name == "nn.functional.batch_norm" and not info.variant_test_name]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ours = ek.functional.batch_norm
+ours = kn.functional.batch_norm
 #: torch's rules for forward-mode derivatives load some that go through torch.jit.
 forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
 
 def samples(dtype, requires_grad=True):
-    """Each sample as (x, (running_mean, running_var, weight, bias), keywords), and whether evenkeel takes it."""
+    """Each sample as (x, (running_mean, running_var, weight, bias), keywords), and whether keelnorm takes it."""
     for sample in INFO.sample_inputs("cpu", dtype, requires_grad=requires_grad):
         yield sample.input, sample.args, sample.kwargs
 
 
 def legal_samples(dtype):
-    """All but x of shape (0,): evenkeel asks for channels at dimension 1."""
+    """All but x of shape (0,): keelnorm asks for channels at dimension 1."""
     return [sample for sample in samples(dtype) if sample[0].dim() >= 2]
 
 
@@ -75,7 +75,7 @@ def test_samples_without_a_channel_dimension_are_refused(training):
 def functions_of_samples():
     """Each sample as a function of those of its tensors that require a gradient."""
     for x, arguments, keywords in legal_samples(torch.float64):
-        # Running moments would change from one evaluation to the next.
+        # Running statistics would change from one evaluation to the next.
         fixed = [None if t is None else t.detach().clone() for t in arguments[:2]]
         affine = [t for t in arguments[2:] if t is not None]
 

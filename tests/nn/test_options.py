@@ -14,12 +14,12 @@ from nn.layer_pairs import assert_untouched, randomize, snapshot
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import evenkeel as ek
-from evenkeel.nn.recurrent.cells import BatchNormLSTMCell
-from evenkeel.nn.recurrent.stepwise import StepwiseBatchNorm
+import keelnorm as kn
+from keelnorm.nn.recurrent.cells import BatchNormLSTMCell
+from keelnorm.nn.recurrent.stepwise import StepwiseBatchNorm
 
 C = 4
-#: What each option of ek.BatchNorm may be besides its default.
+#: What each option of kn.BatchNorm may be besides its default.
 OPTIONS = (
     {"eps": 0.5},
     {"momentum": 0.25},
@@ -36,7 +36,7 @@ options = pytest.mark.parametrize("option", OPTIONS, ids=str)
 
 def test_every_option_is_there() -> None:
     """Else a new one would be lost without a test."""
-    names = inspect.signature(ek.BatchNorm.__init__).parameters.keys() - {"self", "num_features", "device"}
+    names = inspect.signature(kn.BatchNorm.__init__).parameters.keys() - {"self", "num_features", "device"}
     assert names == {name for option in OPTIONS for name in option}
 
 
@@ -49,46 +49,46 @@ def facts(layer: nn.Module) -> dict[str, Any]:
 
 
 def by_convert_sync(model: nn.Module) -> nn.Module:
-    return ek.SyncBatchNorm.convert_sync_batchnorm(model)
+    return kn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def by_convert(model: nn.Module) -> nn.Module:
-    return ek.convert(model, sync=True)[0]
+    return kn.convert(model, sync=True)[0]
 
 
 def there_and_back(model: nn.Module) -> nn.Module:
-    return ek.convert(by_convert(model), sync=False)[0]
+    return kn.convert(by_convert(model), sync=False)[0]
 
 
 def reverted(model: nn.Module) -> nn.Module:
-    return ek.revert(by_convert(model))[0]
+    return kn.revert(by_convert(model))[0]
 
 
 @options
 @pytest.mark.parametrize("convert", [by_convert_sync, by_convert, there_and_back, reverted, copy.deepcopy])
 def test_conversions_keep_options(convert: Callable[[nn.Module], nn.Module], option: dict[str, Any]) -> None:
-    model = nn.Sequential(ek.BatchNorm2d(C, **option)).train()
+    model = nn.Sequential(kn.BatchNorm2d(C, **option)).train()
     before = facts(model[0])
     assert facts(convert(model)[0]) == before
-    frozen = nn.Sequential(ek.BatchNorm2d(C, **option)).eval().requires_grad_(False)
+    frozen = nn.Sequential(kn.BatchNorm2d(C, **option)).eval().requires_grad_(False)
     before = facts(frozen[0])
     assert facts(convert(frozen)[0]) == before
 
 
 @options
 def test_lazy_layers_keep_options(option: dict[str, Any]) -> None:
-    layer, x = ek.LazyBatchNorm2d(**option), torch.randn(3, C, 2, 2, dtype=option.get("dtype"))
+    layer, x = kn.LazyBatchNorm2d(**option), torch.randn(3, C, 2, 2, dtype=option.get("dtype"))
     layer(x)
-    assert type(layer) is ek.BatchNorm2d
-    assert facts(layer) == facts(ek.BatchNorm2d(C, **option))
+    assert type(layer) is kn.BatchNorm2d
+    assert facts(layer) == facts(kn.BatchNorm2d(C, **option))
 
 
 TAKE_OVER = (
-    ek.SplitBatchNorm.from_batch_norm,
-    lambda bn: ek.DomainBatchNorm.from_batch_norm(bn, 2),
-    lambda bn: ek.DomainBatchNorm.from_batch_norm(bn, 2, share_affine=False),
-    lambda bn: ek.ConditionalBatchNorm.from_batch_norm(bn, num_classes=3),
-    lambda bn: ek.ConditionalBatchNorm.from_batch_norm(bn, embedding_features=3),
+    kn.SplitBatchNorm.from_batch_norm,
+    lambda bn: kn.DomainBatchNorm.from_batch_norm(bn, 2),
+    lambda bn: kn.DomainBatchNorm.from_batch_norm(bn, 2, share_affine=False),
+    lambda bn: kn.ConditionalBatchNorm.from_batch_norm(bn, num_classes=3),
+    lambda bn: kn.ConditionalBatchNorm.from_batch_norm(bn, embedding_features=3),
 )
 
 
@@ -96,7 +96,7 @@ TAKE_OVER = (
 @pytest.mark.parametrize("take_over", TAKE_OVER, ids=("split", "domain", "domain's own", "classes", "embedding"))
 @pytest.mark.parametrize("frozen", [False, True])
 def test_variants_keep_options_or_refuse_them(take_over: Any, option: dict[str, Any], frozen: bool) -> None:
-    bn = ek.BatchNorm2d(C, **option).train(not frozen).requires_grad_(not frozen)
+    bn = kn.BatchNorm2d(C, **option).train(not frozen).requires_grad_(not frozen)
     if "too_few" in option:
         with pytest.raises(TypeError, match=r"too_few='.*', which would be lost; .*set_policy"):
             take_over(bn)
@@ -112,8 +112,8 @@ def test_variants_keep_options_or_refuse_them(take_over: Any, option: dict[str, 
     if bn.track_running_stats:
         layer.eval()
         x = torch.randn(2, C, 3, 3, dtype=option.get("dtype"))
-        keywords = {ek.DomainBatchNorm: {"domain": 1}}.get(type(layer), {})
-        if isinstance(layer, ek.ConditionalBatchNorm):
+        keywords = {kn.DomainBatchNorm: {"domain": 1}}.get(type(layer), {})
+        if isinstance(layer, kn.ConditionalBatchNorm):
             classes = torch.tensor([2, 0])
             keywords = {"condition": classes if layer.num_classes else torch.randn(2, 3)}
         torch.testing.assert_close(layer(x, **keywords), bn.eval()(x))
@@ -121,7 +121,7 @@ def test_variants_keep_options_or_refuse_them(take_over: Any, option: dict[str, 
             layer(x[0], **keywords)
 
 
-@pytest.mark.parametrize("layer", [ek.BatchRenorm(C), ek.SyncBatchNorm(C), ek.GhostBatchNorm(C, 2)])
+@pytest.mark.parametrize("layer", [kn.BatchRenorm(C), kn.SyncBatchNorm(C), kn.GhostBatchNorm(C, 2)])
 def test_variants_take_over_no_variants(layer: nn.Module) -> None:
     for take_over in TAKE_OVER:
         with pytest.raises(TypeError, match=f"got {type(layer).__name__}, of which something would be lost"):
@@ -132,9 +132,9 @@ def test_variants_take_over_no_variants(layer: nn.Module) -> None:
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("masked", [False, True], ids=["one value", "one that counts"])
 def test_sync_takes_too_few(too_few: str, activation: str | None, masked: bool, backend: str) -> None:
-    """Without other ranks it is ek.BatchNorm; with them, see tests/distributed."""
-    plain = randomize(ek.BatchNorm(C, too_few=too_few).double())
-    layer = ek.SyncBatchNorm(C, too_few=too_few).double()
+    """Without other ranks it is kn.BatchNorm; with them, see tests/distributed."""
+    plain = randomize(kn.BatchNorm(C, too_few=too_few).double())
+    layer = kn.SyncBatchNorm(C, too_few=too_few).double()
     layer.load_state_dict(plain.state_dict())
     x, keywords = torch.randn(1, C, 1).double(), {"activation": activation}
     if masked:
@@ -152,15 +152,15 @@ def test_sync_takes_too_few(too_few: str, activation: str | None, masked: bool, 
 
 
 def test_sync_without_moments_refuses_running() -> None:
-    layer = ek.SyncBatchNorm(C, too_few="running", track_running_stats=False)
-    with pytest.raises(ValueError, match="too_few='running' needs running moments"):
+    layer = kn.SyncBatchNorm(C, too_few="running", track_running_stats=False)
+    with pytest.raises(ValueError, match="too_few='running' needs running statistics"):
         layer(torch.randn(1, C))
     with pytest.raises(ValueError, match="too_few must be one of"):
-        ek.SyncBatchNorm(C, too_few="never")
+        kn.SyncBatchNorm(C, too_few="never")
 
 
 def test_the_error_for_one_value_recommends_what_there_is() -> None:
-    for layer in (ek.BatchNorm1d(C), ek.SyncBatchNorm(C)):
+    for layer in (kn.BatchNorm1d(C), kn.SyncBatchNorm(C)):
         with pytest.raises(ValueError, match="too_few='running' or 'skip'"):
             layer(torch.randn(1, C))
         layer.set_policy("skip")
@@ -171,28 +171,28 @@ def test_the_error_for_one_value_recommends_what_there_is() -> None:
 
 #: Every layer that is called as a batch norm, and what its constructor and its call need.
 LAYERS: dict[type[nn.Module], tuple[dict[str, Any], dict[str, Any]]] = {
-    ek.BatchNorm: ({}, {}),
-    ek.BatchNorm2d: ({}, {}),
-    ek.SyncBatchNorm: ({}, {}),
-    ek.BatchRenorm: ({}, {}),
-    ek.ConditionalBatchNorm: ({"num_classes": 2}, {"condition": torch.tensor([0, 1, 1])}),
-    ek.CrossIterationBatchNorm: ({"compensate": False}, {}),
-    ek.DomainBatchNorm: ({"domains": 2}, {"domain": 0}),
-    ek.GhostBatchNorm: ({"ghost_size": 2}, {}),
-    ek.L1BatchNorm: ({}, {}),
-    ek.MovingAverageBatchNorm: ({}, {}),
-    ek.RangeBatchNorm: ({}, {}),
-    ek.SplitBatchNorm: ({"num_splits": 3}, {}),
-    ek.VirtualBatchNorm: ({}, {}),
-    ek.WhiteningBatchNorm: ({}, {}),
+    kn.BatchNorm: ({}, {}),
+    kn.BatchNorm2d: ({}, {}),
+    kn.SyncBatchNorm: ({}, {}),
+    kn.BatchRenorm: ({}, {}),
+    kn.ConditionalBatchNorm: ({"num_classes": 2}, {"condition": torch.tensor([0, 1, 1])}),
+    kn.CrossIterationBatchNorm: ({"compensate": False}, {}),
+    kn.DomainBatchNorm: ({"domains": 2}, {"domain": 0}),
+    kn.GhostBatchNorm: ({"ghost_size": 2}, {}),
+    kn.L1BatchNorm: ({}, {}),
+    kn.MovingAverageBatchNorm: ({}, {}),
+    kn.RangeBatchNorm: ({}, {}),
+    kn.SplitBatchNorm: ({"num_splits": 3}, {}),
+    kn.VirtualBatchNorm: ({}, {}),
+    kn.WhiteningBatchNorm: ({}, {}),
     StepwiseBatchNorm: ({}, {"step": 0}),
 }
 layers = pytest.mark.parametrize("kind", LAYERS, ids=lambda kind: kind.__name__)
-TAKES_ALL = (ek.BatchNorm, ek.BatchNorm2d)
+TAKES_ALL = (kn.BatchNorm, kn.BatchNorm2d)
 
 
 def test_every_layer_is_there() -> None:
-    public = {kind for name in ek.nn.__all__ if isinstance(kind := getattr(ek, name), type)}
+    public = {kind for name in kn.nn.__all__ if isinstance(kind := getattr(kn, name), type)}
     known = {kind for kind in public if issubclass(kind, _BatchNorm)}
     drop_ins = {kind for kind in known if kind.__name__.startswith(("BatchNorm", "LazyBatchNorm"))}
     assert known - drop_ins <= LAYERS.keys()
@@ -202,7 +202,7 @@ def made(kind: type[nn.Module]) -> tuple[nn.Module, torch.Tensor, dict[str, Any]
     constructor, call = LAYERS[kind]
     layer = kind(C, **constructor)
     x = torch.randn(3, C) if kind is StepwiseBatchNorm else torch.randn(3, C, 2, 2)
-    if kind is ek.VirtualBatchNorm:
+    if kind is kn.VirtualBatchNorm:
         layer.set_reference(torch.randn(3, C, 2, 2))
     return layer, x, call
 
@@ -214,16 +214,16 @@ def test_what_belongs_to_the_call(kind: type[nn.Module], name: str) -> None:
         kind(C, **LAYERS[kind][0], **{name: "relu"})
 
 
-@pytest.mark.parametrize("kind", [ek.LazyBatchNorm2d, ek.BatchNormLSTM, ek.BatchNormGRU, BatchNormLSTMCell])
+@pytest.mark.parametrize("kind", [kn.LazyBatchNorm2d, kn.BatchNormLSTM, kn.BatchNormGRU, BatchNormLSTMCell])
 def test_what_belongs_to_the_call_of_others(kind: type[nn.Module]) -> None:
-    name = "activation" if kind is ek.LazyBatchNorm2d else "hx"
+    name = "activation" if kind is kn.LazyBatchNorm2d else "hx"
     with pytest.raises(TypeError, match=f"{kind.__name__}: {name} belongs to the call"):
         kind(**{name: None})
 
 
 @layers
 def test_constructors_name_what_they_do_not_take(kind: type[nn.Module]) -> None:
-    if kind not in (*TAKES_ALL, ek.SyncBatchNorm):
+    if kind not in (*TAKES_ALL, kn.SyncBatchNorm):
         with pytest.raises(TypeError, match=f"{kind.__name__}: there is no too_few for this layer; it takes num_feat"):
             kind(C, **LAYERS[kind][0], too_few="running")
     with pytest.raises(TypeError, match="there is no epsilon for this layer; it takes num_features, "):
@@ -231,12 +231,12 @@ def test_constructors_name_what_they_do_not_take(kind: type[nn.Module]) -> None:
 
 
 def test_a_subclass_may_have_options_of_its_own() -> None:
-    class Activated(ek.BatchNorm1d):
+    class Activated(kn.BatchNorm1d):
         def __init__(self, num_features: int, activation: str) -> None:
             super().__init__(num_features)
             self.activation = activation
 
-    class Open(ek.BatchNorm1d):
+    class Open(kn.BatchNorm1d):
         def __init__(self, num_features: int, **others: object) -> None:
             super().__init__(num_features)
             self.others = others

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-import evenkeel as ek
+import keelnorm as kn
 
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 SHAPES = {
@@ -79,7 +79,7 @@ def test_strides_are_torchs(shape: tuple[int, ...], training: bool, backend: str
     for name, x in views(shape):
         expected = [addressing(values) for values in results(F.batch_norm, x, training)]
         for keywords in ({}, {"mask": torch.ones(len(x), dtype=torch.bool)}):
-            y, dx = results(ek.functional.batch_norm, x, training, **keywords)
+            y, dx = results(kn.functional.batch_norm, x, training, **keywords)
             assert [addressing(y), addressing(dx)] == expected, (name, x.stride(), keywords)
         assert torch.equal(y.detach().reshape(len(x), -1), y.detach().contiguous().view(len(x), -1))
 
@@ -94,7 +94,7 @@ def test_forward_mode(shape: tuple[int, ...], training: bool) -> None:
         expected = addressing(results(F.batch_norm, x, training)[0])
         with forward_ad.dual_level():
             moments = torch.zeros(shape[1]), torch.ones(shape[1])
-            y = ek.functional.batch_norm(forward_ad.make_dual(x, torch.ones_like(x)), *moments, training=training)
+            y = kn.functional.batch_norm(forward_ad.make_dual(x, torch.ones_like(x)), *moments, training=training)
             primal, tangent = forward_ad.unpack_dual(y)
             assert addressing(primal) == expected, (name, x.stride())
             assert tangent.shape == primal.shape
@@ -102,17 +102,17 @@ def test_forward_mode(shape: tuple[int, ...], training: bool) -> None:
 
 #: Variants whose calls need nothing but x.
 PLAIN = (
-    ek.SyncBatchNorm,
-    ek.L1BatchNorm,
-    ek.RangeBatchNorm,
-    ek.BatchRenorm,
-    lambda channels: ek.CrossIterationBatchNorm(channels, compensate=False),
-    ek.MovingAverageBatchNorm,
-    ek.WhiteningBatchNorm,
-    ek.SplitBatchNorm,
-    lambda channels: ek.GhostBatchNorm(channels, 2),
-    lambda channels: ek.DomainBatchNorm(channels, 1),
-    lambda channels: ek.BatchNorm(channels),
+    kn.SyncBatchNorm,
+    kn.L1BatchNorm,
+    kn.RangeBatchNorm,
+    kn.BatchRenorm,
+    lambda channels: kn.CrossIterationBatchNorm(channels, compensate=False),
+    kn.MovingAverageBatchNorm,
+    kn.WhiteningBatchNorm,
+    kn.SplitBatchNorm,
+    lambda channels: kn.GhostBatchNorm(channels, 2),
+    lambda channels: kn.DomainBatchNorm(channels, 1),
+    lambda channels: kn.BatchNorm(channels),
 )
 
 
@@ -123,7 +123,7 @@ def test_variants(make: object, training: bool, backend: str) -> None:
         for name, x in views(shape):
             expected = addressing(results(F.batch_norm, x, training)[0])
             layer = make(shape[1]).train(training)
-            keywords = {"domain": 0} if isinstance(layer, ek.DomainBatchNorm) else {}
+            keywords = {"domain": 0} if isinstance(layer, kn.DomainBatchNorm) else {}
             for activation in (None, "relu"):
                 y = layer(x, activation=activation, **keywords)
                 assert addressing(y) == expected, (name, x.stride(), activation)
@@ -132,4 +132,4 @@ def test_variants(make: object, training: bool, backend: str) -> None:
 def test_a_transposed_sequence_can_be_viewed(backend: str) -> None:
     """What a transformer does: (N, L, C) there and back."""
     x = torch.randn(4, 5, 3).transpose(1, 2)
-    assert ek.BatchNorm1d(3)(x).view(4, -1).shape == (4, 15)
+    assert kn.BatchNorm1d(3)(x).view(4, -1).shape == (4, 15)

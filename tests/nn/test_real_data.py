@@ -12,7 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,9 +21,9 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def mnist() -> tuple[torch.Tensor, torch.Tensor]:
-    folder = os.environ.get("EVENKEEL_DATA_DIR")
+    folder = os.environ.get("KEELNORM_DATA_DIR")
     if not folder or not (Path(folder) / "mnist").is_dir():
-        pytest.skip("EVENKEEL_DATA_DIR names no folder with mnist/ in it, MNIST's gzipped IDX files")
+        pytest.skip("KEELNORM_DATA_DIR names no folder with mnist/ in it, MNIST's gzipped IDX files")
     read = [gzip.decompress((Path(folder) / "mnist" / name).read_bytes()) for name in
             ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")]  # fmt: skip
     images = torch.from_numpy(np.frombuffer(read[0], np.uint8, offset=16).copy()).view(-1, 1, 28, 28)
@@ -42,7 +42,7 @@ def network(module: type[nn.Sequential], norm: type[nn.BatchNorm2d]) -> nn.Seque
 def test_training_on_real_images(data):
     images, labels = data()
     torch.manual_seed(0)
-    ours = network(ek.Sequential, ek.BatchNorm2d)
+    ours = network(kn.Sequential, kn.BatchNorm2d)
     theirs = network(nn.Sequential, nn.BatchNorm2d)
     theirs.load_state_dict(ours.state_dict())
     first = last = 0.0

@@ -5,8 +5,8 @@ import torch
 from nn.layer_pairs import CHANNELS, randomize
 from torch import nn
 
-import evenkeel as ek
-from evenkeel.engine.activations import NAMED
+import keelnorm as kn
+from keelnorm.engine.activations import NAMED
 
 SHAPE = (4, CHANNELS, 3, 3)
 STATISTICS = (3, CHANNELS)
@@ -15,7 +15,7 @@ VECTOR = (CHANNELS,)
 
 def kept(x, residual=None, **keywords):
     """The tensors that the layer saves, and its result."""
-    layer = randomize(ek.BatchNorm2d(CHANNELS))
+    layer = randomize(kn.BatchNorm2d(CHANNELS))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = layer(x, residual, **keywords)
@@ -61,7 +61,7 @@ def test_with_a_residual(activation, backend):
 def test_in_place(activation, backend):
     """y alone, which lies where x lay."""
     x, _ = inputs()
-    layer = ek.BatchNorm2d(CHANNELS)
+    layer = kn.BatchNorm2d(CHANNELS)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = layer(x, activation=activation, inplace=True)
@@ -75,7 +75,7 @@ def test_in_place(activation, backend):
 def test_in_place_with_a_weight_near_zero(backend):
     """One channel's x in addition, and its number."""
     x, _ = inputs()
-    layer = ek.BatchNorm2d(CHANNELS)
+    layer = kn.BatchNorm2d(CHANNELS)
     with torch.no_grad():
         layer.weight[2] = 0
     before, saved = x.detach().clone(), []

@@ -1,4 +1,4 @@
-"""ek.Sequential is torch.nn.Sequential: names, state, indexing, copies; and computes the same."""
+"""kn.Sequential is torch.nn.Sequential: names, state, indexing, copies; and computes the same."""
 
 import copy
 import pickle
@@ -17,7 +17,7 @@ from nn.layer_pairs import (
 )
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 
 def modules(norm, inplace=False):
@@ -37,7 +37,7 @@ def modules(norm, inplace=False):
 
 def twins(**keywords):
     """A network of each library with the same state; torch's in float64."""
-    ours = randomize(ek.Sequential(*modules(ek.BatchNorm2d, **keywords)))
+    ours = randomize(kn.Sequential(*modules(kn.BatchNorm2d, **keywords)))
     theirs = nn.Sequential(*modules(nn.BatchNorm2d)).double()
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
@@ -56,7 +56,7 @@ def test_steps_agree_with_torch(inplace, backend):
 
 
 def test_state_goes_both_ways():
-    ours, theirs = ek.Sequential(*modules(ek.BatchNorm2d)), nn.Sequential(*modules(nn.BatchNorm2d))
+    ours, theirs = kn.Sequential(*modules(kn.BatchNorm2d)), nn.Sequential(*modules(nn.BatchNorm2d))
     for source, target in ((ours, theirs), (theirs, ours)):
         state = randomize(source).state_dict()
         assert str(target.load_state_dict(state)) == "<All keys matched successfully>"
@@ -66,16 +66,16 @@ def test_state_goes_both_ways():
 
 
 def test_is_a_sequential():
-    net = ek.Sequential(*modules(ek.BatchNorm2d))
+    net = kn.Sequential(*modules(kn.BatchNorm2d))
     assert isinstance(net, nn.Sequential)
-    assert type(net[1:3]) is ek.Sequential
+    assert type(net[1:3]) is kn.Sequential
     assert (len(net), type(net[-1])) == (9, nn.ReLU)
     assert list(net) == [net[i] for i in range(9)]
 
 
 def test_names_from_an_ordered_dict():
-    layers = OrderedDict(conv=nn.Conv2d(3, 4, 1), norm=ek.BatchNorm2d(4), act=nn.ReLU())
-    net = ek.Sequential(layers)
+    layers = OrderedDict(conv=nn.Conv2d(3, 4, 1), norm=kn.BatchNorm2d(4), act=nn.ReLU())
+    net = kn.Sequential(layers)
     assert [name for name, _ in net.named_children()] == ["conv", "norm", "act"]
     assert "norm.running_mean" in net.state_dict()
     assert (net(torch.randn(2, 3, 4, 4)) >= 0).all()
@@ -83,7 +83,7 @@ def test_names_from_an_ordered_dict():
 
 def test_empty():
     x = torch.randn(2, 3)
-    assert ek.Sequential()(x) is x
+    assert kn.Sequential()(x) is x
 
 
 def test_input_other_than_a_tensor():
@@ -94,8 +94,8 @@ def test_input_other_than_a_tensor():
             return pair["x"]
 
     x = torch.randn(4, 3)
-    net = ek.Sequential(Pick(), ek.BatchNorm1d(3), nn.ReLU())
-    assert torch.equal(net({"x": x}), ek.BatchNorm1d(3)(x, activation="relu"))
+    net = kn.Sequential(Pick(), kn.BatchNorm1d(3), nn.ReLU())
+    assert torch.equal(net({"x": x}), kn.BatchNorm1d(3)(x, activation="relu"))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_input_other_than_a_tensor():
 def test_copies(copies, backend):
     net, _ = twins()
     duplicate = copies(net)
-    assert type(duplicate) is ek.Sequential
+    assert type(duplicate) is kn.Sequential
     x = torch.randn(3, 3, 5, 4)
     before = snapshot(net)
     y = duplicate(x)
@@ -117,7 +117,7 @@ def test_copies(copies, backend):
     [
         lambda net: net.append(nn.ReLU()),
         lambda net: net.insert(1, nn.ReLU()),
-        lambda net: net.extend([nn.BatchNorm1d(4) if type(net) is nn.Sequential else ek.BatchNorm1d(4), nn.ReLU()]),
+        lambda net: net.extend([nn.BatchNorm1d(4) if type(net) is nn.Sequential else kn.BatchNorm1d(4), nn.ReLU()]),
         lambda net: net.__delitem__(1),
         lambda net: net.__setitem__(1, nn.Tanh()),
         lambda net: net.pop(1),
@@ -130,7 +130,7 @@ def test_copies(copies, backend):
 )
 def test_changed_later(change, backend):
     """The modules of the moment count, not those of the construction."""
-    ours = ek.Sequential(ek.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4))
+    ours = kn.Sequential(kn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4))
     theirs = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4))
     theirs.load_state_dict(ours.state_dict())
     ours, theirs = change(ours) or ours, change(theirs) or theirs
@@ -145,7 +145,7 @@ def test_changed_later(change, backend):
 
 
 def test_an_error_changes_nothing(backend):
-    net = ek.Sequential(ek.BatchNorm2d(4), nn.ReLU())
+    net = kn.Sequential(kn.BatchNorm2d(4), nn.ReLU())
     before = snapshot(net)
     with pytest.raises(ValueError, match=r"x has 3 channels"):
         net(torch.randn(2, 3, 4, 4))

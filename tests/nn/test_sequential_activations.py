@@ -1,4 +1,4 @@
-"""``ek.Sequential`` fuses every activation there is, with its parameters, and leaves all others as they are."""
+"""``kn.Sequential`` fuses every activation there is, with its parameters, and leaves all others as they are."""
 
 import contextlib
 import copy
@@ -8,16 +8,16 @@ import torch
 from nn.layer_pairs import assert_near, randomize
 from torch import nn
 
-import evenkeel as ek
-from evenkeel.engine.fusion import pending as fusion
+import keelnorm as kn
+from keelnorm.engine.fusion import pending as fusion
 
 X = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
 
 
 def operators_run(net, x=X):
-    before = sum(ek.kernels.calls().values())
+    before = sum(kn.kernels.calls().values())
     net(x)
-    return sum(ek.kernels.calls().values()) - before
+    return sum(kn.kernels.calls().values()) - before
 
 
 ACTIVATIONS = (
@@ -37,7 +37,7 @@ def fused_in(net, x=X):
 @pytest.mark.parametrize("module", ACTIVATIONS, ids=repr)
 def test_every_activation_fuses(module, training, backend):
     """With its parameters; the values are those of the two modules of torch one after the other, in float64."""
-    net = ek.Sequential(randomize(ek.BatchNorm2d(3)), module).train(training)
+    net = kn.Sequential(randomize(kn.BatchNorm2d(3)), module).train(training)
     theirs = nn.Sequential(nn.BatchNorm2d(3).double(), copy.deepcopy(module)).train(training)
     theirs.load_state_dict(net.state_dict())
     alone = operators_run(copy.deepcopy(net[0]))
@@ -54,7 +54,7 @@ def test_every_activation_fuses(module, training, backend):
 def test_every_activation_unfused_with_a_hook(module):
     module = copy.deepcopy(module)
     seen = []
-    net = ek.Sequential(randomize(ek.BatchNorm2d(3)), module).eval()
+    net = kn.Sequential(randomize(kn.BatchNorm2d(3)), module).eval()
     assert fused_in(net) == 0
     fused = net(X)
     handle = module.register_forward_hook(lambda module, args, y: seen.append(y))
@@ -77,14 +77,14 @@ def with_learned_slope():
 
 @pytest.mark.parametrize("module", [nn.PReLU(), nn.Softmax2d(), nn.Identity(), nn.CELU(), nn.Softsign(), nn.RReLU()])
 def test_other_activations_run_as_they_are(module):
-    net = ek.Sequential(randomize(ek.BatchNorm2d(3)), module).eval()
+    net = kn.Sequential(randomize(kn.BatchNorm2d(3)), module).eval()
     for _ in range(3):
         assert torch.equal(net(X), module(net[0](X)))
     assert fused_in(net) == 0
 
 
 def test_a_changed_parameter_counts():
-    net = ek.Sequential(ek.BatchNorm2d(3), nn.LeakyReLU(0.1)).eval()
+    net = kn.Sequential(kn.BatchNorm2d(3), nn.LeakyReLU(0.1)).eval()
     assert [fused_in(net) for _ in range(2)] == [0, 1]
     before = net(X)
     net[1].negative_slope = 0.7
@@ -95,7 +95,7 @@ def test_a_changed_parameter_counts():
 
 
 def test_a_learned_parameter_is_left_to_the_module():
-    net = ek.Sequential(ek.BatchNorm2d(3), with_learned_slope()).eval()
+    net = kn.Sequential(kn.BatchNorm2d(3), with_learned_slope()).eval()
     for _ in range(3):
         with contextlib.suppress(TypeError):  # torch's own does not take it
             net(X)

@@ -1,4 +1,4 @@
-"""Which pairs ek.Sequential runs as one: counted, and by the kernels' own count. The first call learns what follows."""
+"""Which pairs kn.Sequential runs as one: counted, and by the kernels' own count. The first call learns what follows."""
 
 import contextlib
 import copy
@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
-import evenkeel as ek
-from evenkeel.engine.fusion import pending as fusion
+import keelnorm as kn
+from keelnorm.engine.fusion import pending as fusion
 
 X = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
 
 
 def pair():
-    return ek.Sequential(randomize(ek.BatchNorm2d(3)), nn.ReLU())
+    return kn.Sequential(randomize(kn.BatchNorm2d(3)), nn.ReLU())
 
 
 def expected_of(net, x=X):
@@ -28,9 +28,9 @@ def expected_of(net, x=X):
 
 
 def operators_run(net, x=X):
-    before = sum(ek.kernels.calls().values())
+    before = sum(kn.kernels.calls().values())
     net(x)
-    return sum(ek.kernels.calls().values()) - before
+    return sum(kn.kernels.calls().values()) - before
 
 
 def fused_in(net, x=X):
@@ -43,17 +43,17 @@ def fused_in(net, x=X):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(
-    ("layer_type", "shape"), [*((ours, shape) for ours, _, shape in PAIRS), (ek.BatchNorm, (2, 5, 3))]
+    ("layer_type", "shape"), [*((ours, shape) for ours, _, shape in PAIRS), (kn.BatchNorm, (2, 5, 3))]
 )
 def test_a_pair_is_one_operator(layer_type, shape, inplace, training):
     """As many operators as the layer alone, from the second call on."""
     layer, x = randomize(layer_type(5)), torch.randn(shape)
-    net = ek.Sequential(layer, nn.ReLU(inplace=inplace)).train(training)
+    net = kn.Sequential(layer, nn.ReLU(inplace=inplace)).train(training)
     alone = operators_run(layer, x)
     kept = x.clone()
     assert fused_in(net, x) == 0
     assert operators_run(net, x) == alone
-    if ek.kernels.active() != "reference":
+    if kn.kernels.active() != "reference":
         assert alone == 1
     assert fused_in(net, x) == 1
     assert (net(x) >= 0).all()
@@ -61,7 +61,7 @@ def test_a_pair_is_one_operator(layer_type, shape, inplace, training):
 
 
 def test_reference_runs_fused_too():
-    with ek.kernels.use("reference"):
+    with kn.kernels.use("reference"):
         net = pair().eval()
         assert [fused_in(net) for _ in range(3)] == [0, 1, 1]
         assert_near(net(X), expected_of(net))
@@ -69,12 +69,12 @@ def test_reference_runs_fused_too():
 
 def test_unfused_in_torchs_sequential():
     """The count counts."""
-    net = nn.Sequential(ek.BatchNorm2d(3), nn.ReLU())
+    net = nn.Sequential(kn.BatchNorm2d(3), nn.ReLU())
     assert [fused_in(net) for _ in range(3)] == [0, 0, 0]
 
 
 def test_torchs_sequential_inside_ours():
-    net = ek.Sequential(nn.Sequential(ek.BatchNorm2d(3), nn.ReLU())).eval()
+    net = kn.Sequential(nn.Sequential(kn.BatchNorm2d(3), nn.ReLU())).eval()
     before = [net(X) for _ in range(3)][-1]
     assert_near(before, expected_of(net[0]))
 
@@ -83,7 +83,7 @@ class OurReLU(nn.ReLU):
     """A subclass may compute something else."""
 
 
-class OurBatchNorm(ek.BatchNorm2d):
+class OurBatchNorm(kn.BatchNorm2d):
     """A subclass's forward may not take an activation."""
 
     def forward(self, x):
@@ -202,24 +202,24 @@ def test_hooks_on_the_sequential_itself_leave_it_fused():
 @pytest.mark.parametrize(
     ("build", "fused"),
     [
-        (lambda bn, relu: ek.Sequential(bn(), relu, bn(), relu), 2),  # shared
-        (lambda bn, relu: ek.Sequential(ek.Sequential(bn(), relu), bn(), relu), 2),  # nested
-        (lambda bn, relu: nn.Sequential(ek.Sequential(bn(), relu), ek.Sequential(bn(), relu)), 2),
-        (lambda bn, relu: ek.Sequential(ek.Sequential(bn()), relu), 1),  # in different containers
-        (lambda bn, relu: ek.Sequential(bn(), relu, relu), 1),
-        (lambda bn, relu: ek.Sequential(relu, bn()), 0),
-        (lambda bn, relu: ek.Sequential(bn(), bn(), relu), 1),
-        (lambda bn, relu: ek.Sequential(bn(), nn.LeakyReLU(), relu), 1),
-        (lambda bn, relu: ek.Sequential(bn(), relu, nn.Conv2d(3, 3, 1), bn(), relu)[3:], 1),
+        (lambda bn, relu: kn.Sequential(bn(), relu, bn(), relu), 2),  # shared
+        (lambda bn, relu: kn.Sequential(kn.Sequential(bn(), relu), bn(), relu), 2),  # nested
+        (lambda bn, relu: nn.Sequential(kn.Sequential(bn(), relu), kn.Sequential(bn(), relu)), 2),
+        (lambda bn, relu: kn.Sequential(kn.Sequential(bn()), relu), 1),  # in different containers
+        (lambda bn, relu: kn.Sequential(bn(), relu, relu), 1),
+        (lambda bn, relu: kn.Sequential(relu, bn()), 0),
+        (lambda bn, relu: kn.Sequential(bn(), bn(), relu), 1),
+        (lambda bn, relu: kn.Sequential(bn(), nn.LeakyReLU(), relu), 1),
+        (lambda bn, relu: kn.Sequential(bn(), relu, nn.Conv2d(3, 3, 1), bn(), relu)[3:], 1),
     ],
     ids=["shared", "nested", "inside torch's", "split", "two ReLUs", "ReLU first", "two norms", "LeakyReLU", "slice"],
 )
 def test_structures(build, fused):
-    net = build(lambda: randomize(ek.BatchNorm2d(3)), nn.ReLU())
+    net = build(lambda: randomize(kn.BatchNorm2d(3)), nn.ReLU())
     net.eval()
     plain = copy.deepcopy(net)
     for module in list(plain.modules()):  # torch's, which does not fuse
-        if type(module) is ek.Sequential:
+        if type(module) is kn.Sequential:
             module.__class__ = nn.Sequential
     wanted = plain(X)
     for _ in range(3):
@@ -230,7 +230,7 @@ def test_structures(build, fused):
 def test_a_fused_pair_keeps_its_digits_in_training(backend):
     """Forward, gradients and moments of the pair are those of the two modules run one after the other."""
     net, x, dy = pair(), X.clone().requires_grad_(), torch.randn_like(X)
-    apart = nn.Sequential(ek.BatchNorm2d(3), nn.ReLU())
+    apart = nn.Sequential(kn.BatchNorm2d(3), nn.ReLU())
     apart.load_state_dict(net.state_dict())
     x2 = X.clone().requires_grad_()
     for _ in range(2):

@@ -10,13 +10,13 @@ import torch
 from nn.layer_pairs import PAIR_IDS, PAIRS
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
-#: evenkeel's classes by the name of torch's; the two that take any rank have torch's base class.
-TWINS = {name: getattr(nn, name) for name in ek.nn.__all__ if hasattr(nn, name) and name != "Sequential"}
+#: keelnorm's classes by the name of torch's; the two that take any rank have torch's base class.
+TWINS = {name: getattr(nn, name) for name in kn.nn.__all__ if hasattr(nn, name) and name != "Sequential"}
 TWINS |= {"BatchNorm": nn.modules.batchnorm._BatchNorm, "LazyBatchNorm": nn.LazyBatchNorm1d}
 TWINS |= {f"BatchNorm{kind}": getattr(nn, kind) for kind in ("LSTM", "GRU", "LSTMCell", "GRUCell")}
-LAYERS = {name: kind for name in ek.nn.__all__ if isinstance(kind := getattr(ek, name), type)}
+LAYERS = {name: kind for name in kn.nn.__all__ if isinstance(kind := getattr(kn, name), type)}
 CALLED_ALIKE = [name for name, kind in LAYERS.items() if issubclass(kind, nn.modules.batchnorm._BatchNorm)]
 
 
@@ -46,25 +46,25 @@ def assert_takes_all_of(ours: list[Parameter], theirs: list[Parameter]) -> None:
 
 @pytest.mark.parametrize("name", TWINS)
 def test_constructor(name: str) -> None:
-    assert_takes_all_of(constructor(getattr(ek, name)), constructor(TWINS[name]))
+    assert_takes_all_of(constructor(getattr(kn, name)), constructor(TWINS[name]))
 
 
 @pytest.mark.parametrize("name", TWINS)
 def test_call(name: str) -> None:
-    assert_takes_all_of(parameters(getattr(ek, name).forward), parameters(TWINS[name].forward))
+    assert_takes_all_of(parameters(getattr(kn, name).forward), parameters(TWINS[name].forward))
 
 
 @pytest.mark.parametrize("name", CALLED_ALIKE)
 def test_variants_are_called_as_batch_norms(name: str) -> None:
-    ours = parameters(getattr(ek, name).forward)
+    ours = parameters(getattr(kn, name).forward)
     assert [each.name for each in ours[:2]] == ["input", "residual"]
     assert ours[1].default is None
 
 
 def test_functions() -> None:
-    ours = parameters(ek.functional.batch_norm, of_method=False)
+    ours = parameters(kn.functional.batch_norm, of_method=False)
     assert_takes_all_of(ours, parameters(nn.functional.batch_norm, of_method=False))
-    converting = ek.SyncBatchNorm.convert_sync_batchnorm, nn.SyncBatchNorm.convert_sync_batchnorm
+    converting = kn.SyncBatchNorm.convert_sync_batchnorm, nn.SyncBatchNorm.convert_sync_batchnorm
     assert_takes_all_of(*(parameters(each, of_method=False) for each in converting))
 
 
@@ -80,7 +80,7 @@ def test_the_function_by_names(backend: str) -> None:
     state = dict(zip(("running_mean", "running_var", "weight", "bias"), channels, strict=False))
     for training in (True, False):
         keywords = {"input": torch.randn(4, 5, 3), "training": training, "momentum": 0.2, "eps": 1e-3}
-        found = ek.functional.batch_norm(**keywords, **{name: value.clone() for name, value in state.items()})
+        found = kn.functional.batch_norm(**keywords, **{name: value.clone() for name, value in state.items()})
         expected = nn.functional.batch_norm(**keywords, **{name: value.clone() for name, value in state.items()})
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -100,7 +100,7 @@ def test_a_converted_model_fuses() -> None:
     torch.manual_seed(0)
     plain, model = Named(), Named()
     model.load_state_dict(plain.state_dict())
-    model, report = ek.convert(model)
+    model, report = kn.convert(model)
     for training in (True, True, False, False):
         x = torch.randn(4, 3, 8, 8)
         y, expected = model.train(training)(x), plain.train(training)(x)
@@ -112,15 +112,15 @@ def test_tools_see_it() -> None:
     """What looks at the calls of layers finds the input by its name."""
     model, batches = Named().eval(), [torch.randn(8, 3, 8, 8) for _ in range(3)]
     expected = model(batches[0])
-    folded, report = ek.fold(model, batches[0])
+    folded, report = kn.fold(model, batches[0])
     torch.testing.assert_close(folded(batches[0]), expected, rtol=1e-4, atol=1e-4)
     assert report.summary["folded"] == 1
     for sequential in (False, True):
         model.bn.reset_running_stats()
-        ek.recalibrate(model, batches, sequential=sequential)
+        kn.recalibrate(model, batches, sequential=sequential)
         assert model.bn.running_mean.abs().max() > 0
 
 
 def test_recurrent_layers_have_no_projections() -> None:
     with pytest.raises(ValueError, match="proj_size must be 0; got 2"):
-        ek.BatchNormLSTM(3, 4, proj_size=2)
+        kn.BatchNormLSTM(3, 4, proj_size=2)

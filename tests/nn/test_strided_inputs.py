@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from nn.layer_pairs import assert_near
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import evenkeel as ek
-from evenkeel.engine.layout import dense, is_channels_last, is_dense
+import keelnorm as kn
+from keelnorm.engine.layout import dense, is_channels_last, is_dense
 
 C = 6
 BASE = torch.randn(4, C, 5, 7, generator=torch.Generator().manual_seed(0))
@@ -75,7 +75,7 @@ def test_agrees_with_torch_in_float64(view, leaf, last, training, activation, wi
     channels = x.shape[1]
     weight, bias, mean, var = torch.randn(channels), torch.randn(channels), torch.randn(channels), torch.ones(channels)
     residual, dy = (torch.randn(x.shape) for _ in range(2))
-    y = ek.functional.batch_norm(
+    y = kn.functional.batch_norm(
         x, mean.clone(), var.clone(), weight, bias, training, activation=activation,
         residual=residual if with_residual else None,
     )  # fmt: skip
@@ -96,18 +96,18 @@ def test_one_copy(view, leaf, last):
     saved = []
     counter = Copies()
     with (
-        ek.kernels.use("auto"),
+        kn.kernels.use("auto"),
         counter,
         torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
     ):
-        y = ek.functional.batch_norm(x, None, None, training=True)
+        y = kn.functional.batch_norm(x, None, None, training=True)
     large = [t for t in saved if t.shape == x.shape and t.dtype == x.dtype]
     assert len(large) == 1
     assert is_dense(large[0])
     assert large[0].data_ptr() != x.data_ptr()
     assert y.stride() == large[0].stride()
     # one copy makes x dense; the reference back end converts dtypes, which float32 does not need
-    assert counter.count == 1 or ek.kernels.active() == "reference"
+    assert counter.count == 1 or kn.kernels.active() == "reference"
 
 
 def test_a_dense_input_is_not_copied(backend):
@@ -118,7 +118,7 @@ def test_a_dense_input_is_not_copied(backend):
 def test_the_gradient_of_an_expanded_input(backend):
     """Adds up over what was expanded, and the moments are those of the expanded values."""
     leaf = torch.randn(5, C, 1, requires_grad=True)
-    y = ek.functional.batch_norm(leaf.expand(-1, -1, 3), None, None, training=True, activation="gelu")
+    y = kn.functional.batch_norm(leaf.expand(-1, -1, 3), None, None, training=True, activation="gelu")
     y.square().sum().backward()
     leaf64 = leaf.detach().double().requires_grad_()
     F.gelu(F.batch_norm(leaf64.expand(-1, -1, 3), None, None, training=True)).square().sum().backward()

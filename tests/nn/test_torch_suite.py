@@ -1,4 +1,4 @@
-"""Cases and values of PyTorch's own tests of batch norm (test/test_nn.py), restated for evenkeel's layers."""
+"""Cases and values of PyTorch's own tests of batch norm (test/test_nn.py), restated for keelnorm's layers."""
 
 import math
 
@@ -9,7 +9,7 @@ from nn.layer_pairs import PAIR_IDS, PAIRS, assert_near, randomize, snapshot, tw
 from torch import nn
 from torch.autograd import gradcheck
 
-import evenkeel as ek
+import keelnorm as kn
 
 LAYERS = [(ours, shape) for ours, _, shape in PAIRS]
 EVERY_LAYER = pytest.mark.parametrize(("make", "shape"), LAYERS, ids=PAIR_IDS)
@@ -78,14 +78,14 @@ def test_gradient_of_the_function_in_counted_numbers(training, backend):
     mean, var = 1 + torch.arange(channels, dtype=torch.float64), 2 + torch.arange(channels, dtype=torch.float64)
 
     def function(x, weight, bias):
-        return ek.functional.batch_norm(x, mean.clone(), var.clone(), weight, bias, training)
+        return kn.functional.batch_norm(x, mean.clone(), var.clone(), weight, bias, training)
 
     assert gradcheck(function, [t.requires_grad_() for t in (x, weight, bias)])
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 50, 50), (4, 8, 10, 10), (1, 1, 4, 4), (4, 1, 9, 9), (1, 9, 5, 5)])
 def test_channels_last_gives_what_contiguous_gives(shape, backend):
-    layer = randomize(ek.BatchNorm2d(shape[1]))
+    layer = randomize(kn.BatchNorm2d(shape[1]))
     oracle = twin(layer, nn.BatchNorm2d, shape[1])
     x = torch.randint(1, 10, shape).float().contiguous(memory_format=torch.channels_last).requires_grad_()
     dy = torch.randint(1, 10, shape).float().contiguous(memory_format=torch.channels_last)
@@ -109,7 +109,7 @@ def test_permuted_input_gives_what_a_contiguous_one_gives(shape, order, training
     """The last batch is also a slice whose first dimension does not begin at its storage."""
     base = torch.arange(math.prod(shape), dtype=torch.float32).sin().reshape(shape)
     x = base.permute(order)[1:]
-    layers = [randomize(ek.BatchNorm2d(x.shape[1])) for _ in range(2)]
+    layers = [randomize(kn.BatchNorm2d(x.shape[1])) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
     results = []
     for layer, value in zip(layers, (x, x.contiguous()), strict=True):
@@ -128,7 +128,7 @@ def test_vectors_of_another_length_are_refused(which, wrong):
     vectors = {name: torch.rand(3) for name in ("running_mean", "running_var", "weight", "bias")}
     vectors[which] = torch.rand(wrong)
     with pytest.raises((RuntimeError, ValueError), match=which):
-        ek.functional.batch_norm(torch.rand(10, 3), training=True, **vectors)
+        kn.functional.batch_norm(torch.rand(10, 3), training=True, **vectors)
 
 
 # torch's rules for forward-mode derivatives load some that go through torch.jit.
@@ -140,11 +140,11 @@ def test_forward_gradients_of_running_statistics_are_refused(tangents):
     with fwAD.dual_level():
         duals = [fwAD.make_dual(t, torch.rand_like(t)) if i in tangents else t for i, t in enumerate(given)]
         with pytest.raises(RuntimeError, match="not differentiable in its running statistics"):
-            ek.functional.batch_norm(*duals, training=False, momentum=0.2)
+            kn.functional.batch_norm(*duals, training=False, momentum=0.2)
 
 
 def test_buffers_stay_where_tracking_is_turned_off():
-    layer = ek.BatchNorm1d(4)
+    layer = kn.BatchNorm1d(4)
     layer.track_running_stats = False
     before = snapshot(layer)
     layer(torch.rand(32, 4))
@@ -153,7 +153,7 @@ def test_buffers_stay_where_tracking_is_turned_off():
 
 def test_state_without_the_counter_of_batches_loads_as_torch_loads_it():
     """Version 1 of the state had no num_batches_tracked; a state without a version keeps the counter."""
-    layer, theirs = ek.BatchNorm2d(3), nn.BatchNorm2d(3)
+    layer, theirs = kn.BatchNorm2d(3), nn.BatchNorm2d(3)
     for one in (layer, theirs):
         one.running_var = torch.rand(3, generator=torch.Generator().manual_seed(0))
         one.num_batches_tracked = torch.tensor(10)
@@ -195,7 +195,7 @@ def test_empty_batch_has_empty_gradients(make, shape, training, backend):
 
 @pytest.mark.parametrize("shape", [(4,), (2, 4, 3, 3), (2, 3, 4, 5, 6)], ids=str)
 def test_each_class_refuses_other_ranks_as_torch_does(shape):
-    ranks = {ek.BatchNorm1d: (2, 3), ek.BatchNorm2d: (4,), ek.BatchNorm3d: (5,)}
+    ranks = {kn.BatchNorm1d: (2, 3), kn.BatchNorm2d: (4,), kn.BatchNorm3d: (5,)}
     for make, legal in ranks.items():
         if len(shape) not in legal:
             with pytest.raises(ValueError, match=r"must have .*dimensions"):
@@ -203,13 +203,13 @@ def test_each_class_refuses_other_ranks_as_torch_does(shape):
 
 
 def test_synchronized_layers_are_put_in_everywhere_with_the_same_state():
-    model = nn.Sequential(ek.BatchNorm1d(4), nn.Sequential(ek.BatchNorm2d(4), ek.BatchNorm3d(4)), nn.Linear(2, 2))
+    model = nn.Sequential(kn.BatchNorm1d(4), nn.Sequential(kn.BatchNorm2d(4), kn.BatchNorm3d(4)), nn.Linear(2, 2))
     for part in model.modules():
-        if isinstance(part, ek.BatchNorm):
+        if isinstance(part, kn.BatchNorm):
             randomize(part)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    converted = ek.SyncBatchNorm.convert_sync_batchnorm(model)
+    converted = kn.SyncBatchNorm.convert_sync_batchnorm(model)
     kinds = [type(part) for part in converted.modules()]
-    assert kinds.count(ek.SyncBatchNorm) == 3
+    assert kinds.count(kn.SyncBatchNorm) == 3
     assert kinds.count(nn.Linear) == 1
     assert all(torch.equal(state[name], value) for name, value in converted.state_dict().items())

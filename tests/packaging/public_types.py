@@ -1,6 +1,6 @@
 """Asks pyright whether each public name is exported and its type known; the names that are not are printed.
 
-Public are the names in ``evenkeel.__all__`` and in the ``__all__`` of the modules there; of classes their members too.
+Public are the names in ``keelnorm.__all__`` and in the ``__all__`` of the modules there; of classes their members too.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import evenkeel
+import keelnorm
 
 
 def public_names() -> dict[str, Any]:
     """Public objects by the names that a user gives them."""
-    found: dict[str, Any] = {f"evenkeel.{name}": getattr(evenkeel, name) for name in evenkeel.__all__}
+    found: dict[str, Any] = {f"keelnorm.{name}": getattr(keelnorm, name) for name in keelnorm.__all__}
     for name, module in list(found.items()):
         if isinstance(module, ModuleType):
             found |= {f"{name}.{inner}": getattr(module, inner) for inner in module.__all__}
@@ -31,7 +31,7 @@ def definitions(value: Any) -> Iterator[str]:
     """Where a public object is defined: itself, and for a class also what it inherits from."""
     for owner in value.__mro__ if isinstance(value, type) else [value]:
         module = getattr(owner, "__module__", None) or ""
-        if module.partition(".")[0] == "evenkeel" and hasattr(owner, "__qualname__"):
+        if module.partition(".")[0] == "keelnorm" and hasattr(owner, "__qualname__"):
             yield f"{module}.{owner.__qualname__}"
 
 
@@ -50,7 +50,7 @@ def unknown_types(names: dict[str, Any]) -> Iterator[str]:
     """Public names and members whose types a checker doesn't know, or would have to infer."""
     wanted = {place for value in names.values() for place in definitions(value)} | names.keys()
     classes = tuple(f"{place}." for value in names.values() if isinstance(value, type) for place in definitions(value))
-    for symbol in pyright("--verifytypes", "evenkeel", "--ignoreexternal")["typeCompleteness"]["symbols"]:
+    for symbol in pyright("--verifytypes", "keelnorm", "--ignoreexternal")["typeCompleteness"]["symbols"]:
         name = symbol["name"]
         if symbol["isTypeKnown"] and not symbol["isTypeAmbiguous"]:
             continue
@@ -63,7 +63,7 @@ def unusable_names(names: dict[str, Any]) -> Iterator[str]:
     """What pyright says of a program that mentions every public name."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "program.py"
-        program.write_text("import evenkeel\n" + "".join(f"print({name})\n" for name in names), encoding="utf-8")
+        program.write_text("import keelnorm\n" + "".join(f"print({name})\n" for name in names), encoding="utf-8")
         for one in pyright(program.name, folder=folder)["generalDiagnostics"]:
             yield one["message"].splitlines()[0]
 

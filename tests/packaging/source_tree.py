@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PROJECT = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "src")
-CPU = Path("src/evenkeel/engine/kernels/cpu")
+CPU = Path("src/keelnorm/engine/kernels/cpu")
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Tree:
 
     def build(self, hook: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Call a hook of the build back end, as pip does, and with an environment that has no compiler in it."""
-        kept = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "EVENKEEL_NATIVE")}
+        kept = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "KEELNORM_NATIVE")}
         code = f"import sys, setuptools.build_meta as back_end; print(back_end.{hook}(sys.argv[1]))"
         return subprocess.run(
             [sys.executable, "-c", code, str(self.out)],

@@ -15,25 +15,25 @@ from source_tree import CPU, Tree
 
 pytestmark = pytest.mark.packaging
 
-REASON = "evenkeel/engine/kernels/cpu/not_built.txt"
-LIBRARY = "evenkeel/engine/kernels/cpu/libevenkeel.so"
+REASON = "keelnorm/engine/kernels/cpu/not_built.txt"
+LIBRARY = "keelnorm/engine/kernels/cpu/libkeelnorm.so"
 
 # Runs the installed package where the native kernels are missing: one warning for two calls, and the right result.
 USE = """
 import sys, warnings
 import torch
-import evenkeel as ek
+import keelnorm as kn
 
-assert ek.__file__.startswith(sys.argv[1]), ek.__file__
+assert kn.__file__.startswith(sys.argv[1]), kn.__file__
 x = torch.randn(4, 3, 5, 5)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    layer = ek.BatchNorm2d(3)
+    layer = kn.BatchNorm2d(3)
     y = layer(x, activation="relu")
     layer(x)
 [warning] = caught
 assert warning.category is RuntimeWarning, warning
-assert ek.kernels.active() == "reference"
+assert kn.kernels.active() == "reference"
 torch.testing.assert_close(y, torch.nn.BatchNorm2d(3)(x).relu())
 print(warning.message)
 """
@@ -43,7 +43,7 @@ def test_without_a_compiler_the_package_runs_on_reference_and_says_so_once(tree:
     done = tree.build("build_wheel")
     assert done.returncode == 0, done.stderr
     wheel = tree.built()
-    assert wheel.name.startswith("evenkeel-")
+    assert wheel.name.startswith("keelnorm-")
     assert "-py3-none-linux_" in wheel.name
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -54,7 +54,7 @@ def test_without_a_compiler_the_package_runs_on_reference_and_says_so_once(tree:
     install = ["pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
     done = subprocess.run([sys.executable, "-m", *install], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    environment = {name: value for name, value in os.environ.items() if name != "EVENKEEL_KERNELS"}
+    environment = {name: value for name, value in os.environ.items() if name != "KEELNORM_KERNELS"}
     done = subprocess.run(
         [sys.executable, "-c", USE, str(target)],
         cwd=tmp_path,
@@ -67,7 +67,7 @@ def test_without_a_compiler_the_package_runs_on_reference_and_says_so_once(tree:
 
 
 def test_the_wheel_has_what_runs_and_no_more(tree: Tree) -> None:
-    done = tree.build("build_wheel", EVENKEEL_NATIVE="0")
+    done = tree.build("build_wheel", KEELNORM_NATIVE="0")
     assert done.returncode == 0, done.stderr
     names = zipfile.ZipFile(tree.built()).namelist()
     sources = tree.path / "src"
@@ -120,24 +120,24 @@ def test_kernels_that_are_required_and_missing_are_an_error(
 ) -> None:
     if script:
         install_program("c++", script)
-    done = tree.build("build_wheel", EVENKEEL_NATIVE="1")
+    done = tree.build("build_wheel", KEELNORM_NATIVE="1")
     assert done.returncode != 0
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"error: EVENKEEL_NATIVE=1 requires the native CPU kernels, but {reason}")
+    assert last.startswith(f"error: KEELNORM_NATIVE=1 requires the native CPU kernels, but {reason}")
     assert not list(tree.out.iterdir())
 
 
 def test_a_wish_that_means_nothing_is_an_error(tree: Tree) -> None:
-    done = tree.build("build_wheel", EVENKEEL_NATIVE="yes")
+    done = tree.build("build_wheel", KEELNORM_NATIVE="yes")
     assert done.returncode != 0
-    assert done.stderr.splitlines()[-1].startswith("EVENKEEL_NATIVE is 'yes'; legal are")
+    assert done.stderr.splitlines()[-1].startswith("KEELNORM_NATIVE is 'yes'; legal are")
 
 
 @pytest.mark.parametrize("wish", ["", "1"], ids=["optional", "required"])
 def test_an_older_library_does_not_outlive_a_failed_build(tree: Tree, wish: str) -> None:
-    library = tree.path / CPU / "libevenkeel.so"
+    library = tree.path / CPU / "libkeelnorm.so"
     library.write_bytes(b"from an earlier build")
-    done = tree.build("build_editable", EVENKEEL_NATIVE=wish)
+    done = tree.build("build_editable", KEELNORM_NATIVE=wish)
     assert not library.exists()
     assert (done.returncode == 0) == (wish == "")
     assert (tree.path / CPU / "not_built.txt").exists() == (wish == "")
@@ -145,8 +145,8 @@ def test_an_older_library_does_not_outlive_a_failed_build(tree: Tree, wish: str)
 
 def test_a_module_that_was_removed_is_not_installed_from_an_earlier_build(tree: Tree) -> None:
     assert tree.build("build_wheel").returncode == 0
-    [old] = tree.path.glob("build/lib*/evenkeel")
+    [old] = tree.path.glob("build/lib*/keelnorm")
     (old / "removed.py").touch()
     tree.built().unlink()
     assert tree.build("build_wheel").returncode == 0
-    assert "evenkeel/removed.py" not in zipfile.ZipFile(tree.built()).namelist()
+    assert "keelnorm/removed.py" not in zipfile.ZipFile(tree.built()).namelist()

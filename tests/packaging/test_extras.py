@@ -8,25 +8,25 @@ from pathlib import Path
 
 import pytest
 
-from evenkeel.engine import optional_imports
-from evenkeel.engine.optional_imports import lacking, required_by
+from keelnorm.engine import optional_imports
+from keelnorm.engine.optional_imports import lacking, required_by
 
 METADATA = """Metadata-Version: 2.4
-Name: evenkeel
+Name: keelnorm
 Version: 9
 Requires-Dist: torch>=2.10
 Requires-Dist: surely-not-there>=0.12; extra == "cli"
 Requires-Dist: numpy>=1; extra == "cli"
-Requires-Dist: evenkeel[cli]; extra == "lab"
+Requires-Dist: keelnorm[cli]; extra == "lab"
 Requires-Dist: not-there-too<3,>=2; extra == "lab"
-Requires-Dist: evenkeel[cli,lab]; extra == "all"
+Requires-Dist: keelnorm[cli,lab]; extra == "all"
 """
 
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A distribution of the package's name, found before the real one."""
-    folder = tmp_path / "evenkeel-9.dist-info"
+    folder = tmp_path / "keelnorm-9.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text(METADATA, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
@@ -76,4 +76,4 @@ def test_what_installs_is_that_of_this_python(monkeypatch: pytest.MonkeyPatch, t
 def test_no_extra_leads_to_the_index_for_the_package_itself(extra: str) -> None:
     """Its name there is another project's."""
     assert required_by(extra)
-    assert not [one for one in required_by(extra) if one.startswith("evenkeel")]
+    assert not [one for one in required_by(extra) if one.startswith("keelnorm")]

@@ -6,7 +6,7 @@ import importlib.metadata
 import subprocess
 import sys
 
-import evenkeel
+import keelnorm
 
 HEAVY = (
     "triton",
@@ -27,24 +27,24 @@ HEAVY = (
     "scipy",
     "joblib",
 )
-OUTER = tuple(f"evenkeel.{name}" for name in ("cli", "commands", "info", "lab", "report", "bench", "surgery"))
-ON_GPUS = "evenkeel.engine.kernels.triton."
+OUTER = tuple(f"keelnorm.{name}" for name in ("cli", "commands", "info", "lab", "report", "bench", "surgery"))
+ON_GPUS = "keelnorm.engine.kernels.triton."
 """Rules and launches for GPUs, which are loaded with the first tensor there."""
 
 
 def test_version_is_that_of_the_distribution() -> None:
-    assert importlib.metadata.version("evenkeel") == evenkeel.__version__
+    assert importlib.metadata.version("keelnorm") == keelnorm.__version__
 
 
 def test_import_is_light() -> None:
-    code = "import sys, torch; before = set(sys.modules); import evenkeel; print(*sorted(set(sys.modules) - before))"
+    code = "import sys, torch; before = set(sys.modules); import keelnorm; print(*sorted(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     brought = done.stdout.split()
-    assert "evenkeel.nn.batch_norm" in brought
+    assert "keelnorm.nn.batch_norm" in brought
     unwanted = [name for name in brought if f"{name}.".startswith(tuple(f"{heavy}." for heavy in HEAVY + OUTER))]
     unwanted += [name for name in brought if name.startswith(ON_GPUS)]
     assert not unwanted
     # Whatever else comes along belongs to torch or to Python: the package has no other cost than its own modules.
     others = {name.partition(".")[0] for name in brought} - sys.stdlib_module_names
-    assert others <= {"evenkeel", "torch"}
+    assert others <= {"keelnorm", "torch"}

@@ -17,10 +17,10 @@ pytestmark = [
 ]
 
 PYTHON = """#!/bin/sh
-echo "$* DATA=$EVENKEEL_DATA_DIR" >> "$ASKED"
+echo "$* DATA=$KEELNORM_DATA_DIR" >> "$ASKED"
 case "$*" in
   "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
-  *--editable*) rm -f {cpu}/libevenkeel.so {cpu}/not_built.txt && touch {cpu}/$LEAVES && test "$LEAVES" != nothing ;;
+  *--editable*) rm -f {cpu}/libkeelnorm.so {cpu}/not_built.txt && touch {cpu}/$LEAVES && test "$LEAVES" != nothing ;;
 esac
 """
 
@@ -43,7 +43,7 @@ class Project:
         self.python.write_text(PYTHON.format(cpu=CPU), encoding="utf-8")
         self.python.chmod(0o755)
 
-    def run(self, *words: str, left: str = "libevenkeel.so", status: int = 0, **environment: str) -> str:
+    def run(self, *words: str, left: str = "libkeelnorm.so", status: int = 0, **environment: str) -> str:
         """Run make, and return what it said."""
         self.asked.unlink(missing_ok=True)
         done = subprocess.run(
@@ -107,7 +107,7 @@ def test_changed_pins_and_another_torch_are_installed(project: Project) -> None:
 
 def test_a_library_that_is_gone_is_built_again(project: Project) -> None:
     project.run("test")
-    (project.path / CPU / "libevenkeel.so").unlink()
+    (project.path / CPU / "libkeelnorm.so").unlink()
     project.run("test")
     assert project.steps() == [BUILD, TEST]
 
@@ -117,7 +117,7 @@ def test_a_machine_without_a_compiler_goes_on_and_says_so(project: Project) -> N
     assert project.steps() == [VENV, INSTALL, BUILD, TEST]
     project.run("test", left="not_built.txt")
     assert project.steps() == [TEST]
-    project.run("test", left="not_built.txt", EVENKEEL_NATIVE="1")
+    project.run("test", left="not_built.txt", KEELNORM_NATIVE="1")
     assert project.steps() == [BUILD, TEST], "required kernels are tried again"
     project.run("test", CXX="another-compiler")
     assert project.steps() == [BUILD, TEST], "another compiler is tried"
@@ -137,7 +137,7 @@ def test_data_beside_the_project_are_named_to_the_tests(project: Project) -> Non
     data.mkdir(parents=True)
     project.run("test")
     assert project.asked.read_text().splitlines()[-1].endswith(f" DATA={data}")
-    project.run("test", EVENKEEL_DATA_DIR="/elsewhere")
+    project.run("test", KEELNORM_DATA_DIR="/elsewhere")
     assert project.asked.read_text().splitlines()[-1].endswith(" DATA=/elsewhere")
 
 

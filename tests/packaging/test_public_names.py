@@ -11,28 +11,28 @@ from typing import Any, get_args
 
 import pytest
 
-import evenkeel as ek
-from evenkeel.engine import activations, masking
+import keelnorm as kn
+from keelnorm.engine import activations, masking
 
 ROOT = Path(__file__).parents[2]
-MODULES = [getattr(ek, name) for name in ek.__all__ if isinstance(getattr(ek, name), ModuleType)]
+MODULES = [getattr(kn, name) for name in kn.__all__ if isinstance(getattr(kn, name), ModuleType)]
 
 
 def test_dir_has_the_public_names_and_nothing_else() -> None:
-    shown = [name for name in dir(ek) if name not in dir(ModuleType("empty"))]
+    shown = [name for name in dir(kn) if name not in dir(ModuleType("empty"))]
     extra = {"__all__", "__builtins__", "__cached__", "__dir__", "__file__", "__getattr__", "__path__"}
-    assert set(shown) - extra == set(ek.__all__)
+    assert set(shown) - extra == set(kn.__all__)
     assert {"convert", "fold", "surgery", "BatchNorm2d"} <= set(shown)
 
 
 def test_all_is_sorted_and_complete() -> None:
-    assert ek.__all__ == sorted(set(ek.__all__))
-    operations = set(ek.surgery.__all__) - {"register"}  # which says of classes what they are, and is asked for there
-    assert {*ek.nn.__all__, *operations, "surgery", "nn"} <= set(ek.__all__)
-    assert all(getattr(ek, name) is getattr(ek.surgery, name) for name in operations)
-    assert {name for name in ek.control.__all__ if name[0].islower()} <= set(ek.__all__)
-    with pytest.raises(AttributeError, match="module 'evenkeel' has no attribute 'nope'"):
-        _ = ek.nope  # type: ignore[attr-defined]
+    assert kn.__all__ == sorted(set(kn.__all__))
+    operations = set(kn.surgery.__all__) - {"register"}  # which says of classes what they are, and is asked for there
+    assert {*kn.nn.__all__, *operations, "surgery", "nn"} <= set(kn.__all__)
+    assert all(getattr(kn, name) is getattr(kn.surgery, name) for name in operations)
+    assert {name for name in kn.control.__all__ if name[0].islower()} <= set(kn.__all__)
+    with pytest.raises(AttributeError, match="module 'keelnorm' has no attribute 'nope'"):
+        _ = kn.nope  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
@@ -46,8 +46,8 @@ def test_what_the_pages_use_is_public() -> None:
     for page in (*ROOT.glob("docs/*.md"), ROOT / "README.md", *ROOT.glob("examples/**/*.py")):
         used |= set(re.findall(r"\bek\.([A-Za-z]\w*)(?:\.([a-z]\w*))?", page.read_text(encoding="utf-8")))
     assert len(used) > 50
-    assert not [name for name, _ in used if name not in ek.__all__]
-    inner = [(getattr(ek, name), part) for name, part in used if part and isinstance(getattr(ek, name), ModuleType)]
+    assert not [name for name, _ in used if name not in kn.__all__]
+    inner = [(getattr(kn, name), part) for name, part in used if part and isinstance(getattr(kn, name), ModuleType)]
     assert inner
     assert not [f"{module.__name__}.{part}" for module, part in inner if part not in module.__all__]
 
@@ -60,12 +60,12 @@ def test_what_a_string_may_be_is_in_its_type() -> None:
 
 def functions() -> Iterator[tuple[str, Any]]:
     """Public functions, and the constructors and forwards of public classes."""
-    for owner in (ek, *MODULES):
+    for owner in (kn, *MODULES):
         for name in owner.__all__:
             value = getattr(owner, name)
             parts = {f"{name}.{part}": getattr(value, part, None) for part in ("__init__", "forward")}
             for label, function in (parts if isinstance(value, type) else {name: value}).items():
-                if inspect.isfunction(function) and function.__module__.startswith("evenkeel"):
+                if inspect.isfunction(function) and function.__module__.startswith("keelnorm"):
                     yield label, function
 
 

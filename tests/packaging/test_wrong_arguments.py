@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-import evenkeel as ek
-from evenkeel.engine.error_messages import describe
+import keelnorm as kn
+from keelnorm.engine.error_messages import describe
 
 HUGE = 10**30
 X = torch.randn(4, 3)
@@ -84,9 +84,9 @@ LEGAL = {
 
 def functions() -> Iterator[tuple[str, Any]]:
     """Public functions, and the class methods that make a layer, or Moments, of something."""
-    modules = [getattr(ek, name) for name in ek.__all__ if isinstance(getattr(ek, name), ModuleType)]
+    modules = [getattr(kn, name) for name in kn.__all__ if isinstance(getattr(kn, name), ModuleType)]
     seen = set()
-    for owner in (ek, *modules):
+    for owner in (kn, *modules):
         for name in owner.__all__:
             value = getattr(owner, name)
             if name in ELSEWHERE or id(value) in seen:
@@ -97,11 +97,11 @@ def functions() -> Iterator[tuple[str, Any]]:
             for part in ("from_batch_norm", "convert_sync_batchnorm", "from_tensor", "merge_all", "empty"):
                 if isinstance(value, type) and hasattr(value, part):
                     yield f"{name}.{part}", getattr(value, part)
-    yield "MomentumSchedule", ek.MomentumSchedule
+    yield "MomentumSchedule", kn.MomentumSchedule
     yield "merge", X_MOMENTS.merge
 
 
-X_MOMENTS = ek.functional.moments(X)
+X_MOMENTS = kn.functional.moments(X)
 CALLS = dict(functions())
 
 
@@ -116,7 +116,7 @@ def called(name: str, value: Any) -> Any:
 def is_ours(error: BaseException) -> bool:
     """Whether the package raised it, and not something that it called."""
     *_, innermost = traceback.extract_tb(error.__traceback__)
-    return f"{os.sep}evenkeel{os.sep}" in innermost.filename and "raise" in str(innermost.line)
+    return f"{os.sep}keelnorm{os.sep}" in innermost.filename and "raise" in str(innermost.line)
 
 
 def test_all_functions_are_called() -> None:
@@ -150,16 +150,16 @@ def test_moments_of_what_is_none() -> None:
             with pytest.raises(
                 TypeError, match=r"Moments: count, mean and m2 must be tensors; got .*Moments\.from_tensor"
             ):
-                ek.Moments(**given)
+                kn.Moments(**given)
         with pytest.raises(
             ValueError, match=r"Moments: mean and m2 must have shape \(C,\), count \(\) or \(C,\); got "
         ):
-            ek.Moments(**({"count": ordinary, "mean": ordinary, "m2": ordinary} | {name: torch.zeros(2)}))
+            kn.Moments(**({"count": ordinary, "mean": ordinary, "m2": ordinary} | {name: torch.zeros(2)}))
     with pytest.raises(TypeError, match=r"merge with Moments.* got 3 \(int\)"):
         X_MOMENTS.merge(X_MOMENTS, 3)  # type: ignore[arg-type]
     for channels in (-1, HUGE, True, 3.0):
         with pytest.raises(ValueError, match=r"Moments\.empty: channels must be an integer from 0 on; got "):
-            ek.Moments.empty(channels)  # type: ignore[arg-type]
+            kn.Moments.empty(channels)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["sparse", "csr", "mkldnn", "jagged", "nested"])
@@ -168,41 +168,41 @@ def test_tensors_of_other_kinds_are_named_with_what_to_do(kind: str) -> None:
     if kind not in WRONG:
         pytest.skip("torch has no mkldnn here")
     remedy = {"jagged": "Pad it", "nested": "Pad it"}.get(kind, r"Convert it first, with \.to_dense\(\)")
-    for function in (ek.functional.moments, ek.Moments.from_tensor):
+    for function in (kn.functional.moments, kn.Moments.from_tensor):
         with pytest.raises(TypeError, match=rf"moments: x must be an ordinary dense tensor; got .*\. {remedy}"):
             function(WRONG[kind]())
     with pytest.raises(
         TypeError, match=rf"the mask must be an ordinary dense tensor; got .*\. {remedy}|a mask is a boolean"
     ):
-        ek.functional.moments(X, WRONG[kind]().bool() if kind in ("sparse", "nested") else WRONG[kind]())
+        kn.functional.moments(X, WRONG[kind]().bool() if kind in ("sparse", "nested") else WRONG[kind]())
 
 
 NUMBERS: dict[str, Callable[[], Any]] = {
-    "SplitBatchNorm: num_splits": lambda: ek.SplitBatchNorm(3, HUGE),
-    "GhostBatchNorm: ghost_size": lambda: ek.GhostBatchNorm(3, HUGE),
-    "StepwiseBatchNorm: max_length": lambda: ek.StepwiseBatchNorm(3, HUGE),
-    "BatchNormLSTM: hidden_size": lambda: ek.BatchNormLSTM(3, HUGE),
-    "BatchNormGRU: num_layers": lambda: ek.BatchNormGRU(3, 4, num_layers=HUGE),
-    "BatchNormLSTMCell: input_size": lambda: ek.BatchNormLSTMCell(HUGE, 3),
-    "DomainBatchNorm: domains": lambda: ek.DomainBatchNorm(3, HUGE),
-    "domains": lambda: ek.convert_domains(nn.Sequential(nn.BatchNorm1d(3)), HUGE),
-    "use_domain": lambda: called_with(ek.use_domain, nn.Sequential(ek.DomainBatchNorm(3, 2)), HUGE),
-    "SplitBatchNorm: the parts are": lambda: called_with(ek.using_split, nn.Sequential(ek.SplitBatchNorm(3)), HUGE),
-    "num_classes": lambda: ek.ConditionalBatchNorm(3, HUGE),
-    "embedding_features": lambda: ek.ConditionalBatchNorm(3, embedding_features=HUGE),
-    "WhiteningBatchNorm: iterations": lambda: ek.WhiteningBatchNorm(3, iterations=HUGE),
-    "CrossIterationBatchNorm: window": lambda: ek.CrossIterationBatchNorm(3, window=HUGE),
-    "length_mask: size": lambda: ek.functional.length_mask(torch.tensor([1]), HUGE),
-    "explain: shape": lambda: ek.kernels.explain((HUGE, 3)),
-    "recalibrate: max_batches": lambda: ek.recalibrate(nn.BatchNorm1d(3), [X], max_batches=HUGE),
-    "adapt: max_batches": lambda: ek.adapt(nn.BatchNorm1d(3), [X], max_batches=HUGE),
-    "step_decay: every": lambda: ek.control.momentum_schedule.step_decay(every=HUGE),
-    "linear: steps": lambda: ek.control.momentum_schedule.linear(0.5, 0.1, steps=HUGE),
-    "cosine: initial": lambda: ek.control.momentum_schedule.cosine(HUGE, 0.1, steps=3),
-    "MomentumSchedule: the state": lambda: ek.MomentumSchedule(nn.BatchNorm1d(3), lambda _: 0.5).load_state_dict(
+    "SplitBatchNorm: num_splits": lambda: kn.SplitBatchNorm(3, HUGE),
+    "GhostBatchNorm: ghost_size": lambda: kn.GhostBatchNorm(3, HUGE),
+    "StepwiseBatchNorm: max_length": lambda: kn.StepwiseBatchNorm(3, HUGE),
+    "BatchNormLSTM: hidden_size": lambda: kn.BatchNormLSTM(3, HUGE),
+    "BatchNormGRU: num_layers": lambda: kn.BatchNormGRU(3, 4, num_layers=HUGE),
+    "BatchNormLSTMCell: input_size": lambda: kn.BatchNormLSTMCell(HUGE, 3),
+    "DomainBatchNorm: domains": lambda: kn.DomainBatchNorm(3, HUGE),
+    "domains": lambda: kn.convert_domains(nn.Sequential(nn.BatchNorm1d(3)), HUGE),
+    "use_domain": lambda: called_with(kn.use_domain, nn.Sequential(kn.DomainBatchNorm(3, 2)), HUGE),
+    "SplitBatchNorm: the parts are": lambda: called_with(kn.using_split, nn.Sequential(kn.SplitBatchNorm(3)), HUGE),
+    "num_classes": lambda: kn.ConditionalBatchNorm(3, HUGE),
+    "embedding_features": lambda: kn.ConditionalBatchNorm(3, embedding_features=HUGE),
+    "WhiteningBatchNorm: iterations": lambda: kn.WhiteningBatchNorm(3, iterations=HUGE),
+    "CrossIterationBatchNorm: window": lambda: kn.CrossIterationBatchNorm(3, window=HUGE),
+    "length_mask: size": lambda: kn.functional.length_mask(torch.tensor([1]), HUGE),
+    "explain: shape": lambda: kn.kernels.explain((HUGE, 3)),
+    "recalibrate: max_batches": lambda: kn.recalibrate(nn.BatchNorm1d(3), [X], max_batches=HUGE),
+    "adapt: max_batches": lambda: kn.adapt(nn.BatchNorm1d(3), [X], max_batches=HUGE),
+    "step_decay: every": lambda: kn.control.momentum_schedule.step_decay(every=HUGE),
+    "linear: steps": lambda: kn.control.momentum_schedule.linear(0.5, 0.1, steps=HUGE),
+    "cosine: initial": lambda: kn.control.momentum_schedule.cosine(HUGE, 0.1, steps=3),
+    "MomentumSchedule: the state": lambda: kn.MomentumSchedule(nn.BatchNorm1d(3), lambda _: 0.5).load_state_dict(
         {"steps": HUGE}
     ),
-    "merge_statistics: counts": lambda: ek.merge_statistics([nn.BatchNorm1d(3).state_dict()] * 2, [10**400, 1]),
+    "merge_statistics: counts": lambda: kn.merge_statistics([nn.BatchNorm1d(3).state_dict()] * 2, [10**400, 1]),
 }
 
 
@@ -222,21 +222,21 @@ def test_counts_beyond_all_bounds_are_refused(words: str) -> None:
 def test_numbers_that_are_no_counts_may_be_large() -> None:
     layer = nn.BatchNorm1d(3)
     layer(X)
-    flax = ek.to_flax(layer)
-    exact = ek.from_flax(flax, count=float(HUGE))
-    assert isinstance(exact, nn.BatchNorm1d | ek.BatchNorm)
-    torch.testing.assert_close(ek.from_flax(flax, count=HUGE).state_dict(), exact.state_dict())
-    torch.testing.assert_close(ek.to_flax(layer, count=HUGE), ek.to_flax(layer, count=float(HUGE)))
-    unbounded = ek.BatchRenorm(3, r_max=HUGE, d_max=HUGE)
-    torch.testing.assert_close(unbounded(X), ek.BatchRenorm(3, r_max=1e30, d_max=1e30)(X))
-    assert float(ek.StepwiseBatchNorm(3, 4, gamma=HUGE).weight.detach()[0]) == float(torch.tensor(1e30))
+    flax = kn.to_flax(layer)
+    exact = kn.from_flax(flax, count=float(HUGE))
+    assert isinstance(exact, nn.BatchNorm1d | kn.BatchNorm)
+    torch.testing.assert_close(kn.from_flax(flax, count=HUGE).state_dict(), exact.state_dict())
+    torch.testing.assert_close(kn.to_flax(layer, count=HUGE), kn.to_flax(layer, count=float(HUGE)))
+    unbounded = kn.BatchRenorm(3, r_max=HUGE, d_max=HUGE)
+    torch.testing.assert_close(unbounded(X), kn.BatchRenorm(3, r_max=1e30, d_max=1e30)(X))
+    assert float(kn.StepwiseBatchNorm(3, 4, gamma=HUGE).weight.detach()[0]) == float(torch.tensor(1e30))
 
 
 @pytest.mark.parametrize("value", [1, 0, "1", "", None, X])
 def test_switches_are_true_or_false(value: Any) -> None:
     """``preflight("0")`` would be on."""
     with pytest.raises(TypeError, match="preflight: on is True or False; got "):
-        ek.distributed.preflight(value)
+        kn.distributed.preflight(value)
     with pytest.raises(TypeError, match="autotune: enabled is True or False; got "):
-        ek.kernels.autotune(value)
-    assert not ek.distributed.preflight_is_on()
+        kn.kernels.autotune(value)
+    assert not kn.distributed.preflight_is_on()

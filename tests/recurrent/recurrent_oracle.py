@@ -93,7 +93,7 @@ def layers(layer: nn.Module, xs: list[Tensor], states: list[Tensor]) -> tuple[li
 
 
 def randomize(layer: nn.Module, trained: bool = False) -> nn.Module:
-    """Parameters of ordinary size; with ``trained`` also running moments, as if every step had been trained on."""
+    """Parameters of ordinary size; with ``trained`` also running statistics, as if every step had been trained on."""
     for name, parameter in layer.named_parameters():
         with torch.no_grad():
             parameter.normal_(std=0.6)

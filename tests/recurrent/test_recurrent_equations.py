@@ -7,8 +7,8 @@ import torch
 from recurrent_oracle import flat, gradients, layers, randomize
 from torch.nn.utils.rnn import pad_sequence
 
-from evenkeel.nn.recurrent.cells import BatchNormGRUCell, BatchNormLSTMCell
-from evenkeel.nn.recurrent.recurrent_layers import BatchNormGRU, BatchNormLSTM
+from keelnorm.nn.recurrent.cells import BatchNormGRUCell, BatchNormLSTMCell
+from keelnorm.nn.recurrent.recurrent_layers import BatchNormGRU, BatchNormLSTM
 
 KINDS = {"LSTM": BatchNormLSTM, "GRU": BatchNormGRU}
 LENGTHS = {"one length": [6] * 5, "several lengths": [6, 2, 5, 5, 1], "one is longest": [3, 7, 2, 3, 1]}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
-from evenkeel.nn.recurrent.cells import BatchNormGRUCell, BatchNormLSTMCell
-from evenkeel.nn.recurrent.recurrent_layers import BatchNormGRU, BatchNormLSTM
-from evenkeel.nn.recurrent.stepwise import StepwiseBatchNorm
+from keelnorm.nn.recurrent.cells import BatchNormGRUCell, BatchNormLSTMCell
+from keelnorm.nn.recurrent.recurrent_layers import BatchNormGRU, BatchNormLSTM
+from keelnorm.nn.recurrent.stepwise import StepwiseBatchNorm
 
 X = torch.zeros(4, 2, 3)
 

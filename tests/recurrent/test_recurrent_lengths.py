@@ -7,7 +7,7 @@ import torch
 from recurrent_oracle import flat, randomize
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from evenkeel.nn.recurrent.recurrent_layers import BatchNormGRU, BatchNormLSTM
+from keelnorm.nn.recurrent.recurrent_layers import BatchNormGRU, BatchNormLSTM
 
 LAYERS = [BatchNormLSTM, BatchNormGRU]
 LENGTHS = [3, 6, 2, 3]

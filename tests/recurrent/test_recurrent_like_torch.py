@@ -7,8 +7,8 @@ import torch
 from recurrent_oracle import flat, gradients
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
-from evenkeel.nn.recurrent.cells import BatchNormGRUCell, BatchNormLSTMCell
-from evenkeel.nn.recurrent.recurrent_layers import BatchNormGRU, BatchNormLSTM
+from keelnorm.nn.recurrent.cells import BatchNormGRUCell, BatchNormLSTMCell
+from keelnorm.nn.recurrent.recurrent_layers import BatchNormGRU, BatchNormLSTM
 
 PAIRS = {"LSTM": (torch.nn.LSTM, BatchNormLSTM), "GRU": (torch.nn.GRU, BatchNormGRU)}
 CELLS = {"LSTM": (torch.nn.LSTMCell, BatchNormLSTMCell), "GRU": (torch.nn.GRUCell, BatchNormGRUCell)}

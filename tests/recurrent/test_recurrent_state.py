@@ -1,4 +1,4 @@
-"""What a layer keeps: running moments per step, and how they are copied, saved, repeated and compiled."""
+"""What a layer keeps: running statistics per step, and how they are copied, saved, repeated and compiled."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from recurrent_oracle import flat, randomize
 from torch.utils.checkpoint import checkpoint
 
-from evenkeel.control import accumulate_statistics, pause_statistics
-from evenkeel.nn.recurrent.recurrent_layers import BatchNormGRU, BatchNormLSTM
-from evenkeel.nn.recurrent.stepwise import StepwiseBatchNorm
+from keelnorm.control import accumulate_statistics, pause_statistics
+from keelnorm.nn.recurrent.recurrent_layers import BatchNormGRU, BatchNormLSTM
+from keelnorm.nn.recurrent.stepwise import StepwiseBatchNorm
 
 LAYERS = [BatchNormLSTM, BatchNormGRU]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evenkeel.nn.recurrent.stepwise import StepwiseBatchNorm
+from keelnorm.nn.recurrent.stepwise import StepwiseBatchNorm
 
 
 @pytest.mark.parametrize("bias", [True, False])

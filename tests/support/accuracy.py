@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .cases import EPS, LARGE_SHAPES, MOMENTUM, Options, Problem, Shape, make_problem
 from .definition import UNIT, Quantity, expect, spread
-from .runs import Run, by_evenkeel, by_torch, run
+from .runs import Run, by_keelnorm, by_torch, run
 
-#: Error of evenkeel over error of torch, at most.
+#: Error of keelnorm over error of torch, at most.
 LIMIT = 1.5
 #: An error that no implementation in float32 is asked to stay below: half a unit roundoff of the natural scale.
 FLOOR = UNIT / 2
@@ -96,10 +96,10 @@ def over(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float]:
 
 def ratios(shape: Shape, layout: str, options: Options) -> dict[str, float]:
     """The errors of the kernels in use over torch's."""
-    return over(errors(shape, layout, options, by_evenkeel), torch_errors(shape, layout, options))
+    return over(errors(shape, layout, options, by_keelnorm), torch_errors(shape, layout, options))
 
 
 def ratios_to_no_offset(shape: Shape, layout: str, options: Options) -> dict[str, float]:
     """The errors of the kernels in use over torch's on data without an offset of the mean."""
     without = dataclasses.replace(options, offset=0.0)
-    return over(errors(shape, layout, options, by_evenkeel), torch_errors(shape, layout, without))
+    return over(errors(shape, layout, options, by_keelnorm), torch_errors(shape, layout, without))

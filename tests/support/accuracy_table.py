@@ -1,4 +1,4 @@
-"""Prints the worst errors of evenkeel's kernels, as multiples of torch's: ``python -m tests.support.accuracy_table``.
+"""Prints the worst errors of keelnorm's kernels, as multiples of torch's: ``python -m tests.support.accuracy_table``.
 
 Each row is a kernel, a layout and an offset of the mean (in deviations); each column a quantity. A value is the worst
 over all shapes and options. What it is a ratio of is said in ``accuracy``.
@@ -11,7 +11,7 @@ import itertools
 
 import torch
 
-import evenkeel as ek
+import keelnorm as kn
 
 from .accuracy import LIMIT, ratios
 from .cases import LARGE_SHAPES, LAYOUTS, OFFSETS, SHAPES, all_options, layouts_of
@@ -27,7 +27,7 @@ def worst_ratios(kernels: list[str]) -> Worst:
     worst: Worst = {}
     for shape in (*SHAPES, *LARGE_SHAPES):
         for layout, options, kernel in itertools.product(layouts_of(shape), all_options(shape), kernels):
-            with ek.kernels.use(kernel):
+            with kn.kernels.use(kernel):
                 found = ratios(shape, layout, options)
             for name, ratio in found.items():
                 key = (kernel, layout, options.offset, name)
@@ -43,7 +43,7 @@ def main() -> None:
     )
     where = parser.parse_args().where
     torch.set_num_threads(1)  # small tensors; the results are the same for any number
-    kernels = [kernel.name for kernel in ek.kernels.available() if kernel.usable]
+    kernels = [kernel.name for kernel in kn.kernels.available() if kernel.usable]
     worst = worst_ratios(kernels)
     print(f"{'kernel':<10} {'layout':<14} {'offset':>6}" + "".join(f"{name:>13}" for name in QUANTITIES))
     for kernel, layout, offset in itertools.product(kernels, LAYOUTS, OFFSETS):

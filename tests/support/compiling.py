@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from evenkeel.engine.kernels.triton import launches, operators
+from keelnorm.engine.kernels.triton import launches, operators
 
 POINTERS = {
     torch.float32: "*fp32",

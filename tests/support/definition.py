@@ -54,7 +54,7 @@ def rms(x: Tensor) -> Tensor:
 
 
 def expect(problem: Problem, *, eps: float, momentum: float) -> dict[str, Quantity]:
-    """The right result of a forward and a backward: y, gradients and, in training, the new running moments."""
+    """The right result of a forward and a backward: y, gradients and, in training, the new running statistics."""
     options, rank, x = problem.options, problem.x.dim(), problem.x.double()
     weight, bias = spread(problem.weight.double(), rank), spread(problem.bias.double(), rank)
     running_mean, running_var = problem.running_mean.double(), problem.running_var.double()

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-import evenkeel as ek
+import keelnorm as kn
 
 #: All kernels there are, on any machine, the plainest first.
 KERNELS = ("reference", "baseline", "avx2", "avx512")
@@ -16,25 +16,25 @@ BFLOAT16_KERNELS = ("avx512_bf16",)
 
 
 def require_kernel(name: str) -> None:
-    """Skip the test where kernels can't run, with the reason; fail where EVENKEEL_NATIVE=1 says that they must."""
-    notes = {kernel.name: kernel for kernel in ek.kernels.available()}
+    """Skip the test where kernels can't run, with the reason; fail where KEELNORM_NATIVE=1 says that they must."""
+    notes = {kernel.name: kernel for kernel in kn.kernels.available()}
     if name in notes and notes[name].usable:
         return
     if "native" in notes:  # stands for all native kernels where the library is missing
-        if os.environ.get("EVENKEEL_NATIVE") == "1":
-            pytest.fail(f"EVENKEEL_NATIVE=1 requires the native kernels, but {notes['native'].note}")
+        if os.environ.get("KEELNORM_NATIVE") == "1":
+            pytest.fail(f"KEELNORM_NATIVE=1 requires the native kernels, but {notes['native'].note}")
         pytest.skip(f"{name}: {notes['native'].note}")
     pytest.skip(f"{name}: {notes[name].note if name in notes else 'not compiled for this family of machines'}")
 
 
 def usable_native() -> list[str]:
     """The native kernels that this machine runs for every dtype."""
-    usable = [kernel.name for kernel in ek.kernels.available() if kernel.usable]
+    usable = [kernel.name for kernel in kn.kernels.available() if kernel.usable]
     return [name for name in usable if name not in ("reference", *BFLOAT16_KERNELS, "triton")]
 
 
 def check_ran(name: str, before: dict[str, int], after: dict[str, int]) -> None:
-    """Fail unless the kernels called ``name``, and no others, ran between two looks at ``ek.kernels.calls()``."""
+    """Fail unless the kernels called ``name``, and no others, ran between two looks at ``kn.kernels.calls()``."""
     ran = {kernel: count - before.get(kernel, 0) for kernel, count in after.items() if count != before.get(kernel, 0)}
     if name not in ran:
         pytest.fail(f"the kernels {name!r} were forced, but did not run (these ran: {ran or 'none'})")

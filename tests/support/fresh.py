@@ -1,4 +1,4 @@
-"""Runs pieces of Python in processes where evenkeel has not been imported yet.
+"""Runs pieces of Python in processes where keelnorm has not been imported yet.
 
 Each scenario has a process of its own, forked from one that has imported torch, which is what takes long.
 """
@@ -36,7 +36,7 @@ def run_fresh(scenarios: dict[str, Scenario]) -> dict[str, Outcome]:
     environment = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("EVENKEEL_") or name == "EVENKEEL_LIBRARY"  # the kernels that are under test
+        if not name.startswith("KEELNORM_") or name == "KEELNORM_LIBRARY"  # the kernels that are under test
     }
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evenkeel.engine.activations import NAMED, Activation
-from evenkeel.engine.kernels import reference
+from keelnorm.engine.activations import NAMED, Activation
+from keelnorm.engine.kernels import reference
 
 OPERATORS = ("stats", "apply", "grad_stats", "grad_input", "invert")
 
@@ -51,7 +51,7 @@ def operators(kernel: str) -> SimpleNamespace:
     """stats(x, mask) -> (mean, var); apply(...) -> y; grad_stats(...) -> (Σg, Σg·xhat); grad_input(...) -> dx;
     invert(...) -> x.
 
-    Two rows of C values stand for two vectors; arguments are those of the schemas in evenkeel/engine/ops.py.
+    Two rows of C values stand for two vectors; arguments are those of the schemas in keelnorm/engine/ops.py.
     """
     if kernel == "reference":
         return SimpleNamespace(
@@ -61,4 +61,4 @@ def operators(kernel: str) -> SimpleNamespace:
             grad_input=_reference_grad_input,
             invert=_reference_invert,
         )
-    return SimpleNamespace(**{name: getattr(torch.ops.evenkeel, name) for name in OPERATORS})
+    return SimpleNamespace(**{name: getattr(torch.ops.keelnorm, name) for name in OPERATORS})

@@ -1,4 +1,4 @@
-"""A problem put to evenkeel and to torch: the same quantities from each."""
+"""A problem put to keelnorm and to torch: the same quantities from each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import evenkeel as ek
+import keelnorm as kn
 
 from .cases import EPS, MOMENTUM, Problem
 
@@ -16,12 +16,12 @@ from .cases import EPS, MOMENTUM, Problem
 Run = Callable[..., Tensor]
 
 
-def by_evenkeel(
+def by_keelnorm(
     problem: Problem, x: Tensor, residual: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
     """One fused call."""
     options = problem.options
-    return ek.functional.batch_norm(
+    return kn.functional.batch_norm(
         x, mean, var, weight, bias, options.training, MOMENTUM, EPS, activation=options.activation, residual=residual
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from evenkeel.engine.fusion import call
+from keelnorm.engine.fusion import call
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import evenkeel as ek
+import keelnorm as kn
 
 LAYERS = {
     "Conv1d": (nn.Conv1d, 1),
@@ -24,7 +24,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def randomize(model: nn.Module) -> nn.Module:
-    """The model in evaluation, with running moments and affine parameters as training might leave them."""
+    """The model in evaluation, with running statistics and affine parameters as training might leave them."""
     for layer in model.modules():
         if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
             layer.running_mean.uniform_(-0.5, 0.5)
@@ -57,10 +57,10 @@ def bits(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def check_folds(model: nn.Module, *args: Tensor, into: dict[str, tuple[str, str]] | None = None) -> ek.Report:
+def check_folds(model: nn.Module, *args: Tensor, into: dict[str, tuple[str, str]] | None = None) -> kn.Report:
     """Fold a float64 model: its output stays, and it has no batch norm left; or those alone that ``into`` lacks."""
     expected, before = output(copy.deepcopy(model), *args), bits(model)
-    new, report = ek.fold(model, args)
+    new, report = kn.fold(model, args)
     assert bits(model) == before
     assert relative(output(new, *args), expected) <= 1e-10
     folded = {row["path"]: (row["into"], row["where"]) for row in report.rows if row["into"]}
@@ -81,7 +81,7 @@ def reason(model: nn.Module, *args: Any, path: str | None = None) -> str:
     """Why a batch norm is left; the model and its outputs are as they were."""
     expected = output(model, *args)
     before = bits(model)
-    new, report = ek.fold(model, args)
+    new, report = kn.fold(model, args)
     assert bits(model) == before
     [row] = [row for row in report.rows if path is None or row["path"] == path]
     assert row["into"] == ""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 
 def a_net(dtype=torch.float64):
@@ -38,7 +38,7 @@ DATA = torch.randn(24, 2, 6, 6, dtype=torch.float64) * 2 + 1
 @pytest.mark.parametrize("prior", [0, 16, 1e6, float("inf")])
 def test_the_formula(prior):
     source, model = a_net(), a_net()
-    model, report = ek.adapt(model, list(DATA.split(10)), prior=prior, where="1")
+    model, report = kn.adapt(model, list(DATA.split(10)), prior=prior, where="1")
     share = 1.0 if prior == float("inf") else prior / (prior + 24)
     mean, var = moments(source[0](DATA).detach())
     torch.testing.assert_close(model[1].running_mean, source[1].running_mean * share + mean * (1 - share))
@@ -52,7 +52,7 @@ def test_the_formula(prior):
 def test_sequential_adaptation():
     """The second layer's target moments are those behind the first one's blend."""
     source, model = a_net(), a_net()
-    model, _ = ek.adapt(model, [DATA], prior=8, sequential=True)
+    model, _ = kn.adapt(model, [DATA], prior=8, sequential=True)
     x = source[0](DATA)
     mean, var = moments(x.detach())
     blend = [s * 0.25 + t * 0.75 for s, t in ((source[1].running_mean, mean), (source[1].running_var, var))]
@@ -66,9 +66,9 @@ def test_sequential_adaptation():
 def test_by_the_batch(prior, converted):
     source, model = a_net(), a_net()
     if converted:
-        model, _ = ek.convert(model)
+        model, _ = kn.convert(model)
     before = copy.deepcopy(model.state_dict())
-    model, report = ek.adapt(model, prior=prior, mode="batch")
+    model, report = kn.adapt(model, prior=prior, mode="batch")
     assert report.summary["layers"] == 2
     for batch in (DATA[:4], DATA[4:]):
         share, x = prior / (prior + len(batch)), batch
@@ -86,14 +86,14 @@ def test_by_the_batch(prior, converted):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     model.train()(DATA)
     assert model[1].num_batches_tracked == 1
-    model, _ = ek.reset_adaptation(model.eval())
+    model, _ = kn.reset_adaptation(model.eval())
     torch.testing.assert_close(model(DATA), source(DATA))
     assert "forward" not in model[1].__dict__
 
 
 def test_every_argument_of_the_call_by_the_batch():
-    layer, x = ek.BatchNorm1d(1, eps=1e-12).double().eval(), torch.tensor([[0.0], [1.0], [5.0]]).double()
-    layer, _ = ek.adapt(layer, mode="batch")
+    layer, x = kn.BatchNorm1d(1, eps=1e-12).double().eval(), torch.tensor([[0.0], [1.0], [5.0]]).double()
+    layer, _ = kn.adapt(layer, mode="batch")
     weight = torch.tensor([1.0, 1.0, 8.0]).double()
     often = x.repeat_interleave(weight.long(), 0)
     torch.testing.assert_close(layer(x, sample_weight=weight), (x - 4.1) / often.std(correction=0))
@@ -101,7 +101,7 @@ def test_every_argument_of_the_call_by_the_batch():
     torch.testing.assert_close(layer(x, mask=mask, padding="keep").flatten().tolist(), [-1.0, 1.0, 5.0])
 
 
-@pytest.mark.parametrize("library", [nn, ek], ids=["torch", "evenkeel"])
+@pytest.mark.parametrize("library", [nn, kn], ids=["torch", "keelnorm"])
 def test_a_forward_on_the_instance_is_used_and_kept(library):
     layer, x = library.BatchNorm1d(5).double().eval(), torch.randn(8, 5).double()
     inner = layer.forward
@@ -111,11 +111,11 @@ def test_a_forward_on_the_instance_is_used_and_kept(library):
 
     layer.forward = around
     for _ in range(2):
-        layer, _ = ek.adapt(layer, mode="batch")
+        layer, _ = kn.adapt(layer, mode="batch")
     torch.testing.assert_close(layer(x), 2 * F.batch_norm(x, None, None, training=True))
-    layer, _ = ek.adapt(layer, [x])
+    layer, _ = kn.adapt(layer, [x])
     assert layer.forward is around
-    layer, _ = ek.reset_adaptation(layer)
+    layer, _ = kn.reset_adaptation(layer)
     assert layer.forward is around
     assert torch.equal(layer(x), around(x))
 
@@ -124,12 +124,12 @@ def test_a_forward_on_the_instance_is_used_and_kept(library):
 def test_reset_is_exact(way):
     model = a_net()
     before, attributes = copy.deepcopy(model.state_dict()), model[1].__dict__.keys()
-    model, _ = ek.adapt(model, [DATA], prior=3, entropy=True)
-    model, _ = ek.adapt(model, [DATA + 1], prior=3)  # from the same source
+    model, _ = kn.adapt(model, [DATA], prior=3, entropy=True)
+    model, _ = kn.adapt(model, [DATA + 1], prior=3)  # from the same source
     assert not torch.equal(model[1].running_mean, before["1.running_mean"])
     other = way(model)
     for each in (model, other):
-        each, report = ek.reset_adaptation(each)
+        each, report = kn.reset_adaptation(each)
         assert report.summary == {"layers": 2}
         assert all(torch.equal(before[name], value) for name, value in each.state_dict().items())
         assert each[1].__dict__.keys() == attributes
@@ -137,9 +137,9 @@ def test_reset_is_exact(way):
 
 def test_a_second_adaptation_starts_from_the_source():
     once, twice = a_net(), a_net()
-    ek.adapt(once, [DATA], prior=4, where="1")
-    ek.adapt(twice, [DATA * 3], prior=4, where="1")
-    ek.adapt(twice, [DATA], prior=4, where="1")
+    kn.adapt(once, [DATA], prior=4, where="1")
+    kn.adapt(twice, [DATA * 3], prior=4, where="1")
+    kn.adapt(twice, [DATA], prior=4, where="1")
     torch.testing.assert_close(once[1].running_var, twice[1].running_var)
 
 
@@ -151,12 +151,12 @@ def test_entropy_falls_and_nothing_else_changes():
 
     def entropy(model):
         model = copy.deepcopy(model)
-        ek.adapt(model, [DATA])
+        kn.adapt(model, [DATA])
         log = model(DATA).log_softmax(1)
         return -(log.exp() * log).sum(1).mean().item()
 
     start = entropy(model)
-    model, _ = ek.adapt(model, [DATA] * 20, entropy=lambda p: torch.optim.SGD(p, lr=0.1))
+    model, _ = kn.adapt(model, [DATA] * 20, entropy=lambda p: torch.optim.SGD(p, lr=0.1))
     assert entropy(model) < start - 0.02
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {f"{i}.{name}" for i in (1, 6) for name in ("weight", "bias", "running_mean", "running_var")}
@@ -178,7 +178,7 @@ def test_an_exception_leaves_the_model_as_it_was(entropy):
         return model(batch)
 
     with pytest.raises(KeyError, match="in the middle"):
-        ek.adapt(model, [DATA, DATA], entropy=entropy, forward=forward)
+        kn.adapt(model, [DATA, DATA], entropy=entropy, forward=forward)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model[1].__dict__ == attributes
     assert model.training
@@ -198,12 +198,12 @@ def test_errors():
         ((nn.BatchNorm1d(3, affine=False), [torch.randn(4, 3)]), {"entropy": True}, ValueError, "have none"),
     ):
         with pytest.raises(kind, match=words):
-            ek.adapt(*arguments, **options)
+            kn.adapt(*arguments, **options)
 
 
 def test_moments_that_the_buffers_can_not_hold():
-    model = nn.Sequential(ek.BatchNorm1d(2)).half()
+    model = nn.Sequential(kn.BatchNorm1d(2)).half()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError, match=r"too large for its buffers of torch\.float16; the model is as before"):
-        ek.adapt(model, [torch.tensor([[0.0, 300.0], [1.0, -300.0]]).half()])
+        kn.adapt(model, [torch.tensor([[0.0, 300.0], [1.0, -300.0]]).half()])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

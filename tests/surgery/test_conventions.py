@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis.extra.numpy import arrays
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 KERAS = ("gamma", "beta", "moving_mean", "moving_variance")
 FLAX = ("scale", "bias", "mean", "var")
 SIDES = pytest.mark.parametrize(
     ("read", "write", "theirs"),
-    [(ek.from_keras, ek.to_keras, KERAS), (ek.from_flax, ek.to_flax, FLAX)],
+    [(kn.from_keras, kn.to_keras, KERAS), (kn.from_flax, kn.to_flax, FLAX)],
     ids=["keras", "flax"],
 )
 
@@ -67,7 +67,7 @@ def assert_same(one, other):
 def test_one_layer_comes_back_to_the_bit(read, write, theirs, values):
     weights = packed(theirs, values)
     layer = read(weights)
-    assert type(layer) is ek.BatchNorm
+    assert type(layer) is kn.BatchNorm
     assert_same(write(layer), weights)
     again = read(write(layer))
     for name, value in layer.state_dict().items():
@@ -114,7 +114,7 @@ def test_evaluation_and_training_are_theirs(read, write, theirs):
 @pytest.mark.parametrize(("gamma", "beta"), [(True, False), (False, True), (False, False)])
 def test_what_is_missing_is_missing(gamma, beta):
     values = [np.ones(2) * 2 if gamma else None, np.ones(2) * 3 if beta else None, np.zeros(2), np.ones(2)]
-    layer = ek.from_keras(packed(KERAS, values), epsilon=0.0).eval()
+    layer = kn.from_keras(packed(KERAS, values), epsilon=0.0).eval()
     assert (layer.weight is not None, layer.bias is not None) == (gamma, beta)
     y = layer(torch.ones(1, 2, dtype=torch.float64))
     assert y[0, 0].item() == (2 if gamma else 1) + (3 if beta else 0)
@@ -152,36 +152,36 @@ def test_whole_models(read, write, theirs, form):
 
 
 def test_a_model_s_missing_weights_are_one_and_zero():
-    state = ek.from_keras({"a": packed(KERAS, [None, None, np.zeros(2), np.ones(2)])})
+    state = kn.from_keras({"a": packed(KERAS, [None, None, np.zeros(2), np.ones(2)])})
     assert state["a.weight"].tolist() == [1, 1]
     assert state["a.bias"].tolist() == [0, 0]
-    alone = ek.from_flax(packed(FLAX, [None, None, np.zeros(2), np.ones(2)]), prefix="bn")
+    alone = kn.from_flax(packed(FLAX, [None, None, np.zeros(2), np.ones(2)]), prefix="bn")
     assert list(alone) == ["bn.weight", "bn.bias", "bn.running_mean", "bn.running_var"]
 
 
 def test_a_count_for_each_layer():
     source = network()
-    weights = ek.to_keras(source, count={"1": 2, "2.0": 5})
+    weights = kn.to_keras(source, count={"1": 2, "2.0": 5})
     np.testing.assert_allclose(weights["1/moving_variance"], source[1].running_var.numpy() / 2, rtol=1e-6)
     np.testing.assert_allclose(weights["2/0/moving_variance"], source[2][0].running_var.numpy() * 0.8, rtol=1e-6)
-    back = ek.from_keras(weights, count={"1": 2, "2.0": 5})
+    back = kn.from_keras(weights, count={"1": 2, "2.0": 5})
     torch.testing.assert_close(back["2.0.running_var"], source[2][0].running_var)
     with pytest.raises(ValueError, match=r"no entry for '2\.0'"):
-        ek.from_keras(weights, count={"1": 2})
+        kn.from_keras(weights, count={"1": 2})
 
 
 def test_names_of_older_keras_and_memory_of_ones_own():
     mean = np.zeros(2, np.float32)
     var = torch.ones(2)
-    state = ek.from_keras({"bn/moving_mean:0": mean, "bn/moving_variance:0": var})
+    state = kn.from_keras({"bn/moving_mean:0": mean, "bn/moving_variance:0": var})
     state["bn.running_mean"].add_(1)
     state["bn.running_var"].add_(1)
     assert mean.tolist() == [0, 0]
     assert var.tolist() == [1, 1]
-    layer = ek.BatchNorm(2)
-    ek.to_keras(layer)["moving_mean"][:] = 5
+    layer = kn.BatchNorm(2)
+    kn.to_keras(layer)["moving_mean"][:] = 5
     assert layer.running_mean.tolist() == [0, 0]
-    assert ek.to_flax(ek.BatchNorm(2, dtype=torch.bfloat16))["params"]["scale"].dtype == np.float32
+    assert kn.to_flax(kn.BatchNorm(2, dtype=torch.bfloat16))["params"]["scale"].dtype == np.float32
 
 
 ONE = np.ones(2, np.float32)
@@ -190,30 +190,30 @@ ONE = np.ones(2, np.float32)
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: ek.from_keras({"moving_mean": ONE}), ValueError, r"missing \['moving_variance'\]"),
-        (lambda: ek.from_keras({"a/moving_mean": ONE}), ValueError, r"'a' has.*missing \['moving_variance'\]"),
-        (lambda: ek.from_keras(dict.fromkeys((*KERAS, "alpha"), ONE)), ValueError, r"unknown \['alpha'\]"),
-        (lambda: ek.from_keras({"gamma": ONE}), ValueError, "missing"),
-        (lambda: ek.from_keras({"a": {"gamma": ONE}}), ValueError, "no layer has"),
-        (lambda: ek.from_keras({}), ValueError, "no layer has"),
-        (lambda: ek.from_keras([ONE] * 4), TypeError, "takes a dict of arrays"),
-        (lambda: ek.from_keras({0: ONE}), TypeError, "names are strings"),
-        (lambda: ek.from_keras({"a/b": {"c": ONE}, "a": {"b/c": ONE}}), ValueError, "'a/b/c' is there twice"),
-        (lambda: ek.from_keras({"moving_mean": ONE, "moving_variance": ONE[:1]}), ValueError, "shapes"),
-        (lambda: ek.from_keras({"moving_mean": ONE, "moving_variance": [1, 1]}), TypeError, "'moving_variance'"),
-        (lambda: ek.from_keras(packed(KERAS, [ONE] * 4), count=1), ValueError, "more than 1"),
-        (lambda: ek.from_keras(packed(KERAS, [ONE] * 4), momentum=2), ValueError, "momentum"),
-        (lambda: ek.from_keras(packed(KERAS, [ONE] * 4), epsilon=-1), ValueError, "epsilon"),
-        (lambda: ek.from_keras(packed(KERAS, [ONE] * 4), momentum=None), ValueError, "momentum.*got None"),
-        (lambda: ek.from_flax({"params": {"scale": ONE}}), ValueError, "needs the collections"),
-        (lambda: ek.from_flax({"batch_stats": {"mean": ONE}}), ValueError, r"missing \['var'\]"),
-        (lambda: ek.from_flax({"batch_stats": dict.fromkeys(("mean", "var", "u"), ONE)}), ValueError, "unknown"),
-        (lambda: ek.to_flax(nn.Linear(2, 2)), ValueError, "no batch norm"),
-        (lambda: ek.to_flax("model"), TypeError, "model must be"),
-        (lambda: ek.to_keras(nn.BatchNorm1d(2, track_running_stats=False)), ValueError, "no running_mean"),
-        (lambda: ek.to_keras(ek.WhiteningBatchNorm(4)), ValueError, "running_cov"),
-        (lambda: ek.to_keras(nn.Sequential(ek.DomainBatchNorm(4, 2))), ValueError, "'0' .DomainBatchNorm. keeps"),
-        (lambda: ek.to_keras(nn.LazyBatchNorm1d()), ValueError, "LazyBatchNorm1d"),
+        (lambda: kn.from_keras({"moving_mean": ONE}), ValueError, r"missing \['moving_variance'\]"),
+        (lambda: kn.from_keras({"a/moving_mean": ONE}), ValueError, r"'a' has.*missing \['moving_variance'\]"),
+        (lambda: kn.from_keras(dict.fromkeys((*KERAS, "alpha"), ONE)), ValueError, r"unknown \['alpha'\]"),
+        (lambda: kn.from_keras({"gamma": ONE}), ValueError, "missing"),
+        (lambda: kn.from_keras({"a": {"gamma": ONE}}), ValueError, "no layer has"),
+        (lambda: kn.from_keras({}), ValueError, "no layer has"),
+        (lambda: kn.from_keras([ONE] * 4), TypeError, "takes a dict of arrays"),
+        (lambda: kn.from_keras({0: ONE}), TypeError, "names are strings"),
+        (lambda: kn.from_keras({"a/b": {"c": ONE}, "a": {"b/c": ONE}}), ValueError, "'a/b/c' is there twice"),
+        (lambda: kn.from_keras({"moving_mean": ONE, "moving_variance": ONE[:1]}), ValueError, "shapes"),
+        (lambda: kn.from_keras({"moving_mean": ONE, "moving_variance": [1, 1]}), TypeError, "'moving_variance'"),
+        (lambda: kn.from_keras(packed(KERAS, [ONE] * 4), count=1), ValueError, "more than 1"),
+        (lambda: kn.from_keras(packed(KERAS, [ONE] * 4), momentum=2), ValueError, "momentum"),
+        (lambda: kn.from_keras(packed(KERAS, [ONE] * 4), epsilon=-1), ValueError, "epsilon"),
+        (lambda: kn.from_keras(packed(KERAS, [ONE] * 4), momentum=None), ValueError, "momentum.*got None"),
+        (lambda: kn.from_flax({"params": {"scale": ONE}}), ValueError, "needs the collections"),
+        (lambda: kn.from_flax({"batch_stats": {"mean": ONE}}), ValueError, r"missing \['var'\]"),
+        (lambda: kn.from_flax({"batch_stats": dict.fromkeys(("mean", "var", "u"), ONE)}), ValueError, "unknown"),
+        (lambda: kn.to_flax(nn.Linear(2, 2)), ValueError, "no batch norm"),
+        (lambda: kn.to_flax("model"), TypeError, "model must be"),
+        (lambda: kn.to_keras(nn.BatchNorm1d(2, track_running_stats=False)), ValueError, "no running_mean"),
+        (lambda: kn.to_keras(kn.WhiteningBatchNorm(4)), ValueError, "running_cov"),
+        (lambda: kn.to_keras(nn.Sequential(kn.DomainBatchNorm(4, 2))), ValueError, "'0' .DomainBatchNorm. keeps"),
+        (lambda: kn.to_keras(nn.LazyBatchNorm1d()), ValueError, "LazyBatchNorm1d"),
     ],
 )
 def test_errors_say_what_is_legal(call, error, words):

@@ -9,12 +9,12 @@ import torch
 from surgery.convert_models import FORMS, UNFUSED, Block, HardSwish, NotSwish, OneLayer, Swish, a_net
 from torch import nn
 
-import evenkeel as ek
-from evenkeel.engine.fusion import pending as fusion
+import keelnorm as kn
+from keelnorm.engine.fusion import pending as fusion
 
 
 def trained(model):
-    """The model with parameters and running moments that are not those of the beginning."""
+    """The model with parameters and running statistics that are not those of the beginning."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -65,7 +65,7 @@ def fused_in(model, x):
 def test_every_form_is_fused(form):
     then, runs_with = FORMS[form]
     original = trained(OneLayer(then).double())
-    model, report = ek.convert(copy.deepcopy(original))
+    model, report = kn.convert(copy.deepcopy(original))
     (row,) = report.rows
     assert (row["path"], row["runs with"], row["reason"]) == ("bn", None, "has not been called yet")
     x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
@@ -81,7 +81,7 @@ def test_every_form_is_fused(form):
 def test_what_is_not_fused(form):
     then, reason = UNFUSED[form]
     original = trained(OneLayer(then).double())
-    model, report = ek.convert(copy.deepcopy(original))
+    model, report = kn.convert(copy.deepcopy(original))
     x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
     fused = assert_same_outcomes(model, original, x)
     assert [counts[-1] for counts in fused] == [0, 0]
@@ -108,7 +108,7 @@ def test_what_is_not_fused(form):
 )
 def test_activation_modules(activation, name):
     original = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Identity(), activation).double())
-    model, report = ek.convert(copy.deepcopy(original))
+    model, report = kn.convert(copy.deepcopy(original))
     fused = assert_same_outcomes(model, original, torch.randn(4, 3, 5, 5, dtype=torch.float64))
     assert fused == (([0, 1, 1], [0, 1, 1]) if name else ([0, 0, 0], [0, 0, 0]))
     assert report.rows[0]["runs with"] == name
@@ -118,7 +118,7 @@ def test_activation_modules(activation, name):
 def test_dropout_between(p):
     """It is passed over where it does nothing: always, or in evaluation."""
     original = trained(nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(p), nn.ReLU()).double())
-    model, _ = ek.convert(copy.deepcopy(original))
+    model, _ = kn.convert(copy.deepcopy(original))
     x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
     assert [fused_in(model.eval(), x) for _ in range(3)] == [0, 1, 1]
     torch.testing.assert_close(model(x), original.eval()(x))
@@ -145,7 +145,7 @@ def test_dropout_between(p):
 
 def test_blocks_across_modules():
     original = trained(a_net().double())
-    model, report = ek.convert(copy.deepcopy(original))
+    model, report = kn.convert(copy.deepcopy(original))
     x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     assert assert_same_outcomes(model, original, x) == ([0, 5, 5], [0, 5, 5])
     # The block's second batch norm takes the shortcut's as its residual.
@@ -168,7 +168,7 @@ def test_the_model_stays_what_it_was():
     parameters, buffers = list(model.parameters()), list(model.buffers())
     keys, mode = list(model.state_dict()), model.eval()[4].down[1].training
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    converted, _ = ek.convert(model)
+    converted, _ = kn.convert(model)
     assert converted is model
     assert all(module is layers[path] for path, module in model.named_modules())
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
@@ -187,12 +187,12 @@ def test_the_model_stays_what_it_was():
 
 def test_patterns_and_no_fusing():
     x = torch.randn(2, 3, 8, 8)
-    model, report = ek.convert(a_net(), where="4.*")
+    model, report = kn.convert(a_net(), where="4.*")
     kinds = {path: type(m) for path, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    assert [path for path, kind in kinds.items() if kind is ek.BatchNorm2d] == ["4.body.1", "4.body.4", "4.down.1"]
+    assert [path for path, kind in kinds.items() if kind is kn.BatchNorm2d] == ["4.body.1", "4.body.4", "4.down.1"]
     assert [row["path"] for row in report.rows] == ["4.body.1", "4.body.4", "4.down.1"]
     assert [fused_in(model, x) for _ in range(3)] == [0, 2, 2]
-    model, report = ek.convert(a_net(), fuse=False)
+    model, report = kn.convert(a_net(), fuse=False)
     assert report.summary["converted"] == 6
     assert [fused_in(model, x) for _ in range(3)] == [0, 0, 0]
     assert report.summary["fused"] == 0
@@ -201,10 +201,10 @@ def test_patterns_and_no_fusing():
 
 def test_twice_is_once():
     x = torch.randn(2, 3, 8, 8)
-    model, first = ek.convert(a_net())
+    model, first = kn.convert(a_net())
     fused_in(model, x)
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    model, report = ek.convert(model)
+    model, report = kn.convert(model)
     assert report.summary["converted"] == 0
     assert report.summary["fused"] == first.summary["fused"] == 5  # what was learned is kept
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
@@ -216,11 +216,11 @@ def test_revert(converted_twice):
     original = a_net()
     keys = [dict(module.__dict__) for module in original.modules()]
     buffers = [dict(module._buffers) for module in original.modules()]
-    model, _ = ek.convert(original)
+    model, _ = kn.convert(original)
     fused_in(model, torch.randn(2, 3, 8, 8))
     if converted_twice:
-        model, _ = ek.convert(model, sync=True)
-    model, report = ek.revert(model)
+        model, _ = kn.convert(model, sync=True)
+    model, report = kn.revert(model)
     assert report.summary["layers"] == 6
     for module, attributes, of_module in zip(model.modules(), keys, buffers, strict=True):
         assert module.__dict__.keys() == attributes.keys()
@@ -228,56 +228,56 @@ def test_revert(converted_twice):
         assert module._buffers == of_module
         assert not module._non_persistent_buffers_set
         assert not {**module._forward_hooks, **module._forward_pre_hooks, **module._forward_hooks_always_called}
-        assert not type(module).__module__.startswith("evenkeel")
-    assert ek.revert(model)[1].rows == []
+        assert not type(module).__module__.startswith("keelnorm")
+    assert kn.revert(model)[1].rows == []
     assert fused_in(model, torch.randn(2, 3, 8, 8)) == 0
 
 
 def test_sync():
-    model, report = ek.convert(a_net(), sync=True)
-    assert {row["is"] for row in report.rows} == {"ek.SyncBatchNorm"}
+    model, report = kn.convert(a_net(), sync=True)
+    assert {row["is"] for row in report.rows} == {"kn.SyncBatchNorm"}
     assert model(torch.randn(2, 3, 8, 8)).isfinite().all()
-    model, _ = ek.convert(model, sync=False)
-    assert {type(m) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)} == {ek.BatchNorm2d}
-    ek.revert(model)
+    model, _ = kn.convert(model, sync=False)
+    assert {type(m) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)} == {kn.BatchNorm2d}
+    kn.revert(model)
     assert type(model[1]) is nn.BatchNorm2d
     assert "process_group" not in model[1].__dict__
-    synced, _ = ek.convert(nn.Sequential(nn.SyncBatchNorm(3, process_group=None), nn.ReLU()))
-    assert type(synced[0]) is ek.SyncBatchNorm
-    ek.revert(synced)
+    synced, _ = kn.convert(nn.Sequential(nn.SyncBatchNorm(3, process_group=None), nn.ReLU()))
+    assert type(synced[0]) is kn.SyncBatchNorm
+    kn.revert(synced)
     assert type(synced[0]) is nn.SyncBatchNorm
     assert "process_group" in synced[0].__dict__
 
 
-@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm3d, ek.BatchNorm2d, ek.BatchNorm])
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm3d, kn.BatchNorm2d, kn.BatchNorm])
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_a_synchronized_layer_is_again_what_it_was(kind, by_hand):
-    """Also where ek.SyncBatchNorm's own function made it; nothing says so where torch.nn's did."""
+    """Also where kn.SyncBatchNorm's own function made it; nothing says so where torch.nn's did."""
     model = nn.Sequential(kind(3))
-    model = ek.SyncBatchNorm.convert_sync_batchnorm(model) if by_hand else ek.convert(model, sync=True)[0]
-    assert type(model[0]) is ek.SyncBatchNorm
-    model, _ = ek.convert(copy.deepcopy(model), sync=False)
-    assert type(model[0]) is getattr(ek, kind.__name__)
+    model = kn.SyncBatchNorm.convert_sync_batchnorm(model) if by_hand else kn.convert(model, sync=True)[0]
+    assert type(model[0]) is kn.SyncBatchNorm
+    model, _ = kn.convert(copy.deepcopy(model), sync=False)
+    assert type(model[0]) is getattr(kn, kind.__name__)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3)))
-    assert type(ek.convert(model, sync=False)[0][0]) is ek.BatchNorm
+    assert type(kn.convert(model, sync=False)[0][0]) is kn.BatchNorm
 
 
 def test_lazy_layers_and_a_layer_alone():
-    model, _ = ek.convert(nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU()))
-    assert type(model[0]) is ek.LazyBatchNorm2d
+    model, _ = kn.convert(nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU()))
+    assert type(model[0]) is kn.LazyBatchNorm2d
     assert model(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4)
-    assert type(model[0]) is ek.BatchNorm2d
-    ek.revert(model)
+    assert type(model[0]) is kn.BatchNorm2d
+    kn.revert(model)
     assert type(model[0]) is nn.BatchNorm2d  # which torch.nn's lazy one has become
-    layer, report = ek.convert(nn.BatchNorm1d(3))
-    assert type(layer) is ek.BatchNorm1d
+    layer, report = kn.convert(nn.BatchNorm1d(3))
+    assert type(layer) is kn.BatchNorm1d
     assert report.rows[0]["path"] == ""
 
 
 def test_a_part_called_alone():
     """Within a child's own call results wait too; what it returns is a plain tensor, and so is a bare layer's."""
     original = trained(a_net().double())
-    model, _ = ek.convert(copy.deepcopy(original))
+    model, _ = kn.convert(copy.deepcopy(original))
     x = torch.randn(4, 4, 5, 5, dtype=torch.float64)
     for _ in range(3):
         assert_same_outcomes(model[3], original[3], x)
@@ -288,7 +288,7 @@ def test_a_part_called_alone():
 
 
 def test_the_report_follows_the_model():
-    model, report = ek.convert(a_net())
+    model, report = kn.convert(a_net())
     assert str(report).startswith("convert: batch norms 6, converted 6, fused 0, left with a reason 0")
     assert str(report).count("has not been called yet") == 6
     model(torch.randn(2, 3, 8, 8))
@@ -296,6 +296,6 @@ def test_the_report_follows_the_model():
     assert text.startswith("convert: batch norms 6, converted 6, fused 5")
     assert text.count("addition and relu") == 2
     assert report.to_dict()["rows"][0] == {
-        "path": "1", "was": "BatchNorm2d", "is": "ek.BatchNorm2d", "runs with": "relu", "reason": None,
+        "path": "1", "was": "BatchNorm2d", "is": "kn.BatchNorm2d", "runs with": "relu", "reason": None,
     }  # fmt: skip
     assert report.to_dict()["summary"] == dict(report.summary)

@@ -12,9 +12,9 @@ from surgery.convert_models import HARD, AnyNumber, Block, Checked, Checkpointin
 from surgery.test_convert import assert_same_outcomes, fused_in, trained
 from torch import nn
 
-import evenkeel as ek
-from evenkeel.engine.fusion import pending as fusion
-from evenkeel.surgery.conversion import convert as module_of_convert
+import keelnorm as kn
+from keelnorm.engine.fusion import pending as fusion
+from keelnorm.surgery.conversion import convert as module_of_convert
 
 X = torch.randn(4, 3, 8, 8)
 
@@ -23,7 +23,7 @@ X = torch.randn(4, 3, 8, 8)
 def test_hard_forwards_run_as_they_are(kind):
     """With the same side effects, the same random numbers, and fused."""
     original = trained(kind().double())
-    model, report = ek.convert(copy.deepcopy(original))
+    model, report = kn.convert(copy.deepcopy(original))
     x = X.double()
     for training in (True, False):
         model.train(training), original.train(training)
@@ -50,7 +50,7 @@ def test_hard_forwards_run_as_they_are(kind):
 
 
 def test_the_grad_mode_that_changes_behind_a_layer_is_a_reason():
-    model, report = ek.convert(WithoutGradients())
+    model, report = kn.convert(WithoutGradients())
     for _ in range(8):
         model(X)
     assert report.rows[0]["runs with"] is None
@@ -72,7 +72,7 @@ class Own(nn.BatchNorm2d):
 )
 def test_layers_that_are_more_than_batch_norm(layer, words):
     kind = type(layer)
-    model, report = ek.convert(nn.Sequential(layer, nn.ReLU()))
+    model, report = kn.convert(nn.Sequential(layer, nn.ReLU()))
     assert words in report.rows[0]["reason"]
     assert type(model[0]) is kind
     assert words in report.rows[0]["reason"]
@@ -82,18 +82,18 @@ def test_layers_that_are_more_than_batch_norm(layer, words):
 def test_a_layer_with_a_forward_of_its_own():
     layer = nn.BatchNorm2d(3)
     layer.forward = lambda x: x
-    model, report = ek.convert(nn.Sequential(layer, nn.ReLU()))
+    model, report = kn.convert(nn.Sequential(layer, nn.ReLU()))
     assert report.rows[0]["reason"] == "has a forward of its own"
     assert type(model[0]) is nn.BatchNorm2d
 
 
-class SubclassOfOurs(ek.BatchNorm2d):
+class SubclassOfOurs(kn.BatchNorm2d):
     def forward(self, x):
         return super().forward(x) * 2
 
 
 def patched():
-    layer = ek.BatchNorm2d(3)
+    layer = kn.BatchNorm2d(3)
     original = layer.forward
     layer.forward = lambda x: original(x) * 2
     return layer
@@ -102,7 +102,7 @@ def patched():
 @pytest.mark.parametrize("make", [lambda: SubclassOfOurs(3), patched], ids=["subclass", "patched"])
 def test_layers_of_ours_that_are_more_than_batch_norm(make):
     x = X.double()
-    model, _ = ek.convert(nn.Sequential(make(), nn.ReLU()).double())
+    model, _ = kn.convert(nn.Sequential(make(), nn.ReLU()).double())
     layer = nn.BatchNorm2d(3).double()
     for training in (True, True, True, False, False, False):
         model.train(training), layer.train(training)
@@ -124,7 +124,7 @@ def test_hooked_neighbours_see_plain_tensors(part, when):
         hook(original)
     model = copy.deepcopy(original)
     seen.clear()
-    model, report = ek.convert(model)
+    model, report = kn.convert(model)
     if when == "after":
         assert_same_outcomes(model, original, X.double())
         assert report.rows[0]["runs with"] == "relu"
@@ -139,7 +139,7 @@ def test_hooked_neighbours_see_plain_tensors(part, when):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_fused_again_once_the_hook_is_gone(when):
-    model, _ = ek.convert(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+    model, _ = kn.convert(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
     if when == "after":
         fused_in(model, X), fused_in(model, X)
     handle = model[1].register_forward_hook(lambda *_: None)
@@ -151,7 +151,7 @@ def test_fused_again_once_the_hook_is_gone(when):
 
 def test_an_output_that_is_read_twice():
     original = trained(OneLayer(lambda y, x: F.relu(y) + y).double())
-    model, report = ek.convert(copy.deepcopy(original))
+    model, report = kn.convert(copy.deepcopy(original))
     assert assert_same_outcomes(model, original, X.double(), runs=4)[0][-1] == 0
     assert report.rows[0]["reason"] == "add reads its result, besides the operation that runs with it"
 
@@ -169,7 +169,7 @@ def test_an_input_that_changes_before_the_addition():
             return F.relu(y + residual)
 
     original = trained(InPlace().double())
-    model, _ = ek.convert(copy.deepcopy(original))
+    model, _ = kn.convert(copy.deepcopy(original))
     with torch.no_grad():  # autograd itself refuses the backward
         for training in (True, False):
             for _ in range(3):
@@ -184,7 +184,7 @@ class TestAfterwards:
     @staticmethod
     def both(change, x=X, fused=0):
         plain = a_net().eval()
-        model, _ = ek.convert(copy.deepcopy(plain))
+        model, _ = kn.convert(copy.deepcopy(plain))
         assert [fused_in(model, x) for _ in range(2)] == [0, 5]
         change(plain), change(model)
         for _ in range(4):  # the layers learn anew
@@ -215,7 +215,7 @@ class TestAfterwards:
         handle = nn.modules.module.register_module_forward_hook(lambda m, *_: names.append(type(m).__name__))
         try:
             plain = a_net().eval()
-            model, _ = ek.convert(copy.deepcopy(plain))
+            model, _ = kn.convert(copy.deepcopy(plain))
             names.clear()
             model(X)
             found = list(names)
@@ -227,7 +227,7 @@ class TestAfterwards:
 
     def test_another_argument(self):
         plain = Block().eval()
-        model, _ = ek.convert(copy.deepcopy(plain))
+        model, _ = kn.convert(copy.deepcopy(plain))
         x, scale = torch.randn(2, 4, 5, 5), torch.randn(2, 4, 5, 5)
         torch.testing.assert_close(model(x, scale), plain(x, scale))
         torch.testing.assert_close(model(x, scale=scale), plain(x, scale=scale))
@@ -249,7 +249,7 @@ class TestAfterwards:
                 return y
 
         plain = Switch().eval()
-        model, _ = ek.convert(copy.deepcopy(plain))
+        model, _ = kn.convert(copy.deepcopy(plain))
         assert [fused_in(model, X) for _ in range(2)] == [0, 1]
         plain.steps.append(3), model.steps.append(3)
         torch.testing.assert_close(model(X), plain(X))
@@ -266,13 +266,13 @@ def test_scripted_and_compiled_parts():
     plain = nn.Sequential(scripted, compiled, nn.BatchNorm2d(3), nn.ReLU()).eval()
     with torch.no_grad():
         expected = plain(X)
-        model, _ = ek.convert(plain)
+        model, _ = kn.convert(plain)
         for _ in range(3):
             torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_check_of_the_input_still_raises():
-    model, report = ek.convert(Checked())
+    model, report = kn.convert(Checked())
     assert [fused_in(model, X) for _ in range(2)] == [0, 1]
     assert report.rows[0]["reason"] is None
     with pytest.raises(KeyError, match="5 channels"):
@@ -295,7 +295,7 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
 
     monkeypatch.setitem(module_of_convert.__globals__, "add_scope", fail)
     with pytest.raises(RuntimeError, match="injected"):
-        ek.convert(model)
+        kn.convert(model)
     for module, (kind, attributes, buffers) in zip(model.modules(), before, strict=True):
         assert type(module) is kind
         assert module.__dict__.keys() == attributes.keys()
@@ -305,12 +305,12 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
 
 def test_wrong_arguments():
     with pytest.raises(TypeError, match="convert: model must be"):
-        ek.convert(3)
+        kn.convert(3)
     with pytest.raises(ValueError, match="matches no batch norm"):
-        ek.convert(a_net(), where="nowhere")
+        kn.convert(a_net(), where="nowhere")
 
 
-@pytest.mark.parametrize("operation", [ek.convert, ek.revert, ek.prepare_export, lambda state: ek.fold(state, X)])
+@pytest.mark.parametrize("operation", [kn.convert, kn.revert, kn.prepare_export, lambda state: kn.fold(state, X)])
 def test_a_state_dict_is_said_to_be_one(operation):
     """In a line, not with all its numbers."""
     state = nn.Sequential(*(nn.Conv2d(3, 40, 3) for _ in range(9))).state_dict()
@@ -322,5 +322,5 @@ def test_a_state_dict_is_said_to_be_one(operation):
 @pytest.mark.parametrize("value", [[torch.zeros(9, 9)] * 9, "x" * 1000, nn.Sequential(*[nn.ReLU()] * 40), b"x" * 1000])
 def test_errors_do_not_print_whole_values(value):
     with pytest.raises((TypeError, ValueError)) as raised:
-        ek.prepare_export(nn.Sequential(), training=value)
+        kn.prepare_export(nn.Sequential(), training=value)
     assert len(str(raised.value)) < 300

@@ -12,7 +12,7 @@ from surgery.convert_models import a_net
 from surgery.test_convert import assert_same_outcomes, fused_in, trained
 from torch import fx, nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 X = torch.randn(4, 3, 8, 8)
 
@@ -20,7 +20,7 @@ X = torch.randn(4, 3, 8, 8)
 @pytest.fixture
 def pair():
     original = trained(a_net())
-    return ek.convert(copy.deepcopy(original))[0], original
+    return kn.convert(copy.deepcopy(original))[0], original
 
 
 def by_pickle(model):
@@ -46,9 +46,9 @@ def test_copies_are_models_of_their_own(pair, way):
     other[3].act = nn.Tanh()
     assert_same_outcomes(third, original, X, 1e-4)
     assert fused_in(third.eval(), X) == fused_in(model, X) == 5
-    ek.revert(other)
+    kn.revert(other)
     assert type(other[1]) is nn.BatchNorm2d
-    assert type(model[1]) is ek.BatchNorm2d
+    assert type(model[1]) is kn.BatchNorm2d
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -98,12 +98,12 @@ def test_averaged_models(pair):
 
 def test_control_over_statistics(pair):
     model, _ = pair
-    ek.freeze(model)
+    kn.freeze(model)
     before = copy.deepcopy(model.state_dict())
     model.train()(X)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    ek.unfreeze(model)
-    with ek.pause_statistics(model):
+    kn.unfreeze(model)
+    with kn.pause_statistics(model):
         model(X)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 

@@ -7,9 +7,9 @@ import torch
 from surgery.convert_models import a_net
 from torch import nn
 
-import evenkeel as ek
-from evenkeel.engine import optional_imports
-from evenkeel.surgery.interchange import onnx_export
+import keelnorm as kn
+from keelnorm.engine import optional_imports
+from keelnorm.surgery.interchange import onnx_export
 
 onnxruntime = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -29,25 +29,25 @@ def test_inference(tmp_path, converted):
     model(X)
     model.eval()
     if converted:
-        model, _ = ek.convert(model)
-    report = ek.export_onnx(model, X, tmp_path / "new" / "model.onnx")
+        model, _ = kn.convert(model)
+    report = kn.export_onnx(model, X, tmp_path / "new" / "model.onnx")
     assert report.summary["difference"] < 1e-5
     assert report.summary["on other values"] < 1e-5
     (y,) = run(tmp_path / "new" / "model.onnx", x=X)
     torch.testing.assert_close(torch.from_numpy(y), model(X), rtol=1e-4, atol=1e-5)
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["model.onnx"]
-    assert type(model[1]) is (ek.BatchNorm2d if converted else nn.BatchNorm2d)
+    assert type(model[1]) is (kn.BatchNorm2d if converted else nn.BatchNorm2d)
 
 
-def test_evenkeels_own_layers(tmp_path):
-    model = ek.Sequential(nn.Conv2d(3, 4, 3), ek.GhostBatchNorm(4, 2), nn.ReLU(), ek.BatchRenorm(4)).eval()
-    assert ek.export_onnx(model, X, tmp_path / "m.onnx").summary["difference"] < 1e-5
+def test_keelnorms_own_layers(tmp_path):
+    model = kn.Sequential(nn.Conv2d(3, 4, 3), kn.GhostBatchNorm(4, 2), nn.ReLU(), kn.BatchRenorm(4)).eval()
+    assert kn.export_onnx(model, X, tmp_path / "m.onnx").summary["difference"] < 1e-5
 
 
 def test_dynamic_shapes(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
     batch = torch.export.Dim("batch", min=1, max=64)
-    ek.export_onnx(model, X, tmp_path / "m.onnx", dynamic_shapes=({0: batch},))
+    kn.export_onnx(model, X, tmp_path / "m.onnx", dynamic_shapes=({0: batch},))
     other = torch.randn(7, 3, 8, 8)
     (y,) = run(tmp_path / "m.onnx", x=other)
     torch.testing.assert_close(torch.from_numpy(y), model(other), rtol=1e-4, atol=1e-5)
@@ -57,12 +57,12 @@ def test_training_mode(tmp_path):
     """The batch's moments normalize; a frozen layer and dropout are in evaluation; the model is as it was."""
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Flatten(),
-        nn.Linear(64, 5), ek.BatchNorm1d(5),
+        nn.Linear(64, 5), kn.BatchNorm1d(5),
     )  # fmt: skip
-    ek.freeze(model, where="4")
+    kn.freeze(model, where="4")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     x = X * 2 + 3
-    report = ek.export_onnx(model.train(), x, tmp_path / "m.onnx", training=True)
+    report = kn.export_onnx(model.train(), x, tmp_path / "m.onnx", training=True)
     assert report.summary["difference"] < 1e-5
     assert report.summary["on other values"] < 1e-5
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -79,21 +79,21 @@ def test_training_mode(tmp_path):
 
 def test_what_can_not_be_in_training_mode(tmp_path):
     with pytest.raises(ValueError, match="0 is in training mode"):
-        ek.export_onnx(nn.Sequential(nn.BatchNorm2d(3)).train(), X, tmp_path / "m.onnx")
+        kn.export_onnx(nn.Sequential(nn.BatchNorm2d(3)).train(), X, tmp_path / "m.onnx")
     with pytest.raises(ValueError, match="the model is in training mode"):
-        ek.export_onnx(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)), X, tmp_path / "m.onnx")
+        kn.export_onnx(nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)), X, tmp_path / "m.onnx")
     with pytest.raises(RuntimeError, match="0 can't be written in training mode"):
-        ek.export_onnx(nn.Sequential(ek.RangeBatchNorm(3)).train(), X, tmp_path / "m.onnx", training=True)
+        kn.export_onnx(nn.Sequential(kn.RangeBatchNorm(3)).train(), X, tmp_path / "m.onnx", training=True)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", [ek.BatchNorm2d, nn.BatchNorm2d])
+@pytest.mark.parametrize("kind", [kn.BatchNorm2d, nn.BatchNorm2d])
 def test_a_model_that_is_a_batch_norm(tmp_path, kind):
     """Its path is "", and its buffers' names have no prefix."""
-    ek.export_onnx(kind(3).train(), X * 2 + 3, tmp_path / "m.onnx", training=True)
+    kn.export_onnx(kind(3).train(), X * 2 + 3, tmp_path / "m.onnx", training=True)
     assert modes_of(tmp_path / "m.onnx") == [1]
     with pytest.raises(RuntimeError, match="the layer itself can't be written in training mode"):
-        ek.export_onnx(ek.RangeBatchNorm(3).train(), X, tmp_path / "m.onnx", training=True, tolerance=10)
+        kn.export_onnx(kn.RangeBatchNorm(3).train(), X, tmp_path / "m.onnx", training=True, tolerance=10)
 
 
 class Twice(nn.Module):
@@ -106,7 +106,7 @@ class Twice(nn.Module):
 
 
 def test_a_layer_that_is_called_twice_is_in_training_mode_in_both(tmp_path):
-    report = ek.export_onnx(Twice().train(), X, tmp_path / "m.onnx", training=True)
+    report = kn.export_onnx(Twice().train(), X, tmp_path / "m.onnx", training=True)
     assert report.summary["on other values"] < 1e-5
     assert modes_of(tmp_path / "m.onnx") == [1, 1]
 
@@ -118,11 +118,11 @@ def modes_of(path):
 
 def test_the_opset_is_the_one_that_was_asked_for(tmp_path, capfd):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
-    ek.export_onnx(model, X, tmp_path / "m.onnx", opset_version=20)
+    kn.export_onnx(model, X, tmp_path / "m.onnx", opset_version=20)
     assert [one.version for one in onnx.load(tmp_path / "m.onnx").opset_import if one.domain == ""] == [20]
     capfd.readouterr()
     with pytest.raises(RuntimeError, match="opset_version=13 was asked for, and this torch's exporter wrote version"):
-        ek.export_onnx(model, X, tmp_path / "other.onnx", opset_version=13)
+        kn.export_onnx(model, X, tmp_path / "other.onnx", opset_version=13)
     assert capfd.readouterr().err == ""
     assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
 
@@ -144,7 +144,7 @@ def test_axes_that_the_exporter_fixes(tmp_path, by_name):
     free = {0: torch.export.Dim("batch", min=1, max=64)}
     shapes = {"x": free, "other": None} if by_name else (free, None)
     with pytest.raises(RuntimeError, match="asks for a dynamic axis 0 of x, which the exporter has fixed to 4"):
-        ek.export_onnx(ForFour().eval(), (X, X[:1]), tmp_path / "m.onnx", dynamic_shapes=shapes)
+        kn.export_onnx(ForFour().eval(), (X, X[:1]), tmp_path / "m.onnx", dynamic_shapes=shapes)
     assert not list(tmp_path.iterdir())
 
 
@@ -154,7 +154,7 @@ def test_a_difference_leaves_no_file(tmp_path, monkeypatch):
     plain = onnx_export._run
     monkeypatch.setattr(onnx_export, "_run", lambda *args: [y + 1 for y in plain(*args)])
     with pytest.raises(RuntimeError, match="more than the tolerance"):
-        ek.export_onnx(model, X, tmp_path / "m.onnx")
+        kn.export_onnx(model, X, tmp_path / "m.onnx")
     assert (tmp_path / "m.onnx").read_text() == "what was there"
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -162,4 +162,4 @@ def test_a_difference_leaves_no_file(tmp_path, monkeypatch):
 def test_missing_packages(tmp_path, monkeypatch):
     monkeypatch.setattr(optional_imports, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"export_onnx needs onnx, .*install .*'onnx>="):
-        ek.export_onnx(nn.BatchNorm2d(3).eval(), X, tmp_path / "m.onnx")
+        kn.export_onnx(nn.BatchNorm2d(3).eval(), X, tmp_path / "m.onnx")

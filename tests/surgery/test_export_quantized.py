@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torchao's, many and by version
 
@@ -15,10 +15,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of torchao's, many and by v
 def trained(split, seed):
     torch.manual_seed(seed)
     model = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), ek.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), ek.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10),
+        nn.Conv2d(1, 16, 3, padding=1), kn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1), kn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10),
     )  # fmt: skip
-    model, _ = ek.convert(model)
+    model, _ = kn.convert(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
     for _ in range(8):
         for index in torch.randperm(len(split.train_x)).split(64):
@@ -46,15 +46,15 @@ def quantized(model, split):
 
 def test_eight_bits_keep_the_accuracy():
     pytest.importorskip("sklearn")
-    from evenkeel.lab import data
+    from keelnorm.lab import data
 
     drops = []
     for seed in range(3):
         split = data.digits(seed)
         model = trained(split, seed)
-        folded, report = ek.fold(model, split.test_x[:2])
+        folded, report = kn.fold(model, split.test_x[:2])
         assert report.summary["folded"] == 2
-        prepared, _ = ek.prepare_export(folded)
+        prepared, _ = kn.prepare_export(folded)
         small = quantized(prepared, split)
         assert any("quantize_per" in str(node.target) for node in small.graph.nodes)
         drops.append(accuracy(model, split) - accuracy(small, split))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 
 @pytest.fixture(autouse=True)
@@ -85,21 +85,21 @@ def test_several_into_one_layer():
     into = {"0": ("1", "after"), "2": ("1", "before"), "3": ("1", "before")}
     check_folds(randomize(model).double(), torch.randn(2, 3, 6, 6).double(), into=into)
     x = torch.randn(2, 3, 6, 6) + 5  # rounded once, not thrice
-    new, report = ek.fold(model.float(), x)
+    new, report = kn.fold(model.float(), x)
     assert relative(output(new.double(), x.double()), output(copy.deepcopy(model).double(), x.double())) < 2e-7
     assert report.summary["float64"] < 1e-14
 
 
 ONES_OF_OURS = {
-    "BatchNorm": lambda: ek.BatchNorm(4),
-    "BatchNorm2d": lambda: ek.BatchNorm2d(4),
-    "SyncBatchNorm": lambda: ek.SyncBatchNorm(4),
-    "GhostBatchNorm": lambda: ek.GhostBatchNorm(4, ghost_size=2),
-    "BatchRenorm": lambda: ek.BatchRenorm(4),
-    "CrossIterationBatchNorm": lambda: ek.CrossIterationBatchNorm(4),
-    "MovingAverageBatchNorm": lambda: ek.MovingAverageBatchNorm(4),
-    "L1BatchNorm": lambda: ek.L1BatchNorm(4),
-    "RangeBatchNorm": lambda: ek.RangeBatchNorm(4),
+    "BatchNorm": lambda: kn.BatchNorm(4),
+    "BatchNorm2d": lambda: kn.BatchNorm2d(4),
+    "SyncBatchNorm": lambda: kn.SyncBatchNorm(4),
+    "GhostBatchNorm": lambda: kn.GhostBatchNorm(4, ghost_size=2),
+    "BatchRenorm": lambda: kn.BatchRenorm(4),
+    "CrossIterationBatchNorm": lambda: kn.CrossIterationBatchNorm(4),
+    "MovingAverageBatchNorm": lambda: kn.MovingAverageBatchNorm(4),
+    "L1BatchNorm": lambda: kn.L1BatchNorm(4),
+    "RangeBatchNorm": lambda: kn.RangeBatchNorm(4),
     "torch.nn.SyncBatchNorm": lambda: nn.SyncBatchNorm(4),
     "subclass": lambda: type("Mine", (nn.BatchNorm2d,), {})(4),
     "without affine": lambda: nn.BatchNorm2d(4, affine=False),
@@ -114,15 +114,15 @@ def test_kinds_of_batch_norm(name):
 
 
 def test_lazy_layers_that_have_run():
-    model = nn.Sequential(nn.LazyConv2d(4, 3), ek.LazyBatchNorm2d()).double()
+    model = nn.Sequential(nn.LazyConv2d(4, 3), kn.LazyBatchNorm2d()).double()
     x = torch.randn(2, 3, 6, 6).double()
     model(x)
     check_folds(randomize(model), x)
 
 
-def test_evenkeels_sequential_and_frozen_layers():
-    model = randomize(ek.Sequential(nn.Conv2d(3, 4, 3), ek.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))).double()
-    ek.freeze(model)
+def test_keelnorms_sequential_and_frozen_layers():
+    model = randomize(kn.Sequential(nn.Conv2d(3, 4, 3), kn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))).double()
+    kn.freeze(model)
     check_folds(model, torch.randn(2, 3, 6, 6).double())
 
 
@@ -133,7 +133,7 @@ def test_other_dtypes_are_rounded_once(kind, dtype):
     layer = make(8, 6, *([3] * bool(dims)))
     model = randomize(nn.Sequential(layer, NORMS[dims](6))).to(dtype)
     x = torch.randn(4, 8, *[6] * dims, dtype=dtype)
-    new, report = ek.fold(model, x)
+    new, report = kn.fold(model, x)
     [row] = report.rows
     assert row["into"] == "0"
     assert row["difference"] <= 16 * torch.finfo(dtype).eps
@@ -149,7 +149,7 @@ def test_other_dtypes_are_rounded_once(kind, dtype):
 def test_float32_moments_beside_half_precision_weights():
     model = randomize(nn.Sequential(nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6)))
     model[0].bfloat16()
-    new, report = ek.fold(model, torch.randn(2, 8, 6, 6, dtype=torch.bfloat16))
+    new, report = kn.fold(model, torch.randn(2, 8, 6, 6, dtype=torch.bfloat16))
     assert report.summary["folded"] == 1
     assert new[0].bias.dtype == torch.bfloat16
 
@@ -158,7 +158,7 @@ def test_what_the_new_parameters_are():
     model = randomize(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)))
     model.to(memory_format=torch.channels_last)
     model[0].weight.requires_grad_(False)
-    new, _ = ek.fold(model, torch.randn(1, 3, 6, 6))
+    new, _ = kn.fold(model, torch.randn(1, 3, 6, 6))
     assert isinstance(new[0].bias, nn.Parameter)
     assert not new[0].weight.requires_grad
     assert not new[0].bias.requires_grad
@@ -172,7 +172,7 @@ def test_inplace_changes_the_model_itself():
     model = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
     conv, x = model[0], torch.randn(2, 3, 6, 6)
     expected = output(model, x)
-    new, _ = ek.fold(model, x, inplace=True)
+    new, _ = kn.fold(model, x, inplace=True)
     assert new is model
     assert model[0] is conv
     assert type(model[1]) is nn.Identity
@@ -181,7 +181,7 @@ def test_inplace_changes_the_model_itself():
 
 def test_a_part_of_the_model():
     model = randomize(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4)))
-    new, report = ek.fold(model, torch.randn(2, 3), where="3")
+    new, report = kn.fold(model, torch.randn(2, 3), where="3")
     assert [row["path"] for row in report.rows] == ["3"]
     assert type(new[1]) is nn.BatchNorm1d
     assert type(new[3]) is nn.Identity
@@ -189,9 +189,9 @@ def test_a_part_of_the_model():
 
 def test_folding_twice_does_nothing_more():
     model = randomize(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
-    once, _ = ek.fold(model, torch.randn(2, 3))
+    once, _ = kn.fold(model, torch.randn(2, 3))
     before = bits(once)
-    twice, report = ek.fold(once, torch.randn(2, 3), inplace=True)
+    twice, report = kn.fold(once, torch.randn(2, 3), inplace=True)
     assert twice is once
     assert bits(once) == before
     assert report.rows == []

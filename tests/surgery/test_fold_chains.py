@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from folded import check_folds, randomize, reason
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 C = 4
 X = (2, C, 8, 6)
@@ -147,6 +147,6 @@ def test_one_channel():
 def test_dropout_that_drops():
     model = randomize(nn.Sequential(nn.Conv2d(C, C, 1), nn.Dropout(), nn.BatchNorm2d(C), nn.ReLU())).double()
     model[1].train()
-    _, report = ek.fold(model, torch.randn(X).double())
+    _, report = kn.fold(model, torch.randn(X).double())
     assert "its input comes from dropout" in report.rows[0]["reason"]
     assert report.summary["difference"] == 0  # the same random numbers in both runs

@@ -11,7 +11,7 @@ from folded import bits, output, randomize, relative
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import evenkeel as ek
+import keelnorm as kn
 
 
 @pytest.fixture(autouse=True)
@@ -24,14 +24,14 @@ def check(model, *args, folded: int, left: int):
     randomize(model)
     x = [each.float() for each in args]
     before, expected = bits(model), output(copy.deepcopy(model).double(), *args)
-    new, report = ek.fold(model, tuple(x))
+    new, report = kn.fold(model, tuple(x))
     assert bits(model) == before
     assert (report.summary["folded"], report.summary["left"]) == (folded, left), report
     assert report.summary["float64"] < 1e-12
     assert report.summary["difference"] < 1e-5
     assert relative(output(new, *x), expected) < 1e-4
     assert all(row["difference"] < 1e-6 for row in report.rows if row["into"])
-    wide, _ = ek.fold(copy.deepcopy(model).double(), args, inplace=True)
+    wide, _ = kn.fold(copy.deepcopy(model).double(), args, inplace=True)
     assert relative(output(wide, *args), expected) < 1e-10
     assert sum(isinstance(module, _BatchNorm) for module in wide.modules()) == left
     return collections.Counter(row["reason"] for row in report.rows if row["reason"])
@@ -81,7 +81,7 @@ def test_a_volume_with_transposed_convolutions():
     transposed = [path for path, module in net.named_modules() if isinstance(module, nn.ConvTranspose3d)]
     norms = sum(isinstance(module, _BatchNorm) for module in net.modules())
     assert not check(net, torch.randn(1, 1, 16, 16, 16).double(), folded=norms, left=0)
-    _, report = ek.fold(net, torch.randn(1, 1, 16, 16, 16))
+    _, report = kn.fold(net, torch.randn(1, 1, 16, 16, 16))
     assert set(transposed) & {row["into"] for row in report.rows}
 
 
@@ -94,7 +94,7 @@ def test_a_model_of_transformers():
     norms = sum(isinstance(module, _BatchNorm) for module in model.modules())
     example = transformers.BatchFeature({"pixel_values": image(32).float(), "output_hidden_states": True})
     before = bits(model)
-    new, report = ek.fold(model, example)
+    new, report = kn.fold(model, example)
     assert bits(model) == before
     assert report.summary["folded"] == norms
     assert report.summary["float64"] < 1e-12
@@ -111,7 +111,7 @@ def test_attention_over_a_convolution():
         attention_ratio=[2, 2, 2], mlp_ratio=[2, 2, 2], image_size=64,
     )  # fmt: skip
     model = randomize(transformers.LevitForImageClassification(config))
-    _, report = ek.fold(model, {"pixel_values": image(64).float()})
+    _, report = kn.fold(model, {"pixel_values": image(64).float()})
     assert report.summary["float64"] < 1e-12
     assert report.summary["left"] == 0  # linear layers over tokens, whose samples and positions are merged between
     assert [row["where"] for row in report.rows] == ["before"] * 26 + ["after"]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from folded import bits, randomize, reason
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -113,7 +113,7 @@ REFUSED = {
     "convolution at two paths": (lambda: unusual(share_block), "Conv2d 'conv' is one module at several paths"),
     "tied weight": (lambda: unusual(tie, other=nn.Conv2d(3, 3, 3)), "shares its weight with another module"),
     "in training": (lambda: unusual(lambda m: m.norm.train()), "is in training mode; call its eval()"),
-    "no moments": (lambda: Model(norm=nn.BatchNorm2d(3, track_running_stats=False)), "has no running moments"),
+    "no moments": (lambda: Model(norm=nn.BatchNorm2d(3, track_running_stats=False)), "has no running statistics"),
     "NaN": (lambda: unusual(lambda m: m.norm.running_mean.fill_(torch.inf)), "running_mean that is not finite"),
     "negative": (lambda: unusual(lambda m: m.norm.running_var.fill_(-1)), "running_var that is not positive"),
     "read by another": (lambda: Model(read_by_another), "what it normalizes is also read by add"),
@@ -135,7 +135,7 @@ REFUSED = {
     "norm parametrized": (
         lambda: unusual(lambda m: nn.utils.parametrizations.weight_norm(m.norm, dim=None)), "has a parametrization"
     ),
-    "centred": (lambda: unusual(lambda m: ek.nn.center_weights(m.conv)), "has a parametrization"),
+    "centred": (lambda: unusual(lambda m: kn.nn.center_weights(m.conv)), "has a parametrization"),
     "own forward": (lambda: Model(conv=OwnForward(3, 3, 3)), "has a forward of its own (OwnForward)"),
     "own convolution": (lambda: Model(conv=OwnConvolution(3, 3, 3)), "has a forward of its own (OwnConvolution)"),
     "own norm": (lambda: Model(norm=OwnNorm(3)), "is a OwnNorm, whose evaluation may be more than batch norm"),
@@ -200,7 +200,7 @@ def test_refused(name):
         model.double()
     if name in ("NaN", "negative", "NaN in the weight", "in training"):  # its outputs are not to be compared
         before = bits(model)
-        _, report = ek.fold(model, X, verify=False)
+        _, report = kn.fold(model, X, verify=False)
         assert bits(model) == before
         [row] = report.rows
         assert row["into"] == ""
@@ -211,7 +211,7 @@ def test_refused(name):
 
 def test_the_producers_output_is_returned():
     model = Model(returned)
-    _, report = ek.fold(model, X)
+    _, report = kn.fold(model, X)
     assert "what it normalizes is also returned by the model" in report.rows[0]["reason"]
 
 
@@ -224,25 +224,25 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_evenkeels_arguments(name):
+def test_keelnorms_arguments(name):
     forward, said = ARGUMENTS[name]
-    assert f"is called with more than its input ({said})" in reason(Model(forward, norm=ek.BatchNorm2d(3)), X)
+    assert f"is called with more than its input ({said})" in reason(Model(forward, norm=kn.BatchNorm2d(3)), X)
 
 
 VARIANTS = {
-    "DomainBatchNorm": lambda: ek.DomainBatchNorm(3, 2),
-    "SplitBatchNorm": lambda: ek.SplitBatchNorm(3),
-    "WhiteningBatchNorm": lambda: ek.WhiteningBatchNorm(3),
-    "ConditionalBatchNorm": lambda: ek.ConditionalBatchNorm(3, num_classes=2),
-    "StepwiseBatchNorm": lambda: ek.StepwiseBatchNorm(3, 2),
-    "VirtualBatchNorm": lambda: ek.VirtualBatchNorm(3),
+    "DomainBatchNorm": lambda: kn.DomainBatchNorm(3, 2),
+    "SplitBatchNorm": lambda: kn.SplitBatchNorm(3),
+    "WhiteningBatchNorm": lambda: kn.WhiteningBatchNorm(3),
+    "ConditionalBatchNorm": lambda: kn.ConditionalBatchNorm(3, num_classes=2),
+    "StepwiseBatchNorm": lambda: kn.StepwiseBatchNorm(3, 2),
+    "VirtualBatchNorm": lambda: kn.VirtualBatchNorm(3),
 }
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_whose_evaluation_is_their_own(name):
     model = Model(lambda m, x: m.conv(x), norm=VARIANTS[name]())
-    _, report = ek.fold(model, X)
+    _, report = kn.fold(model, X)
     assert f"is a {name}, which evaluates " in report.rows[0]["reason"]
 
 
@@ -253,8 +253,8 @@ def test_a_layer_by_itself():
 
 def test_a_lazy_layer_that_has_not_run():
     model = Model()
-    model.lazy = ek.LazyBatchNorm2d().eval()
-    _, report = ek.fold(model, X, inplace=True)
+    model.lazy = kn.LazyBatchNorm2d().eval()
+    _, report = kn.fold(model, X, inplace=True)
     assert [row["reason"] for row in report.rows] == ["", "was not called on the example"]
 
 
@@ -262,9 +262,9 @@ def test_a_difference_that_is_too_large():
     model, x = Model(conv=nn.Conv2d(3, 3, 3, bias=False)).float(), X.float() + 1e5
     with torch.no_grad():
         model.norm.running_mean.copy_(model.conv(x).mean((0, 2, 3)))  # large against the deviation: digits cancel
-    _, report = ek.fold(model, x)
+    _, report = kn.fold(model, x)
     assert "Conv2d 'conv' would differ by" in report.rows[0]["reason"]
     assert "of its largest output, more than 1.9e-06" in report.rows[0]["reason"]
-    _, report = ek.fold(model, x, tolerance=1)
+    _, report = kn.fold(model, x, tolerance=1)
     assert report.summary["folded"] == 1
-    assert "more than 0" in ek.fold(Model().float(), X.float(), tolerance=0)[1].rows[0]["reason"]
+    assert "more than 0" in kn.fold(Model().float(), X.float(), tolerance=0)[1].rows[0]["reason"]

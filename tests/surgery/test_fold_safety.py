@@ -13,8 +13,8 @@ from folded import bits, output, randomize, relative
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-import evenkeel as ek
-from evenkeel.surgery.folding import fold, fold_plan
+import keelnorm as kn
+from keelnorm.surgery.folding import fold, fold_plan
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -37,7 +37,7 @@ def check_raises(model, error, match, *, example=X, **keywords):
     before, state = bits(model), torch.get_rng_state()
     for inplace in (False, True):
         with pytest.raises(error, match=match):
-            ek.fold(model, example, inplace=inplace, **keywords)
+            kn.fold(model, example, inplace=inplace, **keywords)
         assert bits(model) == before
         assert torch.equal(torch.get_rng_state(), state)
 
@@ -51,18 +51,18 @@ def test_other_arguments():
     check_raises(Model(), ValueError, "tolerance is None or a number", tolerance=-1)
     check_raises(Model(), ValueError, "matches no batch norm", where="nothing")
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
-        ek.fold("model", X)
+        kn.fold("model", X)
 
 
 def test_a_model_without_numbers():
     with pytest.raises(ValueError, match="on the meta device"):
-        ek.fold(Model().to("meta"), X.to("meta"))
+        kn.fold(Model().to("meta"), X.to("meta"))
 
 
 def test_inside_inference_mode():
     model = Model()
     with torch.inference_mode():
-        new, report = ek.fold(model, X * 1)
+        new, report = kn.fold(model, X * 1)
     assert report.summary["folded"] == 1
     assert not any(value.is_inference() for value in new.parameters())
 
@@ -72,7 +72,7 @@ def test_scripted_and_compiled_models():
     block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     check_raises(torch.compile(Model()), TypeError, "the model is compiled, so what it runs can't be changed")
     with pytest.raises(TypeError, match="0 is a ScriptModule"):
-        ek.fold(nn.Sequential(torch.jit.trace(block.eval(), X)).eval(), X)
+        kn.fold(nn.Sequential(torch.jit.trace(block.eval(), X)).eval(), X)
     block.compile()
     check_raises(nn.Sequential(block).eval(), TypeError, "0 is compiled")
 
@@ -129,7 +129,7 @@ def test_a_reader_that_cannot_be_seen():
         return F.relu(m.norm(y)) + z
 
     check_raises(Model(hidden), RuntimeError, "the model is as it was")
-    _, report = ek.fold(Model(hidden), X, verify=False)  # says so, and leaves the decision to the caller
+    _, report = kn.fold(Model(hidden), X, verify=False)  # says so, and leaves the decision to the caller
     assert report.summary["difference"] > 0.01
 
 
@@ -140,7 +140,7 @@ def test_a_model_that_gives_another_output_each_time():
 def test_graph_modules_and_wrappers():
     layers = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
     for model in (torch.fx.symbolic_trace(layers), nn.DataParallel(layers).eval()):
-        new, report = ek.fold(model, X)
+        new, report = kn.fold(model, X)
         assert report.summary["folded"] == 1
         assert relative(output(new, X), output(model, X)) < 1e-6
 
@@ -148,19 +148,19 @@ def test_graph_modules_and_wrappers():
 def test_another_number_of_outputs():
     model = Model(lambda m, x: [m.head(F.relu(m.norm(m.conv(x))))] * m.calls)
     check_raises(model, RuntimeError, "would differ by inf")
-    assert ek.fold(model, X, verify=False)[1].summary["difference"] == torch.inf
+    assert kn.fold(model, X, verify=False)[1].summary["difference"] == torch.inf
 
 
 def test_complex_outputs():
     model = Model(lambda m, x: torch.fft.fft(m.head(F.relu(m.norm(m.conv(x))))))
-    _, report = ek.fold(model, X)
+    _, report = kn.fold(model, X)
     assert report.summary["float64"] < 1e-12
     assert report.notes == []
 
 
 def test_a_model_that_does_not_run_in_float64():
     model = Model(lambda m, x: m.head(F.relu(m.norm(m.conv(x.float())))))
-    new, report = ek.fold(model, X)
+    new, report = kn.fold(model, X)
     assert report.summary["folded"] == 1
     assert "float64" not in report.summary
     assert report.notes[0].startswith("Not compared in float64, in which the model does not run: RuntimeError: ")
@@ -168,7 +168,7 @@ def test_a_model_that_does_not_run_in_float64():
 
 
 def test_without_verification():
-    _, report = ek.fold(Model(), X, verify=False)
+    _, report = kn.fold(Model(), X, verify=False)
     assert "float64" not in report.summary
     assert report.summary["difference"] < 1e-6
 
@@ -178,7 +178,7 @@ def test_random_numbers_are_the_same_in_every_run():
         return m.head(F.relu(m.norm(m.conv(x)))) + torch.randn(2, 2, 4, 4).to(x.dtype)
 
     model, state = Model(noisy), torch.get_rng_state()
-    _, report = ek.fold(model, X)
+    _, report = kn.fold(model, X)
     assert report.summary["difference"] < 1e-6
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -188,36 +188,36 @@ def test_integers_in_the_output():
         y = F.relu(m.norm(m.conv(x)))
         return y, y.mul(1e9).long()  # what rounding changes
 
-    _, report = ek.fold(Model(decides), X)
+    _, report = kn.fold(Model(decides), X)
     assert report.notes == ["Integers or booleans in the output changed on the example, as rounding can make them."]
 
 
 def test_an_output_in_which_nothing_can_be_compared():
-    _, report = ek.fold(Model(lambda m, x: (y for y in [m.head(F.relu(m.norm(m.conv(x))))])), X)
+    _, report = kn.fold(Model(lambda m, x: (y for y in [m.head(F.relu(m.norm(m.conv(x))))])), X)
     assert "so the whole model was not compared" in report.notes[0]
 
 
 def test_the_example_is_left_alone_and_may_be_changed_by_the_model():
     model, x = Model(lambda m, x: m.head(F.relu(m.norm(m.conv(x.mul_(2)))))), X.clone()
-    _, report = ek.fold(model, x)
+    _, report = kn.fold(model, x)
     assert torch.equal(x, X)
     assert report.summary["difference"] < 1e-6
 
 
 @pytest.mark.parametrize("example", [(X,), (X, 2.0), {"x": X}, {"x": X, "scale": 2.0}, collections.UserDict(x=X)])
 def test_examples(example):
-    assert ek.fold(Model(), example)[1].summary["folded"] == 1
+    assert kn.fold(Model(), example)[1].summary["folded"] == 1
 
 
 def test_nan_in_the_output_that_was_there_before():
     model = Model(lambda m, x: torch.log(m.head(F.relu(m.norm(m.conv(x)))) - 1))
     assert output(model, X).isnan().any()
-    _, report = ek.fold(model, X)
+    _, report = kn.fold(model, X)
     assert report.summary["difference"] < 1e-3
 
 
 def test_the_report_is_plain_data():
-    _, report = ek.fold(Model(), X)
+    _, report = kn.fold(Model(), X)
     told = json.loads(json.dumps(report.to_dict()))
     assert told["rows"] == [
         {"path": "norm", "kind": "BatchNorm2d", "into": "conv", "where": "before", "reason": ""}
@@ -228,7 +228,7 @@ def test_the_report_is_plain_data():
 
 def test_a_model_without_batch_norms():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
-    new, report = ek.fold(model, X)
+    new, report = kn.fold(model, X)
     assert report.summary == {"folded": 0, "left": 0, "difference": 0.0, "float64": 0.0}
     assert torch.equal(output(new, X), output(model, X))
 
@@ -239,13 +239,13 @@ def test_a_converted_model(inplace):
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()).eval()
     x = torch.randn(2, 3, 6, 6)
     expected = model(x)
-    model, _ = ek.convert(model)
+    model, _ = kn.convert(model)
     attributes = [dict(vars(module)) for module in model.modules()]
     with pytest.raises(RuntimeError, match="expected input"):
-        ek.fold(model, torch.randn(2, 5, 6, 6), inplace=inplace)
+        kn.fold(model, torch.randn(2, 5, 6, 6), inplace=inplace)
     assert [dict(vars(module)) for module in model.modules()] == attributes
-    assert type(model[1]) is ek.BatchNorm2d
-    folded, report = ek.fold(model, x, inplace=inplace)
+    assert type(model[1]) is kn.BatchNorm2d
+    folded, report = kn.fold(model, x, inplace=inplace)
     assert report.summary["folded"] == 1
     assert (folded is model) == inplace
     torch.testing.assert_close(folded(x), expected)

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 C = 3
 
 
 def client(data, kind=nn.BatchNorm1d, dtype=torch.float32):
-    """A batch norm whose running moments are those of the data."""
+    """A batch norm whose running statistics are those of the data."""
     layer = kind(data.shape[1], momentum=1.0, dtype=dtype)
     layer(data.to(dtype))
     return layer.state_dict()
@@ -27,7 +27,7 @@ def client(data, kind=nn.BatchNorm1d, dtype=torch.float32):
     sizes=st.lists(st.integers(2, 40), min_size=1, max_size=6),
     seed=st.integers(0, 999),
     offset=st.sampled_from([0.0, 1.0, 1e3]),
-    kind=st.sampled_from([nn.BatchNorm1d, ek.BatchNorm1d]),
+    kind=st.sampled_from([nn.BatchNorm1d, kn.BatchNorm1d]),
 )
 def test_the_moments_are_those_of_all_the_data(sizes, seed, offset, kind):
     g = torch.Generator().manual_seed(seed)
@@ -36,7 +36,7 @@ def test_the_moments_are_those_of_all_the_data(sizes, seed, offset, kind):
         torch.randn(n, C, generator=g, dtype=torch.float64) + shift for n, shift in zip(sizes, shifts, strict=True)
     ]
     union = torch.cat(parts)
-    merged, report = ek.merge_statistics([client(x, kind, torch.float64) for x in parts], sizes)
+    merged, report = kn.merge_statistics([client(x, kind, torch.float64) for x in parts], sizes)
     torch.testing.assert_close(merged["running_mean"], union.mean(0), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(merged["running_var"], union.var(0), rtol=1e-9, atol=0)
     assert merged["num_batches_tracked"] == len(sizes)
@@ -62,7 +62,7 @@ def model(seed):
 def test_other_tensors_are_weighted_means_and_inputs_stay():
     states = [model(seed).state_dict() for seed in range(3)]
     before = copy.deepcopy(states)
-    merged, report = ek.merge_statistics(states, [10, 20, 70])
+    merged, report = kn.merge_statistics(states, [10, 20, 70])
     assert list(merged) == list(states[0])
     for key in ("0.weight", "0.bias", "1.weight", "4.bias"):
         expected = sum(w * s[key].double() for w, s in zip((0.1, 0.2, 0.7), states, strict=True)).float()
@@ -82,7 +82,7 @@ def test_other_tensors_are_weighted_means_and_inputs_stay():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_client_is_itself_in_memory_of_its_own(dtype):
     state = model(0).to(dtype).state_dict()
-    merged, _ = ek.merge_statistics([state], [100])
+    merged, _ = kn.merge_statistics([state], [100])
     for key, value in merged.items():
         torch.testing.assert_close(value, state[key])
         assert value.data_ptr() != state[key].data_ptr()
@@ -90,7 +90,7 @@ def test_one_client_is_itself_in_memory_of_its_own(dtype):
 
 def test_a_count_for_each_batch_norm():
     states = [model(seed).state_dict() for seed in range(2)]
-    merged, _ = ek.merge_statistics(states, [[2, 30], torch.tensor([6.0, 10.0])])
+    merged, _ = kn.merge_statistics(states, [[2, 30], torch.tensor([6.0, 10.0])])
     first, last = (torch.stack([s[f"{i}.running_mean"] for s in states]) for i in (1, 4))
     torch.testing.assert_close(merged["1.running_mean"], 0.25 * first[0] + 0.75 * first[1])
     torch.testing.assert_close(merged["4.running_mean"], 0.75 * last[0] + 0.25 * last[1])
@@ -103,8 +103,8 @@ def test_a_count_for_each_batch_norm():
 )
 def test_counts_of_any_kind(counts):
     states = [model(seed).state_dict() for seed in range(2)]
-    merged, _ = ek.merge_statistics(iter(states), counts)
-    expected, _ = ek.merge_statistics(states, [64.0, 192.0])
+    merged, _ = kn.merge_statistics(iter(states), counts)
+    expected, _ = kn.merge_statistics(states, [64.0, 192.0])
     for key, value in expected.items():
         assert torch.equal(merged[key], value)
 
@@ -113,7 +113,7 @@ def test_a_single_value_gives_its_mean_alone():
     one = {"running_mean": torch.tensor([4.0]), "running_var": torch.tensor([123.0])}
     data = torch.tensor([[1.0], [2.0], [6.0]])
     three = {key: value for key, value in client(data).items() if key in one}
-    merged, _ = ek.merge_statistics([one, three], [1, 3])
+    merged, _ = kn.merge_statistics([one, three], [1, 3])
     union = torch.cat([data, torch.tensor([[4.0]])])
     torch.testing.assert_close(merged["running_mean"], union.mean(0))
     torch.testing.assert_close(merged["running_var"], union.var(0))
@@ -121,7 +121,7 @@ def test_a_single_value_gives_its_mean_alone():
 
 def test_local_leaves_every_batch_norm_at_home():
     states = [model(seed).state_dict() for seed in range(2)]
-    merged, report = ek.merge_statistics(states, [0.25, 0.75], local=True)
+    merged, report = kn.merge_statistics(states, [0.25, 0.75], local=True)
     assert list(merged) == ["steps", "0.weight", "0.bias", "3.weight", "3.bias"]
     assert report.summary["left out"] == 2
     mine = model(5)
@@ -133,12 +133,12 @@ def test_local_leaves_every_batch_norm_at_home():
 
 
 def test_layers_with_rows_of_moments():
-    layers = [ek.StepwiseBatchNorm(C, max_length=2, momentum=1.0) for _ in range(2)]
+    layers = [kn.StepwiseBatchNorm(C, max_length=2, momentum=1.0) for _ in range(2)]
     parts = [torch.randn(n, C) for n in (5, 9)]
     for layer, x in zip(layers, parts, strict=True):
         for step in range(2):
             layer(x + step, step=step)
-    merged, _ = ek.merge_statistics([layer.state_dict() for layer in layers], [5, 9])
+    merged, _ = kn.merge_statistics([layer.state_dict() for layer in layers], [5, 9])
     torch.testing.assert_close(merged["running_mean"][1], torch.cat(parts).mean(0) + 1)
     torch.testing.assert_close(merged["running_var"][0], torch.cat(parts).var(0))
     assert merged["num_batches_tracked"].tolist() == [2, 2]
@@ -147,7 +147,7 @@ def test_layers_with_rows_of_moments():
 def test_equal_entries_stay_as_they_are_infinities_too():
     mask = torch.full((2, 2), -torch.inf).triu(1)
     states = [{"mask": mask.clone(), "extra": "v1", "w": torch.tensor([0.1])} for _ in range(3)]
-    merged, report = ek.merge_statistics(states, [1, 1, 1])
+    merged, report = kn.merge_statistics(states, [1, 1, 1])
     assert torch.equal(merged["mask"], mask)
     assert merged["extra"] == "v1"
     assert torch.equal(merged["w"], states[0]["w"])
@@ -158,14 +158,14 @@ def test_what_the_dtype_can_not_hold_is_an_error():
     """Each client's moments fit into float16; the spread between them does not."""
     states = [client(torch.randn(8, C) + shift, dtype=torch.float16) for shift in (-400, 400)]
     with pytest.raises(ValueError, match=r"'running_var' has values that are too large for torch\.float16"):
-        ek.merge_statistics(states, [8, 8])
+        kn.merge_statistics(states, [8, 8])
 
 
 def test_dtypes_of_the_first_are_kept():
     low, high = client(torch.randn(8, C), dtype=torch.bfloat16), client(torch.randn(8, C), dtype=torch.float64)
-    merged, _ = ek.merge_statistics([low, high], [8, 8])
+    merged, _ = kn.merge_statistics([low, high], [8, 8])
     assert merged["running_var"].dtype == merged["weight"].dtype == torch.bfloat16
-    merged, _ = ek.merge_statistics([high, low], [8, 8])
+    merged, _ = kn.merge_statistics([high, low], [8, 8])
     assert merged["running_var"].dtype == merged["weight"].dtype == torch.float64
 
 
@@ -207,26 +207,26 @@ def changed(key, value):
 )
 def test_errors_name_the_key_and_the_client(second, counts, error, words):
     with pytest.raises(error, match=words):
-        ek.merge_statistics([model(0).state_dict(), second], counts)
+        kn.merge_statistics([model(0).state_dict(), second], counts)
 
 
 def test_no_client_one_value_and_whitening():
     with pytest.raises(ValueError, match="at least one client"):
-        ek.merge_statistics([], [])
+        kn.merge_statistics([], [])
     with pytest.raises(ValueError, match="more than one value"):
-        ek.merge_statistics([model(0).state_dict()], [1])
+        kn.merge_statistics([model(0).state_dict()], [1])
     with pytest.raises(ValueError, match=r"running_cov.*local=True"):
-        ek.merge_statistics([ek.WhiteningBatchNorm(4).state_dict()], [5])
+        kn.merge_statistics([kn.WhiteningBatchNorm(4).state_dict()], [5])
 
 
 def test_rows_that_a_client_never_used_count_nothing():
     """Each client has seen one domain; the third row, which nobody has, stays as it is."""
     torch.manual_seed(0)
     data = [torch.randn(400, 3, dtype=torch.float64) * 2 + 10, torch.randn(400, 3, dtype=torch.float64) - 4]
-    layers = [ek.DomainBatchNorm(3, 3, momentum=1.0, dtype=torch.float64) for _ in data]
+    layers = [kn.DomainBatchNorm(3, 3, momentum=1.0, dtype=torch.float64) for _ in data]
     for domain, (layer, x) in enumerate(zip(layers, data, strict=True)):
         layer(x, domain=domain)
-    merged, report = ek.merge_statistics([layer.state_dict() for layer in layers], [400, 400])
+    merged, report = kn.merge_statistics([layer.state_dict() for layer in layers], [400, 400])
     for domain, x in enumerate(data):
         torch.testing.assert_close(merged["running_mean"][domain], x.mean(0))
         torch.testing.assert_close(merged["running_var"][domain], x.var(0))

@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner, Result
 
-import evenkeel as ek
-from evenkeel.cli import app
-from evenkeel.cli._shared.inspection import run_twice
-from evenkeel.cli._shared.output import replacing
-from evenkeel.surgery import Report
+import keelnorm as kn
+from keelnorm.cli import app
+from keelnorm.cli._shared.inspection import run_twice
+from keelnorm.cli._shared.output import replacing
+from keelnorm.surgery import Report
 
 runner = CliRunner()
 
@@ -89,7 +89,7 @@ def test_inspect_says_what_the_model_says(model: nn.Module) -> None:
     with torch.no_grad():
         model[1].weight[:2] = torch.tensor([0.0, -1e-9])
         model[3].bn.running_var[0] = float("inf")
-    ek.freeze(model, where="1")
+    kn.freeze(model, where="1")
     save_file(model.state_dict(), "w.safetensors")
     report = report_of("inspect", "nets:small", "--weights", "w.safetensors", "--input", "2,3,8,8")
     first, second = report["rows"]
@@ -109,10 +109,10 @@ def test_inspect_says_what_the_model_says(model: nn.Module) -> None:
 
 def test_inspect_without_a_run_and_of_frozen_and_lazy_layers(folder: Path) -> None:
     (folder / "more.py").write_text(
-        "import evenkeel as ek, torch\nfrom torch import nn\n"
+        "import keelnorm as kn, torch\nfrom torch import nn\n"
         "model = nn.Sequential(nn.BatchNorm1d(3), nn.LazyBatchNorm1d(), nn.BatchNorm1d(2, affine=False),\n"
-        "    ek.BatchNorm1d(2, track_running_stats=False))\n"
-        "ek.freeze(model, where='0')\n",
+        "    kn.BatchNorm1d(2, track_running_stats=False))\n"
+        "kn.freeze(model, where='0')\n",
         encoding="utf-8",
     )
     rows = report_of("inspect", "more:model")["rows"]
@@ -121,7 +121,7 @@ def test_inspect_without_a_run_and_of_frozen_and_lazy_layers(folder: Path) -> No
     assert [row["moments"] for row in rows] == ["finite", "not there yet", "finite", "none"]
     assert [row["channels"] for row in rows] == [3, None, 2, 2]
     assert [row["dead"] for row in rows] == [0, None, None, 0]
-    assert rows[3]["kind"] == "ek.BatchNorm1d"
+    assert rows[3]["kind"] == "kn.BatchNorm1d"
     assert [row["path"] for row in report_of("inspect", "more:model", "--where", "2")["rows"]] == ["2"]
 
 
@@ -137,7 +137,7 @@ def test_what_the_page_shows_is_printed(folder: Path, monkeypatch: pytest.Monkey
     (folder / "models.py").write_text(page.split("```python\n")[1].split("```")[0], encoding="utf-8")
     monkeypatch.delitem(sys.modules, "models", raising=False)
     monkeypatch.setattr(sys, "path", [one for one in sys.path if not Path(one, "models.py").exists()])  # other tests'
-    shown = page.split("```console\n$ evenkeel ")[1].split("```")[0].split("$ evenkeel ")
+    shown = page.split("```console\n$ keelnorm ")[1].split("```")[0].split("$ keelnorm ")
     assert len(shown) == 3
     for command, _, output in (one.partition("\n") for one in shown):
         pattern = ".*".join(map(re.escape, output.strip().split("...")))
@@ -184,7 +184,7 @@ def test_a_run_leaves_the_model_as_it_was(model: nn.Module) -> None:
     modes = [module.training for module in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     random_state = torch.get_rng_state()
-    ek.convert(model)
+    kn.convert(model)
     assert run_twice(model, torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))) == []
     assert same(model.state_dict(), before)
     assert [module.training for module in model.modules()] == modes
@@ -194,7 +194,7 @@ def test_a_run_leaves_the_model_as_it_was(model: nn.Module) -> None:
 def test_convert_takes_its_options() -> None:
     assert report_of("convert", "nets:small", "--no-fuse")["summary"]["fused"] == 0
     rows = report_of("convert", "nets:small", "--sync", "--where", "3")["rows"]
-    assert [(row["path"], row["is"]) for row in rows] == [("3.bn", "ek.SyncBatchNorm")]
+    assert [(row["path"], row["is"]) for row in rows] == [("3.bn", "kn.SyncBatchNorm")]
 
 
 def test_fold_writes_what_fold_gives(model: nn.Module) -> None:
@@ -203,7 +203,7 @@ def test_fold_writes_what_fold_gives(model: nn.Module) -> None:
     np.save("x.npy", x.numpy())
     words = ("fold", "nets:small", "--weights", "w.pth", "--example", "x.npy", "--out", "f.safetensors")
     report = report_of(*words)
-    folded, expected = ek.fold(model.eval(), x.float())
+    folded, expected = kn.fold(model.eval(), x.float())
     assert same(load_file("f.safetensors"), folded.state_dict())
     assert report["summary"] == expected.to_dict()["summary"]
     assert report["notes"][:2] == [
@@ -249,7 +249,7 @@ def test_onnx_of_keywords_in_another_order() -> None:
 def test_a_wrong_onnx_file_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    from evenkeel.surgery.interchange import onnx_export
+    from keelnorm.surgery.interchange import onnx_export
 
     monkeypatch.setattr(onnx_export, "_write", lambda model, args, kwargs, path, *others: path.write_text("half"))
     monkeypatch.setattr(onnx_export, "_run", lambda *args: [torch.ones(2, 4)])
@@ -273,7 +273,7 @@ def recalibrated(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         model[1].running_mean.fill_(7.0)
         return model, Report("recalibrate", {"layers": 1}, [{"path": "1", "shift": float("nan")}])
 
-    monkeypatch.setattr(ek.surgery, "recalibrate", recalibrate, raising=False)
+    monkeypatch.setattr(kn.surgery, "recalibrate", recalibrate, raising=False)
     return calls
 
 
@@ -522,7 +522,7 @@ def test_files_of_the_current_directory_do_not_stand_for_installed_packages(fold
         (folder / f"{name}.py").write_text("from pathlib import Path\nPath('ran').touch()\n", encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     words = ["convert", "nets:small", "--out", "o.safetensors", "--json"]
-    for start in (["-m", "evenkeel"], ["-c", "import sys; del sys.path[0]; from evenkeel.cli import main; main()"]):
+    for start in (["-m", "keelnorm"], ["-c", "import sys; del sys.path[0]; from keelnorm.cli import main; main()"]):
         done = subprocess.run([sys.executable, *start, *words], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["summary"]["converted"] == 2
@@ -534,9 +534,9 @@ def test_files_of_the_current_directory_do_not_stand_for_installed_packages(fold
 
 
 def test_completion_knows_the_commands() -> None:
-    environment = {"_EVENKEEL_COMPLETE": "complete_bash", "COMP_WORDS": "evenkeel rec", "COMP_CWORD": "1"}
+    environment = {"_KEELNORM_COMPLETE": "complete_bash", "COMP_WORDS": "keelnorm rec", "COMP_CWORD": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "evenkeel"], capture_output=True, text=True, env=os.environ | environment
+        [sys.executable, "-m", "keelnorm"], capture_output=True, text=True, env=os.environ | environment
     )
     assert (done.returncode, done.stdout.split()) == (0, ["recalibrate"]), done.stderr
 
@@ -570,9 +570,9 @@ def test_a_failure_leaves_the_file_that_was_there() -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys, evenkeel; before = set(sys.modules); import evenkeel.cli; "
+        "import sys, keelnorm; before = set(sys.modules); import keelnorm.cli; "
         "print([name for name in ('safetensors', 'onnx', 'onnxruntime', 'torch.onnx._internal.exporter', "
-        "'evenkeel.surgery') if name in set(sys.modules) - before])"
+        "'keelnorm.surgery') if name in set(sys.modules) - before])"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "[]"

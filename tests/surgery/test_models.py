@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from evenkeel.bench.model_check import check
-from evenkeel.bench.model_run import ModelRow
-from evenkeel.bench.model_zoo import ARCHITECTURES
+from keelnorm.bench.model_check import check
+from keelnorm.bench.model_run import ModelRow
+from keelnorm.bench.model_zoo import ARCHITECTURES
 
 #: Calls of batch norms that an addition or an activation follows, counted in runs of the unconverted models.
 FUSIBLE = {

@@ -12,9 +12,9 @@ from folded import bits
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-import evenkeel as ek
-from evenkeel.surgery.observation.nested_tensors import call_of, map_tensors, tensors_in
-from evenkeel.surgery.observation.observe import observe, preserved
+import keelnorm as kn
+from keelnorm.surgery.observation.nested_tensors import call_of, map_tensors, tensors_in
+from keelnorm.surgery.observation.observe import observe, preserved
 
 
 class Runs(nn.Module):
@@ -179,8 +179,8 @@ def test_calls_have_their_place():
     assert torch.equal(trace.output, model(x))
 
 
-def test_evenkeels_pairs_run_unfused():
-    model = ek.Sequential(nn.Conv2d(3, 4, 1), ek.BatchNorm2d(4), nn.ReLU()).eval()
+def test_keelnorms_pairs_run_unfused():
+    model = kn.Sequential(nn.Conv2d(3, 4, 1), kn.BatchNorm2d(4), nn.ReLU()).eval()
     trace = observe(model, (torch.randn(2, 3, 4, 4),))
     [norm] = trace.calls_of(model[1])
     assert norm.kwargs == {}

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-import evenkeel as ek
+import keelnorm as kn
 
 
 def names(model, **options):
     """The paths with decay, and those without."""
-    groups = ek.param_groups(model, 0.1, **options)
+    groups = kn.param_groups(model, 0.1, **options)
     found = {group["weight_decay"]: group["param_names"] for group in groups}
     return found.get(0.1, []), found.get(0.0, [])
 
@@ -23,11 +23,11 @@ NORMS = {
     "layer": nn.LayerNorm(4),
     "group": nn.GroupNorm(2, 4),
     "rms": nn.RMSNorm(4),
-    "ek": ek.BatchNorm(4),
-    "sync": ek.SyncBatchNorm(4),
-    "renorm": ek.BatchRenorm(4),
-    "whitening": ek.WhiteningBatchNorm(4),
-    "domain": ek.DomainBatchNorm(4, 2),
+    "kn": kn.BatchNorm(4),
+    "sync": kn.SyncBatchNorm(4),
+    "renorm": kn.BatchRenorm(4),
+    "whitening": kn.WhiteningBatchNorm(4),
+    "domain": kn.DomainBatchNorm(4, 2),
     "someone's": type("SomeRMSNorm", (nn.Module,), {})(),
 }
 NORMS["someone's"].scale = nn.Parameter(torch.ones(4))
@@ -51,7 +51,7 @@ def test_biases_by_every_name():
         "rnn.weight_ih_l0", "rnn.weight_hh_l0", "attention.in_proj_weight", "attention.out_proj.weight",
     ]  # fmt: skip
     assert len(free) == 6
-    decayed, free = names(ek.BatchNormLSTM(2, 3))
+    decayed, free = names(kn.BatchNormLSTM(2, 3))
     assert [path for path in decayed if "norm" in path or "bias" in path] == []
     assert any("norm" in path for path in free)
 
@@ -62,16 +62,16 @@ def test_each_parameter_once_and_only_those_that_train():
     model.append(model[1])
     model[3].weight.requires_grad_(False)
     assert names(model) == (["0.weight"], ["0.bias", "1.weight", "1.bias", "2.bias", "3.bias"])
-    groups = ek.param_groups(model, 0.1)
+    groups = kn.param_groups(model, 0.1)
     trained = [p for group in groups for p in group["params"]]
     assert {id(p) for p in trained} == {id(p) for p in model.parameters() if p.requires_grad}
     assert len(trained) == 6
 
 
 def test_empty_groups_are_left_out():
-    assert [g["weight_decay"] for g in ek.param_groups(nn.Linear(2, 2, bias=False), 0.1)] == [0.1]
-    assert [g["weight_decay"] for g in ek.param_groups(nn.BatchNorm1d(2), 0.1)] == [0.0]
-    assert ek.param_groups(nn.ReLU(), 0.1) == []
+    assert [g["weight_decay"] for g in kn.param_groups(nn.Linear(2, 2, bias=False), 0.1)] == [0.1]
+    assert [g["weight_decay"] for g in kn.param_groups(nn.BatchNorm1d(2), 0.1)] == [0.0]
+    assert kn.param_groups(nn.ReLU(), 0.1) == []
 
 
 def test_parametrized_ones_are_what_they_compute():
@@ -87,7 +87,7 @@ def test_parametrized_ones_are_what_they_compute():
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
 def test_optimizers_take_them_and_keep_the_names(optimizer):
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    made = optimizer(ek.param_groups(model, 0.5), lr=0.1)
+    made = optimizer(kn.param_groups(model, 0.5), lr=0.1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -109,9 +109,9 @@ def test_wrapped_models(tmp_path):
 
 def test_errors():
     with pytest.raises(ValueError, match=r"'0\.weight' has no shape yet"):
-        ek.param_groups(nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d()), 0.1)
+        kn.param_groups(nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d()), 0.1)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
-        ek.param_groups([nn.Linear(2, 2)], 0.1)
+        kn.param_groups([nn.Linear(2, 2)], 0.1)
     for wrong in (-1, float("nan"), float("inf"), "much", None, True):
         with pytest.raises(ValueError, match="weight_decay must be a finite number from 0 on"):
-            ek.param_groups(nn.Linear(2, 2), wrong)
+            kn.param_groups(nn.Linear(2, 2), wrong)

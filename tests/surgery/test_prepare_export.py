@@ -11,26 +11,26 @@ import torch
 from surgery.convert_models import a_net
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 X = torch.randn(4, 3, 8, 8)
 LAYERS = {
-    "drop-in": lambda: ek.BatchNorm2d(3),
-    "any rank": lambda: ek.BatchNorm(3),
-    "sync": lambda: ek.SyncBatchNorm(3),
-    "ghost": lambda: ek.GhostBatchNorm(3, 2),
-    "renorm": lambda: ek.BatchRenorm(3),
-    "cross-iteration": lambda: ek.CrossIterationBatchNorm(3, compensate=False),
-    "moving average": lambda: ek.MovingAverageBatchNorm(3),
-    "split": lambda: ek.SplitBatchNorm(3),
-    "L1": lambda: ek.L1BatchNorm(3),
-    "range": lambda: ek.RangeBatchNorm(3),
-    "whitening": lambda: ek.WhiteningBatchNorm(3, group_size=3),
+    "drop-in": lambda: kn.BatchNorm2d(3),
+    "any rank": lambda: kn.BatchNorm(3),
+    "sync": lambda: kn.SyncBatchNorm(3),
+    "ghost": lambda: kn.GhostBatchNorm(3, 2),
+    "renorm": lambda: kn.BatchRenorm(3),
+    "cross-iteration": lambda: kn.CrossIterationBatchNorm(3, compensate=False),
+    "moving average": lambda: kn.MovingAverageBatchNorm(3),
+    "split": lambda: kn.SplitBatchNorm(3),
+    "L1": lambda: kn.L1BatchNorm(3),
+    "range": lambda: kn.RangeBatchNorm(3),
+    "whitening": lambda: kn.WhiteningBatchNorm(3, group_size=3),
 }
 
 
 def mixed():
-    model = ek.Sequential(nn.Conv2d(3, 4, 3), ek.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), ek.GhostBatchNorm(4, 2))
+    model = kn.Sequential(nn.Conv2d(3, 4, 3), kn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), kn.GhostBatchNorm(4, 2))
     model(X)
     return model.eval()
 
@@ -38,19 +38,19 @@ def mixed():
 def test_layers_become_plain():
     model = mixed()
     expected, attributes = model(X), [dict(vars(m)) for m in model.modules()]
-    prepared, report = ek.prepare_export(model)
+    prepared, report = kn.prepare_export(model)
     assert [dict(vars(m)) for m in model.modules()] == attributes
-    assert type(model[1]) is ek.BatchNorm2d
+    assert type(model[1]) is kn.BatchNorm2d
     assert type(prepared) is nn.Sequential
     assert type(prepared[1]) is nn.BatchNorm2d
     assert [(row["was"], row["is"]) for row in report.rows] == [
-        ("ek.BatchNorm2d", "BatchNorm2d"), ("BatchNorm2d", "BatchNorm2d"), ("ek.GhostBatchNorm", "ek.GhostBatchNorm"),
+        ("kn.BatchNorm2d", "BatchNorm2d"), ("BatchNorm2d", "BatchNorm2d"), ("kn.GhostBatchNorm", "kn.GhostBatchNorm"),
     ]  # fmt: skip
     assert report.summary["made plain"] == 1
     assert "skipped_updates" not in dict(prepared.named_buffers()).get("1", {})
     assert prepared.state_dict().keys() == model.state_dict().keys()
     torch.testing.assert_close(prepared(X), expected)
-    same, _ = ek.prepare_export(model, inplace=True)
+    same, _ = kn.prepare_export(model, inplace=True)
     assert same is model
     assert type(model[1]) is nn.BatchNorm2d
 
@@ -58,7 +58,7 @@ def test_layers_become_plain():
 def test_converted_models():
     model = a_net().eval()
     expected = model(X)
-    prepared, report = ek.prepare_export(ek.convert(model)[0])
+    prepared, report = kn.prepare_export(kn.convert(model)[0])
     assert not any("forward" in module.__dict__ for module in prepared.modules())
     assert {row["is"] for row in report.rows} == {"BatchNorm2d"}
     torch.testing.assert_close(prepared(X), expected)
@@ -66,23 +66,25 @@ def test_converted_models():
 
 def test_what_is_not_ready_is_listed_before_anything_changes():
     model = nn.Sequential(
-        ek.BatchNorm2d(3).train(), ek.BatchNorm2d(3, track_running_stats=False).eval(), ek.BatchNorm2d(3).eval()
+        kn.BatchNorm2d(3).train(), kn.BatchNorm2d(3, track_running_stats=False).eval(), kn.BatchNorm2d(3).eval()
     )
-    with pytest.raises(ValueError, match="prepare_export: 0 is in training mode; 1 has no running moments") as raised:
-        ek.prepare_export(model, inplace=True)
+    with pytest.raises(
+        ValueError, match="prepare_export: 0 is in training mode; 1 has no running statistics"
+    ) as raised:
+        kn.prepare_export(model, inplace=True)
     assert "model.eval()" in str(raised.value)
-    assert "ek.recalibrate" in str(raised.value)
-    assert [type(layer) for layer in model] == [ek.BatchNorm2d] * 3
-    _, report = ek.prepare_export(model, training="allow")
-    assert [row["note"] for row in report.rows] == ["is in training mode", "has no running moments", None]
+    assert "kn.recalibrate" in str(raised.value)
+    assert [type(layer) for layer in model] == [kn.BatchNorm2d] * 3
+    _, report = kn.prepare_export(model, training="allow")
+    assert [row["note"] for row in report.rows] == ["is in training mode", "has no running statistics", None]
     with pytest.raises(ValueError, match="does not know its channels"):
-        ek.prepare_export(ek.LazyBatchNorm2d().eval(), training="allow")
+        kn.prepare_export(kn.LazyBatchNorm2d().eval(), training="allow")
     with pytest.raises(ValueError, match="has no reference batch"):
-        ek.prepare_export(ek.VirtualBatchNorm(3).eval())
+        kn.prepare_export(kn.VirtualBatchNorm(3).eval())
     with pytest.raises(ValueError, match="training must be"):
-        ek.prepare_export(model, training="no")
+        kn.prepare_export(model, training="no")
     with pytest.raises(TypeError, match="prepare_export: model must be"):
-        ek.prepare_export(3)
+        kn.prepare_export(3)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -90,7 +92,7 @@ def test_every_layer_exports_to_torchs_operators(kind):
     layer = LAYERS[kind]()
     layer(X), layer(X)
     layer.eval()
-    prepared, _ = ek.prepare_export(nn.Sequential(layer, nn.ReLU()))
+    prepared, _ = kn.prepare_export(nn.Sequential(layer, nn.ReLU()))
     program = torch.export.export(prepared, (X,))
     operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert operators
@@ -108,7 +110,7 @@ def test_aot_inductor(tmp_path):
     if shutil.which("g++") is None:
         pytest.skip("AOTInductor compiles C++, and there is no g++")
     model = mixed()
-    prepared, _ = ek.prepare_export(copy.deepcopy(model))
+    prepared, _ = kn.prepare_export(copy.deepcopy(model))
     with torch.no_grad():
         program = torch.export.export(prepared, (X,))
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))

@@ -1,4 +1,4 @@
-"""Running moments against one float64 pass of plain torch over all of the data."""
+"""Running statistics against one float64 pass of plain torch over all of the data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 
 def a_net(dtype=torch.float64):
@@ -45,12 +45,12 @@ def inputs_in_evaluation(model, data):
 
 @pytest.mark.parametrize("kind", ["torch", "converted"])
 def test_sequential_is_exact(kind):
-    """Each layer's running moments are those of its own inputs, when the whole network is in evaluation."""
+    """Each layer's running statistics are those of its own inputs, when the whole network is in evaluation."""
     data = torch.randn(40, 3, 9, 9, dtype=torch.float64) * 2 + 1
     model = a_net()
     if kind == "converted":
-        model, _ = ek.convert(model)
-    model, report = ek.recalibrate(model.train(), uneven(data), sequential=True)
+        model, _ = kn.convert(model)
+    model, report = kn.recalibrate(model.train(), uneven(data), sequential=True)
     assert model.training
     for path, x in inputs_in_evaluation(model, data).items():
         mean, var = moments(x)
@@ -66,7 +66,7 @@ def test_one_pass_normalizes_with_the_batch():
     data = torch.randn(40, 3, 9, 9, dtype=torch.float64)
     batches = [data[:8], data[8:30], data[30:]]
     plain = a_net()
-    model, _ = ek.recalibrate(copy.deepcopy(plain), batches)
+    model, _ = kn.recalibrate(copy.deepcopy(plain), batches)
     plain.eval()
     values = {1: [], 5: [], 10: []}
     with torch.no_grad():
@@ -82,13 +82,13 @@ def test_one_pass_normalizes_with_the_batch():
         mean, var = moments(torch.cat(parts))
         torch.testing.assert_close(model[i].running_mean, mean, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(model[i].running_var, var, rtol=1e-12, atol=1e-12)
-    first, _ = ek.recalibrate(copy.deepcopy(plain), batches, sequential=True)
+    first, _ = kn.recalibrate(copy.deepcopy(plain), batches, sequential=True)
     torch.testing.assert_close(model[1].running_mean, first[1].running_mean, rtol=1e-12, atol=1e-12)
 
 
 def test_batches_of_any_kind():
     data = torch.randn(12, 3, 9, 9, dtype=torch.float64)
-    wanted, _ = ek.recalibrate(a_net(), [data[:5], data[5:]])
+    wanted, _ = kn.recalibrate(a_net(), [data[:5], data[5:]])
     for batches, forward in (
         ([(data[:5], None), (data[5:], None)], None),
         ([[data[:5]], [data[5:]]], None),
@@ -97,16 +97,16 @@ def test_batches_of_any_kind():
         ([{"images": data[:5]}, {"images": data[5:]}], lambda model, batch: model(batch["images"])),
         (iter([data[:5], data[5:]]), None),
     ):
-        model, _ = ek.recalibrate(a_net(), batches, forward=forward, where="1")
+        model, _ = kn.recalibrate(a_net(), batches, forward=forward, where="1")
         torch.testing.assert_close(model[1].running_mean, wanted[1].running_mean)
         assert model[5].num_batches_tracked == 0
 
 
 def test_max_batches():
     data = torch.randn(40, 3, 9, 9, dtype=torch.float64)
-    model, report = ek.recalibrate(a_net(), uneven(data), max_batches=2)
+    model, report = kn.recalibrate(a_net(), uneven(data), max_batches=2)
     assert report.summary["batches"] == 2
-    assert model[1].running_mean.allclose(ek.recalibrate(a_net(), uneven(data)[:2])[0][1].running_mean)
+    assert model[1].running_mean.allclose(kn.recalibrate(a_net(), uneven(data)[:2])[0][1].running_mean)
 
 
 class Shared(nn.Module):
@@ -124,7 +124,7 @@ def test_a_layer_that_runs_twice(sequential):
     model = Shared().double()
     inner = model.eval().bn(x) if sequential else F.batch_norm(x, None, None, training=True)
     mean, var = moments(torch.cat([x, x * 2 + inner]).detach())
-    model, report = ek.recalibrate(model, [x], sequential=sequential)
+    model, report = kn.recalibrate(model, [x], sequential=sequential)
     torch.testing.assert_close(model.bn.running_mean, mean)
     torch.testing.assert_close(model.bn.running_var, var)
     assert report.rows[0]["values"] == 40
@@ -135,7 +135,7 @@ def test_masks():
     class Masked(nn.Module):
         def __init__(self):
             super().__init__()
-            self.bn = ek.BatchNorm(3, dtype=torch.float64)
+            self.bn = kn.BatchNorm(3, dtype=torch.float64)
 
         def forward(self, x, mask):
             return self.bn(x, mask=mask)
@@ -143,22 +143,22 @@ def test_masks():
     x, mask = torch.randn(6, 3, 5, dtype=torch.float64), torch.rand(6, 5) < 0.6
     rows = x.movedim(1, -1)[mask]
     x = x.masked_fill(~mask[:, None], torch.nan)
-    model, _ = ek.recalibrate(Masked(), [{"x": x[:2], "mask": mask[:2]}, {"x": x[2:], "mask": mask[2:]}])
+    model, _ = kn.recalibrate(Masked(), [{"x": x[:2], "mask": mask[:2]}, {"x": x[2:], "mask": mask[2:]}])
     torch.testing.assert_close(model.bn.running_mean, rows.mean(0))
     torch.testing.assert_close(model.bn.running_var, rows.var(0))
 
 
 def test_what_is_left():
     model = nn.Sequential(
-        nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False), ek.BatchNorm1d(3), ek.RangeBatchNorm(3),
-        ek.BatchNorm1d(3),
+        nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False), kn.BatchNorm1d(3), kn.RangeBatchNorm(3),
+        kn.BatchNorm1d(3),
     )  # fmt: skip
-    ek.freeze(model[2])
+    kn.freeze(model[2])
     before = copy.deepcopy(model.state_dict())
-    model, report = ek.recalibrate(model, [torch.randn(30, 3) + 5], where=["0", "1", "2", "3"])
+    model, report = kn.recalibrate(model, [torch.randn(30, 3) + 5], where=["0", "1", "2", "3"])
     reasons = [row["reason"] for row in report.rows]
     assert reasons[0] is None
-    assert reasons[1] == "has no running moments"
+    assert reasons[1] == "has no running statistics"
     assert reasons[2] == "is frozen"
     assert "RangeBatchNorm" in reasons[3]
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
@@ -182,7 +182,7 @@ def test_an_exception_leaves_the_model_as_it_was(sequential):
         return model(batch)
 
     with pytest.raises(KeyError, match="in the middle"):
-        ek.recalibrate(model, [data[:10], data[10:]], forward=forward, sequential=sequential)
+        kn.recalibrate(model, [data[:10], data[10:]], forward=forward, sequential=sequential)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert [m.training for m in model] == [i != 4 for i in range(12)]
     assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
@@ -193,7 +193,7 @@ def test_an_exception_leaves_the_model_as_it_was(sequential):
 def test_a_tolerance_stops_early():
     torch.manual_seed(0)
     batches = [torch.randn(64, 3) * 2 + 1 for _ in range(400)]
-    _, report = ek.recalibrate(nn.Sequential(nn.BatchNorm1d(3)), batches, tolerance=0.02)
+    _, report = kn.recalibrate(nn.Sequential(nn.BatchNorm1d(3)), batches, tolerance=0.02)
     taken = report.summary["batches"]
     assert 20 < taken < 400  # 1/√n deviations, and √(2/n) of the variance
     assert report.rows[0]["standard error"] <= 0.02
@@ -201,7 +201,7 @@ def test_a_tolerance_stops_early():
     weights, means = 64 / len(rows), torch.stack([b.double().mean(0) for b in batches[:taken]])
     expected = (taken / (taken - 1) * (weights * (means - rows.mean(0))).square().sum(0)).sqrt() / rows.std(0, False)
     assert report.rows[0]["standard error"] >= expected.max() * (1 - 1e-9)
-    _, all_of_it = ek.recalibrate(nn.Sequential(nn.BatchNorm1d(3)), batches[:5], tolerance=1e-9)
+    _, all_of_it = kn.recalibrate(nn.Sequential(nn.BatchNorm1d(3)), batches[:5], tolerance=1e-9)
     assert all_of_it.summary["batches"] == 5
 
 
@@ -216,18 +216,18 @@ def test_errors():
         ((model, [torch.full((4, 3), torch.nan)]), RuntimeError, "is not finite"),
     ):
         with pytest.raises(kind, match=words):
-            ek.recalibrate(*arguments)
+            kn.recalibrate(*arguments)
     with pytest.raises(ValueError, match="must be able to start again"):
-        ek.recalibrate(nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)), iter([data]), sequential=True)
+        kn.recalibrate(nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)), iter([data]), sequential=True)
     with pytest.raises(ValueError, match="tolerance must be None or a number"):
-        ek.recalibrate(model, [data], tolerance=-1)
+        kn.recalibrate(model, [data], tolerance=-1)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes_and_layouts(dtype):
     data = (torch.randn(30, 3, 9, 9) * 3 + 100).to(dtype).to(memory_format=torch.channels_last)
-    model, _ = ek.recalibrate(nn.Sequential(nn.BatchNorm2d(3)), uneven(data))
+    model, _ = kn.recalibrate(nn.Sequential(nn.BatchNorm2d(3)), uneven(data))
     mean, var = moments(data.double())
     torch.testing.assert_close(model[0].running_mean.double(), mean, rtol=1e-6, atol=0)
     torch.testing.assert_close(model[0].running_var.double(), var, rtol=1e-5, atol=0)
@@ -238,7 +238,7 @@ def test_moments_that_the_buffers_can_not_hold():
     data = [torch.tensor([[0.0, 300.0], [1.0, -300.0]]).half()]
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError, match=r"too large for its buffers of torch\.float16; the model is as before"):
-        ek.recalibrate(model, data)
+        kn.recalibrate(model, data)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -253,7 +253,7 @@ def test_two_thousand_images():
     torch.manual_seed(0)
     model = get_model("resnet20_cifar10", in_size=(16, 16))
     model.features.final_pool = nn.AdaptiveAvgPool2d(1)
-    model, _ = ek.recalibrate(model, list(images.split(64)), sequential=True)
+    model, _ = kn.recalibrate(model, list(images.split(64)), sequential=True)
     wide = copy.deepcopy(model).double()
     for path, x in inputs_in_evaluation(wide, images.double()).items():
         mean, var = moments(x)

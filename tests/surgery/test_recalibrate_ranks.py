@@ -7,7 +7,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import distributed, nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 
 def a_net():
@@ -22,7 +22,7 @@ def some_batches():
 
 def work(rank, store, sequential, results):
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model, report = ek.recalibrate(
+    model, report = kn.recalibrate(
         a_net(), some_batches()[:3] if rank == 0 else some_batches()[3:], sequential=sequential
     )
     torch.save((model.state_dict(), report.to_dict()), f"{results}/{rank}.pt")
@@ -32,7 +32,7 @@ def work(rank, store, sequential, results):
 @pytest.mark.parametrize("sequential", [False, True])
 def test_two_ranks_of_uneven_parts(tmp_path, sequential):
     mp.start_processes(work, (str(tmp_path / "store"), sequential, str(tmp_path)), nprocs=2, start_method="spawn")
-    alone, report = ek.recalibrate(a_net(), some_batches(), sequential=sequential)
+    alone, report = kn.recalibrate(a_net(), some_batches(), sequential=sequential)
     for rank in range(2):
         state, found = torch.load(tmp_path / f"{rank}.pt")
         for name, value in alone.state_dict().items():

@@ -12,10 +12,10 @@ import torch
 from surgery import packages
 from torch import fx, nn
 
-import evenkeel as ek
-from evenkeel.cli._shared.inspection import inspect_model
-from evenkeel.engine.fusion.call import all_sizes_wait
-from evenkeel.surgery import known_layers
+import keelnorm as kn
+from keelnorm.cli._shared.inspection import inspect_model
+from keelnorm.engine.fusion.call import all_sizes_wait
+from keelnorm.surgery import known_layers
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
 ACTS = {"relu": nn.ReLU, "silu": nn.SiLU, "prelu": nn.PReLU, "none": nn.Identity}
@@ -75,11 +75,11 @@ def test_batch_norm_with_dropout_and_activation(kinds):
     """Dropout between the two, with the same random numbers; the layer is still one of its class."""
     for name, drop, model in act_nets(kinds):
         twin = copy.deepcopy(model)
-        model, report = ek.convert(model)
+        model, report = kn.convert(model)
         assert report.summary["converted"] == 2
-        assert (report.rows[0]["was"], report.rows[0]["is"]) == ("BatchNormAct2d", "BatchNormAct2d (evenkeel)")
+        assert (report.rows[0]["was"], report.rows[0]["is"]) == ("BatchNormAct2d", "BatchNormAct2d (keelnorm)")
         assert isinstance(model[1], kinds["timm BatchNormAct2d"])
-        assert isinstance(model[1], ek.BatchNorm2d)
+        assert isinstance(model[1], kn.BatchNorm2d)
         assert model.state_dict().keys() == twin.state_dict().keys()
         assert_same(model, twin)
         if name in ("relu", "silu") and drop is None:
@@ -87,7 +87,7 @@ def test_batch_norm_with_dropout_and_activation(kinds):
         for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert type(copied[1]) is type(model[1])
             assert_same(copied, copy.deepcopy(model), calls=1)
-        ek.revert(model)
+        kn.revert(model)
         assert type(model[1]) is kinds["timm BatchNormAct2d"]
         assert vars(model[1]).keys() == vars(twin[1]).keys()
         assert_same(model, twin, calls=1)
@@ -102,7 +102,7 @@ def test_frozen_layers(kinds, name):
     kind = kinds[name]
     model = net(kind(3, eps=1e-3), kind(3))
     twin = copy.deepcopy(model)
-    model, report = ek.convert(model)
+    model, report = kn.convert(model)
     assert report.summary["converted"] == 2
     assert isinstance(model[1], kind)
     assert not isinstance(model[1], nn.modules.batchnorm._BatchNorm)
@@ -122,9 +122,9 @@ def test_frozen_layers(kinds, name):
             assert layers[0](x).dtype == expected.dtype
     assert_same(pickle.loads(pickle.dumps(model)), twin, calls=1)
     model.load_state_dict({**twin.state_dict(), "1.num_batches_tracked": torch.tensor(3)})
-    _, report = ek.recalibrate(model, [X])
+    _, report = kn.recalibrate(model, [X])
     assert [row["reason"] for row in report.rows] == [f"is a {kind.__name__}, whose moments are fixed"] * 2
-    ek.to_torch(model)
+    kn.to_torch(model)
     assert type(model[1]) is kind
 
 
@@ -132,8 +132,8 @@ def test_fold(kinds):
     for _, _, model in act_nets(kinds):
         model.eval()
         expected = model(X)
-        for start in (model, ek.convert(copy.deepcopy(model))[0]):
-            folded, report = ek.fold(start, X)
+        for start in (model, kn.convert(copy.deepcopy(model))[0]):
+            folded, report = kn.fold(start, X)
             assert [row["into"] for row in report.rows] == ["0", "2"]
             assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
             torch.testing.assert_close(folded(X), expected)
@@ -145,7 +145,7 @@ def test_fold(kinds):
 @pytest.mark.parametrize("name", FROZEN)
 def test_fold_frozen_layers(kinds, name):
     model = net(kinds[name](3), kinds[name](3)).eval()
-    folded, report = ek.fold(model, X)
+    folded, report = kn.fold(model, X)
     assert report.summary["folded"] == 2
     torch.testing.assert_close(folded(X), model(X))
 
@@ -154,11 +154,11 @@ def test_a_layer_with_an_activation_folds_into_the_layer_before_it_only(kinds):
     kind = kinds["timm BatchNormAct2d"]
     model = net(kind(3), kind(3))
     del model[0]
-    folded, report = ek.fold(model.eval(), X)
+    folded, report = kn.fold(model.eval(), X)
     assert "calls drop, act behind the normalization" in report.rows[0]["reason"]
     assert [row["into"] for row in report.rows] == ["", "1"]
     twice = nn.Sequential(nn.Conv2d(3, 3, 1), kind(3), kind(3)).double().eval()
-    folded, report = ek.fold(twice, X)  # an activation lies between the two
+    folded, report = kn.fold(twice, X)  # an activation lies between the two
     assert [row["into"] for row in report.rows] == ["0", ""]
     torch.testing.assert_close(folded(X), twice(X))
 
@@ -167,15 +167,15 @@ def test_recalibrate_adapt_and_inspect(kinds):
     kind = kinds["timm BatchNormAct2d"]
     model = net(kind(3, drop_layer=lambda: nn.Dropout(0.5)))
     twin = copy.deepcopy(model)
-    ek.convert(model)
+    kn.convert(model)
     for each in (model, twin):
-        ek.recalibrate(each, [X])
+        kn.recalibrate(each, [X])
         values = each[0](X).movedim(1, -1).flatten(0, -2)
         torch.testing.assert_close(each[1].running_mean, values.mean(0).detach())
         torch.testing.assert_close(each[1].running_var, values.var(0).detach())
-        ek.adapt(each.eval(), mode="batch")
+        kn.adapt(each.eval(), mode="batch")
     torch.testing.assert_close(model(X + 1), twin(X + 1))
-    ek.reset_adaptation(model)
+    kn.reset_adaptation(model)
     report = inspect_model(net(kind(3), kinds["torchvision FrozenBatchNorm2d"](3)), X)
     assert [row["kind"] for row in report.rows] == ["BatchNormAct2d", "FrozenBatchNorm2d"]
     assert [row["folds into"] for row in report.rows] == ["0", "2"]
@@ -186,12 +186,12 @@ def test_exports_and_graphs(kinds):
     """An activation that is not idempotent is applied once."""
     model = net(kinds["timm BatchNormAct2d"](3, act_layer=nn.SiLU), kinds["torchvision FrozenBatchNorm2d"](3)).eval()
     expected = model(X)
-    converted, _ = ek.convert(copy.deepcopy(model))
+    converted, _ = kn.convert(copy.deepcopy(model))
     traced = fx.symbolic_trace(converted)
     torch.testing.assert_close(traced(X), expected)
     torch.testing.assert_close(torch.export.export(converted, (X,)).module()(X), expected)
     torch.testing.assert_close(torch.compile(converted, backend="eager", fullgraph=True)(X), expected)
-    prepared, report = ek.prepare_export(converted)
+    prepared, report = kn.prepare_export(converted)
     assert [row["is"] for row in report.rows] == ["BatchNormAct2d", "FrozenBatchNorm2d"]
     torch.testing.assert_close(prepared(X), expected)
     torch._dynamo.reset()
@@ -202,14 +202,14 @@ def test_synchronized_ones(kinds):
     layer.act = nn.ReLU()  # and no drop
     model = net(layer).eval()
     expected = model(X)
-    model, report = ek.convert(model)
-    assert isinstance(model[1], ek.SyncBatchNorm)
+    model, report = kn.convert(model)
+    assert isinstance(model[1], kn.SyncBatchNorm)
     torch.testing.assert_close(model(X), expected)
     assert model.train()(X).isfinite().all()  # which torch's does not do on the CPU
-    ek.revert(model)
+    kn.revert(model)
     assert type(model[1]) is kinds["timm SyncBatchNormAct"]
     for sync, kind in ((False, "timm SyncBatchNormAct"), (True, "timm BatchNormAct2d")):
-        model, report = ek.convert(net(kinds[kind](3)), sync=sync)
+        model, report = kn.convert(net(kinds[kind](3)), sync=sync)
         assert "which only its own package can" in report.rows[0]["reason"]
         assert type(model[1]) is kinds[kind]
 
@@ -217,11 +217,11 @@ def test_synchronized_ones(kinds):
 def test_state_from_and_for_elsewhere(kinds):
     """Fixed moments are no data's, so they are not pooled; they are written like any others."""
     model = net(kinds["torchvision FrozenBatchNorm2d"](3), nn.BatchNorm2d(3))
-    merged, report = ek.merge_statistics([model.state_dict()] * 2, [8, 8])
+    merged, report = kn.merge_statistics([model.state_dict()] * 2, [8, 8])
     assert [row["path"] for row in report.rows] == ["1", "3"]
     assert all(torch.equal(merged[f"1.{name}"], value) for name, value in model[1].named_buffers())
     assert merged["1.running_var"].data_ptr() != model[1].running_var.data_ptr()
-    assert list(ek.to_flax(model)["batch_stats"]) == ["1", "3"]
+    assert list(kn.to_flax(model)["batch_stats"]) == ["1", "3"]
 
 
 def test_nothing_is_imported_and_other_classes_of_the_same_name_are_not_taken(monkeypatch):
@@ -231,7 +231,7 @@ def test_nothing_is_imported_and_other_classes_of_the_same_name_are_not_taken(mo
     assert known_layers.known(made["timm BatchNormAct2d"]) is not None
     assert known_layers.known(other) is None
     before = set(sys.modules)
-    ek.convert(nn.Sequential(packages.BatchNormAct2d(3)))
+    kn.convert(nn.Sequential(packages.BatchNormAct2d(3)))
     assert set(sys.modules) == before
 
 
@@ -258,49 +258,49 @@ class Named(nn.BatchNorm2d):
 
 def test_what_nobody_registered_is_listed_by_name_with_what_to_do():
     model = nn.Sequential(nn.BatchNorm2d(3), Named(3), nn.Sequential(Fixed(3), Fixed(3), Fixed(3), Fixed(3)))
-    model, report = ek.convert(model)
-    assert [type(layer) for layer in model[:2]] == [ek.BatchNorm2d, Named]
-    assert "ek.surgery.register(Named, ...)" in report.rows[1]["reason"]
+    model, report = kn.convert(model)
+    assert [type(layer) for layer in model[:2]] == [kn.BatchNorm2d, Named]
+    assert "kn.surgery.register(Named, ...)" in report.rows[1]["reason"]
     words = f"2.0, 2.1, 2.2 and 1 more: {__name__}.Fixed is not known, and may compute more than a batch norm"
-    for notes in (report.notes, ek.fold(model.eval(), X.float())[1].notes, ek.recalibrate(model, [X.float()])[1].notes):
+    for notes in (report.notes, kn.fold(model.eval(), X.float())[1].notes, kn.recalibrate(model, [X.float()])[1].notes):
         assert [note.partition(";")[0] for note in notes] == [words]
-    _, report = ek.recalibrate(nn.Sequential(Behind(3)), [torch.randn(9, 3)])
-    assert "ek.surgery.register(Behind, ...)" in report.notes[0]
+    _, report = kn.recalibrate(nn.Sequential(Behind(3)), [torch.randn(9, 3)])
+    assert "kn.surgery.register(Behind, ...)" in report.notes[0]
     model = nn.Sequential(nn.Linear(3, 3), Behind(3)).eval()
-    assert "ek.surgery.register(Behind, ...)" in ek.fold(model, torch.randn(9, 3))[1].rows[0]["reason"]
-    assert ek.convert(nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True)))[1].notes == []
+    assert "kn.surgery.register(Behind, ...)" in kn.fold(model, torch.randn(9, 3))[1].rows[0]["reason"]
+    assert kn.convert(nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True)))[1].notes == []
 
 
 def test_register():
-    assert ek.surgery.register(Named) is Named
-    ek.surgery.register(Behind, then=["last"])
-    ek.surgery.register(Fixed, frozen=True)
+    assert kn.surgery.register(Named) is Named
+    kn.surgery.register(Behind, then=["last"])
+    kn.surgery.register(Fixed, frozen=True)
     x = torch.randn(16, 3).double()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), Behind(3)).double()
     twin = copy.deepcopy(model)
-    model, report = ek.convert(model)
+    model, report = kn.convert(model)
     assert_same(model, twin, x)
     assert report.rows[0]["runs with"] == "tanh"
-    folded, report = ek.fold(model, x)
+    folded, report = kn.fold(model, x)
     assert report.summary["folded"] == 1
     torch.testing.assert_close(folded(x), twin(x))
     model = net(Named(3), Fixed(3))
     twin = copy.deepcopy(model)
-    model, report = ek.convert(model)
+    model, report = kn.convert(model)
     assert report.summary["converted"] == 2
     assert report.notes == []
     assert_same(model, twin)
     saved = pickle.dumps(model)
     known_layers._known.clear()
-    with pytest.raises(TypeError, match=r"is not known here; call ek\.surgery\.register"):
+    with pytest.raises(TypeError, match=r"is not known here; call kn\.surgery\.register"):
         pickle.loads(saved)
 
 
 def test_registered_layers_are_called_as_before():
-    ek.surgery.register(Named)
+    kn.surgery.register(Named)
     model, twin = net(Named(3)), net(Named(3))
-    ek.convert(model)
+    kn.convert(model)
     torch.testing.assert_close(model[1](input=X), twin[1](input=X))
     with pytest.raises(TypeError):
         model[1](X, None)
@@ -313,37 +313,37 @@ def test_what_is_registered_and_not_there_is_a_reason():
         (["lats"], lambda layer: None, "has no 'lats', which is registered for its class (Behind)"),
         (["last"], lambda layer: vars(layer).update(last=torch.tanh), "has a 'last' that is no module"),
     ):
-        ek.surgery.register(Behind, then=then)
+        kn.surgery.register(Behind, then=then)
         model = nn.Sequential(nn.Linear(3, 3), Behind(3)).eval()
         if change(model[1]) is None and then == ["last"]:
             del model[1]._modules["last"]
         expected = model(x)
-        model, report = ek.convert(model)
+        model, report = kn.convert(model)
         assert words in report.rows[0]["reason"]
-        model, report = ek.fold(model, x)
+        model, report = kn.fold(model, x)
         assert words in report.rows[0]["reason"]
         torch.testing.assert_close(model(x), expected)
-    ek.surgery.register(Behind, then=["last"])  # said anew, it holds from then on
+    kn.surgery.register(Behind, then=["last"])  # said anew, it holds from then on
     layer = Behind(3).eval()
-    torch.testing.assert_close(ek.convert(copy.deepcopy(layer))[0](x), layer(x))
+    torch.testing.assert_close(kn.convert(copy.deepcopy(layer))[0](x), layer(x))
     layer.last = None
-    torch.testing.assert_close(ek.convert(copy.deepcopy(layer))[0](x), nn.BatchNorm1d.forward(layer, x))
+    torch.testing.assert_close(kn.convert(copy.deepcopy(layer))[0](x), nn.BatchNorm1d.forward(layer, x))
 
 
 def test_scripts_are_refused_with_the_way_out(kinds):
     for name in ("timm BatchNormAct2d", "torchvision FrozenBatchNorm2d"):
-        model, _ = ek.convert(net(kinds[name](3)))
+        model, _ = kn.convert(net(kinds[name](3)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with pytest.raises(RuntimeError, match=r"ek\.to_torch\(model\)"):
+            with pytest.raises(RuntimeError, match=r"kn\.to_torch\(model\)"):
                 torch.jit.script(model)
 
 
 @pytest.mark.parametrize(
     ("kind", "keywords", "error", "words"),
     [
-        (nn.BatchNorm2d, {}, ValueError, "torch.nn's or evenkeel's own class"),
-        (ek.GhostBatchNorm, {}, ValueError, "torch.nn's or evenkeel's own class"),
+        (nn.BatchNorm2d, {}, ValueError, "torch.nn's or keelnorm's own class"),
+        (kn.GhostBatchNorm, {}, ValueError, "torch.nn's or keelnorm's own class"),
         (nn.Linear, {}, ValueError, "derived from no batch norm of torch.nn"),
         (Named(3), {}, TypeError, "kind must be a class"),
         ("Named", {}, TypeError, "kind must be a class"),
@@ -353,7 +353,7 @@ def test_scripts_are_refused_with_the_way_out(kinds):
 )
 def test_what_can_not_be_registered(kind, keywords, error, words):
     with pytest.raises(error, match=f"register: .*{words}"):
-        ek.surgery.register(kind, **keywords)
+        kn.surgery.register(kind, **keywords)
     assert known_layers._known == {}
 
 
@@ -388,6 +388,6 @@ class DenseBlock(nn.ModuleDict):
 def test_every_layer_of_a_densenet_fuses():
     model = nn.Sequential(DenseBlock(), nn.BatchNorm2d(9), nn.ReLU(inplace=True)).double()
     twin = copy.deepcopy(model)
-    model, report = ek.convert(model)
+    model, report = kn.convert(model)
     assert_same(model, twin)
     assert report.summary["fused"] == report.summary["batch norms"] == 7

@@ -1,4 +1,4 @@
-"""Every layer of evenkeel under every operation on running moments: done rightly, or refused by name."""
+"""Every layer of keelnorm under every operation on running statistics: done rightly, or refused by name."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import evenkeel as ek
+import keelnorm as kn
 
 #: A layer of 4 channels, the keywords of its call, and what it says that is its own: data, scale, evaluation.
 VARIANTS = {
-    "BatchNorm": (lambda: ek.BatchNorm(4), {}, ()),
-    "BatchNorm1d": (lambda: ek.BatchNorm1d(4), {}, ()),
-    "SyncBatchNorm": (lambda: ek.SyncBatchNorm(4), {}, ()),
-    "GhostBatchNorm": (lambda: ek.GhostBatchNorm(4, 8), {}, ()),
-    "BatchRenorm": (lambda: ek.BatchRenorm(4), {}, ()),
-    "CrossIterationBatchNorm": (lambda: ek.CrossIterationBatchNorm(4, compensate=False), {}, ()),
-    "ConditionalBatchNorm": (lambda: ek.ConditionalBatchNorm(4, 3), {"condition": "labels"}, ("evaluation",)),
-    "SplitBatchNorm": (lambda: ek.SplitBatchNorm(4), {}, ("data", "evaluation")),
-    "DomainBatchNorm": (lambda: ek.DomainBatchNorm(4, 2), {"domain": 1}, ("data", "evaluation")),
-    "StepwiseBatchNorm": (lambda: ek.StepwiseBatchNorm(4, 3), {"step": 1}, ("data", "evaluation")),
-    "VirtualBatchNorm": (lambda: referenced(ek.VirtualBatchNorm(4)), {}, ("data", "evaluation")),
-    "MovingAverageBatchNorm": (lambda: ek.MovingAverageBatchNorm(4), {}, ("scale",)),
-    "L1BatchNorm": (lambda: ek.L1BatchNorm(4), {}, ("scale",)),
-    "RangeBatchNorm": (lambda: ek.RangeBatchNorm(4), {}, ("scale",)),
-    "WhiteningBatchNorm": (lambda: ek.WhiteningBatchNorm(4), {}, ("scale", "evaluation")),
+    "BatchNorm": (lambda: kn.BatchNorm(4), {}, ()),
+    "BatchNorm1d": (lambda: kn.BatchNorm1d(4), {}, ()),
+    "SyncBatchNorm": (lambda: kn.SyncBatchNorm(4), {}, ()),
+    "GhostBatchNorm": (lambda: kn.GhostBatchNorm(4, 8), {}, ()),
+    "BatchRenorm": (lambda: kn.BatchRenorm(4), {}, ()),
+    "CrossIterationBatchNorm": (lambda: kn.CrossIterationBatchNorm(4, compensate=False), {}, ()),
+    "ConditionalBatchNorm": (lambda: kn.ConditionalBatchNorm(4, 3), {"condition": "labels"}, ("evaluation",)),
+    "SplitBatchNorm": (lambda: kn.SplitBatchNorm(4), {}, ("data", "evaluation")),
+    "DomainBatchNorm": (lambda: kn.DomainBatchNorm(4, 2), {"domain": 1}, ("data", "evaluation")),
+    "StepwiseBatchNorm": (lambda: kn.StepwiseBatchNorm(4, 3), {"step": 1}, ("data", "evaluation")),
+    "VirtualBatchNorm": (lambda: referenced(kn.VirtualBatchNorm(4)), {}, ("data", "evaluation")),
+    "MovingAverageBatchNorm": (lambda: kn.MovingAverageBatchNorm(4), {}, ("scale",)),
+    "L1BatchNorm": (lambda: kn.L1BatchNorm(4), {}, ("scale",)),
+    "RangeBatchNorm": (lambda: kn.RangeBatchNorm(4), {}, ("scale",)),
+    "WhiteningBatchNorm": (lambda: kn.WhiteningBatchNorm(4), {}, ("scale", "evaluation")),
 }
 X = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
 variants = pytest.mark.parametrize("name", VARIANTS)
@@ -72,9 +72,9 @@ def is_unchanged(model, before):
 
 
 def test_every_layer_is_here():
-    kinds = [getattr(ek, name) for name in ek.nn.__all__]
+    kinds = [getattr(kn, name) for name in kn.nn.__all__]
     kinds = {k for k in kinds if isinstance(k, type) and issubclass(k, nn.modules.batchnorm._BatchNorm)}
-    spatial = {ek.BatchNorm2d, ek.BatchNorm3d, *(k for k in kinds if issubclass(k, nn.modules.lazy.LazyModuleMixin))}
+    spatial = {kn.BatchNorm2d, kn.BatchNorm3d, *(k for k in kinds if issubclass(k, nn.modules.lazy.LazyModuleMixin))}
     assert {k.__name__ for k in kinds - spatial} == VARIANTS.keys()
 
 
@@ -91,7 +91,7 @@ def test_says_what_it_keeps(name):
 def test_recalibrate(name, sequential):
     model = net(name)
     before = state_of(model)
-    model, report = ek.recalibrate(model, [X[:16], X[16:]], sequential=sequential)
+    model, report = kn.recalibrate(model, [X[:16], X[16:]], sequential=sequential)
     row = report.rows[0]
     if {"data", "scale"} & set(own(name)):
         assert is_unchanged(model, before)
@@ -109,7 +109,7 @@ def test_recalibrate(name, sequential):
 def test_adapt(name, mode):
     model = net(name).eval()
     before = state_of(model)
-    _, report = ek.adapt(model, [X] if mode == "cumulative" else None, mode=mode)
+    _, report = kn.adapt(model, [X] if mode == "cumulative" else None, mode=mode)
     if {"data", "scale"} & set(own(name)):
         assert is_unchanged(model, before)
         assert report.rows[0]["reason"].startswith(f"is a {name}, which keeps ")
@@ -122,7 +122,7 @@ def test_adapt(name, mode):
         if name != "ConditionalBatchNorm":
             weight, bias = model.bn.weight, model.bn.bias
             torch.testing.assert_close(model(X), expected * weight + bias, rtol=1e-3, atol=1e-3)
-        ek.reset_adaptation(model)
+        kn.reset_adaptation(model)
     assert is_unchanged(model, before)
 
 
@@ -130,7 +130,7 @@ def test_adapt(name, mode):
 def test_fold(name):
     model = net(name).eval()
     expected = model(X)
-    folded, report = ek.fold(model, X)
+    folded, report = kn.fold(model, X)
     if "evaluation" in own(name):
         assert f"is a {name}, which evaluates " in report.rows[0]["reason"]
         assert type(folded.bn) is type(model.bn)
@@ -148,14 +148,14 @@ def test_merge_statistics(name):
     states = [model.state_dict() for model in models]
     if "scale" in own(name):
         with pytest.raises(ValueError, match="local=True"):
-            ek.merge_statistics(states, [10, 30])
+            kn.merge_statistics(states, [10, 30])
     else:
-        merged, report = ek.merge_statistics(states, [10, 30])
+        merged, report = kn.merge_statistics(states, [10, 30])
         mean = (10 * states[0]["bn.running_mean"] + 30 * states[1]["bn.running_mean"]) / 40
         torch.testing.assert_close(merged["bn.running_mean"], mean)
         assert report.rows[0]["path"] == "bn"
         models[0].load_state_dict(merged)
-    shared, _ = ek.merge_statistics(states, [10, 30], local=True)
+    shared, _ = kn.merge_statistics(states, [10, 30], local=True)
     assert list(shared) == ["linear.weight", "linear.bias"]
 
 
@@ -163,16 +163,16 @@ def test_merge_statistics(name):
 def test_prepare_export(name):
     model = net(name).eval()
     expected = model(X)
-    prepared, report = ek.prepare_export(model)
-    assert report.rows[0]["was"] == f"ek.{name}"
+    prepared, report = kn.prepare_export(model)
+    assert report.rows[0]["was"] == f"kn.{name}"
     torch.testing.assert_close(prepared(X), expected)
     with pytest.raises(ValueError, match="is in training mode"):
-        ek.prepare_export(net(name).train())
+        kn.prepare_export(net(name).train())
 
 
 def test_what_is_not_ready_says_so():
     with pytest.raises(ValueError, match="has no reference batch"):
-        ek.prepare_export(ek.VirtualBatchNorm(4).eval())
+        kn.prepare_export(kn.VirtualBatchNorm(4).eval())
 
 
 @variants
@@ -187,12 +187,12 @@ def test_a_state_dict_can_be_saved_and_loaded(name, tmp_path):
     assert is_unchanged(other, state_of(model))
 
 
-class Own(ek.GhostBatchNorm):
+class Own(kn.GhostBatchNorm):
     def normalize_running(self, x, residual, act):
         return super().normalize_running(x, residual, act) * 2
 
 
-class Inherits(ek.GhostBatchNorm):
+class Inherits(kn.GhostBatchNorm):
     """Only another constructor."""
 
     def __init__(self, num_features):
@@ -203,10 +203,10 @@ def test_a_subclass_says_what_its_base_does_unless_it_computes_itself():
     for kind, folded in ((lambda: Own(4, 8), 0), (lambda: Inherits(4), 1)):
         model = nn.Sequential(nn.Linear(3, 4), kind()).eval()
         expected = copy.deepcopy(model)(X)
-        model, report = ek.fold(model, X)
+        model, report = kn.fold(model, X)
         assert report.summary["folded"] == folded
         torch.testing.assert_close(model(X), expected)
     assert (
-        "ek.surgery.register(Own, ...)"
-        in ek.fold(nn.Sequential(nn.Linear(3, 4), Own(4, 8)).eval(), X)[1].rows[0]["reason"]
+        "kn.surgery.register(Own, ...)"
+        in kn.fold(nn.Sequential(nn.Linear(3, 4), Own(4, 8)).eval(), X)[1].rows[0]["reason"]
     )

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-import evenkeel as ek
+import keelnorm as kn
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 + 1
 
@@ -78,30 +78,30 @@ def assert_same_moments(model, expected):
 @pytest.mark.parametrize("sequential", [False, True])
 def test_recalibrate_and_adapt_see_what_a_compiled_layer_is_given(way, sequential):
     model = run(way)
-    assert ek.recalibrate(model, [X], sequential=sequential)[1].summary["layers"] == 1
-    assert_same_moments(model, ek.recalibrate(net(), [X])[0])
+    assert kn.recalibrate(model, [X], sequential=sequential)[1].summary["layers"] == 1
+    assert_same_moments(model, kn.recalibrate(net(), [X])[0])
     model = run(way)
-    ek.adapt(model, [X], prior=4, sequential=sequential)
-    assert_same_moments(model, ek.adapt(net(), [X], prior=4)[0])
+    kn.adapt(model, [X], prior=4, sequential=sequential)
+    assert_same_moments(model, kn.adapt(net(), [X], prior=4)[0])
     with torch.no_grad():  # and it is compiled again afterwards
-        torch.testing.assert_close(model(X), ek.adapt(net().eval(), [X], prior=4)[0](X))
+        torch.testing.assert_close(model(X), kn.adapt(net().eval(), [X], prior=4)[0](X))
 
 
 @ways
 def test_adapt_by_the_batch(way):
     model, expected = run(way), net().eval()
-    ek.adapt(model, mode="batch")
-    ek.adapt(expected, mode="batch")
+    kn.adapt(model, mode="batch")
+    kn.adapt(expected, mode="batch")
     with torch.no_grad():
         torch.testing.assert_close(model(X), expected(X))
-        ek.reset_adaptation(model)
+        kn.reset_adaptation(model)
         torch.testing.assert_close(model(X), net().eval()(X))
 
 
 @ways
 def test_a_compiled_model_runs_what_its_layers_have_become(way):
     model = run(way)
-    for change in (ek.convert, ek.revert, ek.convert, ek.to_torch):
+    for change in (kn.convert, kn.revert, kn.convert, kn.to_torch):
         change(model)
         expected = net()
         with torch.no_grad():
@@ -110,7 +110,7 @@ def test_a_compiled_model_runs_what_its_layers_have_become(way):
         assert_same_moments(model, expected)
         layer_of(model).reset_running_stats()
     assert type(layer_of(model)) is nn.BatchNorm2d
-    ek.freeze(model)
+    kn.freeze(model)
     with torch.no_grad():
         torch.testing.assert_close(model.train()(X), net().eval()(X))
 
@@ -118,7 +118,7 @@ def test_a_compiled_model_runs_what_its_layers_have_become(way):
 @ways
 def test_exports(way):
     model = run(way)
-    prepared, report = ek.prepare_export(ek.convert(model)[0].eval())
+    prepared, report = kn.prepare_export(kn.convert(model)[0].eval())
     assert report.rows[0]["is"] == "BatchNorm2d"
     torch.testing.assert_close(prepared(X), net().eval()(X))
 
@@ -128,7 +128,7 @@ def test_fold_wants_the_model_that_was_compiled(way):
     with pytest.raises(
         TypeError, match="is compiled, so what it runs can't be changed; fold the model that it was made"
     ):
-        ek.fold(run(way), X)
+        kn.fold(run(way), X)
 
 
 @pytest.fixture
@@ -158,29 +158,29 @@ WRAPPERS = {
 def test_wrapped(group, name):
     wrap = WRAPPERS[name]
     for sequential in (False, True):
-        model, _ = ek.recalibrate(wrap(net()), [X], sequential=sequential)
-        assert_same_moments(model, ek.recalibrate(net(), [X])[0])
-    model = ek.convert(wrap(net()))[0].eval()
+        model, _ = kn.recalibrate(wrap(net()), [X], sequential=sequential)
+        assert_same_moments(model, kn.recalibrate(net(), [X])[0])
+    model = kn.convert(wrap(net()))[0].eval()
     torch.testing.assert_close(model(X), net().eval()(X))
-    model, report = ek.to_torch(model)
+    model, report = kn.to_torch(model)
     assert [row["is"] for row in report.rows] == ["BatchNorm2d"]
     torch.testing.assert_close(model(X), net().eval()(X))
     if not name.startswith("FSDP"):
-        folded, report = ek.fold(model, X)
+        folded, report = kn.fold(model, X)
         assert report.summary["folded"] == 1
         torch.testing.assert_close(folded(X), net().eval()(X), rtol=1e-4, atol=1e-5)
         return
     for inplace in (False, True):
         with pytest.raises(TypeError, match=r"fold: the model is sharded \(FSDP\)"):
-            ek.fold(model, X, inplace=inplace)
+            kn.fold(model, X, inplace=inplace)
     with pytest.raises(TypeError, match=r"prepare_export: the model is sharded \(FSDP\)"):
-        ek.prepare_export(model)
+        kn.prepare_export(model)
 
 
 OPERATIONS = {
-    "convert": ek.convert, "revert": ek.revert, "to_torch": ek.to_torch, "prepare_export": ek.prepare_export,
-    "fold": lambda model: ek.fold(model, X), "recalibrate": lambda model: ek.recalibrate(model, [X]),
-    "adapt": lambda model: ek.adapt(model, [X]), "reset_adaptation": ek.reset_adaptation,
+    "convert": kn.convert, "revert": kn.revert, "to_torch": kn.to_torch, "prepare_export": kn.prepare_export,
+    "fold": lambda model: kn.fold(model, X), "recalibrate": lambda model: kn.recalibrate(model, [X]),
+    "adapt": lambda model: kn.adapt(model, [X]), "reset_adaptation": kn.reset_adaptation,
 }  # fmt: skip
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-import evenkeel as ek
-from evenkeel.engine.kernels import triton
+import keelnorm as kn
+from keelnorm.engine.kernels import triton
 
 # Whether Triton interprets is settled when it is first imported, and other tests may have imported it for a GPU. Where
 # there is none, these files run in processes of their own, which test_triton_interpreted.py starts.
@@ -25,9 +25,9 @@ def device() -> Iterator[str]:
         pytest.skip(f"{triton.missing()}, so that its kernels can't run")
     where = "cuda" if torch.cuda.is_available() else "cpu"
     # The interpreter computes with numpy, which warns of what a GPU takes in silence: Inf − Inf, say.
-    with ek.kernels.use("triton"), np.errstate(all="ignore"):
-        before = ek.kernels.calls()
+    with kn.kernels.use("triton"), np.errstate(all="ignore"):
+        before = kn.kernels.calls()
         yield where
-        after = ek.kernels.calls()
+        after = kn.kernels.calls()
     assert after["triton"] > before["triton"], "Triton's kernels were forced, but did not run"
     assert after["reference"] == before["reference"], "Triton's kernels were forced, but the reference back end ran"

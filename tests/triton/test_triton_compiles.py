@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from evenkeel.engine.kernels import triton
+from keelnorm.engine.kernels import triton
 
 pytestmark = pytest.mark.triton
 

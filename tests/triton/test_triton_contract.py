@@ -1,4 +1,4 @@
-"""Forward, every gradient and the running moments against float64, over shapes, layouts, dtypes, options."""
+"""Forward, every gradient and the running statistics against float64, over shapes, layouts, dtypes, options."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from support.cases import EPS, MOMENTUM, Options, laid_out, make_problem
 from support.definition import UNIT, expect, spread
 
-import evenkeel as ek
-from evenkeel.engine.kernels import triton
-from evenkeel.engine.kernels.triton import availability, tiling
+import keelnorm as kn
+from keelnorm.engine.kernels import triton
+from keelnorm.engine.kernels.triton import availability, tiling
 
 pytestmark = pytest.mark.triton
 
@@ -45,7 +45,7 @@ def path(request, monkeypatch):
 
 
 def run(problem, device, dtype=torch.float32, **how):
-    """y, gradients and running moments, by name."""
+    """y, gradients and running statistics, by name."""
     leaves = {}
     for name in ("x", "residual", "weight", "bias"):
         tensor = getattr(problem, name)
@@ -54,7 +54,7 @@ def run(problem, device, dtype=torch.float32, **how):
             moved = tensor.to(device=device, dtype=kept)
             leaves[name] = moved.requires_grad_()
     running = problem.running_mean.to(device).clone(), problem.running_var.to(device).clone()
-    y = ek.functional.batch_norm(
+    y = kn.functional.batch_norm(
         leaves["x"], *running, leaves["weight"], leaves["bias"], problem.options.training, MOMENTUM, EPS,
         activation=problem.options.activation, residual=leaves.get("residual"), **how,
     )  # fmt: skip
@@ -121,7 +121,7 @@ def test_half_precision_is_rounded_once(device, path, layout, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_result_lies_in_memory_as_x_does(device, layout):
     x = laid_out(torch.randn(3, 5, 4, 6), layout).to(device).requires_grad_()
-    y = ek.BatchNorm2d(5).to(device)(x)
+    y = kn.BatchNorm2d(5).to(device)(x)
     (dx,) = torch.autograd.grad(y, x, torch.randn(3, 5, 4, 6).to(device))
     assert y.stride() == dx.stride() == x.stride()
 
@@ -160,8 +160,8 @@ def test_every_run_gives_the_same_bits(device, path):
 @pytest.mark.parametrize("shape", [(20, 2, 30, 31), (3000, 4), (6, 5, 4, 4)], ids=str)
 def test_moments_keep_their_digits(device, shape, offset):
     x = make_problem(shape, Options(offset=offset)).x
-    found = ek.functional.moments(x.to(device))
-    right = ek.Moments.from_tensor(x.double())
+    found = kn.functional.moments(x.to(device))
+    right = kn.Moments.from_tensor(x.double())
     deviation = right.var.sqrt()
     assert ((found.mean.cpu() - right.mean).abs() <= 8 * UNIT * deviation).all()
     assert ((found.var.cpu() - right.var).abs() <= 16 * UNIT * right.var).all()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evenkeel.engine.kernels import triton
+from keelnorm.engine.kernels import triton
 
 FOLDER = Path(__file__).parent
 

@@ -10,9 +10,9 @@ import torch
 from support.cases import laid_out
 from torch import nn
 
-import evenkeel as ek
-from evenkeel.engine.activations import NAMED
-from evenkeel.engine.kernels import triton
+import keelnorm as kn
+from keelnorm.engine.activations import NAMED
+from keelnorm.engine.kernels import triton
 
 pytestmark = pytest.mark.triton
 
@@ -47,7 +47,7 @@ def test_masks(device, shape, layout, padding):
     x, dy = (laid_out(torch.randn(shape), layout) for _ in range(2))
     mask = torch.rand(shape[0], *shape[2:]) < 0.6
     x[~mask.unsqueeze(1).expand(shape)] = math.nan if padding == "zero" else 7.0
-    layer = ek.BatchNorm2d(shape[1]).to(device)
+    layer = kn.BatchNorm2d(shape[1]).to(device)
     nn.init.uniform_(layer.weight)
     clean = torch.where(mask.unsqueeze(1), x, 0.0 if padding == "zero" else x)
     right_y, right_dx, after = masked_reference(layer, clean, dy, mask, padding)
@@ -77,7 +77,7 @@ def masked_reference(layer, x, dy, mask, padding):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_channel_that_is_not_finite_keeps_its_running_moments(device, shape, bad):
-    layer = ek.BatchNorm2d(shape[1]).to(device)
+    layer = kn.BatchNorm2d(shape[1]).to(device)
     x = torch.randn(shape).to(device)
     x[1, 1, 0, 0] = bad
     layer(x)
@@ -91,7 +91,7 @@ def test_a_channel_that_is_not_finite_keeps_its_running_moments(device, shape, b
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_batch_that_was_left_out_does_not_weigh_in_an_average(device, shape, masked):
-    layer = ek.BatchNorm2d(shape[1], momentum=None).to(device)
+    layer = kn.BatchNorm2d(shape[1], momentum=None).to(device)
     mask = torch.ones(shape[0], *shape[2:], dtype=torch.bool)
     given = [torch.randn(shape) * 3 + k for k in range(4)]
     for k, x in enumerate(given):
@@ -109,7 +109,7 @@ def test_a_batch_that_was_left_out_does_not_weigh_in_an_average(device, shape, m
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_what_is_stored_is_finite(device, shape):
-    layer = ek.BatchNorm2d(shape[1]).half().to(device)
+    layer = kn.BatchNorm2d(shape[1]).half().to(device)
     x = torch.randn(shape).half()
     x[0, 0, 0, 0] = 30000
     layer(x.to(device))
@@ -123,7 +123,7 @@ def test_what_is_stored_is_finite(device, shape):
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_running_moments_over_several_batches(device, shape, momentum):
-    ours, theirs = ek.BatchNorm2d(shape[1], momentum=momentum).to(device), nn.BatchNorm2d(shape[1], momentum=momentum)
+    ours, theirs = kn.BatchNorm2d(shape[1], momentum=momentum).to(device), nn.BatchNorm2d(shape[1], momentum=momentum)
     for _ in range(3):
         x = torch.randn(shape) * 3 + 1
         ours(x.to(device))
@@ -136,7 +136,7 @@ def test_running_moments_over_several_batches(device, shape, momentum):
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "elu"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_in_place(device, shape, activation):
-    layer = ek.BatchNorm2d(shape[1]).to(device)
+    layer = kn.BatchNorm2d(shape[1]).to(device)
     x, dy = torch.randn(shape).to(device), torch.randn(shape).to(device)
     plain = x.clone().requires_grad_()
     y = layer(plain, activation=activation)
@@ -155,7 +155,7 @@ def test_in_place(device, shape, activation):
 @pytest.mark.parametrize("training", [True, False])
 def test_in_place_where_float16_overflows(device, training, activation):
     """Such channels keep x: by the weight, and by the bias on top of it."""
-    layer = ek.BatchNorm2d(3).to(device).train(training)
+    layer = kn.BatchNorm2d(3).to(device).train(training)
     with torch.no_grad():
         layer.weight[:2], layer.bias[1] = torch.tensor([4e4, 2e4], device=device), 5e4
     x, dy = torch.randn(16, 3, 4, 4).half().to(device), (torch.randn(16, 3, 4, 4) / 1024).half().to(device)
@@ -190,7 +190,7 @@ def test_a_mask_of_any_byte(device):
     other = torch.where(mask, torch.randint(1, 256, mask.shape), 0).to(torch.uint8).view(torch.bool)
     results = []
     for said in (mask, other):
-        layer = ek.BatchNorm1d(3).to(device)
+        layer = kn.BatchNorm1d(3).to(device)
         results.append([layer(x, mask=said.to(device)), *layer.buffers()])
     for found, right in zip(*results, strict=True):
         assert torch.equal(found, right)
@@ -198,7 +198,7 @@ def test_a_mask_of_any_byte(device):
 
 @pytest.mark.parametrize("name", ["x", "residual", "weight", "bias", "running_mean", "running_var"])
 def test_freed_memory_is_refused(device, name):
-    layer = ek.BatchNorm1d(3).to(device)
+    layer = kn.BatchNorm1d(3).to(device)
     x, residual = torch.randn(4, 3).to(device), torch.randn(4, 3).to(device)
     layer(x, residual)
     given = {"x": x, "residual": residual, **dict(layer.named_parameters()), **dict(layer.named_buffers())}
@@ -213,23 +213,23 @@ def test_freed_memory_is_refused(device, name):
 
 def test_only_what_is_asked_for_is_computed(device):
     for shape in SHAPES:
-        layer = ek.BatchNorm2d(shape[1]).to(device)
+        layer = kn.BatchNorm2d(shape[1]).to(device)
         x = torch.randn(shape).to(device)
         dy = torch.randn(shape).to(device)
         leaf = x.clone().requires_grad_()
         everything = torch.autograd.grad(layer(leaf), [leaf, layer.weight, layer.bias], dy)
         assert torch.equal(torch.autograd.grad(layer(x), layer.weight, dy)[0], everything[1])
-        ek.freeze(layer, statistics=False)
+        kn.freeze(layer, statistics=False)
         assert torch.equal(torch.autograd.grad(layer(leaf), leaf, dy)[0], everything[0])
 
 
 VARIANTS = {
-    "ghost": lambda: ek.GhostBatchNorm(5, 2),
-    "renorm": lambda: ek.BatchRenorm(5),
-    "split": lambda: ek.SplitBatchNorm(5, 2),
-    "moving average": lambda: ek.MovingAverageBatchNorm(5),
-    "conditional": lambda: ek.ConditionalBatchNorm(5, 3),
-    "domain": lambda: ek.DomainBatchNorm(5, 2),
+    "ghost": lambda: kn.GhostBatchNorm(5, 2),
+    "renorm": lambda: kn.BatchRenorm(5),
+    "split": lambda: kn.SplitBatchNorm(5, 2),
+    "moving average": lambda: kn.MovingAverageBatchNorm(5),
+    "conditional": lambda: kn.ConditionalBatchNorm(5, 3),
+    "domain": lambda: kn.DomainBatchNorm(5, 2),
 }
 
 
@@ -245,7 +245,7 @@ def test_variants_agree_with_those_on_the_cpu(device, name):
     leaf = x.to(device).requires_grad_()
     y = layer.to(device)(leaf, **{key: value.to(device) for key, value in extra.items()})
     (dx,) = torch.autograd.grad(y, leaf, dy.to(device))
-    with ek.kernels.use("auto"):
+    with kn.kernels.use("auto"):
         again = x.clone().requires_grad_()
         right = other(again, **extra)
         (right_dx,) = torch.autograd.grad(right, again, dy)
@@ -254,15 +254,15 @@ def test_variants_agree_with_those_on_the_cpu(device, name):
 
 
 def test_an_unusual_argument_is_declined_and_said(device, caplog, monkeypatch):
-    from evenkeel.engine import dispatch
+    from keelnorm.engine import dispatch
 
     monkeypatch.setattr(dispatch, "_declined_for", set())
-    layer = ek.BatchNorm1d(3).to(device)
+    layer = kn.BatchNorm1d(3).to(device)
     x = torch.randn(5, 3).to(device)
     right = layer(x)
-    calls = ek.kernels.calls()
+    calls = kn.kernels.calls()
     y = layer(x, torch.zeros(5, 3, dtype=torch.float64).to(device))
     assert torch.allclose(y.float(), right, atol=1e-6)
-    assert ek.kernels.calls()["reference"] > calls["reference"]
+    assert kn.kernels.calls()["reference"] > calls["reference"]
     assert "do not take this dtype or layout of residual" in caplog.text
-    ek.kernels.reference.calls = calls["reference"]  # the fixture is told that this was meant
+    kn.kernels.reference.calls = calls["reference"]  # the fixture is told that this was meant

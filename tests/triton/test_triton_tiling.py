@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import evenkeel as ek
-from evenkeel.engine.kernels.triton import availability, tiling
-from evenkeel.engine.kernels.triton.tiling import View
+import keelnorm as kn
+from keelnorm.engine.kernels.triton import availability, tiling
+from keelnorm.engine.kernels.triton.tiling import View
 
 SIZES = st.integers(1, 3000)
 VIEWS = st.builds(View, SIZES, SIZES, SIZES, st.booleans())
@@ -76,8 +76,8 @@ def test_a_tensor_of_two_billion_values_has_wide_offsets():
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_explain_says_which_path_and_why(layout):
-    small = ek.kernels.explain((8, 64, 7, 7), torch.bfloat16, layout, device="cuda")
-    large = ek.kernels.explain((256, 64, 112, 112), torch.bfloat16, layout, device="cuda")
+    small = kn.kernels.explain((8, 64, 7, 7), torch.bfloat16, layout, device="cuda")
+    large = kn.kernels.explain((256, 64, 112, 112), torch.bfloat16, layout, device="cuda")
     if small.kernels == "reference":
         pytest.skip(small.why)
     assert small.kernels == large.kernels == "triton"
@@ -89,27 +89,27 @@ def test_explain_says_which_path_and_why(layout):
 
 
 def test_explain_says_why_the_reference_runs():
-    if ek.kernels.active("cuda") == "reference":
-        pytest.skip(ek.kernels.chosen_by("cuda"))
-    assert ek.kernels.explain((2, 3), torch.float64, device="cuda").kernels == "reference"
-    assert "float64" in ek.kernels.explain((2, 3), torch.float64, device="cuda").why
-    assert ek.kernels.explain((0, 3), device="cuda").why == "it has no values"
-    with ek.kernels.use("reference"):
-        assert "forced" in ek.kernels.explain((2, 3), device="cuda").why
+    if kn.kernels.active("cuda") == "reference":
+        pytest.skip(kn.kernels.chosen_by("cuda"))
+    assert kn.kernels.explain((2, 3), torch.float64, device="cuda").kernels == "reference"
+    assert "float64" in kn.kernels.explain((2, 3), torch.float64, device="cuda").why
+    assert kn.kernels.explain((0, 3), device="cuda").why == "it has no values"
+    with kn.kernels.use("reference"):
+        assert "forced" in kn.kernels.explain((2, 3), device="cuda").why
 
 
 def test_explain_on_the_cpu_is_what_runs_there():
-    found = ek.kernels.explain((2, 3, 4, 4), device="cpu")
-    assert found.kernels == ek.kernels.active()
-    assert found.why == ek.kernels.chosen_by()
+    found = kn.kernels.explain((2, 3, 4, 4), device="cpu")
+    assert found.kernels == kn.kernels.active()
+    assert found.why == kn.kernels.chosen_by()
 
 
 def test_explain_refuses_what_is_no_tensor():
     with pytest.raises(ValueError, match=r"layout must be one of \('contiguous', 'channels_last'\); got 'nchw'"):
-        ek.kernels.explain((2, 3), layout="nchw")
+        kn.kernels.explain((2, 3), layout="nchw")
     for shape in ((3,), (2, -1)):
         with pytest.raises(ValueError, match="two sizes or more from 0 on"):
-            ek.kernels.explain(shape)
+            kn.kernels.explain(shape)
 
 
 def test_wide_offsets_are_said():

@@ -8,10 +8,10 @@ import logging
 import pytest
 import torch
 
-import evenkeel as ek
-from evenkeel.engine.kernels import triton
-from evenkeel.engine.kernels.triton.availability import by_rule
-from evenkeel.engine.kernels.triton.tiling import View
+import keelnorm as kn
+from keelnorm.engine.kernels import triton
+from keelnorm.engine.kernels.triton.availability import by_rule
+from keelnorm.engine.kernels.triton.tiling import View
 
 pytestmark = pytest.mark.triton
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.triton
 def tuning():
     if triton.missing() is not None:
         pytest.skip(f"{triton.missing()}, so that its kernels can't be timed")
-    from evenkeel.engine.kernels.triton import tuning
+    from keelnorm.engine.kernels.triton import tuning
 
     before = tuning._enabled
     yield tuning
@@ -37,7 +37,7 @@ def test_the_fastest_choice_is_taken_and_every_one_computes_the_same(device, tun
 
     def timer(run):
         run()
-        results.append(ek.functional.batch_norm(x, None, None, training=True).cpu())
+        results.append(kn.functional.batch_norm(x, None, None, training=True).cpu())
         times.append(1.0 if len(times) == fastest else 2.0)
         return times[-1]
 
@@ -61,7 +61,7 @@ def test_a_choice_that_does_not_compile_is_not_taken(device, tuning):
         return 5.0
 
     assert tuning.fastest(view, x, among, timer) == among[1]
-    ek.functional.moments(x)
+    kn.functional.moments(x)
     assert tuning._trial is None
 
 
@@ -80,7 +80,7 @@ def test_choices_come_back_from_their_file(tuning, tmp_path):
 def test_a_broken_file_is_said_and_passed_over(tuning, tmp_path, caplog, text):
     path = tmp_path / "tiles.json"
     path.write_text(text)
-    with caplog.at_level(logging.WARNING, logger="evenkeel"):
+    with caplog.at_level(logging.WARNING, logger="keelnorm"):
         assert tuning.read(path) == {}
     assert "is not read, and tile sizes are timed anew" in caplog.text
 
@@ -93,22 +93,22 @@ def test_a_cut_of_wrong_types_never_gets_to_a_kernel(tuning, tmp_path, caplog, w
     found = json.loads(path.read_text())
     found["choices"]["a"]["reduction"]["a"] = wrong
     path.write_text(json.dumps(found))
-    with caplog.at_level(logging.WARNING, logger="evenkeel"):
+    with caplog.at_level(logging.WARNING, logger="keelnorm"):
         assert tuning.read(path) == {}
     assert "is not read, and tile sizes are timed anew" in caplog.text
 
 
 def test_the_cache_is_where_the_environment_says(tuning, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert tuning.cache_folder() == tmp_path / "evenkeel"
-    monkeypatch.setenv("EVENKEEL_CACHE", str(tmp_path / "own"))
+    assert tuning.cache_folder() == tmp_path / "keelnorm"
+    monkeypatch.setenv("KEELNORM_CACHE", str(tmp_path / "own"))
     assert tuning.cache_folder() == tmp_path / "own"
 
 
 def test_without_a_gpu_the_rule_holds_also_when_timing_is_asked_for(device, tuning):
     if device == "cuda":
         pytest.skip("there is a GPU, where timing is what was asked for")
-    ek.kernels.autotune()
+    kn.kernels.autotune()
     x = torch.randn(4, 3, 5, 5)
     assert tuning.choose(View.of(x.shape, False), x) == by_rule(View.of(x.shape, False), 4, 4)
-    ek.functional.batch_norm(x, None, None, training=True)
+    kn.functional.batch_norm(x, None, None, training=True)

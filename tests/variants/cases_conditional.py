@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from variants.variant import Variant
 
-from evenkeel.nn.conditional import ConditionalBatchNorm
-from evenkeel.nn.domain.domain_batch_norm import DomainBatchNorm
+from keelnorm.nn.conditional import ConditionalBatchNorm
+from keelnorm.nn.domain.domain_batch_norm import DomainBatchNorm
 
 DOMAINS = ("source", "target")
 
@@ -101,7 +101,7 @@ def alternating(x: Tensor) -> dict[str, Any]:
 
 
 ROWS = "num_batches_tracked has a counter for each domain, which the suite compares as one number."
-BANKS = "There is a row of running moments for each domain, which learns from that domain's samples alone."
+BANKS = "There is a row of running statistics for each domain, which learns from that domain's samples alone."
 UNKEPT = {
     "test_training_updates_once": ROWS,
     "test_momentum_none_averages": ROWS,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from variants.variant import Variant
 
-from evenkeel.nn.cross_iteration import CrossIterationBatchNorm
-from evenkeel.nn.moving_average import MovingAverageBatchNorm
-from evenkeel.nn.virtual import VirtualBatchNorm
+from keelnorm.nn.cross_iteration import CrossIterationBatchNorm
+from keelnorm.nn.moving_average import MovingAverageBatchNorm
+from keelnorm.nn.virtual import VirtualBatchNorm
 
 
 def spread(values: Tensor, x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def virtual(layer: VirtualBatchNorm, x: Tensor) -> Tensor:
     return finish(layer, x, values.mean(2).view(shape), values.var(2, correction=0).view(shape))
 
 
-_OF_THE_REFERENCE = "The running moments are those of reference batches: test_virtual.py."
+_OF_THE_REFERENCE = "The running statistics are those of reference batches: test_virtual.py."
 
 VARIANTS = [
     Variant(

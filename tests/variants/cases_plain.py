@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from variants.variant import Variant
 
-import evenkeel as ek
-from evenkeel.engine.activations import Activation
-from evenkeel.moments import Moments
-from evenkeel.nn._shared import variant
+import keelnorm as kn
+from keelnorm.engine.activations import Activation
+from keelnorm.moments import Moments
+from keelnorm.nn._shared import variant
 
 
 class PlainVariant(variant.Variant):
@@ -45,7 +45,7 @@ VARIANTS = [
     Variant("plain", PlainVariant, batch_norm, masks=True, dtypes=(torch.bfloat16, torch.float16)),
     Variant(
         "BatchNorm",
-        ek.BatchNorm,
+        kn.BatchNorm,
         batch_norm,
         masks=True,
         dtypes=(torch.bfloat16, torch.float16),

@@ -1,4 +1,4 @@
-"""Remedies for small and for large batches: groups, corrections towards the running moments, parts."""
+"""Remedies for small and for large batches: groups, corrections towards the running statistics, parts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from variants.variant import Variant
 
-from evenkeel.nn.ghost import GhostBatchNorm
-from evenkeel.nn.renorm import BatchRenorm
-from evenkeel.nn.split import SplitBatchNorm
+from keelnorm.nn.ghost import GhostBatchNorm
+from keelnorm.nn.renorm import BatchRenorm
+from keelnorm.nn.split import SplitBatchNorm
 
 
 def spread(values: Tensor, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from variants.variant import Variant
 
-from evenkeel.nn.sync.sync_batch_norm import SyncBatchNorm
+from keelnorm.nn.sync.sync_batch_norm import SyncBatchNorm
 
 
 def oracle(layer: torch.nn.Module, x: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from variants.variant import Variant
 
-from evenkeel.nn.l1 import L1BatchNorm, RangeBatchNorm
-from evenkeel.nn.whitening import WhiteningBatchNorm
+from keelnorm.nn.l1 import L1BatchNorm, RangeBatchNorm
+from keelnorm.nn.whitening import WhiteningBatchNorm
 
 
 def spread(values: Tensor, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from variants.variant import Variant
 def layer_of(
     variant: Variant, shape: tuple[int, ...], dtype: torch.dtype = torch.float64, steps: int = 2, **keywords: Any
 ) -> torch.nn.Module:
-    """The variant's layer with parameters and running moments that are not the initial ones.
+    """The variant's layer with parameters and running statistics that are not the initial ones.
 
     Args:
         steps: Training steps that it has behind it, so that a variant that remembers has something to remember.

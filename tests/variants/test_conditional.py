@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-import evenkeel as ek
-from evenkeel.nn.conditional import ConditionalBatchNorm
+import keelnorm as kn
+from keelnorm.nn.conditional import ConditionalBatchNorm
 
 C, K, E = 3, 4, 5
 
@@ -174,7 +174,7 @@ def test_takes_over_plain_batch_norms_alone(norm):
 
 
 def test_takes_over_the_legal_ranks():
-    layer = ConditionalBatchNorm.from_batch_norm(ek.BatchNorm2d(C), num_classes=K)
+    layer = ConditionalBatchNorm.from_batch_norm(kn.BatchNorm2d(C), num_classes=K)
     with pytest.raises(ValueError, match="must have 4 dimensions"):
         layer(torch.randn(4, C), condition=torch.zeros(4, dtype=torch.int64))
 

@@ -9,7 +9,7 @@ import torch
 from variants.collected import for_each, small
 from variants.contract import assert_close, assert_same, buffers_of, layer_of, run
 
-import evenkeel as ek
+import keelnorm as kn
 
 
 def batch(variant):
@@ -28,11 +28,11 @@ def test_paused(variant):
     layer = layer_of(variant, small(variant))
     twin, before, windows = copy.deepcopy(layer), buffers_of(layer), windows_of(layer)
     x, keywords = batch(variant)
-    with ek.pause_statistics(layer):
+    with kn.pause_statistics(layer):
         found = run(layer, x, **keywords)
     assert_close(found.values, run(twin, x, **keywords).values)
     assert_close(buffers_of(layer), before)
-    if not isinstance(layer, ek.MovingAverageBatchNorm | ek.BatchRenorm):  # whose backward and recall keep vectors
+    if not isinstance(layer, kn.MovingAverageBatchNorm | kn.BatchRenorm):  # whose backward and recall keep vectors
         assert windows_of(layer) == windows
 
 
@@ -43,7 +43,7 @@ def test_accumulated(variant, momentum):
     layer = layer_of(variant, small(variant), momentum=momentum)
     twin, before = copy.deepcopy(layer), buffers_of(layer)
     x, keywords = batch(variant)
-    with ek.accumulate_statistics(layer):
+    with kn.accumulate_statistics(layer):
         found = run(layer, x, **keywords)
         assert_close(found.buffers, before)
     expected = run(twin, x, **keywords)
@@ -51,7 +51,7 @@ def test_accumulated(variant, momentum):
     assert_close(buffers_of(layer), expected.buffers, 1e-12)
 
 
-@pytest.mark.parametrize("block", [ek.pause_statistics, ek.accumulate_statistics], ids=lambda block: block.__name__)
+@pytest.mark.parametrize("block", [kn.pause_statistics, kn.accumulate_statistics], ids=lambda block: block.__name__)
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["deepcopy", "pickle"]
 )
@@ -75,7 +75,7 @@ def test_a_skipped_step(variant):
     twin = copy.deepcopy(layer)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     x, keywords = batch(variant)
-    with ek.follow_scaler(layer, scaler):
+    with kn.follow_scaler(layer, scaler):
         scaler.scale(layer(x, **keywords).sum() * torch.inf).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -83,6 +83,6 @@ def test_a_skipped_step(variant):
         {name: value for name, value in buffers_of(layer).items() if "skipped" not in name},
         {name: value for name, value in buffers_of(twin).items() if "skipped" not in name},
     )
-    assert windows_of(layer) == windows_of(twin) or isinstance(layer, ek.BatchRenorm)
+    assert windows_of(layer) == windows_of(twin) or isinstance(layer, kn.BatchRenorm)
     x, keywords = batch(variant)
     assert_close(run(layer, x, **keywords).values, run(twin, x, **keywords).values)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from variants.collected import for_each, for_each_shape, small
 from variants.contract import assert_close, assert_same, buffers_of, layer_of, run
 
-import evenkeel as ek
+import keelnorm as kn
 
 TORCHS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -33,7 +33,7 @@ def test_state_dict_keys(variant, keywords):
     found = variant.make(small(variant)[1], **keywords).state_dict()
     expected = set(torch.nn.BatchNorm2d(3, **keywords).state_dict())
     if "track_running_stats" in keywords:
-        # What a variant of its own remembers may depend on running moments.
+        # What a variant of its own remembers may depend on running statistics.
         assert expected <= set(found) <= expected | set(variant.buffers)
     else:
         assert set(found) == expected | set(variant.buffers)
@@ -150,7 +150,7 @@ def test_a_poisoned_channel_keeps_its_running_moments(variant, shape, poison):
         found, sound = layer.get_buffer(name), twin.get_buffer(name).clone()
         sound[..., 1] = before[name][..., 1]
         assert_close({name: found}, {name: sound}, 1e-10)
-    if not isinstance(layer, ek.VirtualBatchNorm):  # whose running moments take in reference batches alone
+    if not isinstance(layer, kn.VirtualBatchNorm):  # whose running statistics take in reference batches alone
         assert (layer.skipped_updates[..., 1] > 0).any()
     assert int(layer.skipped_updates.sum()) == int(layer.skipped_updates[..., 1].sum())
 
@@ -197,7 +197,7 @@ def test_evaluation_changes_nothing(variant):
 
 @for_each()
 def test_evaluation_is_by_sample(variant):
-    """The running moments normalize: no sample's result depends on its neighbours."""
+    """The running statistics normalize: no sample's result depends on its neighbours."""
     layer = layer_of(variant, small(variant)).eval()
     x, keywords = batch(variant)
     half = len(x) // 2

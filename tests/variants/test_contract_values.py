@@ -154,7 +154,7 @@ def test_affine_false(variant, shape, training):
 @training
 @for_each_shape()
 def test_track_running_stats_false(variant, shape, training):
-    """No running moments: the batch normalizes in evaluation too."""
+    """No running statistics: the batch normalizes in evaluation too."""
     layer = layer_of(variant, shape, track_running_stats=False).train(training)
     assert layer.running_mean is None
     assert layer.running_var is None

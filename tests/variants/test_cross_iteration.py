@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from evenkeel.nn.cross_iteration import CrossIterationBatchNorm
+from keelnorm.nn.cross_iteration import CrossIterationBatchNorm
 
 EPS = 1e-5
 CONV = {"stride": 2, "padding": 1}

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import evenkeel as ek
-from evenkeel.nn.domain.convert_domains import convert_domains, use_domain
-from evenkeel.nn.domain.domain_batch_norm import DomainBatchNorm
+import keelnorm as kn
+from keelnorm.nn.domain.convert_domains import convert_domains, use_domain
+from keelnorm.nn.domain.domain_batch_norm import DomainBatchNorm
 
 C = 3
 NAMES = ["source", "target", "third"]
@@ -51,7 +51,7 @@ def plain_layers(layer, **keywords):
 @pytest.mark.parametrize("momentum", [0.3, None])
 @pytest.mark.parametrize("ids", [IDS, IDS.sort().values], ids=["mixed", "grouped"])
 def test_a_domain_is_a_batch_norm_of_its_own(ids, momentum, share, training):
-    """Outputs, gradients and running moments of each domain are torch.nn's on its samples alone; twice, so that the
+    """Outputs, gradients and running statistics of each domain are torch.nn's on its samples alone; twice, so that the
     counters differ where batches do."""
     layer = randomized(DomainBatchNorm(C, NAMES, momentum=momentum, share_affine=share).double()).train(training)
     plain = plain_layers(layer)
@@ -234,7 +234,7 @@ def test_from_batch_norm(bias):
 
 def test_convert_domains():
     norm = nn.BatchNorm1d(C)
-    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, C), norm), "b": norm, "c": ek.BatchNorm1d(C)})
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, C), norm), "b": norm, "c": kn.BatchNorm1d(C)})
     parameters = dict(model.named_parameters())
     assert convert_domains(model, NAMES) is model
     assert model["a"][1] is model["b"]

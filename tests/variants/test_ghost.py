@@ -1,4 +1,4 @@
-"""GhostBatchNorm: groups, what is left over, running moments, and both ways of computing it."""
+"""GhostBatchNorm: groups, what is left over, running statistics, and both ways of computing it."""
 
 import copy
 
@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from variants.cases_remedies import by_batch, spread
 
-import evenkeel as ek
-from evenkeel.nn._shared import consecutive_groups
-from evenkeel.nn.ghost import GhostBatchNorm
+import keelnorm as kn
+from keelnorm.nn._shared import consecutive_groups
+from keelnorm.nn.ghost import GhostBatchNorm
 
 ACTIVATIONS = {None: lambda v: v, "relu": F.relu, "silu": F.silu, "leaky_relu": F.leaky_relu}
 SHAPES = ((7, 3), (7, 3, 129), (6, 4, 11, 12), (7, 4, 3, 3))
@@ -47,7 +47,7 @@ def test_formula(shape, kernels, layout, with_residual, activation):
     leaves += [residual.requires_grad_()] if with_residual else []
     residual = residual if with_residual else None
     sizes = [3, 3, 1] if shape[0] == 7 and len(shape) > 2 else [3, 4] if shape[0] == 7 else [3, 3]
-    with ek.kernels.use(kernels):
+    with kn.kernels.use(kernels):
         y = layer(x, residual, activation=activation)
     expected = by_formula(layer, x, residual, activation, sizes)
     torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
@@ -62,7 +62,7 @@ def test_float32_with_a_large_mean(shape, kernels):
     """No digits are lost to a mean of 10⁵ deviations, in a group or between groups."""
     x = (torch.randn(shape) + 1e5).requires_grad_()
     layer = layer_for(shape[1], 2, torch.float32, momentum=1.0)
-    with ek.kernels.use(kernels):
+    with kn.kernels.use(kernels):
         y = layer(x)
     sizes = [2] * (shape[0] // 2) + [1] * (shape[0] % 2)
     if len(shape) == 2:
@@ -76,10 +76,10 @@ def test_float32_with_a_large_mean(shape, kernels):
 @pytest.mark.parametrize("size", [6, 100])
 @pytest.mark.parametrize("shape", [(6, 3), (6, 3, 7, 7)], ids=str)
 def test_one_group_is_batch_norm(shape, size):
-    """To the bit: output, gradients; the running moments to rounding."""
+    """To the bit: output, gradients; the running statistics to rounding."""
     x, residual, dy = torch.randn(3, *shape)
     ghost = layer_for(shape[1], size, torch.float32)
-    plain = ek.BatchNorm(shape[1])
+    plain = kn.BatchNorm(shape[1])
     plain.load_state_dict(ghost.state_dict())
     outcomes = []
     for layer in (ghost, plain):
@@ -241,10 +241,10 @@ def test_errors():
 
 def test_merging_rows_is_merging():
     x = torch.randn(7, 4, dtype=torch.float64) + 1e6
-    parts = [ek.Moments.from_tensor(part) for part in x.split([1, 2, 4])]
+    parts = [kn.Moments.from_tensor(part) for part in x.split([1, 2, 4])]
     count, mean, m2 = (torch.stack([getattr(p, name) for p in parts]) for name in ("count", "mean", "m2"))
-    rows = ek.Moments(count[:, None], mean, m2)
-    expected = ek.Moments.merge_all(parts)
+    rows = kn.Moments(count[:, None], mean, m2)
+    expected = kn.Moments.merge_all(parts)
     in_two = consecutive_groups.merge_rows(consecutive_groups.merge_rows(rows, torch.tensor([1, 0, 1]), 2))
     for found in (consecutive_groups.merge_rows(rows), in_two):
         assert found.count == expected.count

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from evenkeel.nn.l1 import L1BatchNorm, RangeBatchNorm
+from keelnorm.nn.l1 import L1BatchNorm, RangeBatchNorm
 
 LAYERS = (L1BatchNorm, RangeBatchNorm)
 

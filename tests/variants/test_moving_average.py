@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from evenkeel.nn.moving_average import MovingAverageBatchNorm, center_weights
+from keelnorm.nn.moving_average import MovingAverageBatchNorm, center_weights
 
 EPS = 1e-5
 SHAPE = (3, 4, 5, 2)

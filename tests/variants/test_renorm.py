@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from variants.cases_remedies import renorm, spread
 
-import evenkeel as ek
-from evenkeel.nn.renorm import PAPER_D_MAX, PAPER_R_MAX, BatchRenorm, LinearRamp
+import keelnorm as kn
+from keelnorm.nn.renorm import PAPER_D_MAX, PAPER_R_MAX, BatchRenorm, LinearRamp
 
 SHAPES = ((6, 3), (4, 3, 5), (4, 3, 5, 6))
 FREE = {"r_max": torch.inf, "d_max": torch.inf}
@@ -29,7 +29,7 @@ def layer_for(channels=3, dtype=torch.float64, **keywords):
 @pytest.mark.parametrize("bounds", [{"r_max": 1, "d_max": 0}, {}], ids=["bounds of 1 and 0", "schedules at the start"])
 def test_is_batch_norm_without_corrections(shape, bounds):
     layer = layer_for(dtype=torch.float32, **bounds)
-    plain = ek.BatchNorm(3)
+    plain = kn.BatchNorm(3)
     plain.load_state_dict(layer.state_dict())
     x, residual, dy = torch.randn(3, *shape)
     outcomes = []
@@ -138,7 +138,7 @@ def test_the_running_deviation():
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
 def test_a_checkpoint_finds_its_corrections_again(use_reentrant):
-    """The running moments have moved when the backward runs the forwards again; several of them are under way."""
+    """The running statistics have moved when the backward runs the forwards again; several of them are under way."""
     layer = layer_for(momentum=0.5, **FREE)
     twin = copy.deepcopy(layer)
     batches = [torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(3)]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from variants.cases_remedies import split
 
-import evenkeel as ek
-from evenkeel.nn.split import SplitBatchNorm, using_split
+import keelnorm as kn
+from keelnorm.nn.split import SplitBatchNorm, using_split
 
 
 def layer_for(num_splits=2, dtype=torch.float64, **keywords):
@@ -30,9 +30,9 @@ def assert_states_equal(layer, expected):
 @pytest.mark.parametrize("num_splits", [2, 3])
 @pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4), (6, 3, 4, 5)], ids=str)
 def test_each_part_is_a_batch_norm_of_its_own(shape, num_splits):
-    """To the bit for outputs and gradients; running moments to rounding."""
+    """To the bit for outputs and gradients; running statistics to rounding."""
     layer = layer_for(num_splits)
-    plain = [ek.BatchNorm(3, dtype=torch.float64) for _ in range(num_splits)]
+    plain = [kn.BatchNorm(3, dtype=torch.float64) for _ in range(num_splits)]
     for own, theirs in zip([layer, *layer.aux_bn], plain, strict=True):
         theirs.load_state_dict({name: value for name, value in own.state_dict().items() if "aux" not in name})
     x, residual, dy = torch.randn(3, *shape, dtype=torch.float64)
@@ -159,7 +159,7 @@ def test_a_part_that_is_paused_or_evaluating():
     layer.aux_bn.eval()
     before = state_of(layer.aux_bn)
     y = layer(x)
-    torch.testing.assert_close(y[2:], x[2:] / (1 + 1e-5) ** 0.5)  # by the running moments, 0 and 1
+    torch.testing.assert_close(y[2:], x[2:] / (1 + 1e-5) ** 0.5)  # by the running statistics, 0 and 1
     assert_states_equal(layer.aux_bn, before)
     layer.train().track_running_stats = False
     before = state_of(layer)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from evenkeel.nn.virtual import VirtualBatchNorm, collect_reference
+from keelnorm.nn.virtual import VirtualBatchNorm, collect_reference
 
 EPS = 1e-5
 SHAPES = [(5, 4), (3, 4, 6), (3, 4, 5, 2)]

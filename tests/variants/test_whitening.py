@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.func import hessian, jacfwd, jacrev
 from variants.cases_whitening import by_definition, by_newton, whitened
 
-from evenkeel.control import accumulate_statistics
-from evenkeel.nn._shared.inverse_sqrt import newton, zca
-from evenkeel.nn.whitening import WhiteningBatchNorm
+from keelnorm.control import accumulate_statistics
+from keelnorm.nn._shared.inverse_sqrt import newton, zca
+from keelnorm.nn.whitening import WhiteningBatchNorm
 
 METHODS = ("newton", "zca")
 forward_mode = pytest.mark.filterwarnings(
@@ -86,7 +86,7 @@ def test_newton_approaches_the_identity() -> None:
 def test_groups(method: str, group_size: int, training: bool) -> None:
     layer = randomized(WhiteningBatchNorm(6, method=method, group_size=group_size, dtype=torch.float64)).train(training)
     x = correlated(5, 6, 3, 4)
-    expected = whitened(ORACLES[method], layer, x)  # before the forward changes the running moments
+    expected = whitened(ORACLES[method], layer, x)  # before the forward changes the running statistics
     torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
 
 

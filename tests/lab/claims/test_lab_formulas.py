@@ -8,18 +8,18 @@ import scipy.linalg
 import torch
 from torch import nn
 
-import evenkeel as ek
-from evenkeel.lab.claims import _shifts, inference, loss_landscape, placement, scales, small_batches, weight_decay
-from evenkeel.lab.claims._shifts import ShiftingNoise, cosine_after_earlier_layers
-from evenkeel.lab.claims.gradients import THEORY, gradient_norms
-from evenkeel.lab.claims.hyperparameters import LEAST_MOMENTUM_LEFT, RATES, SCALES, settings
-from evenkeel.lab.core.seeds import generator
-from evenkeel.lab.data import table
-from evenkeel.lab.training.arms import BN, NONE
-from evenkeel.lab.training.cost_measurement import SIZES, build, networks, saved_bytes
-from evenkeel.lab.training.frechet import frechet_distance
-from evenkeel.lab.training.networks import StackedMLP
-from evenkeel.lab.training.train import losses
+import keelnorm as kn
+from keelnorm.lab.claims import _shifts, inference, loss_landscape, placement, scales, small_batches, weight_decay
+from keelnorm.lab.claims._shifts import ShiftingNoise, cosine_after_earlier_layers
+from keelnorm.lab.claims.gradients import THEORY, gradient_norms
+from keelnorm.lab.claims.hyperparameters import LEAST_MOMENTUM_LEFT, RATES, SCALES, settings
+from keelnorm.lab.core.seeds import generator
+from keelnorm.lab.data import table
+from keelnorm.lab.training.arms import BN, NONE
+from keelnorm.lab.training.cost_measurement import SIZES, build, networks, saved_bytes
+from keelnorm.lab.training.frechet import frechet_distance
+from keelnorm.lab.training.networks import StackedMLP
+from keelnorm.lab.training.train import losses
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ class TestSmallBatches:
         x = x.double()
         losses(stack.train(), x, y).sum().backward()
         parts = list(zip(x.split(2), y.split(2), strict=True))
-        ek.backward_as_one_batch(
+        kn.backward_as_one_batch(
             other.train(), lambda part: losses(other, *part).sum() / small_batches.ACCUMULATED, parts
         )
         for (name, ours), theirs in zip(stack.named_parameters(), other.parameters(), strict=True):
@@ -85,7 +85,7 @@ class TestSmallBatches:
         with torch.no_grad():
             layer.weight.copy_(stack.weights[0])
         x, _ = batch()
-        torch.testing.assert_close(stack.linear(0, x.unsqueeze(0))[0], ek.center_weights(layer)(x))
+        torch.testing.assert_close(stack.linear(0, x.unsqueeze(0))[0], kn.center_weights(layer)(x))
 
     @pytest.mark.parametrize("arm", list(small_batches.ARMS))
     def test_replicas_of_a_remedy_do_not_mix(self, arm):
@@ -217,7 +217,7 @@ class TestCost:
         kind, widths, _ = SIZES[size]
         made = networks(kind, tuple(min(width, 16) for width in widths))
         x = torch.randn(8, 1, 8, 8)
-        torch.testing.assert_close(made["torch"](x), made["evenkeel"](x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(made["torch"](x), made["keelnorm"](x), rtol=1e-4, atol=1e-5)
         assert not [m for m in made["none"].modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     def test_saved_bytes_are_those_of_what_autograd_keeps(self):
@@ -239,7 +239,7 @@ class TestCost:
 
 class TestInference:
     def test_a_sample_alone_equals_that_sample_in_a_batch_only_in_evaluation(self):
-        model = inference.network(ek.BatchNorm1d, 6, 3)
+        model = inference.network(kn.BatchNorm1d, 6, 3)
         x = torch.randn(60, 6)
         model(x)
         assert inference.alone(model.eval(), x) < 1e-5

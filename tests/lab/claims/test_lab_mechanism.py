@@ -7,13 +7,13 @@ import torch
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from evenkeel.lab.claims import _shifts, affine_only, gradients, loss_landscape
-from evenkeel.lab.core.seeds import generator
-from evenkeel.lab.core.threads import one_thread
-from evenkeel.lab.data import images
-from evenkeel.lab.training.arms import BN, NONE
-from evenkeel.lab.training.networks import StackedMLP
-from evenkeel.lab.training.train import losses
+from keelnorm.lab.claims import _shifts, affine_only, gradients, loss_landscape
+from keelnorm.lab.core.seeds import generator
+from keelnorm.lab.core.threads import one_thread
+from keelnorm.lab.data import images
+from keelnorm.lab.training.arms import BN, NONE
+from keelnorm.lab.training.networks import StackedMLP
+from keelnorm.lab.training.train import losses
 
 
 @pytest.fixture(autouse=True)

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from evenkeel.lab.claims import affine_only, covariate_shift, gradients, loss_landscape, placement
-from evenkeel.lab.core.cell import Results
-from evenkeel.lab.core.plan import Plan
-from evenkeel.lab.reading.verdicts import verdict
+from keelnorm.lab.claims import affine_only, covariate_shift, gradients, loss_landscape, placement
+from keelnorm.lab.core.cell import Results
+from keelnorm.lab.core.plan import Plan
+from keelnorm.lab.reading.verdicts import verdict
 
 PLAN = Plan(quick=True, seeds=3)
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from evenkeel.lab.claims import (
+from keelnorm.lab.claims import (
     _decay,
     convergence,
     hyperparameters,
@@ -15,12 +15,12 @@ from evenkeel.lab.claims import (
     learning_rate,
     weight_decay,
 )
-from evenkeel.lab.core.cell import Results
-from evenkeel.lab.core.plan import Plan
-from evenkeel.lab.data import images
-from evenkeel.lab.reading.verdicts import verdict
-from evenkeel.lab.training.trials import trial
-from evenkeel.measure.statistics import speedup
+from keelnorm.lab.core.cell import Results
+from keelnorm.lab.core.plan import Plan
+from keelnorm.lab.data import images
+from keelnorm.lab.reading.verdicts import verdict
+from keelnorm.lab.training.trials import trial
+from keelnorm.measure.statistics import speedup
 
 QUICK = Plan()
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from evenkeel.lab.claims import batch_size, small_batches
-from evenkeel.lab.core.cell import Results
-from evenkeel.lab.core.plan import Plan
+from keelnorm.lab.claims import batch_size, small_batches
+from keelnorm.lab.core.cell import Results
+from keelnorm.lab.core.plan import Plan
 
 PLAN = Plan(quick=True, seeds=4)
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from evenkeel.lab.claims import _sequences, recurrent
-from evenkeel.lab.claims._sequences import Reader, sequences
-from evenkeel.lab.core.cell import Results
-from evenkeel.lab.core.plan import Plan
-from evenkeel.lab.core.threads import one_thread
-from evenkeel.lab.reading.verdicts import verdict
+from keelnorm.lab.claims import _sequences, recurrent
+from keelnorm.lab.claims._sequences import Reader, sequences
+from keelnorm.lab.core.cell import Results
+from keelnorm.lab.core.plan import Plan
+from keelnorm.lab.core.threads import one_thread
+from keelnorm.lab.reading.verdicts import verdict
 
 FULL = Plan(quick=False, seeds=3)
 

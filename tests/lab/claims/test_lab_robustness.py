@@ -5,17 +5,17 @@ import copy
 import pytest
 import torch
 
-import evenkeel as ek
-from evenkeel.lab.claims import robustness, scales
-from evenkeel.lab.core.cell import Results
-from evenkeel.lab.core.plan import Plan
-from evenkeel.lab.core.seeds import generator
-from evenkeel.lab.core.threads import one_thread
-from evenkeel.lab.data import CORRUPTIONS, corrupted, digits, table
-from evenkeel.lab.reading.verdicts import verdict
-from evenkeel.lab.training.arms import BN, NONE
-from evenkeel.lab.training.networks import StackedCNN, StackedMLP
-from evenkeel.lab.training.train import Descent, right, train
+import keelnorm as kn
+from keelnorm.lab.claims import robustness, scales
+from keelnorm.lab.core.cell import Results
+from keelnorm.lab.core.plan import Plan
+from keelnorm.lab.core.seeds import generator
+from keelnorm.lab.core.threads import one_thread
+from keelnorm.lab.data import CORRUPTIONS, corrupted, digits, table
+from keelnorm.lab.reading.verdicts import verdict
+from keelnorm.lab.training.arms import BN, NONE
+from keelnorm.lab.training.networks import StackedCNN, StackedMLP
+from keelnorm.lab.training.train import Descent, right, train
 
 PLAN = Plan(quick=True, seeds=3)
 
@@ -158,7 +158,7 @@ def test_batch_norm_on_the_input_is_standardizing_by_the_batch():
     x = split.train_x[:16].double()
     scaled = (x - x.mean(dim=0)) / (x.var(dim=0, correction=0) + 1e-5).sqrt()
     assert torch.allclose(network(split.train_x[:16]), plain(scaled.float()), atol=1e-4)
-    ek.recalibrate(network, [split.train_x])
+    kn.recalibrate(network, [split.train_x])
     network.eval()
     standard = scales.standardized(split)
     assert torch.allclose(network(split.test_x), plain(standard.test_x), atol=0.05)  # ε, and the unbiased variance

@@ -81,7 +81,7 @@ def write_speech(folder: Path) -> None:
 
 def readers_folder(name: str) -> Path:
     """The folder with real data; skips where there is none, or it has no such data in it."""
-    folder = os.environ.get("EVENKEEL_DATA_DIR")
+    folder = os.environ.get("KEELNORM_DATA_DIR")
     if not folder or not (Path(folder) / name).is_dir():
-        pytest.skip(f"EVENKEEL_DATA_DIR names no folder with {name}/ in it")
+        pytest.skip(f"KEELNORM_DATA_DIR names no folder with {name}/ in it")
     return Path(folder)

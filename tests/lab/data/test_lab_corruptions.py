@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from evenkeel.lab.core.seeds import generator
-from evenkeel.lab.data import CORRUPTIONS, corrupted, digits
-from evenkeel.lab.data.corruptions import SEVERITIES
+from keelnorm.lab.core.seeds import generator
+from keelnorm.lab.data import CORRUPTIONS, corrupted, digits
+from keelnorm.lab.data.corruptions import SEVERITIES
 
 SHAPES = [(40, 1, 8, 8), (20, 1, 28, 28), (10, 3, 32, 32), (10, 3, 20, 30)]
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from data_files import readers_folder, tone, write_idx, write_mnist, write_picture, write_speech, write_wav
 
-from evenkeel.lab.data import DataError, discover
-from evenkeel.lab.data import data_folder as folders
-from evenkeel.lab.data.data_folder import files_of, reading_from
+from keelnorm.lab.data import DataError, discover
+from keelnorm.lab.data import data_folder as folders
+from keelnorm.lab.data.data_folder import files_of, reading_from
 
 
 def kinds(folder):

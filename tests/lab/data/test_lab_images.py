@@ -10,12 +10,12 @@ import torch
 from data_files import readers_folder, write_idx, write_mnist, write_picture
 from PIL import Image
 
-from evenkeel.engine import optional_imports
-from evenkeel.lab.data import DataError, digits, discover, images, limits, pictures, table
-from evenkeel.lab.data.data_folder import reading_from
-from evenkeel.lab.data.idx import read_idx, read_mnist
-from evenkeel.lab.data.images import all_images
-from evenkeel.lab.data.pictures import read_pictures
+from keelnorm.engine import optional_imports
+from keelnorm.lab.data import DataError, digits, discover, images, limits, pictures, table
+from keelnorm.lab.data.data_folder import reading_from
+from keelnorm.lab.data.idx import read_idx, read_mnist
+from keelnorm.lab.data.images import all_images
+from keelnorm.lab.data.pictures import read_pictures
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -190,7 +190,7 @@ def test_what_is_left_out_is_said(tmp_path, monkeypatch):
             write_picture(tmp_path / f"{place}" / f"{number}.png", (place, 0, 0))
     found = discover(tmp_path)
     assert limits(tmp_path, found) == []
-    monkeypatch.setattr(import_module("evenkeel.lab.data.limits"), "MOST_CLASSES", 2)  # the function has its name
+    monkeypatch.setattr(import_module("keelnorm.lab.data.limits"), "MOST_CLASSES", 2)  # the function has its name
     [said] = limits(tmp_path, found)
     assert (
         said

@@ -9,11 +9,11 @@ import pytest
 import torch
 from data_files import readers_folder, tone, write_speech, write_wav
 
-from evenkeel.lab.data import DataError, characters, digits, discover, spoken, wav
-from evenkeel.lab.data.data_folder import reading_from
-from evenkeel.lab.data.spoken import read_recordings
-from evenkeel.lab.data.text import divided
-from evenkeel.lab.data.wav import log_mel, read_wav, span, word_and_speaker
+from keelnorm.lab.data import DataError, characters, digits, discover, spoken, wav
+from keelnorm.lab.data.data_folder import reading_from
+from keelnorm.lab.data.spoken import read_recordings
+from keelnorm.lab.data.text import divided
+from keelnorm.lab.data.wav import log_mel, read_wav, span, word_and_speaker
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])

@@ -1,1 +1,0 @@
-"""The benchmark behind `evenkeel bench`."""

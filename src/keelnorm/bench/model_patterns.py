@@ -1,0 +1,96 @@
+"""What a run of a model shows of its batch norms' neighbours: counted apart from what converts and folds them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from keelnorm.surgery.observation.call_record import Call, FunctionCall, ModuleCall, Trace, Value
+from keelnorm.surgery.observation.observe import observe
+
+_ACTIVATIONS = {
+    "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "silu", "gelu", "hardswish", "hardsigmoid",
+    "sigmoid", "sigmoid_", "tanh", "tanh_", "mish", "softplus",
+}  # fmt: skip
+#: Ends of the names of modules that are activations, whatever functions they call.
+_OWN = ("swish", "sigmoid", "mish", "silu", "gelu", "relu", "relu6")
+_ADDITIONS = {"add", "add_", "iadd", "radd", "__add__", "__iadd__"}
+_PRODUCERS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"}
+
+
+def count(model: nn.Module, x: Any) -> tuple[int, int]:
+    """How many batch norms' calls an addition or an activation follows that could run with them, and how many have
+    a convolution or linear layer in front of them that nobody else reads.
+
+    Args:
+        model: In evaluation.
+        x: Its argument.
+    """
+    trace = observe(model, (x,))
+    calls = [call for call in trace.modules if isinstance(call.module, _BatchNorm)]
+    outputs = {value for call in calls for value in call.outputs}
+    # One module under several names is left alone by folding.
+    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    additions: set[int] = set()
+    fusible = foldable = 0
+    for call in calls:
+        foldable += names[id(call.module)] == 1 and _is_behind_a_producer(trace, call)
+        (value,) = call.outputs or (None,)
+        if value is None or trace.holders(value):
+            continue
+        addition = _only_reader(trace, value, _ADDITIONS)
+        if addition is not None and len(addition.inputs) == 2 and _same_shape(addition):
+            fusible += id(addition) not in additions  # one addition runs with one of two batch norms
+            additions.add(id(addition))
+        else:
+            fusible += _has_activation(trace, value)
+    assert outputs or not calls
+    return fusible, foldable
+
+
+def _is_behind_a_producer(trace: Trace, call: ModuleCall) -> bool:
+    value = call.inputs[0]
+    writer = trace.writer(value)
+    return (
+        writer is not None
+        and _name(writer) in _PRODUCERS
+        and not trace.holders(value)
+        and all(reader.within(call) for reader in trace.readers(value))
+    )
+
+
+def _has_activation(trace: Trace, value: Value) -> bool:
+    if _only_reader(trace, value, _ACTIVATIONS) is not None:
+        return True
+    readers = _readers(trace, value)
+    insides = {reader.inside for reader in readers}
+    if {_name(reader) for reader in readers} == {"sigmoid", "mul"}:
+        return True
+    if len(insides) != 1 or (inside := insides.pop()) is None:
+        return False
+    kind = type(inside.module).__name__.lower()
+    return not list(inside.module.parameters()) and kind.endswith(_OWN) and kind != "prelu"
+
+
+def _only_reader(trace: Trace, value: Value, names: set[str]) -> FunctionCall | None:
+    readers = _readers(trace, value)
+    if len(readers) != 1 or not isinstance(readers[0], FunctionCall) or _name(readers[0]) not in names:
+        return None
+    return readers[0]
+
+
+def _readers(trace: Trace, value: Value) -> list[Call]:
+    """Who reads a value, apart from dropout, which in evaluation hands it on."""
+    return [reader for reader in trace.readers(value) if _name(reader) != "dropout"]
+
+
+def _same_shape(call: FunctionCall) -> bool:
+    shapes = {tuple(value.shape) for value in call.args if hasattr(value, "shape")}
+    return len(shapes) == 1
+
+
+def _name(call: Call) -> str:
+    return str(getattr(call.function, "__name__", call.function)) if isinstance(call, FunctionCall) else ""

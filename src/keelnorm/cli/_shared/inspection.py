@@ -1,0 +1,200 @@
+"""What there is to know about the batch norms of a model, in a report."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from keelnorm.cli._shared.failures import one_line
+from keelnorm.control.freezing import frozen
+from keelnorm.control.layer_selection import Where
+from keelnorm.surgery import Report, convert, fold
+from keelnorm.surgery.folding.foldable_layers import channels_of
+from keelnorm.surgery.known_layers import is_frozen, notes_on
+from keelnorm.surgery.observation.call_record import Call, ModuleCall, Trace
+from keelnorm.surgery.observation.nested_tensors import call_of
+from keelnorm.surgery.observation.observe import observe, preserved
+from keelnorm.surgery.target_layers import chosen
+
+#: A channel with a smaller |γ| is counted as dead: what it gives is β.
+DEAD = 1e-6
+
+
+class Range(NamedTuple):
+    """The least and the largest of some numbers; in JSON a list of both."""
+
+    least: float
+    largest: float
+
+    def __str__(self) -> str:
+        return " to ".join(dict.fromkeys(f"{value:.3g}" for value in self))
+
+
+def inspect_model(model: nn.Module, example: Any, *, where: Where = None, evaluation: bool = True) -> Report:
+    """A row for each batch norm.
+
+    Args:
+        model: Any module. Its modes change; all else is as before.
+        example: As in ``kn.fold``; None leaves out what only a run tells: what is beside a batch norm, what it runs
+            with after ``kn.convert``, and whether it can be folded.
+        where: Which batch norms; None for all.
+        evaluation: The mode of that run.
+    """
+    layers = chosen("inspect", model, where)
+    held = {path: is_frozen(layer) or frozen(layer)[""].statistics for path, layer in layers.items()}
+    rows = {path: _facts(path, layer, held[path]) for path, layer in layers.items()}
+    notes = notes_on(model)
+    summary = {"batch norms": len(rows), "channels": sum(row["channels"] or 0 for row in rows.values())}
+    summary["dead channels"] = sum(row["dead"] or 0 for row in rows.values())
+
+    if example is not None:
+        fusing = _tried("fuses with", lambda: _converted(model, example, where, notes), notes)
+        for row in fusing.rows if fusing else ():
+            rows[row["path"]]["fuses with"] = row["runs with"]
+        if fusing:
+            summary["fusible"] = fusing.summary["fused"]
+        args, kwargs = call_of("inspect", example)
+        trace = observe(model.train(not evaluation), args, kwargs)
+        for path, layer in layers.items():
+            rows[path].update(_neighbours(trace, layer))
+        del trace
+        folding = _tried("folds into", lambda: fold(model.eval(), example, where=where)[1], notes)
+        for row in folding.rows if folding else ():
+            rows[row["path"]]["folds into"] = row["into"] or None
+        if folding:
+            summary["foldable"] = folding.summary["folded"]
+    return Report("inspect", summary, list(rows.values()), notes)
+
+
+def run_twice(model: nn.Module, example: Any) -> list[str]:
+    """Run a converted model so that its layers learn what follows them: twice in evaluation, and twice in training.
+
+    Buffers, modes and random generators are as before after it.
+
+    Returns:
+        A note if the model does not run in training on the example, as with a single value per channel.
+
+    Raises:
+        Whatever the model raises in evaluation.
+    """
+    args, kwargs = call_of("convert", example)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with preserved(model, (args, kwargs)):
+            for _ in range(2):
+                model.eval()(*args, **kwargs)
+        try:
+            with preserved(model, (args, kwargs)):
+                for _ in range(2):
+                    model.train()(*args, **kwargs)
+        except Exception as error:  # whatever a model's code raises
+            return [f"The model was run in evaluation alone; in training it raised {one_line(error)}"]
+        return []
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def without_constants(report: Report) -> Report:
+    """The report for a terminal: what is the same in every row stands below the table."""
+    same = {
+        name: report.rows[0][name]
+        for name in ("kind", "eps", "momentum", "mode", "moments", "batches")
+        if len(report.rows) > 1 and len({row[name] for row in report.rows}) == 1
+    }
+    rows = [{name: value for name, value in row.items() if name not in same} for row in report.rows]
+    told = ", ".join(f"{name} {value}" for name, value in same.items() if value is not None)
+    return replace(report, rows=rows, notes=[*([f"All of them: {told}."] if told else []), *report.notes])
+
+
+def _converted(model: nn.Module, example: Any, where: Where, notes: list[str]) -> Report:
+    """The report of a converted copy that has run."""
+    converted, report = convert(copy.deepcopy(model), where=where)
+    notes += run_twice(converted, example)
+    return report
+
+
+def _facts(path: str, layer: _BatchNorm, held: bool) -> dict[str, Any]:
+    kind = type(layer)
+    weight = _numbers(layer.weight)
+    gains = None if weight is None else weight.abs()
+    return {
+        "path": path,
+        "kind": f"kn.{kind.__name__}" if kind.__module__.partition(".")[0] == "keelnorm" else kind.__name__,
+        "channels": channels_of(layer) or None,  # a lazy layer has 0
+        "eps": layer.eps,
+        "momentum": getattr(layer, "momentum", None),  # which frozen ones of other packages lack
+        "mode": "frozen" if held else "train" if layer.training else "eval",
+        "moments": _moments(layer),
+        "batches": _number_of_batches(layer),
+        "running var": _range(_numbers(layer.running_var)),
+        "|weight|": _range(gains),
+        "dead": None if gains is None else int((gains < DEAD).sum()),
+        "comes after": None,
+        "goes to": None,
+        "fuses with": None,
+        "folds into": None,
+    }
+
+
+def _moments(layer: _BatchNorm) -> str:
+    if layer.running_mean is None or layer.running_var is None:
+        return "none"
+    moments = [_numbers(layer.running_mean), _numbers(layer.running_var)]
+    if any(moment is None for moment in moments):
+        return "not there yet"
+    return (
+        "finite"
+        if all(bool(torch.isfinite(moment).all()) for moment in moments if moment is not None)
+        else "not finite"
+    )
+
+
+def _number_of_batches(layer: _BatchNorm) -> int | None:
+    count = _numbers(getattr(layer, "num_batches_tracked", None))
+    return int(count) if count is not None and count.numel() == 1 else None
+
+
+def _range(values: Tensor | None) -> Range | None:
+    return None if values is None else Range(float(values.min()), float(values.max()))
+
+
+def _numbers(values: Any) -> Tensor | None:
+    """A tensor that has some, which those of lazy layers and on the meta device have not."""
+    if not isinstance(values, Tensor) or is_lazy(values) or values.is_meta or not values.numel():
+        return None
+    return values.detach()
+
+
+def _neighbours(trace: Trace, layer: _BatchNorm) -> dict[str, Any]:
+    calls = trace.calls_of(layer)
+    if not calls or not calls[0].inputs or not calls[0].outputs:
+        return {"comes after": None if calls else "not called"}
+    before, after = calls[0].inputs[0], calls[0].outputs[0]
+    writer = trace.writer(before)
+    source = _named(writer) if writer else "the model's input" if trace.is_given(before) else None
+    readers = [_named(reader) for reader in trace.readers(after)] or trace.holders(after)
+    times = f" (called {len(calls)} times)" if len(calls) > 1 else ""
+    return {"comes after": source and source + times, "goes to": ", ".join(dict.fromkeys(readers)) or None}
+
+
+def _named(call: Call) -> str:
+    """A layer that has no modules in it by its name, else the function that its code calls."""
+    layer = call if isinstance(call, ModuleCall) else call.inside
+    return str(layer if layer is not None and layer.path and not any(layer.module.children()) else call)
+
+
+def _tried(column: str, operation: Callable[[], Report], notes: list[str]) -> Report | None:
+    """An operation's report; None, and a note, for a model that it can't be done to."""
+    try:
+        return operation()
+    except Exception as error:  # whatever a model's code raises when it is copied or run
+        notes.append(f"Not known what it {column}: {one_line(error)}")
+        return None

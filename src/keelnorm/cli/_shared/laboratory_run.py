@@ -1,0 +1,80 @@
+"""What `keelnorm demo` and `keelnorm lab run` do alike: run an order with a progress bar, write the page, print."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+
+from keelnorm.cli._shared.exit_status import status_of, words
+from keelnorm.cli._shared.laboratory_options import fail
+
+if TYPE_CHECKING:
+    from keelnorm.lab.core.laboratory import Order
+    from keelnorm.lab.core.store import Store
+
+PACKAGES = ("joblib", "sklearn", "scipy", "plotly", "jinja2")
+"""What the extra [lab] brings."""
+
+
+def opened(page: Path, *, fresh: bool = False) -> Store:
+    """The results beside a page; what is wrong with them is said on the error stream."""
+    from keelnorm.lab.core.laboratory import results_beside
+    from keelnorm.lab.core.store import Store
+
+    store = Store(results_beside(page), reuse=not fresh)
+    for warning in store.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    return store
+
+
+def measure(
+    order: Order,
+    page: Path,
+    *,
+    jobs: int | None,
+    fresh: bool,
+    as_json: bool,
+    around: AbstractContextManager[Any] | None = None,
+) -> None:
+    """Run the order, write its page and print the document; exit status 1 when a cell failed.
+
+    `around` is entered for the run: a cluster, or the reuse of memory.
+    """
+    from keelnorm.lab.core.clusters import ClusterError
+    from keelnorm.lab.core.laboratory import run_order
+    from keelnorm.lab.core.progress import ProgressBar
+
+    store = opened(page, fresh=fresh)
+    kept = f"what was measured is kept in {store.path}, and the same command goes on"
+    try:
+        with around or nullcontext(), ProgressBar(Console(stderr=True)) as bar:
+            document = run_order(order, store, jobs=jobs, listener=bar)
+    except KeyboardInterrupt as stop:
+        raise fail(f"stopped; {kept}", status_of(stop)) from None
+    except OSError as error:
+        raise fail(f"{words(error)}; {kept}") from None
+    except ClusterError as error:
+        raise fail(f"{error}; {kept}") from None
+    deliver(document, page, store, as_json=as_json)
+    if document["run"]["failed"]:
+        raise fail(f"{document['run']['failed']} of {document['run']['cells']} cells failed")
+
+
+def deliver(document: dict[str, Any], page: Path, store: Store, *, as_json: bool) -> None:
+    """Write the page of a document, and print it in words or as JSON; where one of the two fails, still the other."""
+    from keelnorm.measure.page.html import write_page
+    from keelnorm.measure.page.terminal import show
+
+    document["files"] = {"page": str(page), "results": str(store.path)}
+    try:
+        write_page(document, page)
+    finally:
+        if as_json:
+            typer.echo(json.dumps(document, allow_nan=False))
+        else:
+            show(document, Console())

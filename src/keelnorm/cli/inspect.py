@@ -1,0 +1,45 @@
+"""The command `keelnorm inspect`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from keelnorm.cli._shared import model_options
+from keelnorm.cli._shared.failures import aside, told_in_one_line
+
+
+@told_in_one_line("inspect")
+def inspect_command(
+    model: model_options.Model,
+    args: model_options.Args = None,
+    weights: model_options.Weights = None,
+    key: model_options.Key = None,
+    prefix: model_options.Prefix = None,
+    inputs: model_options.Input = None,
+    example_file: model_options.Example = None,
+    where: model_options.Where = None,
+    evaluation: Annotated[
+        bool, typer.Option("--eval/--train", help="The mode in which the model is run on --input or --example.")
+    ] = True,
+    as_json: model_options.AsJson = False,
+    report_file: model_options.ReportFile = None,
+    force: model_options.Force = False,
+) -> None:
+    """List a model's batch norms: what they are, their running statistics and γ, and what stands beside them.
+
+    With --input or --example it says too what comes before and after each, and which of them can be folded.
+    """
+    from keelnorm.cli._shared.example_inputs import example_of
+    from keelnorm.cli._shared.inspection import inspect_model, without_constants
+    from keelnorm.cli._shared.model_source import load_model
+    from keelnorm.cli._shared.output import Output
+
+    output = Output(as_json, report_file, None, force)
+    with aside():
+        network, notes = load_model(model, args, weights, key, prefix)
+        example = example_of(network, inputs, example_file)
+        report = inspect_model(network, example, where=where or None, evaluation=evaluation)
+        report.notes[:0] = notes
+    output.tell(report, without_constants(report))

@@ -1,0 +1,62 @@
+"""The command `keelnorm recalibrate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from keelnorm.cli._shared import model_options
+from keelnorm.cli._shared.failures import aside, told_in_one_line
+
+
+@told_in_one_line("recalibrate")
+def recalibrate_command(
+    model: model_options.Model,
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="DATA",
+            help="A .safetensors, .npy or .npz file with one array, the inputs (N, ...); or package.module:callable "
+            "that returns an iterable of batches.",
+        ),
+    ],
+    args: model_options.Args = None,
+    weights: model_options.Weights = None,
+    key: model_options.Key = None,
+    prefix: model_options.Prefix = None,
+    where: model_options.Where = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Inputs of a file that are run at once.")] = 64,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="One layer after the other, each on what the new ones before it give.")
+    ] = False,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0.0, help="Stop when the moments are known this well; else all data is used.")
+    ] = None,
+    max_batches: Annotated[int | None, typer.Option(min=1, help="Use this many batches at most.")] = None,
+    out: model_options.Out = None,
+    as_json: model_options.AsJson = False,
+    report_file: model_options.ReportFile = None,
+    force: model_options.Force = False,
+) -> None:
+    """Compute a model's running statistics anew from data, and show how far off they were."""
+    from keelnorm import surgery
+    from keelnorm.cli._shared.example_inputs import batches_of
+    from keelnorm.cli._shared.model_source import load_model
+    from keelnorm.cli._shared.output import Output
+
+    output = Output(as_json, report_file, out, force)
+    with aside():
+        network, notes = load_model(model, args, weights, key, prefix)
+        network, report = surgery.recalibrate(
+            network,
+            batches_of(network, data, batch_size),
+            where=where or None,
+            sequential=sequential,
+            tolerance=tolerance,
+            max_batches=max_batches,
+        )
+        report.notes[:0] = notes
+        output.save(network, report)
+    output.tell(report)

@@ -1,0 +1,186 @@
+"""Batch norms that keep their statistics, their parameters, or both, whatever the training loop does."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from keelnorm.control import layer_overrides
+from keelnorm.control.layer_selection import Where, named, select, select_some
+
+
+class Frozen(NamedTuple):
+    """What of a layer is frozen.
+
+    Args:
+        statistics: The running statistics normalize, and ``train()`` does not change that.
+        affine: No parameter of the layer requires a gradient.
+    """
+
+    statistics: bool
+    affine: bool
+
+
+def freeze(model: torch.nn.Module, statistics: bool = True, affine: bool = True, *, where: Where = None) -> list[str]:
+    """Keep batch norms as they are: their statistics, their parameters, or both, until :func:`unfreeze`.
+
+    With frozen statistics a layer computes y = (x − running_mean) / √(running_var + eps) · γ + β in training too, and
+    never updates its running statistics, though ``model.train()`` be called every epoch. Frozen parameters require no
+    gradient and have none, so that no optimizer changes them, by weight decay or momentum either.
+
+    Args:
+        model: A model, or a layer: keelnorm's, torch.nn's, and subclasses of them.
+        statistics: Freeze the running statistics.
+        affine: Freeze γ and β, and whatever other parameters the layer has.
+        where: A pattern for the layers' paths (``"layer1.*"``), a module's path, or several; None for all.
+
+    Returns:
+        The paths of the layers.
+
+    State:
+        Parameters, buffers and state_dict stay as they are. What is frozen goes along with ``copy.deepcopy``,
+        ``pickle`` and ``torch.save`` of the module, and is in force in compiled models too. ``reset_running_stats`` of
+        a frozen layer does nothing, so that ``torch.optim.swa_utils.update_bn`` passes it over. Loading a state_dict
+        still sets the moments. Freezing twice is freezing once. No hook is set: ``kn.Sequential`` still fuses.
+        Whoever replaces the layer loses it: freeze after ``convert_sync_batchnorm``, and before
+        DistributedDataParallel, which takes note of the parameters that train. An assignment to ``layer.training`` gets
+        past it; :func:`assert_frozen` finds that.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: There is no batch norm, or none that ``where`` means; a layer has no running statistics, or none
+        yet.
+            The model is as before, as it is after an error in a layer's own code.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+        >>> freeze(model)
+        ['1']
+        >>> model.train()[1].training, model[1].weight.requires_grad
+        (False, False)
+    """
+    layers = select_some("freeze", model, where)
+    if statistics:
+        _check_statistics(layers)
+
+    def change(layer: _BatchNorm) -> None:
+        if statistics:
+            layer_overrides.hold_statistics(layer)
+        if affine:
+            layer_overrides.turn_off(layer)
+
+    layer_overrides.all_or_none(layers, change)
+    return list(layers)
+
+
+def unfreeze(model: torch.nn.Module, statistics: bool = True, affine: bool = True, *, where: Where = None) -> list[str]:
+    """Undo :func:`freeze`, as a whole or in part.
+
+    Layers get the mode that was last asked of them by ``train()`` or ``eval()``, or had when they were frozen. Of the
+    parameters those require a gradient again that ``freeze`` had turned off; one that was off before stays off.
+
+    Args:
+        model, statistics, affine, where: As in :func:`freeze`.
+
+    Returns:
+        The paths of the layers that were meant, frozen or not.
+
+    Raises:
+        As :func:`freeze`, save that a layer without running statistics is no error.
+
+    Example:
+        >>> layer = torch.nn.BatchNorm1d(3)
+        >>> _ = freeze(layer)
+        >>> _ = unfreeze(layer, affine=False)
+        >>> frozen(layer)
+        {'': Frozen(statistics=False, affine=True)}
+    """
+    layers = select_some("unfreeze", model, where)
+
+    def change(layer: _BatchNorm) -> None:
+        if statistics:
+            layer_overrides.let_go_statistics(layer)
+        if affine:
+            layer_overrides.turn_on(layer)
+
+    layer_overrides.all_or_none(layers, change)
+    return list(layers)
+
+
+def frozen(model: torch.nn.Module, *, where: Where = None) -> dict[str, Frozen]:
+    """What is frozen of each batch norm, by its path.
+
+    Example:
+        >>> frozen(torch.nn.BatchNorm1d(3))
+        {'': Frozen(statistics=False, affine=False)}
+    """
+    return {
+        path: Frozen(
+            layer_overrides.is_held(layer) and not layer.training,
+            not any(parameter.requires_grad for parameter in layer.parameters()),
+        )
+        for path, layer in select("frozen", model, where).items()
+    }
+
+
+def assert_frozen(
+    model: torch.nn.Module, statistics: bool = True, affine: bool = True, *, where: Where = None
+) -> list[str]:
+    """Raise unless the batch norms are frozen, as a test or a training script may want to make sure.
+
+    Args:
+        model, statistics, affine, where: As in :func:`freeze`.
+
+    Returns:
+        The paths of the layers.
+
+    Raises:
+        AssertionError: Names each layer that is not frozen, and what of it. It does not depend on Python's -O.
+        TypeError, ValueError: ``model`` is no module; there is no batch norm, or none that ``where`` means.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+        >>> assert_frozen(model, affine=False)
+        Traceback (most recent call last):
+        AssertionError: assert_frozen: 1 of 1 batch norms are not frozen: 0 (statistics: freeze has not been called)
+    """
+    layers = select_some("assert_frozen", model, where)
+    failures = {path: _unfrozen(layer, statistics, affine) for path, layer in layers.items()}
+    listed = [f"{named(path)} ({'; '.join(reasons)})" for path, reasons in failures.items() if reasons]
+    if listed:
+        raise AssertionError(
+            f"assert_frozen: {len(listed)} of {len(layers)} batch norms are not frozen: {', '.join(listed)}"
+        )
+    return list(layers)
+
+
+def _unfrozen(layer: _BatchNorm, statistics: bool, affine: bool) -> list[str]:
+    """What is not frozen of a layer, in words."""
+    reasons = []
+    if statistics and layer.running_mean is None:
+        reasons.append("statistics: there are no running statistics")
+    elif statistics and not layer_overrides.is_held(layer):
+        reasons.append("statistics: freeze has not been called")
+    elif statistics and layer.training:
+        reasons.append("statistics: training was set to True by assignment; call freeze again")
+    if affine:
+        names = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
+        if names:
+            reasons.append(f"affine: {', '.join(names)} with requires_grad=True")
+    return reasons
+
+
+def _check_statistics(layers: dict[str, _BatchNorm]) -> None:
+    for path, layer in layers.items():
+        if layer.running_mean is None:
+            raise ValueError(
+                f"freeze: {named(path)} has no running statistics (track_running_stats=False), so its statistics "
+                "can't be frozen. Leave it out by where=, or pass statistics=False"
+            )
+        if is_lazy(layer.running_mean):
+            raise ValueError(
+                f"freeze: {named(path)} is lazy and has no running statistics before its first forward; run one first"
+            )

@@ -1,0 +1,211 @@
+"""How blocks reach a layer: keelnorm's ask their control themselves, around torch.nn's stand two hooks that do."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from keelnorm.control.run_uncompiled import uncompiled
+from keelnorm.engine.recomputation import is_second_run
+from keelnorm.functional import moments as moments_of
+from keelnorm.moments import Moments
+from keelnorm.nn._shared.statistics_control import Control, Controlled
+
+#: What a running layer has set: its flag, and its look at the input.
+_FLAG, _CHECK = "track_running_stats", "_check_input_dim"
+#: For what several threads' blocks and forwards change.
+_lock = threading.RLock()
+
+
+def control_of(layer: _BatchNorm) -> Control | None:
+    """What the blocks that are open ask of the layer."""
+    if isinstance(layer, Controlled):
+        return layer._control
+    around = _around(layer)
+    return None if around is None else around.control
+
+
+def updating(layers: dict[str, _BatchNorm]) -> dict[str, _BatchNorm]:
+    """The layers that have running statistics and update them in training, or would without an open block."""
+    return {path: layer for path, layer in layers.items() if layer.running_mean is not None and _tracks(layer)}
+
+
+def _tracks(layer: _BatchNorm) -> bool:
+    around = _around(layer)
+    return layer.track_running_stats if around is None else around.tracks(layer)
+
+
+@contextmanager
+def controlled(layer: _BatchNorm) -> Iterator[Control]:
+    """Inside, the layer has a control. Blocks may end in any order."""
+    with _lock:
+        control = control_of(layer) or _attach(layer)
+        control.blocks += 1
+    try:
+        yield control
+    finally:
+        with _lock:
+            control.blocks -= 1
+            if control.blocks == 0:
+                _detach(layer, control)
+
+
+@contextmanager
+def held_off(layers: Iterable[_BatchNorm]) -> Iterator[None]:
+    """The layers leave their running statistics alone inside the block."""
+    layers = list(layers)
+    with ExitStack() as stack:
+        if not all(isinstance(layer, Controlled) for layer in layers):
+            stack.enter_context(uncompiled())
+        for layer in layers:
+            control = stack.enter_context(controlled(layer))
+            _pause(control, 1)
+            stack.callback(_pause, control, -1)
+        yield
+
+
+def _pause(control: Control, blocks: int) -> None:
+    with _lock:
+        control.pause(blocks)
+
+
+def _attach(layer: _BatchNorm) -> Control:
+    control = Control()
+    if isinstance(layer, Controlled):
+        vars(layer)["_control"] = control
+    else:
+        around = _Around(control)
+        # A lazy layer's own hook comes before, which makes what there is to track.
+        layer.register_forward_pre_hook(around.before, with_kwargs=True)
+        layer.register_forward_hook(around.after, prepend=True, with_kwargs=True, always_call=True)
+    return control
+
+
+def _detach(layer: _BatchNorm, control: Control) -> None:
+    # Whichever way it was reached: its class may have been changed meanwhile.
+    if vars(layer).get("_control") is control:
+        del vars(layer)["_control"]
+    around = _around(layer)
+    if around is not None and around.control is control:
+        around.remove(layer)
+
+
+def _around(layer: Module) -> _Around | None:
+    owners = (getattr(hook, "__self__", None) for hook in layer._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, _Around) and owner.control is not None), None)
+
+
+class _Seen(threading.local):
+    """What a thread's call has shown so far; None where it does not count."""
+
+    moments: list[Moments] | None = None
+    looked = False
+    #: The first argument's version before the forward.
+    version: int | None = None
+
+
+class _Around:
+    """The hooks of a layer whose forward asks its flag alone: it is off during each call, and what it was elsewhere.
+
+    Meanwhile the layer's check of its input shows what is normalized, which a subclass may have made of what it was
+    given. A forward that never checks is taken to normalize its first argument.
+
+    Args:
+        control: What is asked; None in a copy of the layer, where the hooks take themselves off at the first call.
+    """
+
+    def __init__(self, control: Control | None = None) -> None:
+        self.control = control
+        #: For each layer that is running (a replica of it may be, in another thread): how often, and its attributes.
+        self._running: dict[_BatchNorm, tuple[int, dict[str, Any]]] = {}
+        self._seen = _Seen()
+
+    def tracks(self, layer: _BatchNorm) -> bool:
+        """The layer's flag, as the user set it."""
+        attributes = self._running[layer][1] if layer in self._running else vars(layer)
+        return bool(attributes[_FLAG])
+
+    def before(self, layer: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if self.control is None:
+            self.remove(layer)
+            return
+        with _lock:
+            counts = layer.training and self.tracks(layer) and not self.control.paused and not is_second_run()
+            own = {name: vars(layer)[name] for name in (_FLAG, _CHECK) if name in vars(layer)}
+            calls, own = self._running.get(layer, (0, own))
+            self._running[layer] = calls + 1, own
+            layer.track_running_stats = False
+            layer._check_input_dim = partial(
+                self._look, own.get(_CHECK) or partial(type(layer)._check_input_dim, layer)
+            )
+        seen = self._seen
+        seen.moments, seen.looked = [] if counts and self.control.pool is not None else None, False
+        seen.version = _version(_first(inputs, keywords))
+
+    def _look(self, check: Callable[[Tensor], None], x: Tensor) -> None:
+        check(x)
+        self._seen.looked = True
+        if self._seen.moments is not None and x.numel() > 0:
+            self._seen.moments.append(moments_of(x.detach()))
+
+    def after(self, layer: Any, inputs: tuple[Any, ...], keywords: dict[str, Any], result: Any) -> None:
+        """Take what the forward has normalized, now that it has not raised."""
+        with _lock:
+            if layer in self._running:
+                self._leave(layer)
+        moments, self._seen.moments = self._seen.moments, None
+        if result is None or moments is None or self.control is None or self.control.pool is None:
+            return
+        if not self._seen.looked:
+            x = _first(inputs, keywords)
+            if not isinstance(x, Tensor) or _version(x) != self._seen.version:
+                raise RuntimeError(
+                    f"accumulate_statistics: a {type(layer).__name__} has a forward of its own that overwrites its "
+                    "input, so what it normalized can't be told. Leave it out by where="
+                )
+            moments.append(moments_of(x.detach(), keywords.get("mask")))
+        for each in moments:
+            self.control.pool.take(each)
+
+    def _leave(self, layer: _BatchNorm) -> None:
+        calls, own = self._running.pop(layer)
+        if calls > 1:
+            self._running[layer] = calls - 1, own
+        else:
+            vars(layer).pop(_CHECK, None)
+            vars(layer).update(own)
+
+    def remove(self, layer: Module) -> None:
+        """Take the hooks off a layer; an interrupted call may have left its flag off."""
+        for owner, (_, own) in list(self._running.items()):
+            self._running[owner] = 1, own
+            self._leave(owner)
+        tables = (
+            layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs,
+            layer._forward_hooks, layer._forward_hooks_with_kwargs, layer._forward_hooks_always_called,
+        )  # fmt: skip
+        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                for table in tables:
+                    table.pop(key, None)  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Around:
+        return _Around()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Around, ()
+
+
+def _first(inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    return inputs[0] if inputs else keywords.get("input")
+
+
+def _version(x: Any) -> int | None:
+    return x._version if isinstance(x, Tensor) and not x.is_inference() else None

@@ -1,0 +1,181 @@
+"""Batch normalization from torch's own differentiable operators, for what a fused operator can't answer.
+
+Exported programs, tensor subclasses and compiled code without native kernels take :func:`torch_operators`; function
+transforms (torch.func) and forward-mode derivatives take :func:`differentiable`; a backward that is itself
+differentiated takes :func:`backward`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from keelnorm.engine.activations import Activation
+from keelnorm.engine.arguments import State, refuse_derivative
+from keelnorm.engine.layout import counted, dense, per_channel, reduced_dims
+from keelnorm.engine.running_statistics import update_running
+from keelnorm.moments import Moments, compute_dtype, wide_dtype
+
+
+def torch_operators(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
+) -> Tensor:
+    """``act(bn(x) + residual)`` as ``torch.nn.functional.batch_norm`` and what follows it; masked, by the formula."""
+    if state.mask is not None or (state.training and x.numel() == x.shape[1] > 0):  # torch refuses one value
+        return differentiable(x, residual, weight, bias, state, act)
+    return _finish(_batch_norm(x, weight, bias, state), residual, act)
+
+
+def differentiable(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
+) -> Tensor:
+    """``act(bn(x) + residual)`` by the formula, right in every order and mode of differentiation.
+
+    ``torch.nn.functional.batch_norm`` is not: several of its mixed higher derivatives in training are wrong. It is good
+    for the running statistics, whose derivative nobody asks for.
+    """
+    if forward_ad._current_level >= 0:
+        for name, running in (("running_mean", state.running_mean), ("running_var", state.running_var)):
+            if running is not None and forward_ad.unpack_dual(running).tangent is not None:
+                refuse_derivative(state.what, name)
+    x = dense(x)
+    given, counts = x, None
+    if state.mask is not None:
+        counts = state.mask.unsqueeze(1)
+        x = counted(counts, x)  # what does not count may be anything
+    if state.training and state.update:
+        if state.mask is None and state.sink is None and x.numel() > x.shape[1]:
+            _batch_norm(x.detach(), None, None, state)
+        else:
+            _update(x.detach(), state)
+    fixed = None
+    if not state.training:
+        assert state.running_mean is not None and state.running_var is not None
+        wide = wide_dtype(x.device)
+        fixed = state.running_mean.to(wide), (state.running_var.to(wide) + state.eps).rsqrt()
+    xhat, _ = normalized(x, fixed, state.eps, counts)
+    y = xhat if weight is None else xhat * per_channel(weight.to(xhat.dtype), x)
+    y = y if bias is None else y + per_channel(bias.to(xhat.dtype), x)
+    y = _finish(y, residual, act).to(x.dtype if residual is None else torch.result_type(x, residual))
+    return y if counts is None else counted(counts, y, given if state.keep else None)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    fixed: tuple[Tensor, Tensor] | None,
+    y: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    act: Activation,
+    mask: Tensor | None = None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dresidual, dweight, dbias as differentiable functions of dy, x, weight, bias and residual.
+
+    Args:
+        bias, residual: Where the value in front of the activation is found from x.
+        fixed: Mean and 1/√(var + eps) in use, or None: then they are the batch's, and functions of ``x``.
+        y: The output, which will do for ReLU.
+        mask, keep: As in arguments.State.
+    """
+    dims, given, counts = reduced_dims(x), dy, None
+    if mask is not None:
+        counts = mask.unsqueeze(1)
+        dy, x = counted(counts, dy), counted(counts, x)
+        residual = None if residual is None else counted(counts, residual)
+    xhat, rstd = normalized(x, fixed, eps, counts)
+    scale = rstd if weight is None else rstd * per_channel(weight.to(rstd.dtype), x)
+    g = dy.to(torch.promote_types(xhat.dtype, dy.dtype))
+    if act.code != 0:
+        v = y
+        if v is None:
+            v = xhat if weight is None else xhat * per_channel(weight.to(xhat.dtype), x)
+            v = v if bias is None else v + per_channel(bias.to(xhat.dtype), x)
+            v = v if residual is None else v + residual
+        g = act.gradient(g, v).to(g.dtype)
+    dbias, dweight = g.sum(dims), (g * xhat).sum(dims)
+    dx = g * scale
+    if fixed is None:
+        count = max(x.numel() // max(x.shape[1], 1), 1) if mask is None else mask.sum().clamp(min=1)
+        dx = dx - scale * (per_channel(dbias, x) + xhat * per_channel(dweight, x)) / count
+    dx = dx.to(x.dtype)
+    if counts is not None:
+        dx = counted(counts, dx, given if keep else None)
+    return dx, g.to(dy.dtype), dweight, dbias
+
+
+def normalized(
+    x: Tensor, fixed: tuple[Tensor, Tensor] | None, eps: float, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(x − mean)·rstd and rstd, the latter broadcastable; with the batch's moments unless others are given.
+
+    Differentiable in x and in what is given.
+    """
+    dtype = compute_dtype(x)
+    if fixed is None:
+        moments = Moments.from_tensor(x, counts)
+        mean, rstd = moments.mean, (moments.m2 / moments.count.clamp(min=1) + eps).rsqrt()
+    else:
+        mean, rstd = fixed
+    # The mean enters as a rounded part, from which x differs exactly, and the rest.
+    centre = mean.detach().to(dtype)
+    rest = (mean - centre).to(dtype)
+    rstd = per_channel(rstd.to(dtype), x)
+    return (x.to(dtype) - per_channel(centre, x) - per_channel(rest, x)) * rstd, rstd
+
+
+def _finish(y: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
+    if residual is not None:
+        y = y + residual
+    return act.forward(y)
+
+
+def _update(x: Tensor, state: State) -> None:
+    """Let the batch's moments enter the running ones, without what torch's own function would refuse or not know."""
+    moments = Moments.from_tensor(x, None if state.mask is None else state.mask.unsqueeze(1))
+    count = moments.count if moments.count.dim() == 0 else moments.count[0]
+    if x.numel() > 0:
+        update_running(state, moments.mean, moments.m2 / count.clamp(min=1), count)
+
+
+def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State) -> Tensor:
+    """torch's own batch norm, with the running statistics updated as ``state`` says."""
+    running_mean, running_var, batches, training, update, momentum, eps, *_ = state
+    if state.sink is not None and training and update:
+        _update(x.detach(), state)
+        update = False
+    if not (training and update) or x.numel() == 0:
+        if training and running_mean is not None and running_var is not None:
+            # Copies take the update: a checkpoint's second run has to save as many tensors as the first.
+            running_mean, running_var = running_mean.clone(), running_var.clone()
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, 0.0, eps)
+    # A program of torch's own operators is asked for, and torch.func lets only these write to buffers.
+    plain = torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
+    if running_mean is None or running_var is None or (plain and momentum is not None):
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum or 0.0, eps)
+        if batches is not None:
+            batches.add_(1)
+        return y
+    if not plain and running_mean.dtype.itemsize < compute_dtype(x).itemsize:
+        # Rounded before they are averaged, the batch's moments would lose digits, and more of them overflow.
+        y = F.batch_norm(x, running_mean.clone(), running_var.clone(), weight, bias, True, 0.0, eps)
+        _update(x.detach(), state)
+        return y
+    # momentum 1 writes the batch's own moments, of which update_running takes what is finite.
+    mean, unbiased = torch.zeros_like(running_mean), torch.zeros_like(running_var)
+    y = F.batch_norm(x, mean, unbiased, weight, bias, True, 1.0, eps)
+    if plain:
+        assert batches is not None  # check_arguments saw to it
+        batches.add_(1)
+        factor = (1 / batches.double()).to(mean.dtype)
+        running_mean.add_((mean - running_mean) * factor)
+        running_var.add_((unbiased - running_var) * factor)
+        return y
+    count = x.numel() // x.shape[1]
+    update_running(state, mean, unbiased * ((count - 1) / count), count)
+    return y

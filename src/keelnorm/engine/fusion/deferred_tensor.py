@@ -1,0 +1,153 @@
+"""The tensor that a batch norm returns while its result waits for the next operation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from keelnorm.engine.fusion.operations import METADATA, read
+
+if TYPE_CHECKING:
+    from keelnorm.engine.fusion.pending import Pending
+
+_without_functions = torch._C.DisableTorchFunctionSubclass
+
+
+class DeferredTensor(Tensor):
+    """A result that is computed when it is known what is done with it.
+
+    It behaves as the tensor that it stands for. The first operation on it either runs as one kernel with the batch
+    norm, or turns this very object into a plain ``torch.Tensor`` (:func:`settle`): every reference to it then refers
+    to the plain one. Code that looks at the type before, ``type(y) is torch.Tensor``, sees this class.
+
+    What passes by ``__torch_function__`` (C++ code, ``autograd.Function.apply``) reaches ``__torch_dispatch__`` and
+    gets the values there; the gradients go through an autograd node of the tensor's own. There is no memory to read.
+    """
+
+    _pending: Pending = None  # type: ignore[assignment]  # each instance has its own
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if torch.compiler.is_compiling():  # a function that is compiled, within a model that is not
+            torch._dynamo.graph_break()
+        return _answer(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return with_values(func, args, kwargs or {})
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """What ``type(y)(...)`` makes is plain: nothing waits for it."""
+        return Tensor(*args, **kwargs)
+
+
+# Dynamo runs it as it is, with all that it calls.
+_frames: Any = torch._C._dynamo.eval_frame
+_frames.set_code_exec_strategy(
+    DeferredTensor.__torch_function__.__func__.__code__,  # type: ignore[attr-defined]
+    _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.SKIP),
+)
+
+
+def _answer(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    if func in METADATA:
+        with _without_functions():
+            return func(*args, **kwargs)
+    operation = read(func, args, kwargs)
+    if operation is not None and type(operation.target) is DeferredTensor:
+        result = operation.target._pending.follow(operation, func, args, kwargs)
+        if result is not None:
+            return result
+    waiting = list(deferred_in((args, kwargs)))
+    if not waiting:  # inside an object that only the function can open
+        with _without_functions():
+            return func(*args, **kwargs)
+    reason = f"{getattr(func, '__name__', func)} reads its result"
+    for tensor in waiting:
+        if type(tensor) is DeferredTensor and not tensor._pending.stays(reason):  # it may be there twice
+            settle(tensor, reason)
+    return with_values(func, args, kwargs)
+
+
+def with_values(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call a function with the values of deferred tensors in their place; they stay deferred."""
+    stand_ins: dict[int, Tensor] = {}
+
+    def values_of(value: Any) -> Any:
+        if type(value) is not DeferredTensor:
+            return value
+        values = value._pending.expose()
+        stand_ins[id(values)] = value
+        return values
+
+    if next(deferred_in((args, kwargs)), None) is None:
+        return function(*args, **kwargs)
+    result = function(*tree_map(values_of, args), **tree_map(values_of, dict(kwargs)))
+    # What an operation in place returns is the tensor that it was given.
+    return tree_map(lambda value: stand_ins.get(id(value), value), result)
+
+
+def deferred_in(value: Any) -> Iterator[DeferredTensor]:
+    """The deferred tensors in nested containers."""
+    if type(value) is DeferredTensor:
+        yield value
+    elif isinstance(value, list | tuple | set | frozenset):
+        for item in value:
+            yield from deferred_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from deferred_in(item)
+
+
+def settle(tensor: Tensor, reason: str, learn: bool = True) -> None:
+    """Turn a deferred tensor into the plain one that it stands for; every reference to it sees that.
+
+    Args:
+        reason: What for, in words for a report.
+        learn: Whether the layer is to expect that from now on.
+    """
+    if type(tensor) is DeferredTensor:
+        tensor._pending.settle(tensor, reason, learn)
+
+
+def defer(tensor: Tensor, pending: Pending) -> Tensor:
+    """Make a tensor a deferred one: the tensor itself."""
+    tensor.__class__ = DeferredTensor  # type: ignore[assignment]
+    tensor._pending = pending  # type: ignore[attr-defined]
+    return tensor
+
+
+def become_plain(tensor: Tensor) -> None:
+    """Make it a plain tensor again, with the values that it has."""
+    tensor.__class__ = Tensor
+    del tensor.__dict__["_pending"]
+
+
+def become(tensor: Tensor, value: Tensor) -> None:
+    """Let a deferred tensor be ``value``, plain or deferred, with its place in the graph; ``value`` is then used up."""
+    pending, kind = tensor.__dict__.pop("_pending"), type(value)
+    following = value.__dict__.pop("_pending", None)
+    tensor.__class__ = value.__class__ = Tensor
+    torch._C._swap_tensor_impl(tensor, value)
+    if following is not None:
+        tensor.__class__ = kind  # type: ignore[assignment]
+        tensor._pending = following  # type: ignore[attr-defined]
+    if value._use_count() > 1:  # type: ignore[attr-defined]  # C++ still holds what was promised, as an argument of autograd.Function.apply
+        defer(value, pending)
+
+
+def without_memory(like: Tensor) -> DeferredTensor:
+    """A deferred tensor of the same shape, strides, dtype and device, with nothing behind it."""
+    tensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        DeferredTensor, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
+    )
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
+    return tensor  # type: ignore[no-any-return]

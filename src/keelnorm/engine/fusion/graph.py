@@ -1,0 +1,204 @@
+"""The places in autograd's graph of a batch norm whose result waits, and of the operations that run together with it.
+
+    x, γ, β ── BatchNormNode ── SumNode ── StepNode ── result
+                      │            │           └── of each step that is not an addition
+                   deferred     deferred
+
+The graph is that of the operations one by one, so that every value in between has its gradient, whoever asks. Each node
+has two outputs: the deferred tensor that users hold, and a hidden one, from which the graph goes on; when a deferred
+tensor becomes plain, it takes the hidden one's place. What the kernel of the backward computes at once is computed by
+the node at the end, and handed to the others beside the graph (:class:`Shared`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from keelnorm.engine.activations import NAMED, NONE, Activation
+from keelnorm.engine.dispatch import transformed
+from keelnorm.engine.fusion.deferred_tensor import without_memory
+from keelnorm.engine.fusion.operations import TIMES_START, Step, Steps, value_after
+from keelnorm.engine.normalization_steps import Normalization
+
+if TYPE_CHECKING:
+    from keelnorm.engine.fusion.call import Call
+
+
+class Shared:
+    """What the nodes of one call tell each other.
+
+    Args:
+        exact: Whether a value in between is in somebody's hands: then gradients pass through it one by one.
+        gradients: Of x, weight and bias, from the node at the end; of the backward ``task``.
+        later: A gradient behind the activation and its result, for the addition in front of it; of the same.
+    """
+
+    __slots__ = ("exact", "gradients", "later", "task")
+
+    def __init__(self) -> None:
+        self.exact, self.task = False, -1
+        self.gradients: tuple[Tensor | None, ...] | None = None
+        self.later: tuple[Tensor, Tensor] | None = None
+
+    def put(self, gradients: tuple[Tensor | None, ...] | None, later: tuple[Tensor, Tensor] | None = None) -> None:
+        self.gradients, self.later = gradients, later
+        self.task = torch._C._current_graph_task_id()
+
+    def take(self) -> tuple[tuple[Tensor | None, ...] | None, tuple[Tensor, Tensor] | None]:
+        """What was put in the backward that runs; nothing is left."""
+        mine = self.task == torch._C._current_graph_task_id()
+        found = (self.gradients, self.later) if mine else (None, None)
+        self.gradients = self.later = None
+        return found
+
+
+class BatchNormNode(Function):
+    """The batch norm itself: what is computed together with it is not seen here."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        call.run()
+        ctx.save_for_backward(call.x, weight, call.saved)
+        # torch's batch norm does not keep the bias, and lets it be changed before the backward.
+        ctx.bias = None if bias is None else (bias, bias._version, bias.detach().clone())
+        ctx.shared, ctx.normalization = call.shared, call.normalization
+        ctx.need = x.requires_grad, weight is not None and weight.requires_grad, bias is not None and bias.requires_grad
+        ctx.set_materialize_grads(False)
+        call.node = ctx
+        return without_memory(call.like), call.x.data
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        fused, _ = ctx.shared.take()
+        g = _sum(*dy)
+        found: tuple[Tensor | None, ...] = fused or (None, None, None)
+        if g is not None:
+            one = _gradients(ctx, g, NONE, None)
+            found = tuple(_sum(a, b) for a, b in zip(found, (one[0], *one[2:]), strict=True))
+        return None, *(value if need else None for value, need in zip(found, ctx.need, strict=True))
+
+
+class SumNode(Function):
+    """The addition of a residual. ``final``: nothing else runs with it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, residual: Tensor, call: Call, final: bool) -> Any:
+        call.add(residual)
+        ctx.node, ctx.final = call.node, final
+        if final:
+            return call.take_result()
+        ctx.set_materialize_grads(False)
+        return without_memory(call.like), call.x.data
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        g = _sum(*dy)
+        if ctx.final:
+            return g, g, None, None
+        _, later = ctx.node.shared.take()
+        dresidual = None
+        if later is not None:
+            behind, y = later
+            dx, dresidual, dweight, dbias = _gradients(
+                ctx.node, behind, NAMED["relu"], y, need_residual=ctx.needs_input_grad[1]
+            )
+            ctx.node.shared.put((dx, dweight, dbias))
+        return g, _sum(g, dresidual), None, None
+
+
+class StepNode(Function):
+    """A step behind: the last one is what the kernel's result comes from.
+
+    Args of the forward: the hidden tensors of what the step acts on and of the batch norm's own result (None where the
+    step does not read it), the call, and the number of the step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, start: Tensor | None, call: Call, number: int) -> Any:
+        steps = call.kernel.steps
+        ctx.node, ctx.activation, ctx.steps, ctx.residual = call.node, call.kernel.activation, steps[:number], False
+        ctx.step, ctx.final = steps[number], number + 1 == len(steps)
+        if not ctx.final:
+            ctx.set_materialize_grads(False)
+            return without_memory(call.like), call.x.data
+        result = call.take_result()
+        if call.kernel.residual:
+            ctx.residual = True
+            ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        g = _sum(*dy)
+        if g is None:
+            return None, None, None, None
+        node = ctx.node
+        shared: Shared = node.shared
+        if not ctx.final or shared.exact or torch.is_grad_enabled() or _is_batched(g):
+            return *_exact(ctx, g), None, None
+        if ctx.residual:
+            shared.put(None, (g, *ctx.saved_tensors))
+        else:
+            dx, _, dweight, dbias = _gradients(node, g, ctx.activation, None)
+            shared.put((dx, dweight, dbias))
+        return None, None, None, None
+
+
+def _gradients(
+    node: Any, dy: Tensor, act: Activation, y: Tensor | None, need_residual: bool = False
+) -> tuple[Tensor | None, ...]:
+    """Of x, residual, weight and bias, from the gradient behind an activation: by one kernel where that may be."""
+    x, weight, bias, saved = _kept(node)
+    normalization: Normalization = node.normalization
+    if torch.is_grad_enabled() or _is_batched(dy):
+        return normalization.differentiable_backward(dy, x, saved, weight, bias, y, act)
+    need_x, need_weight, need_bias = node.need
+    return normalization.backward(dy, x, saved, weight, bias, y, act, (need_x, need_residual, need_weight, need_bias))
+
+
+def _kept(node: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """x, weight, bias and the statistics of a call. A bias that was changed since has no graph any more."""
+    x, weight, saved = node.saved_tensors
+    if node.bias is None:
+        return x, weight, None, saved
+    bias, version, copy = node.bias
+    return x, weight, bias if bias._version == version else copy, saved
+
+
+def _exact(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of what one step acts on, by itself."""
+    step: Step = ctx.step
+    if ctx.residual:  # ReLU, whose result says enough
+        (y,) = ctx.saved_tensors
+        return ctx.activation.gradient(g, y), None
+    x, weight, bias, saved = _kept(ctx.node)
+    start = ctx.node.normalization.differentiable(x, saved, weight, bias)
+    value = after(ctx.steps, start)
+    if isinstance(step, Activation):
+        return step.gradient(g, value), None
+    if step == TIMES_START:
+        return g * start, g * value
+    operator, number = cast(tuple[str, float], step)
+    return (g if operator == "+" else g / number), None
+
+
+def after(steps: Steps, start: Tensor) -> Tensor:
+    """What steps other than an addition make of a batch norm's own result."""
+    value = start
+    for step in steps:
+        value = value_after(step, value, start)
+    return value
+
+
+def _sum(*values: Tensor | None) -> Tensor | None:
+    there = [value for value in values if value is not None]
+    return None if not there else there[0] if len(there) == 1 else there[0] + there[1]
+
+
+def _is_batched(gradient: Tensor) -> bool:
+    """Whether a transform has made many gradients one, which kernels do not see."""
+    return transformed() or torch._C._functorch.is_legacy_batchedtensor(gradient)

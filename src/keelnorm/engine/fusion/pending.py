@@ -1,0 +1,234 @@
+"""What a deferred tensor waits for: to be looked at (Observed), or to be used as expected (Promise).
+
+Both say whether the tensor ``takes_residual``, and which ``start`` it was made of: the batch norm's own result. They
+``follow`` an operation on it, and give the result, or None if it has to be computed from plain tensors. They ``settle``
+it, which makes it plain, and ``expose`` its values for code that does not see the class. ``stays`` says whether it must
+stay the object that it is while its values are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from threading import get_ident
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from keelnorm.engine.dispatch import PLAIN
+from keelnorm.engine.fusion.deferred_tensor import (
+    DeferredTensor,
+    become,
+    become_plain,
+    defer,
+    deferred_in,
+    settle,
+    without_memory,
+)
+from keelnorm.engine.fusion.graph import StepNode, SumNode
+from keelnorm.engine.fusion.operations import ADD, HAND_ON, TIMES_START, Operation, Steps, kernel_of, may_go_on
+
+if TYPE_CHECKING:
+    from keelnorm.engine.fusion.call import Call
+
+completed = 0
+"""How many kernels of this process have computed a batch norm together with what followed it."""
+_ADDED = "it is added to the result of another batch norm"
+
+
+class Observed:
+    """A tensor that is computed already, and of which the next operation is to be learned."""
+
+    def __init__(self, call: Call, steps: Steps, start: Tensor | None) -> None:
+        self.call, self.steps, self.start = call, steps, start
+
+    @property
+    def takes_residual(self) -> bool:
+        return not self.steps
+
+    def follow(self, operation: Operation, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        call, step, target = self.call, operation.step, operation.target
+        if step == HAND_ON:
+            return target
+        start = self.start if self.steps else target
+        if operation.inplace and start is target:
+            start = None  # it is not what it was
+        become_plain(target)
+        for tensor in deferred_in((args, kwargs)):
+            settle(tensor, _ADDED)
+        fits = step != ADD or (not self.steps and _fits(call, operation.other) and call.is_computed_again(target))
+        result = func(*args, **kwargs)
+        steps = (*self.steps, step)
+        known, more = kernel_of(steps), may_go_on(steps)
+        if steps == call.memory.refused[call.training]:
+            return result
+        if not fits or not (known or more) or type(result) is not Tensor or call.grad != torch.is_grad_enabled():
+            if not self.steps:
+                call.memory.give_up(call.training, f"{getattr(func, '__name__', func)} reads its result")
+            return result
+        if known is not None:
+            call.memory.learn(call.training, known)
+        if more:
+            call.scope.track(defer(result, Observed(call, steps, start)))
+        return result
+
+    def settle(self, tensor: Tensor, reason: str, learn: bool) -> None:
+        become_plain(tensor)
+        if learn and not self.steps:
+            self.call.memory.give_up(self.call.training, reason)
+
+    def stays(self, reason: str) -> bool:
+        return False
+
+    def expose(self) -> Tensor:
+        raise AssertionError("an observed tensor has values of its own")
+
+
+class Promise:
+    """A tensor that has not been computed, because another one is expected in its place.
+
+    Args:
+        call: The batch norm's.
+        done: How many of the expected steps it has behind it.
+        hidden: Its stand-in in the graph; None where nothing is recorded.
+    """
+
+    __slots__ = ("call", "done", "exposed", "hidden")
+
+    def __init__(self, call: Call, done: int, hidden: Tensor | None) -> None:
+        self.call, self.done, self.hidden = call, done, hidden
+        self.exposed: Tensor | None = None
+
+    @property
+    def takes_residual(self) -> bool:
+        return self.done == 0 and self.call.kernel.residual
+
+    @property
+    def start(self) -> Tensor | None:
+        call = self.call
+        root = call.root() if self.done and call.root is not None else None
+        if type(root) is not DeferredTensor:
+            return None
+        made = root._pending
+        return root if isinstance(made, Promise) and made.call is call and made.done == 0 else None
+
+    def follow(self, operation: Operation, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        call, step = self.call, operation.step
+        if step == HAND_ON:
+            return operation.target
+        if (
+            step != call.kernel.steps[self.done]
+            or self.exposed is not None
+            or call.grad != torch.is_grad_enabled()
+            or call.scope.thread != get_ident()
+            or torch._C._len_torch_dispatch_stack() > 0
+            or call.hooks != _kept_by(True)
+            or (operation.inplace and not self._may_become(args[0]))
+            or not (call.result is not None if step != ADD else self._may_add(operation.other))
+        ):
+            return None
+        result = self._next(operation)
+        if not operation.inplace:
+            return result
+        become(args[0], result)
+        return args[0]
+
+    def _next(self, operation: Operation) -> Tensor:
+        """The kernel's result, if this was the last step, or the next promise."""
+        global completed
+        call, hidden, other, done = self.call, self.hidden, operation.other, self.done + 1
+        final = done == len(call.kernel.steps)
+        completed += final
+        if hidden is None:
+            if operation.step == ADD:
+                with torch.no_grad():
+                    call.add(other)  # type: ignore[arg-type]
+            return call.take_result() if final else promise(call, done, without_memory(call.like), None)
+        if operation.step == ADD:
+            made = _sum_node(hidden, other, call, final)
+        else:
+            start = other._pending.hidden if operation.step == TIMES_START else None  # type: ignore[union-attr]
+            made = _step_node(hidden, start, call, self.done)
+        return made if final else promise(call, done, *made)  # type: ignore[no-any-return]
+
+    def _may_add(self, residual: Any) -> bool:
+        call = self.call
+        if type(residual) is DeferredTensor:
+            settle(residual, _ADDED)
+        recorded = self.hidden is not None or not (call.grad and residual.requires_grad)
+        return recorded and call.residual is None and _fits(call, residual) and call.is_unchanged()
+
+    def _may_become(self, tensor: Any) -> bool:
+        """Whether an operation in place may replace what is changed: nothing has entered its history."""
+        return type(tensor) is DeferredTensor and isinstance(made := tensor._pending, Promise) and made._is_own(tensor)
+
+    def _is_own(self, tensor: Tensor) -> bool:
+        """Whether a promised tensor still is the result of its own node, or of none where it had none."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if self.hidden is None:
+                return not tensor.requires_grad
+            return tensor.grad_fn is self.hidden.grad_fn
+
+    def settle(self, tensor: Tensor, reason: str, learn: bool) -> None:
+        with torch.inference_mode(False):
+            if self._is_own(tensor):
+                value = self.expose().detach()
+                if self.hidden is not None:
+                    assert self.call.shared is not None
+                    self.call.shared.exact = True  # whoever holds it may ask for its gradient
+                    self.hidden.data = value
+                    value, self.hidden = self.hidden, None
+            else:  # with whatever has been done to it below
+                with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+                    value = tensor.clone()
+            become(tensor, value)
+        if learn:
+            self._learn(reason)
+
+    def _learn(self, reason: str) -> None:
+        call = self.call
+        if call.residual is None if self.takes_residual else call.result is not None:
+            call.memory.miss(call.training, reason)  # what was expected has not come
+        elif self.done:
+            call.memory.stop_before(call.training, call.kernel.steps[: self.done + 1])
+        else:
+            call.memory.give_up(call.training, f"{reason}, besides the operation that runs with it", True)
+
+    def stays(self, reason: str) -> bool:
+        # So within an autograd.Function, which has looked at its arguments' places in the graph before.
+        if not self.call.grad or torch.is_grad_enabled():
+            return False
+        self._learn(reason)
+        return True
+
+    def expose(self) -> Tensor:
+        if self.exposed is None:
+            self.exposed = self.call.value_after(self.done)
+        return self.exposed
+
+
+Pending = Observed | Promise
+
+
+def promise(call: Call, done: int, tensor: Any, hidden: Tensor | None) -> DeferredTensor:
+    """Let a tensor without memory be what has so many steps behind it."""
+    tensor._pending = Promise(call, done, hidden)
+    call.scope.track(tensor)
+    return tensor  # type: ignore[no-any-return]
+
+
+def _fits(call: Call, residual: Any) -> bool:
+    x = call.x
+    return (
+        type(residual) in PLAIN
+        and residual.shape == x.shape
+        and residual.dtype == x.dtype
+        and residual.device == x.device
+        and not residual.is_inference()
+    )
+
+
+_kept_by = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
+# Function.apply without its preparations for torch.func, in which nothing waits; as in fused.
+_sum_node = super(torch.autograd.Function, SumNode).apply  # type: ignore[misc]
+_step_node = super(torch.autograd.Function, StepNode).apply  # type: ignore[misc]

@@ -1,0 +1,212 @@
+"""Batch normalization in x's own memory: y overwrites x, and the backward rebuilds x from y.
+
+    x = mean + (act⁻¹(y) − bias)/(weight·rstd)        act: none, leaky_relu, elu
+
+Saved for the backward are y, weight, bias and (mean, var, rstd), and nothing else of x's size. Rounding y costs x
+|bias/weight| roundings of a deviation, and where elu saturates exp(−v)/|weight|; a y that overflows costs all of it.
+The few channels where that is too much keep a copy of their x, so that the gradients are batch normalization's for
+every weight of either sign, zero too.
+
+Source:
+    Rota Bulò, Porzi, Kontschieder (2018), "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs",
+    arXiv:1712.02616, section 3; there |weight| + eps takes the weight's place, here the weight stays what it is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keelnorm.engine import composite, dispatch
+from keelnorm.engine.activations import Activation
+from keelnorm.engine.arguments import State, check_arguments
+from keelnorm.engine.kernels import reference, registry
+from keelnorm.engine.layout import reduced_dims, require_memory
+from keelnorm.engine.recomputation import is_second_run
+from keelnorm.moments import wide_dtype
+
+#: Roundings of y that may reach x, in deviations: 64, of the half-precision dtypes' coarser ones 8.
+_ROUNDINGS = {torch.float32: 64.0, torch.float64: 64.0}
+_HALF_ROUNDINGS = 8.0
+#: exp(−v)/|weight| for elu, where only the lowest values are concerned: v of -4.9 for a weight of 1.
+_ELU_ROUNDINGS = 128.0
+#: A weight below this is none that can be divided by.
+_TINY = 1e-20
+
+
+def batch_norm_(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation) -> Tensor:
+    """x, which becomes ``act(bn(x))``; arguments are taken to be legal, see arguments.check_inplace.
+
+    Where the memory of x can't be seen (torch.compile, torch.func, forward-mode derivatives, subclasses), a new tensor.
+    """
+    if torch.compiler.is_compiling() or dispatch.transformed() or type(x) not in dispatch.PLAIN:
+        return dispatch.batch_norm(x, None, weight, bias, state, act)
+    if state.update and is_second_run():
+        state = state._replace(update=False)
+    tensors = [t for t in (x, weight, bias) if t is not None]
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        _forward(x, weight, bias, state, act)
+        return x
+    if any(t.is_inference() for t in tensors):
+        dispatch.refuse_inference(state.what)
+    what = "a leaf that requires a gradient" if x.requires_grad and x.is_leaf else "a view of another tensor"
+    if x._is_view() or (x.requires_grad and x.is_leaf):
+        raise RuntimeError(
+            f"{state.what}: inplace=True overwrites x, which must not be {what}; use inplace=False, or clone x first"
+        )
+    return _apply(x, weight, bias, state, act)  # type: ignore[no-any-return]
+
+
+class _InplaceBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
+    ) -> Tensor:
+        running = {"running_mean": state.running_mean, "running_var": state.running_var}
+        require_memory(state.what, x=x, weight=weight, bias=bias, **running)
+        lost = _lost_channels(x, weight, bias, state, act)
+        kept = None if lost is None else x.index_select(1, lost)
+        saved = _forward(x, weight, bias, state, act)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x, weight, bias, saved, lost, kept)
+        ctx.options = state.what, state.training, state.eps, act
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        y, weight, bias, saved, lost, kept = ctx.saved_tensors
+        what, training, eps, act = ctx.options
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{what}: there is no second derivative through inplace=True (create_graph=True asks for one): the "
+                "backward rebuilds x from y, and how x came about is lost. Use inplace=False"
+            )
+        with torch.no_grad():
+            x = _invert(y, saved, weight, bias, act)
+            if lost is not None:
+                x.index_copy_(1, lost, kept)
+        need_x, need_weight, need_bias, _, _ = ctx.needs_input_grad
+        if dispatch.transformed() or torch._C._functorch.is_legacy_batchedtensor(dy):  # a batch of gradients
+            fixed = None if training else (saved[0], saved[2])
+            found = composite.backward(dy, x, weight, bias, fixed, None, None, eps, act)
+            gradients = found[0], *found[2:]
+        else:
+            bias = bias if act.code else None
+            gradients = _backward(dy, x, saved, weight, bias, training, act, need_x, need_weight, need_bias)
+        needed = need_x, need_weight, need_bias
+        return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None
+
+
+# As fused._apply.
+_apply = super(torch.autograd.Function, _InplaceBatchNorm).apply
+
+
+def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation) -> Tensor:
+    """(mean, var, rstd) as one (3, C) tensor; x becomes y, and the running statistics are updated."""
+    running_mean, running_var, batches, training, update, momentum, eps, what, *_ = state
+    fast = registry.operators(x)
+    if fast is not None:
+        try:
+            saved: Tensor = fast.inplace_(
+                x, weight, bias, running_mean, running_var, batches, training, update and state.sink is None, momentum,
+                eps, act.code, act.a, act.b, state.counts(),
+            )  # fmt: skip
+        except RuntimeError as error:
+            if not dispatch.declined(error):
+                raise
+            check_arguments(what, x, None, weight, bias, state)
+            dispatch.announce_declined(error)
+        else:
+            if state.sink is None:
+                dispatch.mark_updated(state, x)
+            else:
+                dispatch.mark_updated(state._replace(update=False), x)
+                dispatch.fill_sink(x, saved, state)
+            return saved
+    with dispatch.unchanged(state):
+        y, moments = dispatch.reference_forward(x, None, weight, bias, state, act)
+        x.copy_(y)
+        return moments
+
+
+def _invert(y: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, act: Activation) -> Tensor:
+    fast = registry.operators(y)
+    if fast is not None:
+        try:
+            return fast.invert(y, saved, weight, bias, act.code, act.a, act.b)  # type: ignore[no-any-return]
+        except RuntimeError as error:
+            if not dispatch.declined(error):
+                raise
+            dispatch.announce_declined(error)
+    return reference.invert(y, saved[0], saved[2], weight, bias, act)
+
+
+def _backward(
+    dy: Tensor, x: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, act: Activation,
+    need_x: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dweight, dbias; dx in x's memory where kernels can."""
+    fast = registry.operators(x) if need_x else None
+    if fast is not None:
+        try:
+            dweight, dbias = fast.backward_(
+                dy, x, saved, weight, bias, training, act.code, act.a, act.b, need_weight, need_bias
+            )
+            return x, dweight, dbias
+        except RuntimeError as error:
+            if not dispatch.declined(error):
+                raise
+            dispatch.announce_declined(error)
+    dx, _, dweight, dbias = dispatch.backward(
+        dy, x, saved, weight, bias, None, None, training, act, need_x, False, need_weight, need_bias
+    )
+    return dx, dweight, dbias
+
+
+def _lost_channels(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
+) -> Tensor | None:
+    """Indices of the channels whose x can't be told from y with enough digits; None where there are none."""
+    if x.numel() == 0 or x.is_meta:
+        return None
+    saturates = act.name == "elu"
+    wide = wide_dtype(x.device)
+    scale = x.new_ones(x.shape[1], dtype=wide) if weight is None else weight.to(wide)
+    shift = torch.zeros_like(scale) if bias is None else bias.to(wide)
+    size, slope = scale.abs(), act.a if act.code else 1.0
+    numbers = torch.finfo(x.dtype)
+    # Below the smallest numbers steps are absolute, not relative.
+    least = max(_TINY, numbers.smallest_normal / 8)
+    found = (size * _ROUNDINGS.get(x.dtype, _HALF_ROUNDINGS) >= shift.abs()) & (size * min(1.0, slope) >= least)
+    # No value is farther from the mean of M values than √M of their deviations.
+    farthest: float | Tensor = math.sqrt(x.numel() // x.shape[1])
+    if saturates or not state.training:
+        mean, rstd, farthest = _statistics(x, state)
+    # Half, because the kernels' own roundings come on top. Comparisons with NaN are false.
+    found &= max(1.0, slope) * (size * farthest + shift.abs()) <= numbers.max / 2
+    if saturates:
+        dims = reduced_dims(x)
+        lowest = torch.where(scale >= 0, x.amin(dims), x.amax(dims)).to(wide)
+        lowest = (lowest - mean) * rstd * scale + shift
+        found &= (-lowest).exp() <= _ELU_ROUNDINGS * size
+    lost = (~found).nonzero().flatten()
+    return lost if lost.numel() else None
+
+
+def _statistics(x: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and rstd that the forward is about to use, and how far, in deviations, values may be from that mean."""
+    fast = registry.operators(x)
+    if fast is not None:
+        batch_mean, batch_var = fast.stats(x, None)
+    else:
+        found = reference.stats(x)
+        batch_mean, batch_var = found.mean, found.var
+    mean, var = batch_mean, batch_var
+    if not state.training:
+        assert state.running_mean is not None and state.running_var is not None
+        mean, var = state.running_mean.to(mean.dtype), state.running_var.to(mean.dtype)
+    rstd = (var + state.eps).rsqrt()
+    return mean, rstd, ((batch_mean - mean).abs() + (batch_var * (x.numel() // x.shape[1])).sqrt()) * rstd

@@ -1,0 +1,87 @@
+"""What the operators take, and what they need to know of the device it is on."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from keelnorm.engine.kernels.triton import DTYPES
+from keelnorm.engine.kernels.triton.tiling import View
+from keelnorm.engine.layout import is_channels_last, require_memory
+from keelnorm.engine.update_counts import COUNTS
+
+IN_INTERPRETER = 4
+"""Multiprocessors that Triton's interpreter is taken to have, so that reductions are split there too."""
+MOST_ROWS = 2**31 - 2**16
+"""Rows of the memory as a matrix, and values of a channel: kernels count them in 32 bits, offsets in 64."""
+_NOTHING = nullcontext()
+
+
+def unsupported(argument: str) -> NotImplementedError:
+    """What the operators raise where they do not take an argument's dtype, layout or device; nothing has changed."""
+    return NotImplementedError(f"keelnorm: unsupported: {argument}")
+
+
+def _require_memory(name: str, t: Tensor) -> None:
+    """An error where t's storage was freed: a kernel that reads there would end all work of the process on its GPU."""
+    if not t.untyped_storage().nbytes():
+        require_memory("keelnorm", **{name: t})
+
+
+def view_of(x: Tensor, name: str = "x") -> View:
+    """How the kernels see x; refuses what they do not take."""
+    if x.dtype not in DTYPES or x.dim() < 2 or x.numel() == 0:
+        raise unsupported("x")
+    if not x.is_contiguous() and not is_channels_last(x):
+        raise unsupported("x")
+    _require_memory(name, x)
+    view = View.of(x.shape, not x.is_contiguous())
+    if view.rows >= MOST_ROWS or view.values >= MOST_ROWS:
+        raise unsupported("x with so many samples or positions")
+    return view
+
+
+def alike(name: str, t: Tensor, x: Tensor) -> Tensor:
+    """t, of x's shape, laid out as x is: itself, or a copy."""
+    if t.dtype not in DTYPES or t.shape != x.shape or t.device != x.device:
+        raise unsupported(name)
+    _require_memory(name, t)
+    if t.is_contiguous() if x.is_contiguous() else is_channels_last(t):
+        return t
+    return torch.empty_strided(x.shape, x.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+
+def check_vectors(x: Tensor, **vectors: Tensor | None) -> None:
+    """Refuse vectors over the channels that the kernels can't read or write where they lie."""
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if vector.shape != x.shape[1:2] or vector.device != x.device or not vector.is_contiguous():
+            raise unsupported(name)
+        _require_memory(name, vector)
+
+
+def check_counts(x: Tensor, counts: Tensor | None) -> None:
+    """Refuse counts of updates that are not as the running statistics are; see `engine.update_counts`."""
+    if counts is not None and (counts.shape != (3, x.shape[1]) or counts.device != x.device):
+        raise unsupported(COUNTS)
+
+
+@lru_cache(maxsize=64)
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def processors(x: Tensor) -> int:
+    """The multiprocessors of x's device."""
+    return _multiprocessors(x.device.index) if x.is_cuda else IN_INTERPRETER
+
+
+def launching(x: Tensor) -> AbstractContextManager[object]:
+    """Kernels go to the current device, which is made x's."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(x.device)

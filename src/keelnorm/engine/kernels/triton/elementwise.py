@@ -1,0 +1,128 @@
+"""The activations and their derivatives in Triton: the formulas of keelnorm/engine/activations.py, by the same codes.
+
+What a GPU's instructions give only to an absolute error (exp(v) − 1, log(1 + t), tanh) is rearranged so that small
+results keep their digits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Constants of the formulas; Triton reads globals of this type.
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+_DENSITY = tl.constexpr(0.3989422804014327)  # 1/√(2π)
+_GELU_K, _GELU_C = tl.constexpr(0.7978845608028654), tl.constexpr(0.044715)  # √(2/π)
+
+
+@triton.jit
+def sigmoid(v):
+    """1/(1 + exp(−v)) without an overflow."""
+    t = tl.exp(-tl.abs(v))
+    return tl.where(v >= 0, 1.0, t) / (1.0 + t)
+
+
+@triton.jit
+def tanh(v):
+    """tanh(v): a polynomial near 0, where 1 − exp(−2|v|) has few digits."""
+    t = tl.exp(-2.0 * tl.abs(v))
+    far = (1.0 - t) / (1.0 + t)
+    far = tl.where(v < 0, -far, far)
+    w = v * v
+    near = v * (1.0 + w * (-1 / 3 + w * (2 / 15 + w * (-17 / 315 + w * (62 / 2835 - w * (1382 / 155925))))))
+    return tl.where(w < 0.09, near, far)
+
+
+@triton.jit
+def expm1(v):
+    """exp(v) − 1 for v ≤ 0, by Kahan's quotient: the rounding of exp(v) cancels."""
+    u = tl.exp(v)
+    log_u = tl.log(u)
+    return tl.where(u == 1.0, v, tl.where(u < 0.5, u - 1.0, (u - 1.0) * v / tl.where(u == 1.0, 1.0, log_u)))
+
+
+@triton.jit
+def log1p(t):
+    """log(1 + t) for 0 ≤ t ≤ 1, by the same quotient."""
+    u = 1.0 + t
+    return tl.where(u == 1.0, t, tl.log(u) * t / tl.where(u == 1.0, 1.0, u - 1.0))
+
+
+@triton.jit
+def softplus(v):
+    """log(1 + exp(v)) without an overflow."""
+    return tl.where(v > 0, v, 0.0) + log1p(tl.exp(-tl.abs(v)))
+
+
+@triton.jit
+def activate(v, a, b, ACT: tl.constexpr):
+    """act(v); NaN stays NaN."""
+    if ACT == 0:
+        y = v
+    elif ACT == 1:
+        y = tl.where(v <= 0, 0.0, v)
+    elif ACT == 2:
+        y = tl.where(v <= 0, 0.0, tl.where(v >= 6, 6.0, v))
+    elif ACT == 3:
+        y = tl.where(v > 0, v, v * a)
+    elif ACT == 4:
+        y = tl.where(v > 0, v, a * expm1(tl.where(v > 0, 0.0, v)))
+    elif ACT == 5:
+        y = v * sigmoid(v)
+    elif ACT == 6:
+        y = v * (0.5 * (1.0 + tl.erf(v * _SQRT_HALF)))
+    elif ACT == 7:
+        y = 0.5 * v * (1.0 + tanh((v + v * v * v * _GELU_C) * _GELU_K))
+    elif ACT == 8:
+        y = tl.where(v <= -3, 0.0, tl.where(v >= 3, v, v * (v + 3.0) / 6.0))
+    elif ACT == 9:
+        y = tl.where(v <= -3, 0.0, tl.where(v >= 3, 1.0, (v + 3.0) / 6.0))
+    elif ACT == 10:
+        y = sigmoid(v)
+    elif ACT == 11:
+        y = tanh(v)
+    elif ACT == 12:
+        y = v * tanh(softplus(v))
+    else:
+        y = tl.where(v * a > b, v, softplus(v * a) / a)
+    return y
+
+
+@triton.jit
+def gradient(g, v, a, b, ACT: tl.constexpr):
+    """g·act′(v)."""
+    if ACT == 0:
+        r = g
+    elif ACT == 1:
+        r = tl.where(v <= 0, 0.0, g)
+    elif ACT == 2:
+        r = tl.where((v <= 0) | (v >= 6), 0.0, g)
+    elif ACT == 3:
+        r = tl.where(v > 0, g, g * a)
+    elif ACT == 4:
+        r = tl.where(v > 0, g, g * (a * tl.exp(tl.where(v > 0, 0.0, v))))
+    elif ACT == 5:
+        s = sigmoid(v)
+        r = g * (s * (1.0 + v * (1.0 - s)))
+    elif ACT == 6:
+        r = g * (0.5 * (1.0 + tl.erf(v * _SQRT_HALF)) + v * tl.exp(-0.5 * v * v) * _DENSITY)
+    elif ACT == 7:
+        w = tl.where(v > 30, 30.0, tl.where(v < -30, -30.0, v))
+        t = tanh((w + w * w * w * _GELU_C) * _GELU_K)
+        r = g * (0.5 * (1.0 + t) + 0.5 * w * (1.0 - t * t) * ((1.0 + 3.0 * (w * w * _GELU_C)) * _GELU_K))
+    elif ACT == 8:
+        r = tl.where(v <= -3, 0.0, tl.where(v < 3, g * (v / 3.0 + 0.5), g))
+    elif ACT == 9:
+        r = tl.where((v > -3) & (v < 3), g * (1 / 6), 0.0)
+    elif ACT == 10:
+        s = sigmoid(v)
+        r = g * (s * (1.0 - s))
+    elif ACT == 11:
+        t = tanh(v)
+        r = g * (1.0 - t * t)
+    elif ACT == 12:
+        t = tanh(softplus(v))
+        r = g * (t + v * sigmoid(v) * (1.0 - t * t))
+    else:
+        r = tl.where(v * a > b, g, g * sigmoid(v * a))
+    return r

@@ -1,0 +1,167 @@
+"""Moments of each channel: what each program finds of its tiles, and their merger.
+
+A program sums x − centre and (x − centre)² in float32, the centre being the mean of its first tile, and goes on in
+float64; so a mean of many deviations costs no digits. The parts are merged in float64 by Chan's formula for several
+parts, m2 = Σ m2ᵢ + Σ nᵢ·(meanᵢ − mean)², in a fixed order: the same bits at each run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from keelnorm.engine.kernels.triton.tile import counting, place, present, total
+
+
+@triton.jit
+def part_kernel(
+    x, mask, parts, batches, N, C, S, tiles, per_program,
+    A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+    COUNT_BATCH: tl.constexpr,
+):  # fmt: skip
+    """parts[0, 1, 2][split, c] = count, mean, m2 of the split's values of channel c."""
+    block, split = tl.program_id(0), tl.program_id(1)
+    first = split * per_program
+    end = tl.minimum(first + per_program, tiles)
+    if COUNT_BATCH:
+        if (block == 0) & (split == 0):
+            tl.store(batches, tl.load(batches) + 1)
+    # A mask may leave nothing of the first tile, so that all are looked at for the centre.
+    seen = tl.zeros([A, B], dtype=tl.float32)
+    number = tl.zeros([A, B], dtype=tl.int32)
+    stop = end if MASKED else tl.minimum(first + 1, end)
+    for tile in range(first, stop):
+        offsets, spots, inside, channels = place(tile, block, N, C, S, A, B, LAST, WIDE)
+        counts = counting(inside, mask, spots, MASKED)
+        seen += tl.load(x + offsets, mask=counts, other=0.0).to(tl.float32)
+        number += counts.to(tl.int32)
+    number = total(number, LAST)
+    centre = total(seen, LAST) / tl.maximum(number, 1).to(tl.float32)
+    sums = tl.zeros([A, B], dtype=tl.float32)
+    squares = tl.zeros([A, B], dtype=tl.float32)
+    held_here = 0
+    for tile in range(first, end):
+        offsets, spots, inside, channels = place(tile, block, N, C, S, A, B, LAST, WIDE)
+        counts = counting(inside, mask, spots, MASKED)
+        deviation = tl.load(x + offsets, mask=counts, other=0.0).to(tl.float32) - centre
+        deviation = tl.where(counts, deviation, 0.0)
+        sums += deviation
+        squares += deviation * deviation
+        held_here += present(tile, N, S, A, B, LAST)
+    count = number.to(tl.float64) if MASKED else (tl.zeros_like(number) + held_here).to(tl.float64)
+    divisor = tl.maximum(count, 1.0)
+    moved = total(sums.to(tl.float64), LAST)
+    m2 = total(squares.to(tl.float64), LAST) - moved * moved / divisor
+    offsets, spots, inside, channels = place(first, block, N, C, S, A, B, LAST, WIDE)
+    exists = channels < C
+    at = parts + split * C + channels
+    step = tl.num_programs(1) * C
+    tl.store(at, count, mask=exists)
+    tl.store(at + step, centre.to(tl.float64) + moved / divisor, mask=exists)
+    tl.store(at + 2 * step, tl.where(m2 < 0, 0.0, m2), mask=exists)  # NaN stays
+
+
+@triton.jit
+def merge_kernel(
+    parts, saved, coefficients, weight, bias, running_mean, running_var, batches, counts_of, C, splits, momentum, eps,
+    SPLITS: tl.constexpr, B: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, UPDATE: tl.constexpr,
+    CUMULATIVE: tl.constexpr, HAS_COUNTS: tl.constexpr, COEFFICIENTS: tl.constexpr,
+):  # fmt: skip
+    """saved = count, mean, biased variance, 1/√(var + eps); coefficients; the running statistics updated."""
+    channels = tl.program_id(0) * B + tl.arange(0, B)[None, :]
+    exists = channels < C
+    count = tl.zeros([1, B], dtype=tl.float64)
+    weighted = tl.zeros([1, B], dtype=tl.float64)
+    for start in range(0, splits, SPLITS):
+        n, mean_of, _ = _parts(parts, channels, start, splits, C, SPLITS)
+        count += tl.sum(n, axis=0, keep_dims=True)
+        weighted += tl.sum(n * mean_of, axis=0, keep_dims=True)
+    divisor = tl.maximum(count, 1.0)
+    mean = weighted / divisor
+    m2 = tl.zeros([1, B], dtype=tl.float64)
+    for start in range(0, splits, SPLITS):
+        n, mean_of, m2_of = _parts(parts, channels, start, splits, C, SPLITS)
+        away = tl.where(n > 0, mean_of - mean, 0.0)
+        m2 += tl.sum(m2_of + n * away * away, axis=0, keep_dims=True)
+    var = m2 / divisor
+    conclude(
+        count, mean, var, channels, exists, saved, coefficients, weight, bias, running_mean, running_var, batches,
+        counts_of, C, momentum, eps, HAS_WEIGHT, HAS_BIAS, UPDATE, CUMULATIVE, HAS_COUNTS, COEFFICIENTS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _parts(parts, channels, start, splits, C, SPLITS: tl.constexpr):
+    rows = start + tl.arange(0, SPLITS)[:, None]
+    there = (rows < splits) & (channels < C)
+    at = parts + rows * C + channels
+    step = splits * C
+    return (
+        tl.load(at, mask=there, other=0.0),
+        tl.load(at + step, mask=there, other=0.0),
+        tl.load(at + 2 * step, mask=there, other=0.0),
+    )
+
+
+@triton.jit
+def conclude(
+    count, mean, var, channels, exists, saved, coefficients, weight, bias, running_mean, running_var, batches,
+    counts_of, C, momentum, eps, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, UPDATE: tl.constexpr,
+    CUMULATIVE: tl.constexpr, HAS_COUNTS: tl.constexpr, COEFFICIENTS: tl.constexpr,
+):  # fmt: skip
+    """What follows from a batch's moments: saved (3, C), the coefficients (3, C) of y, and the running statistics.
+
+    A channel of which something not finite would be stored keeps its running statistics and is counted; so does one of
+    fewer than two values, which has no variance, but is not counted. `counts_of` (3, C) are those of
+    keelnorm/engine/update_counts.py.
+    """
+    rstd = 1.0 / tl.sqrt(var + eps)
+    tl.store(saved + channels, mean, mask=exists)
+    tl.store(saved + C + channels, var, mask=exists)
+    tl.store(saved + 2 * C + channels, rstd, mask=exists)
+    centre, scale, shift = affine(mean, rstd, weight, bias, channels, exists, HAS_WEIGHT, HAS_BIAS)
+    if COEFFICIENTS:
+        tl.store(coefficients + channels, centre, mask=exists)
+        tl.store(coefficients + C + channels, scale, mask=exists)
+        tl.store(coefficients + 2 * C + channels, shift, mask=exists)
+    if UPDATE:
+        enough = count > 1
+        factor = momentum
+        if CUMULATIVE:
+            # Of the average, over the batches before this one, which is counted already where it has enough values.
+            before = tl.zeros_like(channels).to(tl.int64) + tl.load(batches)
+            before -= enough.to(tl.int64)
+            so_far = before
+            if HAS_COUNTS:
+                at = tl.load(counts_of + 2 * C + channels, mask=exists, other=0)
+                so_far = tl.where(at == before, tl.load(counts_of + C + channels, mask=exists, other=0), before)
+            factor = 1.0 / (so_far + 1).to(tl.float64)
+        unbiased = var * (count / tl.maximum(count - 1, 1.0))
+        mean_was = tl.load(running_mean + channels, mask=exists, other=0.0)
+        var_was = tl.load(running_var + channels, mask=exists, other=0.0)
+        mean_new = ((1 - factor) * mean_was.to(tl.float64) + factor * mean).to(mean_was.dtype)
+        var_new = ((1 - factor) * var_was.to(tl.float64) + factor * unbiased).to(var_was.dtype)
+        finite = (tl.abs(mean_new) < float("inf")) & (tl.abs(var_new) < float("inf"))
+        taken = finite & enough
+        tl.store(running_mean + channels, tl.where(taken, mean_new, mean_was), mask=exists)
+        tl.store(running_var + channels, tl.where(taken, var_new, var_was), mask=exists)
+        if HAS_COUNTS:
+            skipped = tl.load(counts_of + channels, mask=exists, other=0)
+            tl.store(counts_of + channels, skipped + (enough & (finite == 0)).to(tl.int64), mask=exists)
+            if CUMULATIVE:
+                tl.store(counts_of + C + channels, so_far + taken.to(tl.int64), mask=exists)
+                tl.store(counts_of + 2 * C + channels, before + enough.to(tl.int64), mask=exists)
+    return centre, scale, shift
+
+
+@triton.jit
+def affine(mean, rstd, weight, bias, channels, exists, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """centre, scale, shift: x − centre is exact where it matters, and what its rounding left is in the shift."""
+    centre = mean.to(tl.float32)
+    scale = rstd
+    if HAS_WEIGHT:
+        scale = rstd * tl.load(weight + channels, mask=exists, other=0.0).to(tl.float64)
+    shift = (centre.to(tl.float64) - mean) * scale
+    if HAS_BIAS:
+        shift += tl.load(bias + channels, mask=exists, other=0.0).to(tl.float64)
+    return centre, scale.to(tl.float32), shift.to(tl.float32)

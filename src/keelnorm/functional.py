@@ -1,0 +1,280 @@
+"""Batch normalization and moments as functions."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from keelnorm.engine import dispatch
+from keelnorm.engine.activations import ActivationLike, resolve
+from keelnorm.engine.arguments import State, check_arguments, check_inplace
+from keelnorm.engine.inplace import batch_norm_
+from keelnorm.engine.kernels import reference, registry
+from keelnorm.engine.masking import Padding, common_mask, length_mask, take_mask, weighted, without_variance
+from keelnorm.moments import Moments, Weighting, check_values, check_weighting
+
+__all__ = ["batch_norm", "length_mask", "moments"]
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: ActivationLike = None,
+    residual: Tensor | None = None,
+    inplace: bool = False,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    weighting: Weighting = "frequency",
+    padding: Padding = "zero",
+) -> Tensor:
+    """``activation(bn(x) + residual)`` in one fused operation.
+
+    Per channel, over the M = N·S values of the batch or with the running statistics:
+
+        y = act((x − mean) / √(var + eps) · weight + bias + residual)
+
+    with the biased variance. In training, ``running = (1 − momentum)·running + momentum·batch``, for which the variance
+    is the unbiased one.
+
+    Args:
+        input: x, values of shape (N, C, *S), floating-point.
+        running_mean, running_var: Population moments (C,), updated in place when ``training``; both or neither. Needed
+            when not ``training``.
+        weight, bias: γ and β, shape (C,); ones and zeros where None.
+        training: Normalize with the batch's moments, else with the running ones.
+        momentum: Weight of the batch's moments in the update, PyTorch's sense.
+        eps: Added to the variance.
+        activation: None; ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"elu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"``,
+            ``"hardswish"``, ``"hardsigmoid"``, ``"sigmoid"``, ``"tanh"``, ``"mish"`` or ``"softplus"``; or the module
+            of torch.nn for one of them, whose parameters are taken over (its ``inplace`` is not).
+        residual: Added before the activation; of x's shape.
+        inplace: Write y into x's memory and keep y alone for the backward, which rebuilds x from it. For an activation
+            of None, leaky_relu (slope > 0) or elu (alpha > 0), and without a residual. Under torch.compile, torch.func
+            and forward-mode differentiation, and for tensor subclasses, it has no effect: the result is the same, and
+            x stays.
+        mask: Which values count, boolean, True for those: shape (N,) or (N, *S), the same for all channels; see
+            :func:`length_mask` for sequences. Moments and gradients are those of the values that count; the others may
+            be anything, NaN included, and have the gradient 0. A batch in which none counts changes nothing.
+        sample_weight: How much a value counts, floating-point, not negative, shape (N,) or (N, *S): the mean is
+            Σw·x/Σw, the variance Σw·(x − mean)²/Σw. A value of weight 0 is normalized, but does not count.
+        weighting: What weights mean, which the unbiased variance depends on: ``"frequency"``, how often a value is
+            there, so that it is Σw·(x − mean)²/(Σw − 1), and Σw must be above 1; or ``"importance"``, how much it
+            matters beside the others, Σw·(x − mean)²/(Σw − Σw²/Σw), the same in any unit.
+        padding: What a mask leaves out comes out as: ``"zero"``, or ``"keep"`` for what it is in x, with its gradient.
+
+    Shape:
+        (N, C, *S) -> (N, C, *S)
+
+    Differs:
+        From ``torch.nn.functional.batch_norm`` by ``activation``, ``residual`` and ``inplace``, and by keeping its
+        digits when the mean is large against the deviation.
+
+    Numerics:
+        Sums are taken in float32 or wider around a value near the mean and added up in float64. Native kernels give
+        the same bits for any number of threads. An activation is computed in the dtype of the sums.
+
+    Cost:
+        float32, float64, bfloat16 and float16 on the CPU run on native kernels, which read x once from memory per
+        direction where a block of channels fits the cache. Saved for the backward: x, and with both a residual and an
+        activation y (relu) or the residual (others); in place y alone. Never a mask nor the normalized values. An x
+        that is neither contiguous nor channels-last is copied once.
+
+    Raises:
+        TypeError: a wrong type or dtype.
+        ValueError: a wrong shape, device or value; one value per channel in training; no statistics in inference.
+            The running statistics are then as before.
+        RuntimeError: ``inplace`` for a leaf that requires a gradient, or for a view; a second derivative through
+            ``inplace``; and, from torch, a backward after y was modified.
+
+    Example:
+        >>> x = torch.tensor([[1.0], [3.0]])
+        >>> batch_norm(x, None, None, training=True, activation="relu").flatten()
+        tensor([0.0000, 1.0000])
+
+    Source:
+        Ioffe, Szegedy (2015), "Batch Normalization", arXiv:1502.03167, algorithms 1 and 2.
+    """
+    refuse_jit("kn.functional.batch_norm")
+    if has_torch_function((input, running_mean, running_var, weight, bias, residual)):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            batch_norm,
+            (input, running_mean, running_var, weight, bias, residual),
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            activation=activation,
+            residual=residual,
+            inplace=inplace,
+            mask=mask,
+            sample_weight=sample_weight,
+            weighting=weighting,
+            padding=padding,
+        )
+    state = State(running_mean, running_var, None, training, training, momentum, eps)
+    options = Options(activation, inplace, mask, sample_weight, padding, weighting)
+    return layer_batch_norm(input, residual, weight, bias, state, options)
+
+
+def moments(
+    x: Tensor,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    weighting: Weighting = "frequency",
+) -> Moments:
+    """Count, mean and sum of squared deviations per channel, as a mergeable :class:`~keelnorm.Moments`.
+
+    Args:
+        x: Values of shape (N, C, *S), floating-point.
+        mask: Which values count; see :meth:`keelnorm.Moments.from_tensor`, which this equals, on native kernels where
+            they apply. Where a gradient is asked for, the result is differentiable.
+        sample_weight, weighting: Of each value, and what that means; see there too.
+
+    Example:
+        >>> moments(torch.tensor([[1.0, 5.0], [3.0, 5.0]])).mean.tolist()
+        [2.0, 5.0]
+    """
+    check_values(x)
+    if sample_weight is not None or weighting != "frequency":
+        return Moments.from_tensor(x, mask, sample_weight, weighting)
+    common = None if mask is None else common_mask(mask, x)
+    if (
+        type(x) is not Tensor
+        or dispatch.transformed()
+        or (x.requires_grad and torch.is_grad_enabled())
+        or x.numel() == 0
+        or (fast := registry.operators(x)) is None
+        or (mask is not None and (common is None or (common.is_cpu and not common.any())))
+    ):
+        return reference.stats(x, mask)
+    mean, var = fast.stats(x, common)
+    if common is None:
+        count = torch.full((), x.numel() // x.shape[1], dtype=mean.dtype, device=x.device)
+    else:
+        count = common.sum().to(mean.dtype).repeat(x.shape[1])
+    return Moments(count, mean, var * count)
+
+
+class Options(NamedTuple):
+    """What a call asks besides normalizing; see :func:`batch_norm`."""
+
+    activation: ActivationLike = None
+    inplace: bool = False
+    mask: Tensor | None = None
+    sample_weight: Tensor | None = None
+    padding: Padding = "zero"
+    weighting: Weighting = "frequency"
+
+
+def layer_batch_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    state: State,
+    options: Options,
+    ranks: tuple[int, ...] | None = None,
+    too_few: str = "error",
+) -> Tensor:
+    """What the function above and a layer's forward call; see :class:`keelnorm.BatchNorm`."""
+    what = state.what
+    refuse_jit(what)
+    activation, inplace, mask, sample_weight, padding, weighting = options
+    if has_torch_function((x, residual)):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            layer_batch_norm, (x, residual), x, residual, weight, bias, state, options, ranks, too_few
+        )
+    act = resolve(what, activation)
+    try:
+        plain = _plainly_legal(x, residual, weight, bias, state, ranks)
+    except (AttributeError, TypeError, RuntimeError):
+        plain = False  # something can't even be asked; what, is said next
+    if not plain:
+        check_arguments(what, x, residual, weight, bias, state, ranks, too_few)
+        if state.training and x.numel() == x.shape[1] > 0:
+            state = without_variance(state, too_few)
+    try:
+        if mask is not None or sample_weight is not None or padding != "zero" or weighting != "frequency":
+            check_weighting(what, weighting)
+            if inplace:
+                raise ValueError(
+                    f"{what}: inplace=True goes without mask, sample_weight, weighting and padding; leave them out"
+                )
+            state = take_mask(state, mask, padding, x, too_few)
+            if sample_weight is not None:
+                with dispatch.unchanged(state):
+                    return weighted(x, residual, weight, bias, state, act, sample_weight, weighting, too_few)
+        elif inplace:
+            check_inplace(what, x, residual, act)
+            return batch_norm_(x, weight, bias, state, act)
+        return dispatch.batch_norm(x, residual, weight, bias, state, act)
+    except RuntimeError:
+        if plain:  # what torch says of a tensor of a kind that it can't take is no help
+            check_arguments(what, x, residual, weight, bias, state, ranks, too_few)
+        raise
+
+
+def check_layer_call(
+    x: Any, weight: Tensor | None, bias: Tensor | None, state: State, ranks: tuple[int, ...] | None
+) -> bool:
+    """Whether a call is legal and nothing is special about it; else :func:`layer_batch_norm` knows what to say."""
+    if _plainly_legal(x, None, weight, bias, state, ranks):
+        return True
+    try:
+        check_arguments(state.what, x, None, weight, bias, state, ranks)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _plainly_legal(x: Any, residual: Any, weight: Any, bias: Any, state: State, ranks: tuple[int, ...] | None) -> bool:
+    """A quick look that clears the common case; the native operators check the rest before they write anything."""
+    running_mean, running_var, batches, training, _, momentum, eps, *_ = state
+    return (
+        type(x) is Tensor
+        and x.dtype in registry.DTYPES
+        and x.is_cpu
+        and registry.native_enabled
+        and ranks is not None
+        and x.dim() in ranks
+        and eps > 0
+        and (momentum is None or momentum - momentum == 0)  # finite
+        and not (training and x.numel() == x.shape[1])
+        and (residual is None or (type(residual) is Tensor and residual.is_cpu))
+        and (weight is None or weight.is_cpu)
+        and (bias is None or bias.is_cpu)
+        and (running_mean is None or (running_mean.is_cpu and not running_mean.requires_grad))
+        and (running_var is None or (running_var.is_cpu and not running_var.requires_grad))
+        and (batches.is_cpu if batches is not None else momentum is not None)
+        and not torch.compiler.is_compiling()
+    )
+
+
+#: What to do where torch.jit refuses a layer.
+BESIDE_JIT = (
+    "Use torch.export or torch.compile, or kn.to_torch(model) first, which puts torch.nn.BatchNorm* in the place of "
+    "every layer that is more than it in speed alone"
+)
+
+
+def refuse_jit(what: str) -> None:
+    """Raise while torch.jit.trace records: it would keep the fused operators without their backward."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise RuntimeError(
+            f"{what} does not run under torch.jit.trace, which would record the fused operators without their "
+            f"backward. {BESIDE_JIT}"
+        )

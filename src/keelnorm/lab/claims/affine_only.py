@@ -1,0 +1,204 @@
+"""Can a network learn with γ and β alone, all other weights left at random?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from keelnorm.lab.core.cell import Cell, Result, Results
+from keelnorm.lab.core.claim import Claim, Reading, Source
+from keelnorm.lab.core.plan import Plan, seeds_text
+from keelnorm.lab.core.seeds import generator
+from keelnorm.lab.data import images
+from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
+from keelnorm.lab.reading.results_by_arm import Runs
+from keelnorm.lab.reading.verdicts import Finding
+from keelnorm.lab.reading.wording import listed
+from keelnorm.lab.training.arms import BN
+from keelnorm.lab.training.learning_rates import Best
+from keelnorm.lab.training.networks import StackedMLP
+from keelnorm.lab.training.train import train
+from keelnorm.lab.training.trials import tuned, where_text
+from keelnorm.measure.statistics import difference, mean
+
+ARMS = {
+    "affine": ("γ and β alone", "bn"),
+    "output": ("the output layer alone", "other-1"),
+    "all": ("everything", "none"),
+}
+DEPTHS = (2, 4, 8)
+WIDTH = 128
+BATCH = 60
+RATES = {
+    "affine": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
+    "output": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+    "all": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
+}
+CHANCE = 10.0
+
+
+def partly_trained(*, data: str, arm: str, depth: int, seed: int, rates: tuple[float, ...], steps: int) -> Result:
+    """Train the parameters that the arm names, and leave the others at their random start."""
+    split = images(data, seed)
+    stack = StackedMLP(
+        split.train_x[0].numel(),
+        (WIDTH,) * depth,
+        split.classes,
+        BN,
+        generator(draw="initialization", data=data, seed=seed),
+        torch.ones(len(rates)),
+    )
+    own = {"affine": list(stack.blocks.parameters()), "output": [stack.weights[-1], stack.biases[-1]]}
+    if arm != "all":
+        stack.requires_grad_(False)
+        for parameter in own[arm]:
+            parameter.requires_grad_(True)
+    order = generator(draw="order", data=data, seed=seed)
+    history = train(stack, split, torch.tensor(rates), batch=BATCH, evaluate_at=(steps,), generator=order)
+    trained = sum(p.numel() for p in stack.parameters() if p.requires_grad) // len(rates)
+    total = sum(p.numel() for p in stack.parameters()) // len(rates)
+    return dict(vars(history)) | {"trained": trained, "total": total}
+
+
+def cells(plan: Plan) -> Sequence[Cell]:
+    return [cell for data, depth in _conditions(plan) for cell in _cells(plan, data, depth)]
+
+
+def _conditions(plan: Plan) -> list[tuple[str, int]]:
+    depths = (2, 8) if plan.quick else DEPTHS
+    return [(data, depth) for data in plan.sets("digits", "mnist") for depth in depths]
+
+
+def _rates(plan: Plan, arm: str) -> tuple[float, ...]:
+    return RATES[arm][2:4] if plan.quick else RATES[arm]
+
+
+def _cells(plan: Plan, data: str, depth: int) -> Sequence[Cell]:
+    steps = 100 if plan.quick else 400
+    return [
+        Cell(
+            partly_trained,
+            {"data": data, "arm": arm, "depth": depth, "seed": seed, "rates": _rates(plan, arm), "steps": steps},
+            cost=steps * depth * len(_rates(plan, arm)) * 3e-4,
+        )
+        for seed in _seeds(plan)
+        for arm in ARMS
+    ]
+
+
+def _seeds(plan: Plan) -> range:
+    return plan.seed_range(quick=3, full=5)
+
+
+def read(plan: Plan, results: Results) -> Reading:
+    findings, rows, words, notes = [], [], [], []
+    chosen: dict[tuple[str, int], dict[str, Best]] = {}
+    counts: dict[tuple[str, int], list[Result]] = {}
+    for data, depth in _conditions(plan):
+        runs = Runs(_cells(plan, data, depth), results)
+        best = {arm: tuned({arm: runs.of(arm)}, _rates(plan, arm))[arm] for arm in ARMS}
+        chosen[data, depth] = best
+        counts[data, depth] = runs.of("affine")
+        where = where_text(data, f"{depth} layers")
+        above = difference(best["affine"].test, [CHANCE] * len(best["affine"].test))
+        findings += [
+            Finding("test accuracy, γ and β alone − chance", where, above, 0.0),
+            Finding(
+                "test accuracy, γ and β alone − the output layer alone",
+                where,
+                difference(best["affine"].test, best["output"].test),
+                0.0,
+                decisive=False,
+            ),
+            Finding(
+                "test accuracy, γ and β alone − everything",
+                where,
+                difference(best["affine"].test, best["all"].test),
+                0.0,
+                decisive=False,
+            ),
+        ]
+        words.append(
+            f"{mean(best['affine'].test).value:.1f} % ({where}; the output layer alone "
+            f"{mean(best['output'].test).value:.1f} %)"
+        )
+        for arm, (label, _) in ARMS.items():
+            found = runs.of(arm)[0]
+            rows.append(
+                [
+                    where,
+                    label,
+                    f"{found['trained']:,} of {found['total']:,}",
+                    f"{best[arm].rate:g}",
+                    mean(best[arm].test).text(1),
+                ]
+            )
+            if best[arm].at_edge and not plan.quick:
+                notes.append(f"{where}: the best rate for {label}, {best[arm].rate:g}, lies at the edge of the grid.")
+    figures = []
+    for data in dict.fromkeys(data for data, _ in chosen):
+        depths = [depth for each, depth in chosen if each == data]
+        series = []
+        for arm, (label, style) in ARMS.items():
+            # Each depth by its own seeds: where a cell has failed they are not the same.
+            means = [mean(chosen[data, depth][arm].test) for depth in depths]
+            ends = [each.low for each in means], [each.high for each in means]
+            series.append(Series(label, style, depths, [each.value for each in means], *ends))
+        figures.append(
+            Figure(
+                f"Test accuracy by depth: {where_text(data)}",
+                Axis("hidden layers"),
+                Axis("test accuracy, %", limits=(0.0, 100.0)),
+                series,
+                f"Test accuracy over depth when only a part of the parameters is trained. With γ and β alone: "
+                f"{listed(words)}.",
+                reference=(CHANCE, "chance"),
+            )
+        )
+    return Reading(
+        f"With all weights left at random, γ and β alone reach {listed(words)}.",
+        findings,
+        figures,
+        [
+            Table(
+                "Test accuracy in percent at the rate chosen on validation data",
+                ["where", "trained", "parameters", "rate", "accuracy"],
+                rows,
+            )
+        ],
+        setup=[
+            (
+                "Network",
+                f"fully connected, hidden layers of {WIDTH} with ReLU behind batch norm, He's initialization, "
+                f"centred pixels",
+            ),
+            (
+                "Training",
+                f"{100 if plan.quick else 400} steps of gradient descent, batches of {BATCH}; what is not trained "
+                f"stays as it was drawn",
+            ),
+            ("Learning rate", "for each arm the one with the highest validation accuracy"),
+            ("Seeds", seeds_text(_seeds(plan))),
+        ],
+        notes=[*notes, "With γ and β alone the output layer is random too."],
+    )
+
+
+CLAIM = Claim(
+    number=18,
+    title="γ and β alone",
+    statement="The affine parameters of batch normalization alone can learn.",
+    question="How far does a network get when only γ and β are trained?",
+    literature="Frankle, Schwab and Morcos train only γ and β of randomly initialized residual networks and reach 82 "
+    "% on CIFAR-10 with a very deep "
+    "one, far more than by training as many other parameters. The γ often goes to zero: random features are switched "
+    "off.",
+    sources=[Source("Frankle, Schwab, Morcos 2020", "https://arxiv.org/abs/2003.00152")],
+    criterion="Holds if, at every depth, the test accuracy with γ and β alone lies above chance. How it compares "
+    "with training the output layer alone, which has 1,290 parameters where γ and β have 256 a layer, and with "
+    "everything is shown beside.",
+    data=("digits", "mnist"),
+    cells=cells,
+    read=read,
+)

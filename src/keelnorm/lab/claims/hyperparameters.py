@@ -1,0 +1,207 @@
+"""Do more settings of the hyperparameters work with batch normalization?
+
+Learning rate, scale of the initial weights and momentum are drawn at random, the same settings for every arm, and it is
+counted how many train a network to 90 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from keelnorm.lab.core.cell import Cell, Result, Results
+from keelnorm.lab.core.claim import Claim, Reading, Source
+from keelnorm.lab.core.plan import LONGER, Plan, seeds_text, steps_for
+from keelnorm.lab.core.seeds import seed_from
+from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
+from keelnorm.lab.reading.results_by_arm import Runs
+from keelnorm.lab.reading.verdicts import Finding
+from keelnorm.lab.reading.wording import listed
+from keelnorm.lab.training.arms import BN, LN, NONE
+from keelnorm.lab.training.trials import ACTIVATION_NAMES, trial_cell, where_text
+from keelnorm.measure.statistics import Interval, difference, mean
+
+ARMS = (NONE, LN, BN)
+ACTIVATIONS = ("relu", "tanh")
+DEPTHS = (2, 4, 8)
+WIDTH = 32
+TARGET = 90.0
+RATES = (1e-3, 10.0)
+SCALES = (0.1, 10.0)
+LEAST_MOMENTUM_LEFT = 0.01
+"""1 − momentum is drawn log-uniformly from this to 1."""
+
+
+def settings(seed: int, count: int) -> dict[str, tuple[float, ...]]:
+    """`count` random settings, each number log-uniform; rounded, so that they can be read.
+
+    They are a scrambled Sobol sequence, which covers the ranges more evenly than independent draws.
+    """
+    sequence = torch.quasirandom.SobolEngine(3, scramble=True, seed=seed_from(draw="settings", seed=seed) % 2**31)
+    draw = sequence.draw(count, dtype=torch.float64).t()
+    rates, scales, left = (
+        low * (high / low) ** row
+        for row, (low, high) in zip(draw, (RATES, SCALES, (LEAST_MOMENTUM_LEFT, 1.0)), strict=True)
+    )
+    return {
+        "rates": tuple(float(f"{value:.3g}") for value in rates.tolist()),
+        "scales": tuple(float(f"{value:.3g}") for value in scales.tolist()),
+        "momenta": tuple(float(f"{1 - value:.3g}") for value in left.tolist()),
+    }
+
+
+def cells(plan: Plan) -> Sequence[Cell]:
+    return [cell for data, activation, depth in _conditions(plan) for cell in _cells(plan, data, activation, depth)]
+
+
+def _conditions(plan: Plan) -> list[tuple[str, str, int]]:
+    depths = DEPTHS[1:2] if plan.quick else DEPTHS
+    return [
+        (data, activation, depth)
+        for data in plan.sets("digits", "mnist")
+        for activation in ACTIVATIONS
+        for depth in depths
+    ]
+
+
+def _cells(plan: Plan, data: str, activation: str, depth: int) -> Sequence[Cell]:
+    count, steps = (16, 50) if plan.quick else (24, 100)
+    return [
+        trial_cell(
+            count * depth * 5e-5,
+            data=data,
+            arm=arm.name,
+            seed=seed,
+            **settings(seed, count),
+            paired=True,
+            evaluate_at=(steps_for(data, steps),),
+            widths=(WIDTH,) * depth,
+            activation=activation,
+        )
+        for seed in _seeds(plan)
+        for arm in ARMS
+    ]
+
+
+def _seeds(plan: Plan) -> range:
+    return plan.seed_range(quick=3, full=5)
+
+
+def share(history: Result) -> float:
+    """The share of replicas that reach the target on test data."""
+    accuracies: list[float] = history["test"][-1]
+    return sum(accuracy >= TARGET for accuracy in accuracies) / len(accuracies)
+
+
+def read(plan: Plan, results: Results) -> Reading:
+    findings, rows, words, names = [], [], [], []
+    bars: dict[str, list[Interval]] = {arm.name: [] for arm in ARMS}
+    pooled: dict[tuple[str, str], list[list[float]]] = {}
+    for data, activation, depth in _conditions(plan):
+        runs = Runs(_cells(plan, data, activation, depth), results)
+        shares = {arm.name: [100.0 * share(history) for history in runs.of(arm.name)] for arm in ARMS}
+        where = where_text(data, ACTIVATION_NAMES[activation], f"{depth} layers")
+        names.append(where)
+        for arm in ARMS:
+            bars[arm.name].append(mean(shares[arm.name]))
+            pooled.setdefault((where_text(data, ACTIVATION_NAMES[activation]), arm.name), []).append(shares[arm.name])
+        rows.append([where, *(mean(shares[arm.name]).text(0) for arm in ARMS)])
+    for where in dict.fromkeys(where for where, _ in pooled):
+        overall = {arm.name: [sum(v) / len(v) for v in zip(*pooled[where, arm.name], strict=True)] for arm in ARMS}
+        gain = difference(overall[BN.name], overall[NONE.name])
+        findings.append(Finding("share of settings that reach 90 %, batch norm − none", where, gain, 0.0, digits=0))
+        against = difference(overall[BN.name], overall[LN.name])
+        findings.append(
+            Finding(
+                "share of settings that reach 90 %, batch norm − layer norm",
+                where,
+                against,
+                0.0,
+                digits=0,
+                decisive=False,
+            )
+        )
+        words.append(
+            f"{mean(overall[NONE.name]).value:.0f} % of the settings without and {mean(overall[BN.name]).value:.0f} "
+            f"% with "
+            f"batch norm ({mean(overall[LN.name]).value:.0f} % with layer norm; {where})"
+        )
+    return Reading(
+        f"A network reaches {TARGET:.0f} % with {listed(words)}.",
+        findings,
+        [_figure(names, bars)],
+        [Table("Share of the settings that reach 90 %, in percent", ["where", *(arm.label for arm in ARMS)], rows)],
+        setup=[
+            (
+                "Settings",
+                f"drawn log-uniformly by a Sobol sequence, the same for all arms: learning rate {RATES[0]:g} to "
+                f"{RATES[1]:g}, initial weights "
+                f"{SCALES[0]:g} to {SCALES[1]:g} times Xavier's, 1 − momentum {LEAST_MOMENTUM_LEFT:g} to 1",
+            ),
+            ("Network", f"fully connected, hidden layers of {WIDTH}, centred pixels"),
+            (
+                "Training",
+                f"{50 if plan.quick else 100} steps of gradient descent with momentum (larger images: {LONGER} times "
+                "as many), batches of 60",
+            ),
+            ("Counted", "settings with 90 % test accuracy at the end; a seed has its own draw of settings"),
+            ("Seeds", seeds_text(_seeds(plan))),
+        ],
+        notes=[
+            "A share is one of the ranges that were drawn from: other ranges give other shares. The comparison of "
+            "arms over the same "
+            "settings is what counts."
+        ],
+    )
+
+
+def _figure(names: Sequence[str], bars: dict[str, list[Interval]]) -> Figure:
+    series = [
+        Series(
+            arm.label,
+            arm.name,
+            list(range(len(names))),
+            [each.value for each in bars[arm.name]],
+            [each.low for each in bars[arm.name]],
+            [each.high for each in bars[arm.name]],
+        )
+        for arm in ARMS
+    ]
+    described = listed(
+        [
+            f"{name}: {', '.join(f'{bars[arm.name][index].value:.0f} % with {arm.label}' for arm in ARMS)}"
+            for index, name in enumerate(names)
+        ]
+    )
+    return Figure(
+        "Settings that work",
+        Axis("condition", categories=list(names)),
+        Axis("share of random settings that reach 90 %, %", limits=(0.0, 100.0)),
+        series,
+        f"Share of random hyperparameter settings that reach 90 % accuracy. {described}.",
+        kind="bars",
+    )
+
+
+CLAIM = Claim(
+    number=10,
+    title="Fewer hyperparameters to tune",
+    statement="Networks with batch normalization depend less on hyperparameters.",
+    question="Do more settings of rate, initial weights and momentum work with batch norm?",
+    literature="Follows from what is said about learning rates and initialization; Bjorck et al. find that networks "
+    "with batch norm train "
+    "over a wider range of rates. Layer norm widens the range too. A share of working settings means something only "
+    "for the "
+    "ranges that are drawn from.",
+    sources=[
+        Source("Bjorck, Gomes, Selman, Weinberger 2018", "https://arxiv.org/abs/1806.02375"),
+        Source("Ba, Kiros, Hinton 2016: layer normalization", "https://arxiv.org/abs/1607.06450"),
+    ],
+    criterion="Holds if, with each activation, the share of settings that reach 90 % is larger with batch norm than "
+    "without; depends if "
+    "with one only.",
+    data=("digits", "mnist"),
+    cells=cells,
+    read=read,
+)

@@ -1,0 +1,282 @@
+"""What does inference with the population's statistics need, and what goes wrong without them?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+import keelnorm as kn
+from keelnorm.lab.core.cell import Cell, Result, Results
+from keelnorm.lab.core.claim import Claim, Reading, Source
+from keelnorm.lab.core.plan import Plan, kind_of, seeds_text
+from keelnorm.lab.core.seeds import generator, seed_from
+from keelnorm.lab.data import images
+from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
+from keelnorm.lab.reading.results_by_arm import Runs
+from keelnorm.lab.reading.verdicts import Finding
+from keelnorm.lab.reading.wording import listed, signed
+from keelnorm.lab.training.train import batches
+from keelnorm.lab.training.trials import where_text
+from keelnorm.measure.statistics import Interval, difference, mean
+
+ARMS = {"torch": ("torch.nn's batch norm", nn.BatchNorm1d), "bn": ("keelnorm's batch norm", kn.BatchNorm1d)}
+WIDTH = 100
+BATCH = 60
+RATE = 0.3
+SLOW = 0.001
+"""A momentum that is too small for so short a training."""
+SAME = 1e-4
+"""Outputs differ by less than this share of their size: rounding."""
+STATES = {
+    "evaluation": "running statistics",
+    "sorted": "the batch's own moments, test images sorted by label",
+    "mixed": "the batch's own moments, test images mixed",
+    "slow": f"running statistics of momentum {SLOW:g}",
+    "slow, recalibrated": "the same, after kn.recalibrate",
+    "inf": "running statistics after one batch with Inf",
+    "inf, recalibrated": "the same, after kn.recalibrate",
+}
+
+
+def network(layer: type[nn.Module], features: int, classes: int) -> nn.Sequential:
+    """A fully connected network as a user would write it."""
+    modules: list[nn.Module] = [nn.Flatten()]
+    for into in (features, WIDTH, WIDTH):
+        modules += [nn.Linear(into, WIDTH, bias=False), layer(WIDTH), nn.ReLU()]
+    return nn.Sequential(*modules, nn.Linear(WIDTH, classes))
+
+
+def states(*, data: str, arm: str, seed: int, steps: int) -> Result:
+    """Train one network, and evaluate it with running statistics in several states.
+
+    Returns:
+        The test accuracy in percent in each of `STATES`; `alone`: the largest difference between an image's outputs
+        alone and in a batch, over the largest output.
+    """
+    split = images(data, seed)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed_from(draw="initialization", data=data, seed=seed))
+        model = network(ARMS[arm][1], split.train_x[0].numel(), split.classes)
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    slow = copy.deepcopy(model)
+    for module in slow.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.momentum = SLOW
+    for chosen in batches(len(split.train_y), BATCH, steps, generator(draw="order", data=data, seed=seed)):
+        optimizer.zero_grad()
+        with torch.no_grad():
+            _follow(slow, model)
+            slow.train()(split.train_x[chosen])
+        nn.functional.cross_entropy(model(split.train_x[chosen]), split.train_y[chosen]).backward()
+        optimizer.step()
+    _follow(slow, model)
+    x, y = split.test_x, split.test_y
+    order = y.argsort(stable=True)
+    hit = copy.deepcopy(model).train()
+    bad = split.train_x[:BATCH].clone()
+    bad[0].view(-1)[:] = float("inf")
+    with torch.no_grad():
+        hit(bad)
+    loader = split.train_x.split(BATCH)
+    return {
+        "evaluation": accuracy(model.eval(), x, y),
+        "sorted": accuracy(model.train(), x[order], y[order], copied=True),
+        "mixed": accuracy(model.train(), x, y, copied=True),
+        "slow": accuracy(slow.eval(), x, y),
+        "slow, recalibrated": accuracy(recalibrated(slow, loader), x, y),
+        "inf": accuracy(hit.eval(), x, y),
+        "inf, recalibrated": accuracy(recalibrated(hit, loader), x, y),
+        "alone": alone(model.eval(), x),
+    }
+
+
+@torch.no_grad()
+def _follow(other: nn.Module, model: nn.Module) -> None:
+    """Give `other` the parameters of `model`; its running statistics stay its own."""
+    for mine, trained in zip(other.parameters(), model.parameters(), strict=True):
+        mine.copy_(trained)
+
+
+def recalibrated(model: nn.Module, loader: Iterable[Tensor]) -> nn.Module:
+    """A copy with the running statistics of the training part."""
+    copied = copy.deepcopy(model)
+    kn.recalibrate(copied, loader, progress=False)
+    return copied.eval()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, *, copied: bool = False) -> float:
+    """The accuracy in percent, in batches of 60 as they come; of a copy, where the forward changes the model."""
+    model = copy.deepcopy(model) if copied else model
+    hits = [
+        (model(part).argmax(1) == labels).float() for part, labels in zip(x.split(BATCH), y.split(BATCH), strict=True)
+    ]
+    return round(100.0 * torch.cat(hits).mean().item(), 4)
+
+
+@torch.no_grad()
+def alone(model: nn.Module, x: Tensor) -> float:
+    """How much an image's outputs hang on what else is in its batch: the largest difference over the largest output."""
+    together = model(x[:BATCH])
+    apart = torch.cat([model(one) for one in x[:BATCH].split(1)])
+    return float(f"{((together - apart).abs().max() / together.abs().max()).item():.3g}")
+
+
+def cells(plan: Plan) -> Sequence[Cell]:
+    return [cell for data in _sets(plan) for cell in _cells(plan, data)]
+
+
+def _sets(plan: Plan) -> list[str]:
+    return plan.sets("digits", "mnist")
+
+
+def _cells(plan: Plan, data: str) -> Sequence[Cell]:
+    return [
+        Cell(states, {"data": data, "arm": arm, "seed": seed, "steps": 200}, cost=0.7)
+        for seed in plan.seed_range(quick=3, full=10)
+        for arm in ARMS
+    ]
+
+
+def read(plan: Plan, results: Results) -> Reading:
+    findings: list[Finding] = []
+    rows, words, names = [], [], []
+    bars: dict[str, list[tuple[str, Interval]]] = {arm: [] for arm in ARMS}
+    for data in _sets(plan):
+        runs = Runs(_cells(plan, data), results)
+        where = where_text(data)
+        found = {arm: {state: [each[state] for each in runs.of(arm)] for state in (*STATES, "alone")} for arm in ARMS}
+        ours, theirs = found["bn"], found["torch"]
+
+        def gap(first: Sequence[float], second: Sequence[float]) -> Interval:
+            return difference(first, second)
+
+        findings += [
+            Finding(
+                "largest difference of outputs alone and in a batch",
+                where,
+                mean(ours["alone"]),
+                SAME,
+                larger=False,
+                unit="of the largest",
+                digits=7,
+            ),
+            Finding(
+                "accuracy, running statistics − the batch's own on images sorted by label",
+                where,
+                gap(ours["evaluation"], ours["sorted"]),
+                0.0,
+            ),
+            Finding(f"accuracy, momentum 0.1 − momentum {SLOW:g}", where, gap(ours["evaluation"], ours["slow"]), 0.0),
+            Finding(
+                "accuracy that one batch with Inf costs torch.nn's batch norm",
+                where,
+                gap(theirs["evaluation"], theirs["inf"]),
+                0.0,
+            ),
+            Finding(
+                "the remedy: accuracy after a batch with Inf, keelnorm − torch.nn",
+                where,
+                gap(ours["inf"], theirs["inf"]),
+                0.0,
+                decisive=False,
+            ),
+            Finding(
+                "what a batch with Inf costs keelnorm's batch norm",
+                where,
+                gap(ours["evaluation"], ours["inf"]),
+                0.0,
+                decisive=False,
+            ),
+            Finding(
+                "the remedy: kn.recalibrate on torch.nn's after Inf − before",
+                where,
+                gap(theirs["inf, recalibrated"], theirs["inf"]),
+                0.0,
+                decisive=False,
+            ),
+            Finding(
+                f"the remedy: kn.recalibrate of momentum {SLOW:g} − before",
+                where,
+                gap(ours["slow, recalibrated"], ours["slow"]),
+                0.0,
+                decisive=False,
+            ),
+        ]
+        words.append(
+            f"{mean(ours['evaluation']).value:.1f} % with good running statistics, {mean(ours['sorted']).value:.1f} % "
+            f"with the batch's own on images "
+            f"sorted by label, {mean(ours['slow']).value:.1f} % with momentum {SLOW:g}; one batch with Inf leaves "
+            f"torch.nn's at "
+            f"{mean(theirs['inf']).value:.1f} % and keelnorm's at {mean(ours['inf']).value:.1f} %, and "
+            f"kn.recalibrate brings torch.nn's back by "
+            f"{signed(gap(theirs['inf, recalibrated'], theirs['inf']), 1)} ({where})"
+        )
+        for arm, (label, _) in ARMS.items():
+            rows += [[where, label, STATES[state], mean(found[arm][state]).text(1)] for state in STATES]
+            bars[arm] += [(state, mean(found[arm][state])) for state in STATES]
+        names += [f"{kind_of(data)}: {title}" for title in STATES.values()]
+    return Reading(
+        f"Accuracy is {listed(words)}.",
+        findings,
+        [
+            Figure(
+                "Test accuracy by state of the running statistics",
+                Axis("state", categories=names),
+                Axis("test accuracy, %", limits=(0.0, 100.0)),
+                [
+                    Series(
+                        label,
+                        arm,
+                        list(range(len(names))),
+                        [each.value for _, each in bars[arm]],
+                        [each.low for _, each in bars[arm]],
+                        [each.high for _, each in bars[arm]],
+                    )
+                    for arm, (label, _) in ARMS.items()
+                ],
+                f"Test accuracy of the same trained networks: {listed(words)}.",
+                kind="bars",
+            )
+        ],
+        [Table("Test accuracy in percent", ["where", "layer", "what normalizes", "accuracy"], rows)],
+        setup=[
+            ("Network", f"fully connected, three hidden layers of {WIDTH} with ReLU"),
+            ("Training", f"200 steps of gradient descent at {RATE:g}, batches of {BATCH}"),
+            (f"Momentum {SLOW:g}", "a second set of running statistics of the same training"),
+            ("Inf", "one forward in training mode of a batch in which one image is infinite; no step is made with it"),
+            ("kn.recalibrate", "sets the running statistics to those of the training part, exactly"),
+            ("Seeds", seeds_text(plan.seed_range(quick=3, full=10))),
+        ],
+        notes=[
+            "keelnorm's layers leave the running statistics alone in a batch that is not finite and count it "
+            "(skipped_updates)."
+        ],
+    )
+
+
+CLAIM = Claim(
+    number=12,
+    title="Inference with the population's statistics",
+    statement="At inference batch normalization must use the population's statistics, and good ones.",
+    question="What happens to accuracy when the running statistics are not used, late, or lost?",
+    literature="Ioffe and Szegedy fix the transform at inference so that an output depends on its input alone. "
+    "Moving averages lag behind and, "
+    "with a small momentum, far; Wu and Johnson recommend precise statistics. A single batch with NaN or Inf stays "
+    "in an average for ever.",
+    sources=[
+        Source("Ioffe, Szegedy 2015, section 3.1", "https://arxiv.org/abs/1502.03167"),
+        Source("Wu, Johnson 2021: Rethinking “batch” in BatchNorm", "https://arxiv.org/abs/2105.07576"),
+    ],
+    criterion=f"Holds if outputs alone and in a batch agree to {SAME:g}, and if accuracy is lower with the batch's "
+    f"own moments on images sorted by "
+    f"label, with a momentum of {SLOW:g}, and (in torch.nn's layer) after one batch with Inf. What keelnorm's layer "
+    f"and kn.recalibrate repair is "
+    "shown beside.",
+    data=("digits", "mnist"),
+    cells=cells,
+    read=read,
+)

@@ -1,0 +1,177 @@
+"""Where does batch normalization belong: before the activation, after it, or on what comes into a layer's weights?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from keelnorm.lab.core.cell import Cell, Results
+from keelnorm.lab.core.claim import Claim, Reading, Source
+from keelnorm.lab.core.plan import Plan, seeds_text
+from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
+from keelnorm.lab.reading.results_by_arm import Runs
+from keelnorm.lab.reading.verdicts import Finding
+from keelnorm.lab.reading.wording import listed
+from keelnorm.lab.training.arms import BN
+from keelnorm.lab.training.trials import ACTIVATION_NAMES, rate_columns, trial_cell, tuned, where_text
+from keelnorm.measure.statistics import Interval, difference, mean
+
+PLACES = {
+    "before": "before the activation (a layer's output)",
+    "after": "after the activation",
+    "input": "at every layer's input",
+}
+STYLES = {"before": "bn", "after": "other-1", "input": "other-2"}
+ACTIVATIONS = ("relu", "tanh", "sigmoid")
+WIDTHS = (100, 100, 100, 100)
+RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
+
+
+def cells(plan: Plan) -> Sequence[Cell]:
+    return [cell for data, activation in _conditions(plan) for cell in _cells(plan, data, activation)]
+
+
+def _conditions(plan: Plan) -> list[tuple[str, str]]:
+    activations = ACTIVATIONS[:2] if plan.quick else ACTIVATIONS
+    return [(data, activation) for data in plan.sets("digits", "mnist") for activation in activations]
+
+
+def _rates(plan: Plan) -> tuple[float, ...]:
+    return RATES[1:4] if plan.quick else RATES
+
+
+def _cells(plan: Plan, data: str, activation: str) -> Sequence[Cell]:
+    return [
+        trial_cell(
+            4e-3,
+            data=data,
+            arm=BN.name,
+            seed=seed,
+            rates=_rates(plan),
+            evaluate_at=(60 if plan.quick else 200,),
+            widths=WIDTHS,
+            activation=activation,
+            place=place,
+        )
+        for seed in _seeds(plan)
+        for place in PLACES
+    ]
+
+
+def _seeds(plan: Plan) -> range:
+    return plan.seed_range(quick=3, full=8)
+
+
+def read(plan: Plan, results: Results) -> Reading:
+    findings, rows, words, notes = [], [], [], []
+    bars: dict[str, list[Interval]] = {place: [] for place in PLACES}
+    names = []
+    for data, activation in _conditions(plan):
+        runs = Runs(_cells(plan, data, activation), results, arms=("place",))
+        chosen = tuned({place: runs.of(place) for place in PLACES}, _rates(plan))
+        where = where_text(data, ACTIVATION_NAMES[activation])
+        names.append(where)
+        gains = {place: difference(chosen["before"].test, chosen[place].test) for place in ("after", "input")}
+        for place, gain in gains.items():
+            findings.append(
+                Finding(
+                    f"test accuracy, before − {place_word(place)} the activation"
+                    if place == "after"
+                    else "test accuracy, before the activation − at every layer's input",
+                    where,
+                    gain,
+                    0.0,
+                    digits=2,
+                )
+            )
+        words.append(
+            f"{gains['after'].value:+.2f} points against after it and {gains['input'].value:+.2f} against the input "
+            f"({where})"
+        )
+        for place, title in PLACES.items():
+            bars[place].append(mean(chosen[place].test))
+            best = chosen[place]
+            texts = [f"{value:.1f}{' *' if index == best.index else ''}" for index, value in enumerate(best.row)]
+            rows.append([where, title, *texts, mean(best.test).text(1)])
+            if best.at_edge:
+                notes.append(f"{where}: the best rate {title}, {best.rate:g}, lies at the edge of the grid.")
+    return Reading(
+        f"Before the activation, accuracy differs by {listed(words)}.",
+        findings,
+        [_figure(names, bars)],
+        [
+            Table(
+                "Accuracy in percent on validation data by learning rate (* : the one chosen), and on test data there",
+                rate_columns(_rates(plan)),
+                rows,
+            )
+        ],
+        setup=[
+            (
+                "Network",
+                f"fully connected, {len(WIDTHS)} hidden layers of {WIDTHS[0]}, Xavier's initialization, centred pixels",
+            ),
+            ("At every layer's input", "the network's input and the output layer's input are normalized too"),
+            ("Training", "gradient descent, batches of 60, a number of steps that is the same for all"),
+            ("Learning rate", "for each place the one with the highest validation accuracy"),
+            ("Seeds", seeds_text(_seeds(plan))),
+        ],
+        notes=notes,
+    )
+
+
+def place_word(place: str) -> str:
+    """The preposition of a place."""
+    return "after" if place == "after" else "at the input of"
+
+
+def _figure(names: Sequence[str], bars: dict[str, list[Interval]]) -> Figure:
+    series = [
+        Series(
+            PLACES[place],
+            STYLES[place],
+            list(range(len(names))),
+            [each.value for each in intervals],
+            [each.low for each in intervals],
+            [each.high for each in intervals],
+        )
+        for place, intervals in bars.items()
+    ]
+    described = listed(
+        [
+            f"{name}: {', '.join(f'{bars[place][index].value:.1f} {PLACES[place]}' for place in PLACES)}"
+            for index, name in enumerate(names)
+        ]
+    )
+    lowest = min(each.low for intervals in bars.values() for each in intervals)
+    return Figure(
+        "Test accuracy by place",
+        Axis("condition", categories=list(names)),
+        Axis("test accuracy, %", limits=(max(0.0, lowest - 1.0), 100.0)),
+        series,
+        f"Test accuracy of networks with batch norm in three places. {described}.",
+        kind="bars",
+    )
+
+
+CLAIM = Claim(
+    number=21,
+    title="Before or after the activation",
+    statement="Batch normalization belongs before the activation.",
+    question="Does batch norm work best before the activation?",
+    literature="Ioffe and Szegedy put it before, because a sum of many inputs is closer to a Gaussian than what an "
+    "activation gives. "
+    "Mishkin, Sergievskiy and Matas find it better after the activation on ImageNet (49.3 % against 47.8 % before it, "
+    "with γ and β). Before the activation "
+    "it can be folded "
+    "into the weights ahead of it and fused with the activation, which is a practical reason.",
+    sources=[
+        Source("Ioffe, Szegedy 2015, section 3.2", "https://arxiv.org/abs/1502.03167"),
+        Source("Mishkin, Sergievskiy, Matas 2017", "https://arxiv.org/abs/1606.02228"),
+    ],
+    criterion="Holds if, with every activation, the accuracy before the activation is higher than after it and than "
+    "at the layers' "
+    "inputs; depends if it is under some conditions; does not hold if it is lower somewhere and higher nowhere.",
+    data=("digits", "mnist"),
+    cells=cells,
+    read=read,
+)

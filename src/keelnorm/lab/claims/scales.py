@@ -1,0 +1,188 @@
+"""Does batch normalization take care of inputs whose features differ in scale?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import keelnorm as kn
+from keelnorm.lab.core.cell import Cell, Result, Results
+from keelnorm.lab.core.claim import Claim, Reading, Source
+from keelnorm.lab.core.plan import Plan, seeds_text
+from keelnorm.lab.core.seeds import generator
+from keelnorm.lab.data import Split, table
+from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
+from keelnorm.lab.reading.results_by_arm import Runs
+from keelnorm.lab.reading.verdicts import Finding
+from keelnorm.lab.reading.wording import listed
+from keelnorm.lab.training.arms import BN, NONE
+from keelnorm.lab.training.networks import StackedMLP
+from keelnorm.lab.training.train import train
+from keelnorm.lab.training.trials import rate_columns, rate_row, tuned
+from keelnorm.measure.statistics import difference, mean
+
+ARMS = {
+    "raw": ("raw values", "none"),
+    "input": ("batch norm on the input", "bn"),
+    "hidden": ("batch norm in hidden layers only", "other-1"),
+    "standardized": ("standardized beforehand", "other-2"),
+}
+NAMES = {"wine": "wine", "cancer": "breast cancer"}
+WIDTHS = (32, 32)
+BATCH = 16
+RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+STEPS, FEWER_STEPS = 300, 200
+
+
+class NormalizedInput(StackedMLP):
+    """The same network behind a batch norm without γ and β, one for all replicas, which see the same input."""
+
+    def __init__(self, features: int, *given: object, **how: object) -> None:
+        super().__init__(features, *given, **how)  # type: ignore[arg-type]
+        self.input_norm = kn.BatchNorm1d(features, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.input_norm(x))
+
+
+def standardized(split: Split) -> Split:
+    """Every column minus its mean over its deviation, both of the training part."""
+    mean_, width = split.train_x.mean(dim=0), split.train_x.std(dim=0, correction=0).clamp(min=1e-12)
+    parts = [(x - mean_) / width for x in (split.train_x, split.validation_x, split.test_x)]
+    return Split(parts[0], split.train_y, parts[1], split.validation_y, parts[2], split.test_y)
+
+
+def on_table(*, data: str, arm: str, seed: int, rates: tuple[float, ...], steps: int) -> Result:
+    """Train one arm at every learning rate on a table of measurements."""
+    split = table(data, seed)
+    split = standardized(split) if arm == "standardized" else split
+    kind = NormalizedInput if arm == "input" else StackedMLP
+    stack = kind(
+        split.train_x.shape[1],
+        WIDTHS,
+        split.classes,
+        BN if arm == "hidden" else NONE,
+        generator(draw="initialization", data=data, seed=seed),
+        torch.ones(len(rates)),
+        initialization="torch",
+    )
+    order = generator(draw="order", data=data, seed=seed)
+    return dict(vars(train(stack, split, torch.tensor(rates), batch=BATCH, evaluate_at=(steps,), generator=order)))
+
+
+def cells(plan: Plan) -> Sequence[Cell]:
+    return [cell for data in NAMES for cell in _cells(plan, data)]
+
+
+def _rates(plan: Plan) -> tuple[float, ...]:
+    return (0.0003, 0.001, 0.003, 0.03, 0.1, 0.3) if plan.quick else RATES
+
+
+def _cells(plan: Plan, data: str) -> Sequence[Cell]:
+    steps = FEWER_STEPS if plan.quick else STEPS
+    return [
+        Cell(
+            on_table, {"data": data, "arm": arm, "seed": seed, "rates": _rates(plan), "steps": steps}, cost=steps * 8e-4
+        )
+        for seed in plan.seed_range(quick=4, full=16)
+        for arm in ARMS
+    ]
+
+
+def read(plan: Plan, results: Results) -> Reading:
+    findings, rows, words, notes = [], [], [], []
+    boxes: dict[str, list[tuple[int, float]]] = {arm: [] for arm in ARMS}
+    for place, (data, name) in enumerate(NAMES.items()):
+        runs = Runs(_cells(plan, data), results)
+        chosen = tuned({arm: runs.of(arm) for arm in ARMS}, _rates(plan))
+        test = {arm: best.test for arm, best in chosen.items()}
+        aside = {
+            "test accuracy, batch norm in hidden layers only − raw": ("hidden", "raw"),
+            "test accuracy, batch norm on the input − in hidden layers only": ("input", "hidden"),
+            "test accuracy, batch norm on the input − standardized beforehand": ("input", "standardized"),
+        }
+        gain = difference(test["input"], test["raw"])
+        findings.append(Finding("test accuracy, batch norm on the input − raw", name, gain, 0.0))
+        findings += [
+            Finding(what, name, difference(test[first], test[second]), 0.0, decisive=False)
+            for what, (first, second) in aside.items()
+        ]
+        means = {arm: mean(values).value for arm, values in test.items()}
+        words.append(
+            f"from {means['raw']:.1f} to {means['input']:.1f} % ({name}; {means['standardized']:.1f} % standardized "
+            f"beforehand, {means['hidden']:.1f} % with batch norm in hidden layers only)"
+        )
+        for arm, (label, _) in ARMS.items():
+            boxes[arm] += [(place, accuracy) for accuracy in test[arm]]
+            rows.append(rate_row(name, label, chosen[arm]))
+            if chosen[arm].at_edge and not plan.quick:
+                notes.append(f"{name}: the best rate of {label}, {chosen[arm].rate:g}, lies at the edge of the grid.")
+    return Reading(
+        f"With features of different scales, batch norm on the input takes the test accuracy {listed(words)}.",
+        findings,
+        [
+            Figure(
+                "Test accuracy at the best rate",
+                Axis("data", categories=list(NAMES.values())),
+                Axis("test accuracy, %"),
+                [
+                    Series(label, style, [x for x, _ in boxes[arm]], [y for _, y in boxes[arm]])
+                    for arm, (label, style) in ARMS.items()
+                ],
+                f"A box for each arm over the seeds. Batch norm on the input: {listed(words)}.",
+                kind="boxes",
+            )
+        ],
+        [
+            Table(
+                "Accuracy in percent on validation data by learning rate (* : the one chosen), and on test data there",
+                rate_columns(_rates(plan)),
+                rows,
+            )
+        ],
+        setup=[
+            (
+                "Data",
+                "scikit-learn's wine (178 samples, 13 columns with deviations from 0.12 to 315) and breast cancer (569 "
+                "samples, 30 columns, from 0.0026 to 569), as they come; half is for training, a fifth for validation",
+            ),
+            (
+                "Network",
+                f"fully connected, {WIDTHS[0]} - {WIDTHS[1]} hidden units with ReLU, the initialization of torch.nn",
+            ),
+            (
+                "Arms",
+                "batch norm on the input has no γ and β; standardized: with the training part's mean and deviation",
+            ),
+            ("Training", f"{FEWER_STEPS if plan.quick else STEPS} steps of gradient descent, batches of {BATCH}"),
+            ("Learning rate", "for each arm the one with the highest validation accuracy"),
+            ("Seeds", seeds_text(plan.seed_range(quick=4, full=16))),
+        ],
+        notes=notes,
+    )
+
+
+CLAIM = Claim(
+    number=8,
+    title="Inputs of different scales",
+    statement="Batch normalization handles inputs whose features differ in scale.",
+    question="Does a network learn from raw, unscaled features with batch norm?",
+    literature="LeCun and others recommend inputs that have mean zero and about the same variance in every feature, "
+    "for faster convergence. A batch norm on the input gives that during training, with no pass over the data before. "
+    "One in a hidden layer scales a unit's sum over all features, and leaves their shares in it as they are.",
+    sources=[
+        Source(
+            "LeCun, Bottou, Orr, Müller 1998: Efficient BackProp, section 4.3",
+            "https://doi.org/10.1007/3-540-49430-8_2",
+        ),
+        Source("Ioffe, Szegedy 2015", "https://arxiv.org/abs/1502.03167"),
+    ],
+    criterion="Holds if, on both tables, the test accuracy with batch norm on the input is higher than with raw "
+    "values (each interval above 0), every arm at its best rate. What batch norm in hidden layers alone does, and "
+    "standardizing beforehand, is shown beside.",
+    data=("wine", "breast cancer"),
+    cells=cells,
+    read=read,
+)

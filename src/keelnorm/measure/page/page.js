@@ -1,0 +1,153 @@
+"use strict";
+(() => {
+  const root = document.documentElement;
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+
+  const colour = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
+
+  const withAlpha = (hex, alpha) => {
+    const [r, g, b] = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+    return `rgba(${r}, ${g}, ${b}, ${alpha})`;
+  };
+
+  const paintTrace = (trace) => {
+    const own = colour(trace.meta.colour);
+    if (trace.meta.role === "band") {
+      return { ...trace, fillcolor: withAlpha(own, 0.16) };
+    }
+    if (trace.meta.role === "bar") {
+      const pattern = { ...trace.marker.pattern, fgcolor: colour("paper"), fgopacity: 0.7 };
+      return {
+        ...trace,
+        marker: { ...trace.marker, color: own, pattern },
+        error_x: trace.error_x && { ...trace.error_x, color: colour("ink"), thickness: 1.5 },
+      };
+    }
+    if (trace.meta.role === "heatmap") {
+      return {
+        ...trace,
+        colorscale: [[0, colour("low")], [1, colour("high")]],
+        colorbar: { ...trace.colorbar, outlinecolor: colour("rule") },
+      };
+    }
+    if (trace.meta.role === "box") {
+      return {
+        ...trace,
+        line: { ...trace.line, color: own },
+        fillcolor: withAlpha(own, 0.2),
+        marker: { ...trace.marker, color: own },
+      };
+    }
+    return {
+      ...trace,
+      line: { ...trace.line, color: own },
+      marker: { ...trace.marker, color: own, line: { color: own, width: 2 } },
+    };
+  };
+
+  const paintAxis = (axis) => ({
+    ...axis,
+    gridcolor: colour("grid"),
+    linecolor: colour("rule"),
+    tickcolor: colour("rule"),
+  });
+
+  const paintLayout = (layout) => ({
+    ...layout,
+    paper_bgcolor: "rgba(0, 0, 0, 0)",
+    plot_bgcolor: "rgba(0, 0, 0, 0)",
+    font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("ink") },
+    hoverlabel: { bgcolor: colour("raised"), bordercolor: colour("rule"), font: { color: colour("ink") } },
+    modebar: { bgcolor: "rgba(0, 0, 0, 0)", color: colour("muted"), activecolor: colour("ink") },
+    xaxis: paintAxis(layout.xaxis),
+    yaxis: paintAxis(layout.yaxis),
+    shapes: (layout.shapes || []).map((shape) => ({
+      ...shape,
+      line: { ...shape.line, color: colour("muted") },
+    })),
+    annotations: (layout.annotations || []).map((note) => ({
+      ...note,
+      font: { color: colour("muted"), size: 11 },
+    })),
+  });
+
+  const config = {
+    displaylogo: false,
+    responsive: true,
+    displayModeBar: "hover",
+    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "sendChartToCloud"],
+  };
+
+  const drawOne = ([id, figure]) => {
+    Plotly.react(id, figure.data.map(paintTrace), paintLayout(figure.layout), config);
+  };
+
+  let waiting = [];
+  const finish = () => {
+    waiting.forEach(drawOne);
+    waiting = [];
+    root.dataset.drawn = "all";
+  };
+
+  // One plot after another, so that the page can be read and scrolled while there are plots to come.
+  const next = () => {
+    const first = waiting.shift();
+    if (first) {
+      drawOne(first);
+      setTimeout(next, 0);
+    } else {
+      root.dataset.drawn = "all";
+    }
+  };
+
+  const draw = () => {
+    const idle = waiting.length === 0;
+    root.dataset.drawn = "no";
+    waiting = Object.entries(figures);
+    if (idle) setTimeout(next, 0);
+  };
+
+  const remembered = () => {
+    try {
+      return localStorage.getItem("keelnorm-theme");
+    } catch {
+      return null; // a page opened from a file may have no storage
+    }
+  };
+
+  const choose = (theme) => {
+    root.dataset.theme = theme;
+    try {
+      localStorage.setItem("keelnorm-theme", theme);
+    } catch {
+      // the choice then lasts as long as the page
+    }
+    draw();
+  };
+
+  if (remembered()) root.dataset.theme = remembered();
+  document.getElementById("theme").addEventListener("click", () => {
+    const now = root.dataset.theme || (dark.matches ? "dark" : "light");
+    choose(now === "dark" ? "light" : "dark");
+  });
+  dark.addEventListener("change", draw);
+
+  // On paper everything is open, light, and as wide as the sheet.
+  window.addEventListener("beforeprint", () => {
+    document.querySelectorAll("details").forEach((each) => {
+      each.dataset.wasOpen = each.open;
+      each.open = true;
+    });
+    waiting = Object.entries(figures);
+    finish();
+  });
+  window.addEventListener("afterprint", () => {
+    document.querySelectorAll("details").forEach((each) => {
+      each.open = each.dataset.wasOpen === "true";
+    });
+    draw();
+  });
+
+  draw();
+})();

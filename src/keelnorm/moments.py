@@ -1,0 +1,358 @@
+"""Mergeable moments per channel: what every feature of keelnorm computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from keelnorm.engine.collectives import gather, group_of
+from keelnorm.engine.error_messages import describe, is_count
+from keelnorm.engine.layout import check_kind, per_channel, reduced_dims
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from keelnorm.engine.preflight import Step
+
+#: What weights mean: how often a value is there, or how much it matters beside the others.
+Weighting: TypeAlias = Literal["frequency", "importance"]
+WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
+#: Frequencies that add up to less leave no variance to learn from: above 1, by more than the rounding, in any dtype, of
+#: weights that were scaled to add up to 1.
+LEAST_FREQUENCY = 1 + 1 / 64
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of moments: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which values of ``x`` are summed: never narrower than float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Count, mean and sum of squared deviations (M2) of each channel; merging them is exact.
+
+    For the values v of a channel: mean = Σv / count and m2 = Σ(v − mean)²; with weights w, count = Σw,
+    mean = Σwv / count and m2 = Σw(v − mean)². Two sets a and b merge to
+    n = n_a + n_b, δ = mean_b − mean_a, mean = mean_a + δ·n_b/n, m2 = m2_a + m2_b + δ²·n_a·n_b/n, which is free of the
+    cancellation that Σv² − (Σv)²/n suffers from.
+
+    Args:
+        count: Number of values per channel, or their weight; shape () when it is the same for all channels, else (C,).
+        mean: Shape (C,). Zero where the count is zero.
+        m2: Shape (C,), not negative. Zero where the count is zero.
+        squares: Σw² of weights that say how much values matter, shape as ``count``; merging adds it up. None is the
+            count itself: that of values which count once, or as often as their weights say.
+
+    Numerics:
+        float64 (float32 on devices without it), whatever the values' dtype.
+
+    Example:
+        >>> a, b = torch.randn(4, 3), torch.randn(9, 3)
+        >>> merged = Moments.from_tensor(a).merge(Moments.from_tensor(b))
+        >>> torch.allclose(merged.var, torch.cat([a, b]).double().var(0, correction=0))
+        True
+
+    Source:
+        Chan, Golub, LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample
+        variances", eq. 2.1.
+    """
+
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+    squares: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Raise unless these are tensors whose shapes fit together."""
+        if not (isinstance(self.count, Tensor) and isinstance(self.mean, Tensor) and isinstance(self.m2, Tensor)):
+            given = ", ".join(f"{name} {describe(getattr(self, name))}" for name in ("count", "mean", "m2"))
+            raise TypeError(
+                f"Moments: count, mean and m2 must be tensors; got {given}. Moments.from_tensor(x) takes data"
+            )
+        one_each = self.count.dim() == self.mean.dim() and all(
+            size in (1, channels) for size, channels in zip(self.count.shape, self.mean.shape, strict=True)
+        )
+        if self.mean.shape != self.m2.shape or not (self.count.dim() == 0 or one_each):
+            given = ", ".join(f"{name} {tuple(getattr(self, name).shape)}" for name in ("count", "mean", "m2"))
+            raise ValueError(f"Moments: mean and m2 must have shape (C,), count () or (C,); got {given}")
+
+    @classmethod
+    def empty(cls, channels: int, *, device: torch.device | str | None = None) -> Moments:
+        """The moments of no values at all: the neutral element of :meth:`merge`.
+
+        Raises:
+            ValueError: ``channels`` is no number of them.
+        """
+        if not is_count(channels, 0):
+            raise ValueError(f"Moments.empty: channels must be an integer from 0 on; got {describe(channels)}")
+        dtype = wide_dtype(torch.device(device or "cpu"))
+        zeros = torch.zeros(channels, dtype=dtype, device=device)
+        return cls(torch.zeros((), dtype=dtype, device=device), zeros, zeros.clone())
+
+    @classmethod
+    def from_tensor(
+        cls,
+        x: Tensor,
+        mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        weighting: Weighting = "frequency",
+    ) -> Moments:
+        """Moments of each channel of ``x``, over its batch and all its positions.
+
+        Args:
+            x: Floating-point values, shape (N, C, *S).
+            mask: Which values count, boolean; shape (N,), (N, *S), or any that broadcasts against ``x`` with as many
+                dimensions. Values that do not count may be anything, NaN included.
+            sample_weight: Of each value, floating-point, not negative; shape (N,) or (N, *S).
+            weighting: What weights mean: ``"frequency"``, how often a value is there, or ``"importance"``, how much it
+                matters beside the others, in any unit. Mean and variance are the same; see :attr:`var_unbiased`.
+
+        Raises:
+            TypeError: ``x`` is not a floating-point tensor, ``mask`` is not boolean, or the weights are not
+                floating-point.
+            ValueError: ``x`` has fewer than two dimensions, ``mask`` or the weights do not fit, some are negative or
+                not finite (looked at on the CPU alone), or there is no such weighting.
+
+        Numerics:
+            Two passes around a first estimate of the mean, so that a mean of 10⁶ deviations costs no digits.
+            Differentiable with respect to ``x``.
+        """
+        check_values(x)
+        check_weighting("moments", weighting)
+        wide, dims = wide_dtype(x.device), reduced_dims(x)
+        values = x.to(wide)
+        if sample_weight is not None:
+            weights = broadcast_weight("moments", sample_weight, x).to(wide)
+            if mask is not None:
+                mask = broadcast_mask(mask, x)
+                values, weights = torch.where(mask, values, 0), torch.where(mask, weights, 0)
+            return _of_weighted(values, weights, weighting)
+        if mask is None:
+            count = torch.tensor(x.numel() // max(x.shape[1], 1), dtype=wide, device=x.device)
+            divisor = count.clamp(min=1)
+            centre = values.detach().sum(dims) / divisor
+            deviation = values - per_channel(centre, x)
+        else:
+            mask = broadcast_mask(mask, x).expand_as(x)
+            values = torch.where(mask, values, 0)
+            count = mask.sum(dims).to(wide)
+            divisor = count.clamp(min=1)
+            centre = values.detach().sum(dims) / divisor
+            deviation = torch.where(mask, values - per_channel(centre, x), 0)
+        # The centre's own rounding error is measured and put right.
+        correction = deviation.sum(dims) / count.clamp(min=1)
+        m2 = (deviation * deviation).sum(dims) - count * correction * correction
+        return cls(count, centre + correction, m2.clamp(min=0))
+
+    def merge(self, *others: Moments) -> Moments:
+        """The moments of all values together. Any order gives the same, up to rounding; empty parts change nothing.
+
+        Raises:
+            TypeError: one of them is no :class:`Moments`.
+            ValueError: they have other numbers of channels.
+        """
+        merged = self
+        for other in others:
+            merged = merged._merge_one(other)
+        return merged
+
+    @classmethod
+    def merge_all(cls, parts: Iterable[Moments]) -> Moments:
+        """Merge one or more parts.
+
+        Raises:
+            TypeError: these are no :class:`Moments`.
+            ValueError: there is no part, so the number of channels is unknown (start from :meth:`empty` instead).
+        """
+        if not isinstance(parts, Iterable):
+            raise TypeError(f"merge_all takes several Moments; got {describe(parts)}")
+        known = list(parts)
+        if not known:
+            raise ValueError("merge_all was given no moments; it needs at least one (Moments.empty(C) is neutral)")
+        _check_moments(known[0])
+        return known[0].merge(*known[1:])
+
+    def _merge_one(self, other: Moments) -> Moments:
+        _check_moments(other)
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(
+                f"moments merge only with moments of as many channels: {self.mean.shape[0]} here, "
+                f"{other.mean.shape[0]} there"
+            )
+        count = self.count + other.count
+        share = other.count / count.where(count > 0, 1)
+        delta = other.mean - self.mean
+        # An empty side has the mean 0, which must not enter; share is then exactly 0 or 1.
+        mean = torch.where(other.count > 0, self.mean + delta * share, self.mean)
+        mean = torch.where(self.count > 0, mean, other.mean)
+        m2 = self.m2 + other.m2 + delta * delta * (self.count * share)
+        if self.squares is None and other.squares is None:
+            return Moments(count, mean, m2)
+        return Moments(count, mean, m2, self._squares + other._squares)
+
+    @property
+    def _squares(self) -> Tensor:
+        return self.count if self.squares is None else self.squares
+
+    def all_reduce(
+        self,
+        group: ProcessGroup | None = None,
+        *,
+        what: str = "Moments.all_reduce",
+        step: Callable[[], Step] | None = None,
+    ) -> Moments:
+        """The moments of all ranks' values together, with the same bits on every rank; these themselves where
+        torch.distributed is not initialized, or the group has one rank.
+
+        Every rank of the group calls it, with as many channels; one without values gives :meth:`empty` ones. One
+        collective of 4·C values; the parts are merged pairwise in the ranks' order.
+
+        Args:
+            group: Default: all ranks.
+            what: What was called, the first words of an error.
+            step: What this rank is doing, for an error where the ranks differ.
+
+        Raises:
+            RuntimeError: a gradient is asked for (``kn.SyncBatchNorm`` is differentiable, this is not); a rank did not
+                come; or, on the CPU, the ranks have other numbers of channels, which is then said on all of them.
+            ValueError: this process is not in the group.
+        """
+        if torch.is_grad_enabled() and any(part.requires_grad for part in (self.count, self.mean, self.m2)):
+            raise RuntimeError(f"{what}: moments lose their gradient between ranks; take them under torch.no_grad()")
+        members = group_of(group, what)
+        if members is None:
+            return self
+        # The squares always: ranks that differ in having weights send as much.
+        counts = self.count.expand_as(self.mean), self._squares.expand_as(self.mean)
+        packed = torch.stack([counts[0], self.mean, self.m2, counts[1]])
+        rows = gather(packed, members, what, step).unbind(1)  # count, mean, m2, squares of (ranks, C) each
+        while (half := rows[0].shape[0] // 2) > 0:
+            merged = Moments(*(r[:half] for r in rows)).merge(Moments(*(r[half : 2 * half] for r in rows)))
+            rest = [r[2 * half :] for r in rows]
+            parts = merged.count, merged.mean, merged.m2, merged._squares
+            rows = tuple(map(torch.cat, zip(parts, rest, strict=True)))
+        return Moments(*(r[0] for r in rows))
+
+    @property
+    def var(self) -> Tensor:
+        """Biased variance m2 / count, the one that normalizes; NaN where there is no value."""
+        return self.m2 / self.count
+
+    @property
+    def var_or_zero(self) -> Tensor:
+        """As :attr:`var`, and 0 where there is no value."""
+        return self.m2 / self.count.where(self.count > 0, 1)
+
+    @property
+    def var_unbiased(self) -> Tensor:
+        """Unbiased variance, the one that running statistics keep; NaN where that many values have none.
+
+        m2 / (count − 1); with weights for importance m2 / (Σw − Σw²/Σw), which is the same where all are 1.
+        """
+        freedom = degrees_of_freedom(self.count, self.squares)
+        return self.m2 / freedom.where(freedom > 0, torch.nan)
+
+    def __repr__(self) -> str:
+        count = f"{self.count.item():g}" if self.count.dim() == 0 else f"{self.count.tolist()}"
+        return f"Moments(channels={self.mean.shape[0]}, count={count}, device={self.mean.device})"
+
+
+def degrees_of_freedom(count: Tensor, squares: Tensor | None) -> Tensor:
+    """What m2 is divided by for the unbiased variance: n − 1, or Σw − Σw²/Σw. 0 where there is none."""
+    if squares is None:
+        return (count - 1).where(count >= LEAST_FREQUENCY, 0)
+    lost = squares / count.where(count > 0, 1)
+    # One weight alone leaves the rounding of the quotient.
+    return (count - lost).where(lost < count * (1 - 8 * torch.finfo(count.dtype).eps), 0)
+
+
+def _of_weighted(values: Tensor, weights: Tensor, weighting: Weighting) -> Moments:
+    """The moments of values (N, C, *S) with weights that broadcast to them; those of a mask's False are 0 in both."""
+    dims = reduced_dims(values)
+    common = weights.shape[1] == 1
+    weights = weights.expand(values.shape[0], -1, *values.shape[2:])
+    count = weights.sum() if common else weights.sum(dims)
+    divisor = count.where(count > 0, 1)
+    share = weights / (divisor if common else per_channel(divisor, values))
+    centre = (share * values).detach().sum(dims)
+    deviation = values - per_channel(centre, values)
+    correction = (share * deviation).sum(dims)
+    m2 = (weights * deviation * deviation).sum(dims) - count * correction * correction
+    squares = None
+    if weighting == "importance":
+        squares = weights.square().sum() if common else weights.square().sum(dims)
+    return Moments(count, centre + correction, m2.clamp(min=0), squares)
+
+
+def check_weighting(what: str, weighting: Any) -> None:
+    """Raise unless it says what weights mean."""
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"{what}: weighting must be one of {WEIGHTINGS}; got {describe(weighting)}")
+
+
+def broadcast_weight(what: str, sample_weight: Any, x: Tensor) -> Tensor:
+    """Weights with as many dimensions as x, broadcastable to its shape."""
+    legal = (x.shape[0],), (x.shape[0], *x.shape[2:])
+    if not isinstance(sample_weight, Tensor) or not sample_weight.is_floating_point():
+        raise TypeError(f"{what}: sample_weight must be a floating-point tensor; got {describe(sample_weight)}")
+    check_kind(what, "sample_weight", sample_weight)
+    if tuple(sample_weight.shape) not in legal or sample_weight.device != x.device:
+        raise ValueError(
+            f"{what}: sample_weight must have shape {' or '.join(map(str, dict.fromkeys(legal)))} and be on "
+            f"{x.device}; got {describe(sample_weight)}"
+        )
+    if sample_weight.is_cpu and not torch.compiler.is_compiling():
+        illegal = sample_weight[~((sample_weight >= 0) & (sample_weight < torch.inf))]
+        if illegal.numel() > 0:
+            raise ValueError(
+                f"{what}: sample_weight must not be negative, infinite or NaN; it has {illegal.flatten()[0].item()}"
+            )
+    if sample_weight.dim() == 1:
+        return sample_weight.view(-1, *([1] * (x.dim() - 1)))
+    return sample_weight.unsqueeze(1)
+
+
+def _check_moments(value: object) -> None:
+    if not isinstance(value, Moments):
+        raise TypeError(f"moments merge with Moments, such as Moments.from_tensor(x); got {describe(value)}")
+
+
+def check_values(x: Tensor) -> None:
+    """Raise unless ``x`` is a floating-point tensor of shape (N, C, *S)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"moments are taken of a tensor of shape (N, C, *S); got {describe(x)}")
+    check_kind("moments", "x", x)
+    if not x.is_floating_point():
+        raise TypeError(f"moments need floating-point values; got {describe(x)}. Convert it first, as with x.float()")
+    if x.dim() < 2:
+        raise ValueError(f"moments need a batch and a channel dimension (N, C, *S); got {describe(x)}")
+
+
+def broadcast_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """``mask`` with as many dimensions as ``x``, broadcastable to its shape."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"a mask is a boolean tensor, True where a value counts; got {describe(mask)}")
+    check_kind("moments", "the mask", mask)
+    if mask.device != x.device:
+        raise ValueError(f"the mask must be on the device of x, {x.device}; got {describe(mask)}")
+    without_channels = (x.shape[0], *x.shape[2:])
+    shape = tuple(mask.shape)
+    if shape == (x.shape[0],) and x.dim() != 1:
+        return mask.view(-1, *([1] * (x.dim() - 1)))
+    if shape == without_channels:
+        return mask.unsqueeze(1)
+    if mask.dim() == x.dim() and all(m in (1, size) for m, size in zip(shape, x.shape, strict=True)):
+        return mask
+    raise ValueError(
+        f"the mask does not fit x of shape {tuple(x.shape)}; got {describe(mask)}. Legal are ({x.shape[0]},), "
+        f"{without_channels}, and {x.dim()} dimensions that broadcast against x"
+    )

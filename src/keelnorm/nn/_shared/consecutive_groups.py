@@ -1,0 +1,154 @@
+"""Batch normalization of consecutive groups of samples, each by its own moments.
+
+The native operators walk the groups and write into one result. Elsewhere each group is a batch normalization, and the
+results are put together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keelnorm.engine import composite, dispatch, ops
+from keelnorm.engine.activations import Activation
+from keelnorm.engine.arguments import State
+from keelnorm.engine.kernels import registry
+from keelnorm.engine.layout import dense, is_channels_last
+from keelnorm.functional import moments as moments_of
+from keelnorm.moments import Moments
+
+
+def merge_rows(rows: Moments, groups: Tensor | None = None, number: int = 1) -> Moments:
+    """Merge moments that stand in rows, as :meth:`Moments.merge` does, all at once.
+
+    Args:
+        rows: count (R, 1), mean and m2 (R, C).
+        groups: Which of ``number`` groups each row belongs to, shape (R,); None merges all rows to one.
+
+    Returns:
+        count (number, 1), mean and m2 (number, C); without groups count () and (C,).
+    """
+    if groups is None:
+        count = rows.count.sum()
+        mean = (rows.count * rows.mean).sum(0) / count.clamp(min=1)
+        return Moments(count, mean, (rows.m2 + rows.count * (rows.mean - mean).square()).sum(0))
+    zeros = rows.mean.new_zeros(number, rows.mean.shape[1])
+    count = rows.count.new_zeros(number, 1).index_add(0, groups, rows.count)
+    mean = zeros.index_add(0, groups, rows.count * rows.mean) / count
+    return Moments(count, mean, zeros.index_add(0, groups, rows.m2 + rows.count * (rows.mean - mean[groups]).square()))
+
+
+def normalize_groups(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, sizes: list[int], state: State,
+    act: Activation, pooled: bool = True,
+) -> tuple[Tensor, Moments | None]:  # fmt: skip
+    """``act(bn(x) + residual)`` with each group of samples normalized by itself, and the groups' moments in rows.
+
+    Args:
+        sizes: Samples per group, the same but for the last; their sum is N, and each has two values per channel (or
+            there is one group).
+        state: Where its ``update`` says so, the native operators let the groups enter the running statistics.
+        pooled: Let the groups enter the running statistics merged, as one batch; else one by one.
+
+    Returns:
+        y, and the moments of the groups, or None where they have entered the running ones.
+    """
+    if len(sizes) > 1 and _native(x):
+        inputs = [t for t in (x, residual, weight, bias) if t is not None]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs) and any(t.is_inference() for t in inputs):
+            dispatch.refuse_inference(state.what)
+        try:
+            y, saved = _apply(dense(x), residual, weight, bias, len(sizes), sizes[0], state, act, pooled)
+        except RuntimeError as error:
+            if not dispatch.declined(error):
+                raise
+            dispatch.announce_declined(error)
+        else:
+            return y, None if state.update else _rows(saved, sizes, x)
+    xs = x.split(sizes)
+    residuals = [None] * len(xs) if residual is None else residual.split(sizes)
+    alone = state._replace(update=False)
+    ys = [dispatch.batch_norm(*each, weight, bias, alone, act) for each in zip(xs, residuals, strict=True)]
+    parts = [moments_of(each.detach()) for each in xs]
+    stacked = [torch.stack(values) for values in zip(*((m.count, m.mean, m.m2) for m in parts), strict=True)]
+    if len(ys) == 1:
+        y = ys[0]
+    else:  # in x's layout
+        y = torch.cat([y.movedim(1, -1) for y in ys]).movedim(-1, 1) if is_channels_last(x) else torch.cat(ys)
+    return y, Moments(stacked[0][:, None], *stacked[1:])
+
+
+def _rows(saved: Tensor, sizes: list[int], x: Tensor) -> Moments:
+    mean, var, _ = saved.view(len(sizes), 3, -1).unbind(1)
+    count = mean.new_tensor(sizes)[:, None] * x[0, 0].numel()
+    return Moments(count, mean, var * count)
+
+
+def _native(x: Tensor) -> bool:
+    return (
+        type(x) in dispatch.PLAIN
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not dispatch.transformed()
+        and registry.operators(x) is torch.ops.keelnorm  # the others have no operators for groups
+    )
+
+
+class _Groups(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        groups: int,
+        size: int,
+        state: State,
+        act: Activation,
+        pooled: bool,
+    ) -> tuple[Tensor, Tensor]:
+        y, saved = torch.ops.keelnorm.forward_groups_(
+            x, residual, weight, bias, state.running_mean, state.running_var, state.num_batches_tracked, groups, size,
+            pooled, state.update, state.momentum, state.eps, act.code, act.a, act.b, state.counts(),
+        )  # fmt: skip
+        dispatch.mark_updated(state)
+        ctx.save_for_backward(x, weight, saved, *ops.gate_needs(act.code, residual, bias, y))
+        ctx.mark_non_differentiable(saved)
+        ctx.options = groups, size, state.eps, act, None if residual is None else residual.dtype
+        return y, saved
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        x, weight, saved, bias, y, residual = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        groups, size, eps, act, residual_dtype = ctx.options
+        write_residual = needs[1] and act.code != 0
+        if torch.is_grad_enabled() or dispatch.transformed():  # create_graph=True, or a derivative of the backward
+            sizes = [size] * (groups - 1) + [x.shape[0] - size * (groups - 1)]
+            given = ([None] * groups if t is None else t.split(sizes) for t in (dy, x, y, residual))
+            parts = [
+                composite.backward(dy_g, x_g, weight, bias, None, y_g, residual_g, eps, act)
+                for dy_g, x_g, y_g, residual_g in zip(*given, strict=True)
+            ]
+            dxs, dresiduals, dweights, dbiases = zip(*parts, strict=True)
+            grads = [torch.cat(dxs), torch.cat(dresiduals), sum(dweights), sum(dbiases)]
+        else:
+            grads = list(
+                torch.ops.keelnorm.backward_groups(
+                    dy, x, saved, weight, bias, y, residual, groups, size, act.code, act.a, act.b, needs[0],
+                    write_residual, *needs[2:],
+                )
+            )  # fmt: skip
+            if needs[1] and not write_residual:
+                grads[1] = dy
+        found = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        if found[1] is not None:
+            found[1] = found[1].to(residual_dtype)
+        return (*found, None, None, None, None, None)
+
+
+# See fused: without Function.apply's preparations for torch.func, which has been ruled out.
+_apply = super(torch.autograd.Function, _Groups).apply

@@ -1,0 +1,278 @@
+"""What the variants of batch normalization share: a layer that chooses whose moments normalize, and the arithmetic."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from keelnorm.engine import dispatch
+from keelnorm.engine.activations import Activation, ActivationLike, resolve
+from keelnorm.engine.arguments import State, check_arguments
+from keelnorm.engine.error_messages import locate
+from keelnorm.engine.fusion.call import begin, passes_by
+from keelnorm.engine.fusion.scope import current
+from keelnorm.engine.layout import counted, dense, per_channel
+from keelnorm.engine.masking import Padding, check_padding, named_mask
+from keelnorm.engine.normalization_steps import Normalization, is_plain
+from keelnorm.engine.recomputation import is_second_run
+from keelnorm.engine.rollback import Unchanged
+from keelnorm.engine.running_statistics import averaged, update_running
+from keelnorm.functional import Options, check_layer_call, refuse_jit
+from keelnorm.moments import Moments, Weighting, check_weighting, compute_dtype
+from keelnorm.nn._shared.constructor_errors import Constructed
+from keelnorm.nn._shared.skipped_updates import CountsSkipped
+from keelnorm.nn._shared.statistics_control import Controlled
+from keelnorm.nn.batch_norm import fx_node, refuse_script
+
+passes_by(__file__)
+#: Where a state_dict's metadata say whose running_var is no variance.
+OWN_SCALE = "running_var"
+
+
+class Variant(Constructed, Controlled, CountsSkipped):
+    """A batch normalization whose training forward is its own; constructor, state and evaluation are ``torch.nn``'s.
+
+    A subclass supplies :meth:`normalize_batch`, and buffers or arguments of its own where it has any. In evaluation the
+    running statistics normalize, on the fused kernels.
+    """
+
+    #: Legal numbers of dimensions of the input; None for any from two on.
+    _ranks: tuple[int, ...] | None = None
+    #: Whether a mask has a meaning for this variant.
+    _masks = False
+    #: What one value per channel is in training; see arguments.check_arguments.
+    _too_few = "error"
+    #: Whether a result in training can wait for what follows; in evaluation all can.
+    defers_in_training = False
+    # What a variant keeps and how it evaluates, for whoever sets, merges or folds running statistics. Each is None
+    # where it is as in torch.nn's layers, else in words that go on after "keeps moments", "keeps" and "evaluates".
+    #: Whose moments the running ones are, where they are not those of all that goes into the layer.
+    own_data: str | None = None
+    #: What running_var holds, where that is not the variance of these values.
+    own_scale: str | None = None
+    #: How evaluation differs from scaling and shifting each channel by what the running statistics say.
+    own_evaluation: str | None = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        newer = {} if bias else {"bias": False}  # older versions of torch do not have it
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        activation: ActivationLike = None,
+        inplace: bool = False,
+        mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        weighting: Weighting = "frequency",
+        padding: Padding = "zero",
+    ) -> Tensor:
+        """``activation(bn(x) + residual)``.
+
+        Args:
+            input: x, shape (N, C, *S).
+            residual: Added before the activation; of x's shape.
+            activation: None, a name or a module, as :func:`keelnorm.functional.batch_norm` lists them.
+            mask: Which values count, True for those; shape (N,) or (N, *S).
+            padding: What the mask leaves out comes out as: "zero", or "keep" for what it is in x.
+            inplace, sample_weight, weighting: Refused: only :class:`keelnorm.BatchNorm` and its kin take them.
+        """
+        if residual is None and activation is None and mask is None and not torch.compiler.is_compiling():
+            scope = current()
+            plain = sample_weight is None and not inplace
+            if scope is not None and plain and weighting == "frequency" and padding == "zero":
+                deferred = begin(self, scope, input, Variant.forward)
+                if deferred is not None:
+                    return deferred
+        return self._call(input, residual, Options(activation, inplace, mask, sample_weight, padding, weighting))
+
+    def _call(self, x: Tensor, residual: Tensor | None, options: Options, **more: Any) -> Tensor:
+        """A call, or an error that leaves the layer as it was.
+
+        Args:
+            more: What the calls of this class take besides; passed on to :meth:`check` and :meth:`compute`.
+        """
+        refuse_jit(type(self).__name__)
+        if not isinstance(x, Tensor):
+            node = fx_node(self, x, residual, options, **more)
+            if node is not None:
+                return node  # type: ignore[no-any-return]
+        if torch.compiler.is_compiling():
+            return self._answer(x, residual, options, **more)
+        try:
+            with self._guard(options):
+                return self._answer(x, residual, options, **more)
+        except (TypeError, ValueError, RuntimeError) as error:
+            locate(error, self)
+            raise
+
+    def _answer(self, x: Tensor, residual: Tensor | None, options: Options, **more: Any) -> Tensor:
+        what, (activation, inplace, mask, sample_weight, padding, weighting) = type(self).__name__, options
+        act = resolve(what, activation)
+        refused = {"inplace=True": inplace, "sample_weight": sample_weight is not None}
+        check_weighting(what, weighting)
+        refused[f"{weighting=}"] = weighting != "frequency"
+        refused["a mask"] = mask is not None and not self._masks
+        for name, asked in refused.items():
+            if asked:
+                raise ValueError(f"{what}: {name} has no meaning for this layer; leave it out, or use kn.BatchNorm")
+        check_padding(what, padding)
+        self.check(x, residual, **more)
+        x = given = dense(x)
+        counts = None
+        if mask is not None:
+            counts = named_mask(what, mask, x)
+            # NaN in what is masked would reach the parameters' gradients, as 0·NaN.
+            x = counted(counts, x)
+            residual = None if residual is None else counted(counts, residual)
+        y = self.compute(x, residual, act, counts, **more)
+        return y if counts is None else counted(counts, y, given if padding == "keep" else None)
+
+    def _guard(self, options: Options) -> AbstractContextManager[None]:
+        """What leaves the layer as it was when a call raises."""
+        return Unchanged(modules=self.modules() if self._modules else (self,))
+
+    def check(self, x: Any, residual: Any) -> None:
+        """Raise unless the layer can normalize x."""
+        what = type(self).__name__
+        check_arguments(what, x, residual, self.weight, self.bias, self._checked(), self._ranks, self._too_few)
+
+    def compute(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        """The forward of legal arguments.
+
+        Args:
+            x: Contiguous or channels-last, 0 where the mask does not count.
+            mask: None, or boolean with as many dimensions as x, broadcastable to it.
+        """
+        if self.uses_batch():
+            return self.normalize_batch(x, residual, act, mask)
+        return self.normalize_running(x, residual, act)
+
+    def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        """:meth:`compute` where the batch does: in training, and without running statistics always."""
+        raise NotImplementedError
+
+    def normalize_running(self, x: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
+        """:meth:`compute` where the running statistics do."""
+        return dispatch.batch_norm(x, residual, self.weight, self.bias, self._state(), act)
+
+    def normalization(self, x: Tensor) -> Normalization | None:
+        """As :meth:`keelnorm.BatchNorm.normalization`; in training only where the class says that it can wait."""
+        weight, bias = self.weight, self.bias
+        own = type(self).normalize_running is not Variant.normalize_running
+        if own or self.uses_batch() or x.is_inference():
+            return None
+        if not is_plain(weight) or not is_plain(bias):
+            return None
+        state = self._state()
+        return Normalization(state, weight, bias) if check_layer_call(x, weight, bias, state, self._ranks) else None
+
+    def uses_batch(self) -> bool:
+        """Whether the batch's moments normalize."""
+        return self.training or self.running_mean is None
+
+    def counts(self) -> bool:
+        """Whether this forward counts: not in evaluation or paused, nor when a checkpoint runs it a second time."""
+        if not (self.training and self.track_running_stats) or (self._control is not None and self._control.paused):
+            return False
+        # The compiler traces a checkpoint's forward once, and can't ask.
+        return torch.compiler.is_compiling() or not is_second_run()
+
+    def update_running(self, moments: Moments) -> None:
+        """Let a batch's moments enter the running ones, once; see `engine.running_statistics`.
+
+        Moments and running statistics may have a row per domain, (D, C), each with its own count.
+        """
+        if not self.counts():
+            return
+        sink = None if self._control is None else self._control.sink()
+        if sink is None:
+            self.enter(moments, self.momentum)
+        else:
+            sink(moments)
+
+    def enter(self, moments: Moments, momentum: float | None) -> None:
+        """Let moments enter the running ones, whatever the mode."""
+        state = self._state()._replace(momentum=momentum, sink=None)
+        with torch.no_grad():  # a checkpoint counts what is kept for the backward
+            update_running(state, moments.mean, moments.var_or_zero, moments.count, self.averaged_var, moments.squares)
+
+    def averaged_var(self, running: Tensor, biased: Tensor, unbiased: Tensor, momentum: float | Tensor) -> Tensor:
+        """The running variance after ``running`` when a batch's enters it with the weight ``momentum``."""
+        return averaged(running, unbiased, momentum)
+
+    def _state(self) -> State:
+        return State(
+            self.running_mean, self.running_var, self.num_batches_tracked, self.uses_batch(), False, self.momentum,
+            self.eps, type(self).__name__, self._updates or self.count_skipped(),
+            sink=None if self._control is None else self._control.sink(),
+        )  # fmt: skip
+
+    def unready(self) -> str | None:
+        """What the layer lacks to evaluate, in words that follow its path; None for nothing."""
+        return None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.own_scale is not None and hasattr(destination, "_metadata"):  # beside the version of the layer's class
+            destination._metadata[prefix[:-1]][OWN_SCALE] = f"{type(self).__name__}, which keeps {self.own_scale}"
+
+    def _checked(self) -> State:
+        """The state as check_arguments is to see it: variants update their moments themselves."""
+        return self._state()._replace(update=self.training and self.track_running_stats)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """torch.nn's hook for the same check; the forward makes it itself."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    act: Activation,
+) -> Tensor:
+    """``act((x − mean) / √(var + eps) · weight + bias + residual)`` in plain torch, differentiable in every argument.
+
+    Args:
+        mean, var, weight, bias: Shape (C,), or broadcastable against x.
+    """
+    dtype = compute_dtype(x)
+    mean, var = _broadcast(mean, x), _broadcast(var, x)
+    # The mean enters as a rounded part, from which x differs exactly, and the rest: a large one costs no digits.
+    centre = mean.detach().to(dtype)
+    rest = (mean - centre).to(dtype)
+    y = (x.to(dtype) - centre - rest) * (var + eps).rsqrt().to(dtype)
+    if weight is not None:
+        y = y * _broadcast(weight, x).to(dtype)
+    if bias is not None:
+        y = y + _broadcast(bias, x).to(dtype)
+    if residual is not None:
+        y = y + residual
+    return act.forward(y).to(x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
+
+
+def _broadcast(values: Tensor, x: Tensor) -> Tensor:
+    return per_channel(values, x) if values.dim() == 1 else values

@@ -1,0 +1,271 @@
+"""The layers: torch.nn's batch normalization, with an activation and a residual as arguments of the call."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function
+
+from keelnorm.engine.activations import NONE, ActivationLike, resolve
+from keelnorm.engine.arguments import State
+from keelnorm.engine.error_messages import locate
+from keelnorm.engine.fusion.call import begin, passes_by
+from keelnorm.engine.fusion.scope import current
+from keelnorm.engine.masking import Padding, TooFew, check_policy
+from keelnorm.engine.normalization_steps import Normalization, is_plain
+from keelnorm.functional import BESIDE_JIT, Options, check_layer_call, layer_batch_norm
+from keelnorm.moments import Weighting
+from keelnorm.nn._shared.constructor_errors import Constructed
+from keelnorm.nn._shared.skipped_updates import CountsSkipped
+from keelnorm.nn._shared.statistics_control import Controlled
+
+passes_by(__file__)
+
+
+def refuse_script(module: torch.nn.Module) -> NoReturn:
+    """What a module's ``__prepare_scriptable__``, torch.jit.script's first step, does here."""
+    raise RuntimeError(
+        f"keelnorm.{type(module).__name__} does not go through torch.jit.script, which can't express what it fuses. "
+        f"{BESIDE_JIT}"
+    )
+
+
+def policy_repr(too_few: str) -> str:
+    """How a layer shows its ``too_few``, where that is not the default."""
+    return f", too_few={too_few!r}" if too_few != "error" else ""
+
+
+def fx_node(layer: torch.nn.Module, x: Any, residual: Any, options: Options, **more: Any) -> Any:
+    """The call of a layer as a node of the graph that torch.fx is tracing, or None where none is, or of this layer.
+
+    The graph keeps the layer itself, with its buffers and its mode, as it does torch.nn's. The node has what the call
+    was given and no more, so that a plain call is one that torch.nn's layer in its place takes too. A module, which
+    can't be an argument in a graph, follows as torch's function for it.
+    """
+    from torch.fx import Proxy  # only here: not every program traces
+
+    proxy = next((value for value in (x, residual) if isinstance(value, Proxy)), None)
+    tracer: Any = None if proxy is None else proxy.tracer
+    if tracer is None or tracer.root is layer:
+        return None
+    default, asked = Options._field_defaults, {**options._asdict(), **more}
+    activation = asked.pop("activation")
+    act, keywords = NONE, {name: value for name, value in asked.items() if value is not default.get(name)}
+    if isinstance(activation, str):
+        keywords = {"activation": activation, **keywords}
+    elif activation is not None:
+        act = resolve(type(layer).__name__, activation)
+        keywords.pop("inplace", None)
+    given = (x,) if residual is None else (x, residual)
+    return act.forward(tracer.create_proxy("call_module", tracer.path_of_module(layer), given, keywords))
+
+
+class FusedBatchNorm(Constructed, Controlled, CountsSkipped):
+    """What all drop-in layers share: the forward. State, constructor and state_dict are ``torch.nn``'s."""
+
+    #: Legal numbers of dimensions of the input; None for any from two on.
+    _ranks: tuple[int, ...] | None = None
+    too_few: TooFew = "error"
+    #: Whether a result in training can wait for what follows.
+    defers_in_training = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        too_few: TooFew = "error",
+    ) -> None:
+        newer = {} if bias else {"bias": False}  # older versions of torch do not have it
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
+        self.set_policy(too_few)
+
+    def set_policy(self, too_few: TooFew) -> None:
+        """What one value per channel is in training from now on; see :class:`BatchNorm`."""
+        check_policy(type(self).__name__, too_few)
+        if too_few != self.too_few:
+            self.too_few = too_few
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        activation: ActivationLike = None,
+        inplace: bool = False,
+        mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        weighting: Weighting = "frequency",
+        padding: Padding = "zero",
+    ) -> Tensor:
+        """``activation(bn(x) + residual)`` as one fused operation.
+
+        Args:
+            input: x, shape (N, C, *S).
+            residual: Added before the activation; of x's shape.
+            activation: None, a name or a module, as :func:`keelnorm.functional.batch_norm` lists them.
+            inplace: Write the result into x's memory, and rebuild x in the backward; for None, leaky_relu and elu.
+            mask: Which values count, boolean, shape (N,) or (N, *S).
+            sample_weight: How much a value counts, shape (N,) or (N, *S).
+            weighting: What weights mean: "frequency", how often a value is there, or "importance", how much it matters.
+            padding: What the mask leaves out comes out as: "zero", or "keep" for what it is in x.
+        """
+        if residual is None and activation is None and not torch.compiler.is_compiling():
+            scope = current()
+            plain = mask is None and sample_weight is None and not inplace
+            if scope is not None and plain and weighting == "frequency" and padding == "zero":
+                deferred = begin(self, scope, input, FusedBatchNorm.forward)
+                if deferred is not None:
+                    return deferred
+        weight, bias, state = self._unpacked()
+        options = Options(activation, inplace, mask, sample_weight, padding, weighting)
+        if has_torch_function((input, residual)):
+            node = fx_node(self, input, residual, options)
+            if node is not None:
+                return node  # type: ignore[no-any-return]
+        try:
+            return layer_batch_norm(input, residual, weight, bias, state, options, self._ranks, self.too_few)
+        except (TypeError, ValueError, RuntimeError) as error:
+            if not torch.compiler.is_compiling():
+                locate(error, self)
+            raise
+
+    def _unpacked(self) -> tuple[Tensor | None, Tensor | None, State]:
+        """Weight, bias, and how this call uses the state."""
+        # Looking into these dictionaries is what attribute access does, several times slower. What is not there
+        # (a parametrized weight, or a replica's) is found the ordinary way.
+        parameters, buffers = self._parameters, self._buffers
+        try:
+            weight, bias, running_mean = parameters["weight"], parameters["bias"], buffers["running_mean"]
+            running_var, batches = buffers["running_var"], buffers["num_batches_tracked"]
+        except KeyError:
+            weight, bias, batches = self.weight, self.bias, self.num_batches_tracked
+            running_mean, running_var = self.running_mean, self.running_var
+        training = self.training
+        update = training and self.track_running_stats
+        state = State(
+            running_mean, running_var, batches, training or running_mean is None, update, self.momentum, self.eps,
+            type(self).__name__, self._updates or self.count_skipped(),
+        )  # fmt: skip
+        if update and self._control is not None:
+            state = self._control.applied(state)
+        return weight, bias, state
+
+    def normalization(self, x: Tensor) -> Normalization | None:
+        """How the layer normalizes x, in parts that may be run one after the other.
+
+        None where only :meth:`forward` knows what to do: it has something to say about x, or its parameters are of a
+        kind, or made in a mode, that is not plainly torch's.
+        """
+        weight, bias, state = self._unpacked()
+        if x.is_inference() or not is_plain(weight) or not is_plain(bias):
+            return None
+        return Normalization(state, weight, bias) if check_layer_call(x, weight, bias, state, self._ranks) else None
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}{policy_repr(self.too_few)}"
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """torch.nn's hook for the same check; the forward makes it itself."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
+
+
+class BatchNorm(FusedBatchNorm):
+    """Batch normalization over inputs of any rank from two on, channels at dimension 1.
+
+    Per channel, over the M = N·S values of the batch in training, with the running statistics in evaluation:
+
+        y = act((x − mean) / √(var + eps) · weight + bias + residual)
+
+    The batch's variance is the biased one where it normalizes, and the unbiased one where it enters ``running_var``.
+    Called as ``layer(input, residual=None, *, activation=None, inplace=False, mask=None, sample_weight=None,
+    weighting="frequency", padding="zero")``, see :func:`keelnorm.functional.batch_norm`; the activation is never part
+    of the module, so that every tool that takes the layer for an ordinary batch norm is right.
+
+    Args:
+        num_features: Number of channels C.
+        eps: Added to the variance. Default 1e-5.
+        momentum: Weight of the batch in the running statistics; None averages over all batches. Default 0.1.
+        affine: Whether there are a learnable weight and bias. Default True.
+        track_running_stats: Whether there are running statistics; without them the batch's are used in evaluation too.
+        too_few: What one value per channel is in training, which has no variance: ``"error"``, ``"running"`` (the
+            running statistics normalize it), or ``"skip"`` (it comes out as the bias; nothing enters the running
+            statistics).
+        device, dtype: Of the parameters and buffers.
+
+    Shape:
+        (N, C, *S) -> (N, C, *S)
+
+    State:
+        ``running_mean``, ``running_var`` and ``num_batches_tracked``, updated in training by each forward, once per
+        batch: a forward that activation checkpointing repeats does not count again, an empty batch changes nothing.
+        A channel of which something not finite would be stored keeps its running statistics, and ``skipped_updates``
+        (C,) counts that; with ``momentum=None`` such a batch has no weight in the average. The counter is no buffer and
+        not in the state_dict: these are those of ``torch.nn.BatchNorm2d``, both ways.
+
+    Differs:
+        From ``torch.nn.BatchNorm*`` only by the arguments of the call, ``too_few``, ``skipped_updates``, its speed, and
+        by keeping its digits when the mean is large against the deviation. ``isinstance`` of
+        ``torch.nn.modules.batchnorm._BatchNorm`` holds.
+
+    Numerics, Cost:
+        As :func:`keelnorm.functional.batch_norm`.
+
+    Raises:
+        TypeError, ValueError: for input that can't be normalized; the running statistics are then as before.
+        RuntimeError: under ``torch.jit``.
+
+    Example:
+        >>> layer = BatchNorm(3)
+        >>> y = layer(torch.randn(8, 3, 5, 5), activation="relu")
+        >>> y.shape, bool((y >= 0).all())
+        (torch.Size([8, 3, 5, 5]), True)
+
+    Source:
+        Ioffe, Szegedy (2015), "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
+        Shift", arXiv:1502.03167, algorithms 1 and 2.
+    """
+
+
+class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
+    """``torch.nn.BatchNorm1d`` with fused activation and residual: inputs (N, C) or (N, C, L). See :class:`BatchNorm`.
+
+    Example:
+        >>> BatchNorm1d(16)(torch.randn(4, 16), activation="relu").shape
+        torch.Size([4, 16])
+    """
+
+    _ranks = (2, 3)
+
+
+class BatchNorm2d(FusedBatchNorm, torch.nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d`` with fused activation and residual: inputs (N, C, H, W). See :class:`BatchNorm`.
+
+    Example:
+        >>> x = torch.randn(4, 16, 8, 8)
+        >>> BatchNorm2d(16)(x, residual=x, activation="relu").shape
+        torch.Size([4, 16, 8, 8])
+    """
+
+    _ranks = (4,)
+
+
+class BatchNorm3d(FusedBatchNorm, torch.nn.BatchNorm3d):
+    """``torch.nn.BatchNorm3d`` with fused activation and residual: inputs (N, C, D, H, W). See :class:`BatchNorm`.
+
+    Example:
+        >>> BatchNorm3d(2)(torch.randn(4, 2, 3, 3, 3)).shape
+        torch.Size([4, 2, 3, 3, 3])
+    """
+
+    _ranks = (5,)

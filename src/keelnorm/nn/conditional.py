@@ -1,0 +1,268 @@
+"""Conditional batch normalization: γ and β of each sample follow from its class or from an embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from keelnorm.engine import dispatch
+from keelnorm.engine.activations import NONE, Activation, ActivationLike
+from keelnorm.engine.arguments import check_arguments, check_channels
+from keelnorm.engine.error_messages import describe, is_count
+from keelnorm.engine.layout import check_kind
+from keelnorm.engine.masking import Padding
+from keelnorm.functional import Options
+from keelnorm.moments import Weighting, compute_dtype
+from keelnorm.nn._shared.plain_norm import by_batch
+from keelnorm.nn._shared.rows import adopt, expand_rows, options_of
+from keelnorm.nn._shared.variant import Variant
+
+
+class _ZeroLinear(torch.nn.Linear):
+    """A linear map that starts as zero."""
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.weight)
+        torch.nn.init.zeros_(self.bias)
+
+
+class ConditionalBatchNorm(Variant):
+    """Batch normalization whose γ and β belong to the sample: they come from its class, or from an embedding.
+
+    The moments are the whole batch's, as in plain batch normalization; for sample n with the condition e_n
+
+        y_n = act((x_n − mean) / √(var + eps) · γ(e_n) + β(e_n) + residual_n)
+
+    - ``num_classes=K``: a table, γ(k) = weight[k] and β(k) = bias[k]. Weights (N, K) in the place of labels mix rows.
+    - ``embedding_features=E``: γ(e) = weight + Δγ(e), β(e) = bias + Δβ(e), with (Δγ, Δβ) = modulation(e): a linear
+      map, zero at first, so that the layer starts as plain batch normalization; or a module of the user's.
+
+    Called as ``layer(x, residual=None, *, condition, activation=None, mask=None)``.
+
+    Args:
+        num_features: Number of channels C.
+        num_classes: Number of classes K. Either this or ``embedding_features``.
+        embedding_features: Length E of an embedding.
+        eps, momentum, track_running_stats, device, dtype: As for ``torch.nn.BatchNorm2d``.
+        affine: With an embedding: whether there are a weight and a bias that Δγ and Δβ are added to, or 1 and 0. With
+            classes: whether there are the tables; without them the labels are checked and change nothing.
+        modulation: In the linear map's place: a module from (N, E) to (N, 2C), Δγ first. It starts as it is given.
+
+    Shape:
+        x: (N, C, *S) -> (N, C, *S). condition: int64 (N,) or floating (N, K) with classes; floating (N, E) else.
+
+    State:
+        As ``torch.nn.BatchNorm2d``. With classes ``weight`` and ``bias`` have the shape (K, C), and a plain checkpoint
+        gives every class its γ and β. With an embedding there is ``modulation.*`` besides.
+
+    Differs:
+        Without a condition the call is an error. ``mask`` is as for :class:`~keelnorm.nn._shared.variant.Variant`.
+
+    Numerics:
+        Half-precision x is normalized and scaled in float32 and rounded once. Labels are looked at only on the CPU:
+        on a GPU one out of range is the indexing's error.
+
+    Cost:
+        The fused kernel without γ and β, one more reading of x for the running statistics, and one pass for γ, β.
+
+    Raises:
+        TypeError, ValueError: neither or both of the two kinds of condition; a condition that is missing or does not
+            fit; what :class:`~keelnorm.BatchNorm` raises. The running statistics are then as before.
+
+    Example:
+        >>> layer = ConditionalBatchNorm(16, num_classes=10)
+        >>> x, labels = torch.randn(4, 16, 8, 8), torch.tensor([3, 1, 4, 1])
+        >>> layer(x, condition=labels, activation="relu").shape
+        torch.Size([4, 16, 8, 8])
+
+    Source:
+        Dumoulin, Shlens, Kudlur (2017), "A Learned Representation For Artistic Style", arXiv:1610.07629, section 2.2
+        (a row of γ and β per style, and mixtures of rows); de Vries, Strub, Mary, Larochelle, Pietquin, Courville
+        (2017), "Modulating early visual processing by language", arXiv:1707.00683, section 3 (Δγ and Δβ).
+    """
+
+    _masks = True
+    own_evaluation: str | None = "with the γ and β of each sample's condition"
+
+    modulation: torch.nn.Module
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter
+
+    def __init__(
+        self,
+        num_features: int,
+        num_classes: int | None = None,
+        embedding_features: int | None = None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        modulation: torch.nn.Module | None = None,
+    ) -> None:
+        what = type(self).__name__
+        given = [size for size in (num_classes, embedding_features) if size is not None]
+        if len(given) != 1 or not is_count(given[0]):
+            raise ValueError(
+                f"{what}: give either num_classes or embedding_features, as a positive integer; got "
+                f"num_classes={num_classes!r}, embedding_features={embedding_features!r}"
+            )
+        if modulation is not None and embedding_features is None:
+            raise ValueError(f"{what}: a modulation maps embeddings, so it needs embedding_features; got num_classes")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.num_classes = num_classes
+        self.embedding_features = embedding_features
+        if embedding_features is not None:
+            linear = _ZeroLinear(embedding_features, 2 * num_features, device=device, dtype=dtype)
+            self.modulation = linear if modulation is None else modulation
+        elif affine:
+            assert num_classes is not None
+            self.weight = torch.nn.Parameter(self.weight.detach().repeat(num_classes, 1))
+            self.bias = torch.nn.Parameter(self.bias.detach().repeat(num_classes, 1))
+
+    @classmethod
+    def from_batch_norm(
+        cls,
+        bn: _BatchNorm,
+        num_classes: int | None = None,
+        embedding_features: int | None = None,
+        *,
+        modulation: torch.nn.Module | None = None,
+    ) -> ConditionalBatchNorm:
+        """A conditional layer that starts as ``bn`` does: every class has its γ and β, or they are the base of all.
+
+        Raises:
+            TypeError: ``bn`` is not ``torch.nn``'s or keelnorm's drop-in layer, or has hooks.
+
+        Example:
+            >>> bn = torch.nn.BatchNorm2d(16)
+            >>> ConditionalBatchNorm.from_batch_norm(bn, num_classes=10).weight.shape
+            torch.Size([10, 16])
+        """
+        options = options_of(f"{cls.__name__}.from_batch_norm", bn)
+        layer = cls(num_classes=num_classes, embedding_features=embedding_features, modulation=modulation, **options)
+        adopt(layer, bn)
+        return layer
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        condition: Tensor | None = None,
+        activation: ActivationLike = None,
+        inplace: bool = False,
+        mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        weighting: Weighting = "frequency",
+        padding: Padding = "zero",
+    ) -> Tensor:
+        """``activation(bn(x)·γ(condition) + β(condition) + residual)``.
+
+        Args:
+            input: x, shape (N, C, *S).
+            condition: A class per sample, int64 (N,), or weights of the classes (N, K); or an embedding (N, E).
+            residual, activation, inplace, mask, sample_weight, weighting, padding: As for
+                :meth:`keelnorm.nn._shared.variant.Variant.forward`.
+        """
+        options = Options(activation, inplace, mask, sample_weight, padding, weighting)
+        return self._call(input, residual, options, condition=condition)
+
+    def check(self, x: Any, residual: Any, condition: Any = None) -> None:
+        what = type(self).__name__
+        # Tables are looked up by row, so their channels are checked with x's below.
+        weight, bias = (self.weight, self.bias) if self.num_classes is None else (None, None)
+        check_arguments(what, x, residual, weight, bias, self._checked(), self._ranks)
+        check_channels(what, x, self.num_features)
+        table = (self.num_classes, self.num_features)
+        for name, value in self.named_parameters(recurse=False) if self.num_classes is not None else ():
+            if value.shape != table:
+                raise ValueError(f"{what}: {name} must have a row for each class, {table}; got {describe(value)}")
+
+    def compute(
+        self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None, condition: Tensor | None = None
+    ) -> Tensor:
+        dtype = compute_dtype(x)
+        gain, shift = self._affine(x, condition)
+        wide, moments = x.to(dtype), None
+        if self.uses_batch():
+            y, moments = by_batch(wide, None, None, None, self.eps, NONE, mask, self.counts())
+        else:
+            y = dispatch.batch_norm(wide, None, None, None, self._state(), NONE)
+        if gain is not None:
+            spread = (*x.shape[:2], *[1] * (x.dim() - 2))
+            gain = gain.to(dtype).view(spread)
+            y = y * gain if shift is None else torch.addcmul(shift.to(dtype).view(spread), y, gain)
+        if residual is not None:
+            y = y + residual
+        y = act.forward(y).to(x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
+        if moments is not None:
+            self.update_running(moments)
+        return y
+
+    def _affine(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """γ and β of each sample, (N, C); None where there are no tables."""
+        mixed = self._check_condition(x, condition)
+        assert condition is not None
+        if self.num_classes is None:
+            # Embeddings come in the precision of what made them; the map has its parameters'.
+            of = next(self.modulation.parameters(), condition)
+            changes = self.modulation(condition.to(of.dtype))
+            expected = (x.shape[0], 2 * self.num_features)
+            if not isinstance(changes, Tensor) or changes.shape != expected:
+                raise ValueError(
+                    f"{type(self).__name__}: the modulation must map the embedding to shape {expected}, Δγ and "
+                    f"then Δβ; got {describe(changes)}"
+                )
+            gain, shift = changes.to(torch.promote_types(changes.dtype, compute_dtype(x))).chunk(2, 1)
+            return gain + (1 if self.weight is None else self.weight), shift if self.bias is None else shift + self.bias
+        if self.weight is None:
+            return None, None
+        if mixed:
+            weights = condition.to(self.weight.dtype)
+            return weights @ self.weight, None if self.bias is None else weights @ self.bias
+        embedding = torch.nn.functional.embedding
+        return embedding(condition, self.weight), None if self.bias is None else embedding(condition, self.bias)
+
+    def _check_condition(self, x: Tensor, condition: Any) -> bool:
+        """Whether a legal condition is floating-point; raise for one that is not legal."""
+        what, N = type(self).__name__, x.shape[0]
+        if self.num_classes is None:
+            legal = f"an embedding: floating-point, of shape ({N}, {self.embedding_features})"
+        else:
+            legal = f"class labels: int64, of shape ({N},), or their weights: floating, of ({N}, {self.num_classes})"
+        if not isinstance(condition, Tensor):
+            came = "none came" if condition is None else f"got {describe(condition)}"
+            raise TypeError(f"{what}: each sample needs its condition, {legal}; {came}. Call layer(x, condition=...)")
+        check_kind(what, "the condition", condition)
+        if condition.is_floating_point():
+            fits = condition.shape == (N, self.num_classes or self.embedding_features)
+        else:
+            fits = self.num_classes is not None and condition.dtype == torch.int64 and condition.shape == (N,)
+        if not fits or condition.device != x.device:
+            raise ValueError(f"{what}: the condition must be {legal}, on {x.device}; got {describe(condition)}")
+        if condition.is_floating_point():
+            return True
+        # On a GPU looking would wait for it, and the compiler would break the graph.
+        if condition.is_cpu and N > 0 and not torch.compiler.is_compiling() and not dispatch.transformed():
+            low, high = (int(value) for value in condition.aminmax())
+            top = (self.num_classes or 0) - 1
+            if low < 0 or high > top:
+                raise ValueError(f"{what}: class labels must be from 0 to {top}; got labels from {low} to {high}")
+        return False
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        expand_rows(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        kind = "num_classes" if self.num_classes is not None else "embedding_features"
+        return (
+            f"{self.num_features}, {kind}={getattr(self, kind)}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, track_running_stats={self.track_running_stats}"
+        )

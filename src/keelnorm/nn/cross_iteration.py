@@ -1,0 +1,280 @@
+"""Cross-iteration batch normalization: the last batches normalize together, brought to the present weights."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from keelnorm import functional
+from keelnorm.engine.activations import Activation, ActivationLike
+from keelnorm.engine.error_messages import describe
+from keelnorm.engine.layout import per_channel
+from keelnorm.engine.masking import Padding
+from keelnorm.engine.recomputation import is_second_run
+from keelnorm.moments import Moments, Weighting, compute_dtype
+from keelnorm.nn._shared.recent_batches import Recall, Remembering, has_values, runs_eagerly
+from keelnorm.nn._shared.variant import normalize
+
+_TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
+
+
+class _Slopes(NamedTuple):
+    """How a batch's moments change with the producer's weight θ: ∂mean/∂θ and ∂var/∂θ at the weight of its time."""
+
+    weight: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+class CrossIterationBatchNorm(Remembering):
+    """Batch normalization with the moments of the last batches, corrected for the change of the weights since.
+
+    For the batch of τ iterations ago, θ the weight of the layer that produces x (a convolution or a linear layer), per
+    channel and to first order,
+
+        mean_τ(θ_t) = mean_τ + ∂mean_τ/∂θ · (θ_t − θ_{t−τ})        ν_τ(θ_t) = ν_τ + ∂ν_τ/∂θ · (θ_t − θ_{t−τ})
+
+    with ν = E[x²]. The moments that normalize are those of the window τ = 0 … k − 1:
+
+        mean = 1/k·Σ mean_τ(θ_t)        var = 1/k·Σ max(ν_τ(θ_t), mean_τ(θ_t)²) − mean²
+        y = act((x − mean) / √(var + eps) · weight + bias + residual)
+
+    The gradient flows through the current batch's moments (τ = 0) only. The producer is told once, by :meth:`attach`,
+    or its weight at each call, as ``layer(x, producer_weight=conv.weight)``.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: As for ``torch.nn.BatchNorm2d``.
+            Without running statistics nothing is kept from batch to batch: this is then batch normalization.
+        window: k, the number of batches that normalize together, this one included. Default 8.
+        burn_in: Number of batches at the beginning that are normalized alone, while weights change fast. Default 0.
+        compensate: Whether moments are brought to the present weights. False is the paper's "naive CBN", which needs
+            no producer.
+
+    Shape:
+        (N, C, *S) -> (N, C, *S)
+
+    State:
+        The running statistics are updated in training with the batch's own moments, as in ``torch.nn.BatchNorm2d``,
+        whose state_dict this has. The window is no part of it: it is empty after loading, and fills again. A forward
+        without gradients (``no_grad``; the first run of a reentrant checkpoint) uses the window and adds nothing to it,
+        as there are no ∂mean/∂θ then; an empty batch adds nothing. In evaluation the running statistics normalize.
+
+    Differs:
+        From the paper where batches differ in size: each counts by its number of values. A bias of the producer is not
+        part of θ: it is removed by the normalization, so do without it. A channel that is not finite in one batch of
+        the window is left out of that batch. A producer that does not train is taken to be constant.
+
+    Numerics:
+        Moments in float64, merged by Chan's formula: ν_τ(θ_t) − mean_τ(θ_t)² is computed as
+        var_τ + ∂var_τ/∂θ·Δθ − (∂mean_τ/∂θ·Δθ)², the same number without the cancellation.
+
+    Cost:
+        In training two weight gradients of the producer more per forward, and three tensors of its weight's size for
+        each batch of the window. Under a checkpoint that is not reentrant the segment runs twice more in the forward.
+        In evaluation nothing.
+
+    Raises:
+        TypeError, ValueError: for input that can't be normalized, or where the producer is unknown or did not produce
+            x; all state is then as before.
+        RuntimeError: under ``torch.jit``, and under ``torch.compile(fullgraph=True)``: the forward differentiates.
+
+    Example:
+        >>> conv, norm = torch.nn.Conv2d(3, 8, 3, bias=False), CrossIterationBatchNorm(8, window=4)
+        >>> net = torch.nn.Sequential(conv, norm.attach(conv))
+        >>> net(torch.randn(2, 3, 8, 8)).shape, len(norm.state_dict())
+        (torch.Size([2, 8, 6, 6]), 5)
+
+    Source:
+        Yao, Cao, Zheng, Huang, Lin (2021), "Cross-Iteration Batch Normalization", arXiv:2002.05712, section 3.
+    """
+
+    _masks = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        window: int = 8,
+        burn_in: int = 0,
+        compensate: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, window, burn_in)
+        self.compensate = compensate
+        # In a tuple, so that torch.nn does not make it a submodule; copied and pickled with the model around it.
+        self._producer: tuple[torch.nn.Module, ...] = ()
+        self._given: Tensor | None = None
+
+    def attach(self, producer: torch.nn.Module) -> CrossIterationBatchNorm:
+        """Say which module's output is normalized: a convolution or a linear layer. It does not become a submodule.
+
+        Raises:
+            TypeError, ValueError: It is transposed, or has no weight whose first dimension is the output channel.
+        """
+        if isinstance(producer, _TRANSPOSED):
+            raise TypeError(f"{type(self).__name__}: a transposed convolution can't be attached; got {producer}")
+        weight = getattr(producer, "weight", None)
+        if not isinstance(producer, torch.nn.Module) or weight is None:
+            raise TypeError(
+                f"{type(self).__name__}: attach takes the module in front, a convolution or a linear layer; "
+                f"got {describe(producer)}"
+            )
+        self._check_weight(weight)
+        self._producer = (producer,)
+        return self
+
+    def reset_window(self) -> None:
+        self._last: deque[tuple[Moments, _Slopes | None]] = deque(maxlen=self.window - 1)
+        self._recall: Recall[Moments | None] = Recall(maxlen=self._recalled)
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        activation: ActivationLike = None,
+        inplace: bool = False,
+        mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        weighting: Weighting = "frequency",
+        padding: Padding = "zero",
+        producer_weight: Tensor | None = None,
+    ) -> Tensor:
+        """``activation(bn(x) + residual)``.
+
+        Args:
+            input, residual, activation, inplace, mask, sample_weight, weighting, padding: As for
+                :meth:`keelnorm.nn._shared.variant.Variant.forward`.
+            producer_weight: The weight of what produced x, its first dimension the output channel; for this call it
+                takes the place of the attached module's.
+        """
+        if producer_weight is not None:
+            self._check_weight(producer_weight)
+        self._given = producer_weight
+        try:
+            return super().forward(
+                input, residual, activation=activation, inplace=inplace, mask=mask, sample_weight=sample_weight,
+                weighting=weighting, padding=padding,
+            )  # fmt: skip
+        finally:
+            self._given = None
+
+    @runs_eagerly
+    def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        own = functional.moments(x.detach(), mask)
+        batch = Moments(own.count, *_Derived.apply(x, mask, own))
+        pools = self.pools() and self.window > 1 and self.running_mean is not None
+        weight = self._weight() if pools and self.compensate else None
+        key = torch.stack([own.mean, own.m2])
+        found = self._recall.find(key) if is_second_run() else None
+        earlier = found[0] if found else self._earlier(weight) if pools else None
+        adds = pools and self.counts() and has_values(x, mask)
+        slopes = None
+        if adds and weight is not None and weight.requires_grad:
+            adds = torch.is_grad_enabled()
+            slopes = self._slopes(x, own, mask, weight) if adds else None
+        moments = batch if earlier is None else batch.merge(earlier)
+        var = moments.m2 / moments.count.clamp(min=1)
+        y = normalize(x, moments.mean, var, self.weight, self.bias, self.eps, residual, act)
+        if self.counts():
+            self._recall.append((key, earlier))
+        if adds:
+            self._last.append((own, slopes))
+        self.update_running(own)
+        return y
+
+    def _earlier(self, weight: Tensor | None) -> Moments | None:
+        """The moments of the window's earlier batches, brought to the present weight, merged."""
+        parts = [_brought_to(weight, *batch) for batch in self._last]
+        return Moments.merge_all(parts) if parts else None
+
+    def _slopes(self, x: Tensor, batch: Moments, mask: Tensor | None, weight: Tensor) -> _Slopes:
+        # ∂mean/∂x = 1/M and ∂var/∂x = 2(x − mean)/M, in two factors √M, so that float16 neither over- nor underflows.
+        # A channel depends on its own rows of the weight alone, so one product with all channels gives each row its.
+        scale = batch.count.clamp(min=1).rsqrt().to(compute_dtype(x))
+        share = scale.expand(x.shape[1])
+        dmean = per_channel(share, x).expand_as(x)
+        values = x.detach().to(share.dtype)
+        dvar = 2 * (values - per_channel(batch.mean.to(share.dtype), x)) * per_channel(share, x)
+        if mask is not None:
+            dmean, dvar = torch.where(mask, dmean, 0), torch.where(mask, dvar, 0)
+        slopes = []
+        for cotangent in (dmean, dvar):
+            slope = None
+            if x.requires_grad:
+                (slope,) = torch.autograd.grad(x, weight, cotangent.to(x.dtype), retain_graph=True, allow_unused=True)
+            if slope is None:
+                raise ValueError(
+                    f"{type(self).__name__}: x does not come from the producer's weight ({describe(weight)}): attach "
+                    "the module whose output this layer normalizes. A parametrized weight is a new tensor at every "
+                    "access: run the model within torch.nn.utils.parametrize.cached()"
+                )
+            rows = slope.detach().to(share.dtype).reshape(x.shape[1], -1)
+            slopes.append(rows * share.view(-1, 1))
+        return _Slopes(weight.detach().clone(), *slopes)
+
+    def _weight(self) -> Tensor:
+        """The producer's weight as it is now."""
+        if self._given is not None:
+            return self._given
+        if not self._producer:
+            raise ValueError(
+                f"{type(self).__name__}: the moments of earlier batches are brought to the present weights, so the "
+                "module in front must be known: layer.attach(conv) once, or layer(x, producer_weight=conv.weight) at "
+                "each call; compensate=False does without"
+            )
+        weight = self._producer[0].weight
+        assert isinstance(weight, Tensor)  # attach saw to it
+        return weight
+
+    def _check_weight(self, weight: Any) -> None:
+        if not isinstance(weight, Tensor) or weight.dim() < 2 or weight.shape[0] != self.num_features:
+            raise ValueError(
+                f"{type(self).__name__}: the weight of what produces x must be a tensor with {self.num_features} "
+                f"output channels as its first of two or more dimensions; got {describe(weight)}"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, compensate={self.compensate}"
+
+
+class _Derived(torch.autograd.Function):
+    """Mean and m2 of x, which are known already, with their derivatives: ∂mean/∂x = 1/M, ∂m2/∂x = 2(x − mean)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor | None, moments: Moments) -> tuple[Tensor, Tensor]:
+        mean = moments.mean.clone()
+        ctx.save_for_backward(x, mask, mean, moments.count)
+        return mean, moments.m2.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dmean: Tensor, dm2: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, mean, count = ctx.saved_tensors
+        dtype = compute_dtype(x)
+        share = per_channel((dmean / count.clamp(min=1)).to(dtype), x)
+        centred = x.to(dtype) - per_channel(mean.to(dtype), x)
+        dx = share + centred * per_channel((2 * dm2).to(dtype), x)
+        return (dx if mask is None else torch.where(mask, dx, 0)).to(x.dtype), None, None
+
+
+def _brought_to(weight: Tensor | None, batch: Moments, slopes: _Slopes | None) -> Moments:
+    """An earlier batch's moments as they would be under this weight, empty in channels where they are not finite."""
+    mean, var = batch.mean, batch.m2 / batch.count.clamp(min=1)
+    if weight is not None and slopes is not None:
+        dtype = slopes.mean.dtype
+        step = (weight.detach().to(dtype) - slopes.weight.to(dtype)).reshape(mean.shape[0], -1)
+        shift = (slopes.mean * step).sum(1).to(mean.dtype)
+        mean = mean + shift
+        # ν − mean² at the present weight; below zero ν takes the value of mean² (the paper's maximum).
+        var = (var + (slopes.var * step).sum(1).to(var.dtype) - shift * shift).clamp(min=0)
+    good = mean.isfinite() & var.isfinite()
+    count = torch.where(good, batch.count, 0)
+    return Moments(count, torch.where(good, mean, 0), torch.where(good, var, 0) * count)

@@ -1,0 +1,89 @@
+"""The domains of a whole model: choosing one for all its layers, and converting its batch normalizations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from keelnorm.engine.error_messages import check_module
+from keelnorm.nn._shared.rows import options_of
+from keelnorm.nn.domain.domain_batch_norm import Domain, DomainBatchNorm
+
+
+@contextmanager
+def use_domain(model: torch.nn.Module, domain: Domain) -> Iterator[torch.nn.Module]:
+    """Within the block, all domain layers of the model normalize with this domain; blocks may be nested.
+
+    They may end in any order. The choice is kept beside the layers (``layer.domain`` tells it), so it holds in whatever
+    thread runs them; threads that want different domains of one model give ``domain=`` to the layers. It ends with the
+    block, also by an exception, and a copy of the model that is made inside has none. Activation checkpointing runs the
+    forward again in the backward: that belongs inside the block too, and outside of every block it is an error.
+
+    Args:
+        model: A model with at least one :class:`DomainBatchNorm`.
+        domain: A name, a number, or an int64 tensor with a number for each sample of the batch.
+
+    Raises:
+        TypeError, ValueError: the model is no module; there is no such layer, or one has no such domain; nothing has
+            changed then.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), DomainBatchNorm(8, ["real", "generated"]))
+        >>> with use_domain(model, "generated"):
+        ...     y = model(torch.randn(4, 3))
+        >>> model[1].domain is None
+        True
+    """
+    check_module("use_domain", model)
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, DomainBatchNorm)}
+    if not layers:
+        raise ValueError(
+            f"use_domain: the {type(model).__name__} has no DomainBatchNorm; convert_domains(model, domains) puts one "
+            "in the place of each batch normalization"
+        )
+    for path, layer in layers.items():
+        layer.rows_of(domain, f"use_domain: {path or type(layer).__name__}")
+    with ExitStack() as stack:
+        for layer in layers.values():
+            stack.enter_context(layer._choices.choosing(domain))
+        yield model
+
+
+def convert_domains(
+    model: torch.nn.Module, domains: Sequence[str] | int, *, share_affine: bool = True
+) -> torch.nn.Module:
+    """Put a :class:`DomainBatchNorm` in the place of each batch normalization of a model, and return the model.
+
+    Every domain starts with the moments that are there. Shared weights and biases stay the model's parameters; with
+    ``share_affine=False`` they are new ones. A layer in several places stays one layer; a DomainBatchNorm stays.
+
+    Args:
+        model: Changed in place; where it is itself a batch normalization, what is returned takes its place.
+        domains, share_affine: As for :class:`DomainBatchNorm`.
+
+    Raises:
+        TypeError: the model is no module; or a batch normalization is of another class than torch.nn's and keelnorm's
+            drop-in layers, or has hooks; the message names its path.
+        ValueError: there is none. The model is then as before.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> type(convert_domains(model, ["real", "generated"])[1]).__name__
+        'DomainBatchNorm'
+    """
+    check_module("convert_domains", model)
+    new: dict[torch.nn.Module, torch.nn.Module] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and not isinstance(module, DomainBatchNorm):
+            options_of(f"convert_domains: {path or 'the model'}", module)
+            new[module] = DomainBatchNorm.from_batch_norm(module, domains, share_affine=share_affine)
+    if not new:
+        raise ValueError(f"convert_domains: the {type(model).__name__} has no batch normalization to convert")
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in new:
+                setattr(parent, name, new[child])
+    return new.get(model, model)

@@ -1,0 +1,314 @@
+"""Domain-specific batch normalization: a bank of running statistics, and if wanted of γ and β, for each domain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from keelnorm.engine import dispatch
+from keelnorm.engine.activations import Activation, ActivationLike
+from keelnorm.engine.arguments import State, check_arguments, check_channels
+from keelnorm.engine.error_messages import describe, is_count
+from keelnorm.engine.masking import Padding
+from keelnorm.functional import Options
+from keelnorm.moments import Moments, Weighting
+from keelnorm.nn._shared.partition import Groups
+from keelnorm.nn._shared.plain_norm import by_batch
+from keelnorm.nn._shared.rows import adopt, expand_rows, options_of
+from keelnorm.nn._shared.scoped_choice import Choices
+from keelnorm.nn._shared.variant import Variant
+
+#: One domain for all samples, by name or number; or a number per sample, int64 (N,).
+Domain = str | int | Tensor
+
+
+class DomainBatchNorm(Variant):
+    """Batch normalization with separate statistics for each domain; which one is said by the call or the context.
+
+    The samples of a domain d are normalized as if they were alone, by their own moments in training and by the
+    domain's running statistics in evaluation:
+
+        y = act((x − mean_d) / √(var_d + eps) · weight_d + bias_d + residual)
+
+    ``with use_domain(model, "target"):`` chooses for a whole model, ``layer(x, domain="target")`` for one call. In the
+    place of a name there may be a domain's number, or an int64 tensor (N,) with a number per sample.
+
+    Args:
+        num_features: Number of channels C.
+        domains: Names, distinct; or how many domains D there are, which are then called "0", "1" and so on.
+        eps, momentum, affine, track_running_stats, device, dtype: As for ``torch.nn.BatchNorm2d``.
+        share_affine: Whether all domains have the same weight and bias, (C,), or their own, (D, C). Default True.
+
+    Shape:
+        (N, C, *S) -> (N, C, *S)
+
+    State:
+        ``running_mean`` and ``running_var`` (D, C), ``num_batches_tracked`` (D,), a row for each domain in the order of
+        ``domains``. A batch updates the rows of the domains that are in it. A checkpoint of a plain batch normalization
+        loads, and its vectors go to every row. The choice of ``use_domain`` is ``layer.domain``, not in the state_dict.
+
+    Differs:
+        Without a choice the call is an error: no domain is the default one. ``mask`` is as for
+        :class:`~keelnorm.nn._shared.variant.Variant`.
+
+    Cost:
+        One domain for the batch: the fused kernel, and one more reading of x for the running statistics. A number per
+        sample: the same for each domain that is there, one look at the numbers by the host, and a copy of x and y
+        unless the samples come grouped by domain.
+
+    Raises:
+        TypeError, ValueError: no domain, or one that there is not; a domain with one value per channel in training,
+            by name; what :class:`~keelnorm.BatchNorm` raises. The running statistics are then as before.
+
+    Example:
+        >>> layer = DomainBatchNorm(16, ["source", "target"])
+        >>> y = layer(torch.randn(4, 16, 8, 8), domain="target", activation="relu")
+        >>> layer.num_batches_tracked.tolist()
+        [0, 1]
+
+    Source:
+        Chang, You, Seo, Kwak, Han (2019), "Domain-Specific Batch Normalization for Unsupervised Domain Adaptation",
+        arXiv:1906.03950, section 3 (γ and β per domain too: ``share_affine=False``); Li, Wang, Shi, Liu, Hou (2016),
+        "Revisiting Batch Normalization For Practical Domain Adaptation", arXiv:1603.04779 (AdaBN: statistics alone).
+    """
+
+    _masks = True
+    own_data: str | None = "of each domain"
+    own_evaluation: str | None = "by the moments of the domain"
+
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        domains: Sequence[str] | int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        share_affine: bool = True,
+    ) -> None:
+        names = _names(type(self).__name__, domains)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        #: The domains' names, in the order of the rows.
+        self.domains = names
+        self.share_affine = share_affine
+        self._choices: Choices[Domain] = Choices()
+        self._domain: Domain | None = None
+        rows = len(names)
+        if track_running_stats:
+            assert self.running_mean is not None and self.running_var is not None
+            assert self.num_batches_tracked is not None
+            self.running_mean = self.running_mean.repeat(rows, 1)
+            self.running_var = self.running_var.repeat(rows, 1)
+            self.num_batches_tracked = self.num_batches_tracked.repeat(rows)
+            self.count_skipped()
+        if affine and not share_affine:
+            self.weight = torch.nn.Parameter(self.weight.detach().repeat(rows, 1))
+            self.bias = torch.nn.Parameter(self.bias.detach().repeat(rows, 1))
+
+    @property
+    def domain(self) -> Domain | None:
+        """What :func:`use_domain` has chosen, in the innermost open block; else what was set."""
+        chosen = self._choices.latest()
+        return self._domain if chosen is None else chosen
+
+    @domain.setter
+    def domain(self, domain: Domain | None) -> None:
+        self._domain = domain
+
+    @classmethod
+    def from_batch_norm(
+        cls, bn: _BatchNorm, domains: Sequence[str] | int, *, share_affine: bool = True
+    ) -> DomainBatchNorm:
+        """A layer whose every domain starts as ``bn`` is.
+
+        Shared weight and bias are the parameters of ``bn`` themselves, so an optimizer that has them keeps them.
+
+        Raises:
+            TypeError: ``bn`` is not ``torch.nn``'s or keelnorm's drop-in layer, or has hooks.
+
+        Example:
+            >>> DomainBatchNorm.from_batch_norm(torch.nn.BatchNorm2d(16), 3).running_mean.shape
+            torch.Size([3, 16])
+        """
+        layer = cls(domains=domains, share_affine=share_affine, **options_of(f"{cls.__name__}.from_batch_norm", bn))
+        adopt(layer, bn)
+        for name, parameter in bn.named_parameters() if share_affine else ():
+            setattr(layer, name, parameter)
+        return layer
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        *,
+        domain: Domain | None = None,
+        activation: ActivationLike = None,
+        inplace: bool = False,
+        mask: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        weighting: Weighting = "frequency",
+        padding: Padding = "zero",
+    ) -> Tensor:
+        """``activation(bn(x) + residual)`` with the domain's statistics.
+
+        Args:
+            input: x, shape (N, C, *S).
+            domain: A name, a number, or a number per sample, int64 (N,); else what ``use_domain`` has chosen.
+            residual, activation, inplace, mask, sample_weight, weighting, padding: As for
+                :meth:`keelnorm.nn._shared.variant.Variant.forward`.
+        """
+        rows = self.rows_of(self.domain if domain is None else domain, type(self).__name__)
+        return self._call(
+            input, residual, Options(activation, inplace, mask, sample_weight, padding, weighting), rows=rows
+        )
+
+    def check(self, x: Any, residual: Any, rows: int | list[int] = 0) -> None:
+        self._check(rows[0] if isinstance(rows, list) else rows, x, residual)
+
+    def compute(
+        self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None, rows: int | list[int] = 0
+    ) -> Tensor:
+        found: dict[int, Moments] = {}
+        if isinstance(rows, list):
+            y = self._by_sample(x, residual, rows, act, mask, found)
+        else:
+            y = self._one(rows, x, residual, act, mask, found)
+        if found and self.counts():
+            self.update_running(_rows(found, len(self.domains)))
+        return y
+
+    def _one(
+        self,
+        row: int,
+        x: Tensor,
+        residual: Tensor | None,
+        act: Activation,
+        mask: Tensor | None,
+        found: dict[int, Moments],
+    ) -> Tensor:
+        """The forward of one domain's samples; their moments go to ``found``."""
+        weight, bias, state = self._bank(row)
+        if not state.training:
+            return dispatch.batch_norm(x, residual, weight, bias, state, act)
+        y, moments = by_batch(x, residual, weight, bias, self.eps, act, mask, self.counts())
+        if moments is not None:
+            found[row] = moments
+        return y
+
+    def _by_sample(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        rows: list[int],
+        act: Activation,
+        mask: Tensor | None,
+        found: dict[int, Moments],
+    ) -> Tensor:
+        """The forward of samples of several domains, which are grouped, normalized by themselves, and put back."""
+        if x.shape[0] != len(rows):
+            raise ValueError(
+                f"{type(self).__name__}: {len(rows)} domains came for the samples of {describe(x)}; each needs its own"
+            )
+        groups = Groups(rows, x.device)
+        parts = list(zip(groups.present, groups.split(x), groups.split(residual), strict=True))
+        for part in parts:
+            self._check(*part)
+        masks = groups.split(None if mask is None else mask.expand(len(rows), *mask.shape[1:]))
+        return groups.join([self._one(*part, act, valid, found) for part, valid in zip(parts, masks, strict=True)])
+
+    def _bank(self, row: int) -> tuple[Tensor | None, Tensor | None, State]:
+        """A domain's weight, bias and state."""
+        state = self._checked()
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        if not self.share_affine:
+            weight, bias = _row(weight, row), _row(bias, row)
+        running_mean, running_var = _row(state.running_mean, row), _row(state.running_var, row)
+        batches = _row(state.num_batches_tracked, row)
+        return (
+            weight,
+            bias,
+            state._replace(running_mean=running_mean, running_var=running_var, num_batches_tracked=batches),
+        )
+
+    def _check(self, row: int, x: Tensor, residual: Tensor | None) -> None:
+        """Raise unless the domain can normalize x."""
+        weight, bias, state = self._bank(row)
+        what = f"{type(self).__name__}, domain {self.domains[row]!r}"
+        check_arguments(what, x, residual, weight, bias, state, self._ranks)
+        check_channels(what, x, self.num_features)
+
+    def rows_of(self, domain: Any, what: str) -> int | list[int]:
+        """The domain's row, or the row of each sample; raise where there is no such domain."""
+        if isinstance(domain, Tensor) and domain.dtype == torch.int64 and domain.dim() == 1 and len(domain) > 0:
+            given: list[int] = domain.tolist()
+            if min(given) >= 0 and max(given) < len(self.domains):
+                return given
+            came = f"numbers from {min(given)} to {max(given)}"
+        elif isinstance(domain, str) and domain in self.domains:
+            return self.domains.index(domain)
+        elif isinstance(domain, int) and not isinstance(domain, bool) and 0 <= domain < len(self.domains):
+            return domain
+        else:
+            came = describe(domain)
+        legal = (
+            f"one of {list(self.domains)}, a number from 0 to {len(self.domains) - 1}, or an int64 tensor (N,) of these"
+        )
+        if domain is None:
+            raise ValueError(
+                f"{what}: which domain? Call the layer with domain=..., or the model inside "
+                f"`with use_domain(model, ...)`; legal are {legal}"
+            )
+        kind = ValueError if isinstance(domain, str | int | Tensor) else TypeError
+        raise kind(f"{what}: the domain must be {legal}; got {came}")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        expand_rows(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"domains={list(self.domains)}, share_affine={self.share_affine}, {super().extra_repr()}"
+
+
+def _names(what: str, domains: Any) -> tuple[str, ...]:
+    if is_count(domains):
+        return tuple(map(str, range(domains)))
+    if (
+        isinstance(domains, Sequence)
+        and not isinstance(domains, str)
+        and all(isinstance(name, str) for name in domains)
+    ):
+        names = tuple(domains)
+        if names and len(set(names)) == len(names):
+            return names
+    raise ValueError(f"{what}: domains are distinct names in a list, or their number; got {describe(domains)}")
+
+
+def _row(values: Tensor | None, row: int) -> Tensor | None:
+    if values is not None and (values.dim() == 0 or values.shape[0] <= row):
+        raise ValueError(f"DomainBatchNorm: each domain has a row of weights and moments; got {describe(values)}")
+    return None if values is None else values[row]
+
+
+def _rows(found: dict[int, Moments], count: int) -> Moments:
+    """The moments of some domains as those of all, (D, C); the others have no values."""
+    like = next(iter(found.values())).mean
+    parts = [found.get(row) or Moments.empty(len(like), device=like.device) for row in range(count)]
+    return Moments(
+        torch.stack([part.count.expand_as(part.mean) for part in parts]),
+        torch.stack([part.mean for part in parts]),
+        torch.stack([part.m2 for part in parts]),
+    )

@@ -1,0 +1,132 @@
+"""Ghost batch normalization: small groups of a large batch, each normalized by itself."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from keelnorm.engine import dispatch
+from keelnorm.engine.activations import Activation
+from keelnorm.engine.error_messages import describe, is_count
+from keelnorm.moments import Moments
+from keelnorm.nn._shared.consecutive_groups import merge_rows, normalize_groups
+from keelnorm.nn._shared.variant import Variant
+
+
+class GhostBatchNorm(Variant):
+    """Ghost batch normalization: in training each ``ghost_size`` consecutive samples are normalized by themselves.
+
+    Per channel and group B of the batch, with the group's mean and biased variance:
+
+        y = act((x − mean_B) / √(var_B + eps) · weight + bias + residual),   x in B
+
+    A large batch then has the noise, and with it the generalization, of small ones. In evaluation the running
+    statistics normalize, as in any batch norm: there are no groups. Groups of examples in "Four Things Everyone Should
+    Know to Improve Batch Normalization" (Summers, Dinneen 2020, arXiv:1906.03548, section 3.2) are these.
+
+    Args:
+        num_features: Number of channels C.
+        ghost_size: Samples per group, at least 1. One that is not below N makes one group: batch normalization.
+        eps: Added to the variance.
+        momentum: Weight in the running statistics; None averages.
+        affine: Whether there are a learnable weight and bias, which all groups share.
+        track_running_stats: Whether there are running statistics.
+        running: ``"pooled"``: the groups' moments, merged, enter the running ones once, as ``torch.nn``'s do with the
+            whole batch. ``"sequential"``: the groups enter one after the other, each with weight ``momentum``, so that
+            G groups leave (1 − momentum)^G of what was: a batch counts as G batches, in ``num_batches_tracked`` too.
+        device, dtype: Of the parameters and buffers.
+
+    Shape:
+        (N, C, *S) -> (N, C, *S). What is left when ``ghost_size`` does not divide N is a group of its own where it has
+        two values per channel or more; else, a single sample without positions, it joins the last group.
+
+    State:
+        As ``torch.nn.BatchNorm2d``'s, with the same keys.
+
+    Differs:
+        From ``torch.nn.BatchNorm*`` in training, by the groups. From the paper in ``running``: its algorithm 1 gives
+        group i the weight momentum·(1 − momentum)^i, so that the first counts most and the weights do not add up to
+        one; "sequential" is the exponential average that the text describes, "pooled" takes the variance between
+        groups in, which is part of what evaluation has to divide by.
+
+    Numerics:
+        As :func:`keelnorm.functional.batch_norm`, per group. Moments are float64.
+
+    Cost:
+        As batch normalization of each group, one after the other, written into one tensor. Saved for the backward: as
+        batch normalization, and the moments of the groups.
+
+    Raises:
+        TypeError, ValueError: for input that can't be normalized, such as one value per channel and group; the running
+            moments are then as before.
+
+    Example:
+        >>> x = torch.tensor([[0.0], [2.0], [10.0], [14.0]])
+        >>> GhostBatchNorm(1, ghost_size=2)(x).flatten().round().tolist()
+        [-1.0, 1.0, -1.0, 1.0]
+
+    Source:
+        Hoffer, Hubara, Soudry (2017), "Train longer, generalize better: closing the generalization gap in large batch
+        training of neural networks", arXiv:1705.08741, algorithm 1.
+    """
+
+    ghost_size: int
+    running: Literal["pooled", "sequential"]
+
+    def __init__(
+        self,
+        num_features: int,
+        ghost_size: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        running: Literal["pooled", "sequential"] = "pooled",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not is_count(ghost_size):
+            raise ValueError(f"GhostBatchNorm: ghost_size must be an integer of at least 1; got {describe(ghost_size)}")
+        if running not in ("pooled", "sequential"):
+            raise ValueError(f"GhostBatchNorm: running must be 'pooled' or 'sequential'; got {describe(running)}")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.ghost_size, self.running = ghost_size, running
+
+    def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        sizes = self._sizes(x) if self.training else [x.shape[0]]
+        state, pooled = self._state()._replace(update=self.counts()), self.running == "pooled"
+        if len(sizes) == 1:
+            return dispatch.batch_norm(x, residual, self.weight, self.bias, state, act)
+        state = state._replace(update=state.update and state.sink is None)
+        y, moments = normalize_groups(x, residual, self.weight, self.bias, sizes, state, act, pooled)
+        if moments is None:
+            return y
+        if pooled or len(sizes) == 1:
+            self.update_running(merge_rows(moments))
+        else:
+            for count, mean, m2 in zip(moments.count, moments.mean, moments.m2, strict=True):
+                self.update_running(Moments(count.squeeze(), mean, m2))
+        return y
+
+    def _sizes(self, x: Tensor) -> list[int]:
+        """How many samples each group has."""
+        samples, positions = x.shape[0], x[0, 0].numel() if x.shape[0] and x.shape[1] else 0
+        if samples <= self.ghost_size:
+            return [samples]
+        if self.ghost_size * positions == 1:
+            raise ValueError(
+                f"GhostBatchNorm: one value per channel and group has no variance; got {describe(x)} and ghost_size=1. "
+                "Take a larger ghost_size, or evaluate with model.eval()"
+            )
+        full, tail = divmod(samples, self.ghost_size)
+        sizes = [self.ghost_size] * full
+        if tail * positions == 1:
+            sizes[-1] += tail
+        elif tail:
+            sizes.append(tail)
+        return sizes
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, ghost_size={self.ghost_size}, running={self.running!r}"

@@ -1,0 +1,128 @@
+"""Batch normalization by a scale that needs no squares: the mean absolute deviation, or the range."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from keelnorm.engine.activations import Activation
+from keelnorm.engine.layout import per_channel, reduced_dims
+from keelnorm.moments import Moments
+from keelnorm.nn._shared.variant import Variant, normalize
+
+
+class L1BatchNorm(Variant):
+    """Batch normalization by the mean absolute deviation.
+
+    Per channel, over the M = N·S values of the batch, or those that the mask counts:
+
+        scale = √(π/2) · Σ|x − mean| / M,   y = act((x − mean) / √(scale² + eps) · weight + bias + residual)
+
+    For Gaussian values the factor √(π/2) makes the scale an estimate of the standard deviation.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: As ``torch.nn.BatchNorm2d``.
+
+    Shape:
+        (N, C, *S) -> (N, C, *S)
+
+    State:
+        torch.nn's. ``running_var`` keeps the square of the scale, times M/(M − 1) as for a variance, so that whatever
+        takes mean and variance from the buffers (evaluation, folding into a convolution) is right.
+
+    Differs:
+        From ``torch.nn.BatchNorm*`` by the scale in training. The call takes a ``mask``.
+
+    Numerics:
+        Sums in float64. The derivative of \\|v\\| at 0 is taken as 0. A constant channel gives 0, with gradients.
+
+    Cost:
+        As plain torch, several passes over x: it is here for its statistics, not for speed. Evaluation is fused.
+
+    Raises:
+        TypeError, ValueError: as :class:`keelnorm.BatchNorm`.
+
+    Example:
+        >>> L1BatchNorm(1, eps=1e-12)(torch.tensor([[0.0], [2.0]])).flatten()
+        tensor([-0.7979,  0.7979], grad_fn=<ViewBackward0>)
+
+    Source:
+        Hoffer, Banner, Golan, Soudry (2018), "Norm matters: efficient and accurate normalization schemes in deep
+        networks", arXiv:1803.01814, section 4.1.
+    """
+
+    _masks = True
+    own_scale: str | None = "the square of the mean absolute deviation, scaled, in running_var"
+
+    def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            x = torch.where(mask, x, 0)  # what does not count may be NaN, which would reach the gradients
+        moments = Moments.from_tensor(x, mask)
+        deviation = (x.to(moments.mean.dtype) - per_channel(moments.mean, x)).abs()
+        if mask is not None:
+            deviation = torch.where(mask, deviation, 0)
+        scale = math.sqrt(math.pi / 2) * deviation.sum(reduced_dims(x)) / moments.count.clamp(min=1)
+        y = normalize(x, moments.mean, scale.square(), self.weight, self.bias, self.eps, residual, act)
+        self.update_running(Moments(moments.count, moments.mean, scale.square() * moments.count))
+        return y
+
+
+class RangeBatchNorm(Variant):
+    """Batch normalization by the range of the values, which tolerates low precision.
+
+    Per channel, over the M = N·S values of the batch:
+
+        scale = (max x − min x) / √(2·ln M),   y = act((x − mean) / √(scale² + eps) · weight + bias + residual)
+
+    For Gaussian values the scale lies between the standard deviation and twice it, near twice for very large M: the
+    output is smaller than plain batch normalization's, which the weight can make up for.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: As ``torch.nn.BatchNorm2d``.
+
+    Shape:
+        (N, C, *S) -> (N, C, *S)
+
+    State:
+        torch.nn's. ``running_var`` keeps the square of the scale, so that whatever takes mean and variance from the
+        buffers (evaluation, folding into a convolution) is right. It depends on M, so evaluation fits training only
+        where M is about the same in all batches.
+
+    Differs:
+        From ``torch.nn.BatchNorm*`` by the scale in training. A mask is refused.
+
+    Numerics:
+        The mean is summed in float64; maximum and minimum are exact. Where several values share the extreme, they share
+        its gradient. A constant channel gives 0, with gradients.
+
+    Cost:
+        As plain torch, several passes over x: it is here for its statistics, not for speed. Evaluation is fused.
+
+    Raises:
+        TypeError, ValueError: as :class:`keelnorm.BatchNorm`.
+
+    Example:
+        >>> RangeBatchNorm(1, eps=1e-12)(torch.tensor([[0.0], [2.0]])).flatten()
+        tensor([-0.5887,  0.5887], grad_fn=<ViewBackward0>)
+
+    Source:
+        Banner, Hubara, Hoffer, Soudry (2018), "Scalable Methods for 8-bit Training of Neural Networks",
+        arXiv:1805.11046, section 3.
+    """
+
+    own_scale: str | None = "the square of the range, scaled, in running_var"
+
+    def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        moments = Moments.from_tensor(x)
+        count, dims = x.numel() // max(x.shape[1], 1), reduced_dims(x)
+        if count > 1:
+            extent = x.amax(dims).to(moments.mean.dtype) - x.amin(dims).to(moments.mean.dtype)
+            var = extent.square() / (2 * math.log(count))
+        else:
+            var = torch.zeros_like(moments.mean)  # an empty batch, which has no extremes
+        y = normalize(x, moments.mean, var, self.weight, self.bias, self.eps, residual, act)
+        # What enters is m2 / (count − 1): here the square of the scale itself.
+        self.update_running(Moments(moments.count, moments.mean, var * (moments.count - 1)))
+        return y

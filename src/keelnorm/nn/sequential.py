@@ -1,0 +1,40 @@
+"""A Sequential in which batch norms run as one kernel with what follows them."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+
+from keelnorm.engine.fusion.expectations import ATTRIBUTE, Memory
+from keelnorm.engine.fusion.scope import scope_of
+from keelnorm.nn._shared.variant import Variant
+from keelnorm.nn.batch_norm import FusedBatchNorm, refuse_script
+
+
+class Sequential(torch.nn.Sequential):
+    """``torch.nn.Sequential`` that runs an keelnorm batch norm and the activation after it as one fused operation.
+
+    Its batch norms' results wait for what follows, as in a model that :func:`keelnorm.convert` has converted: the first
+    call learns what that is. The modules stay what and where they are: names, state_dict, indexing and slicing are
+    ``torch.nn.Sequential``'s.
+
+    Example:
+        >>> import keelnorm as kn
+        >>> net = Sequential(torch.nn.Conv2d(3, 8, 3), kn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> net(torch.randn(2, 3, 6, 6)).shape
+        torch.Size([2, 8, 4, 4])
+    """
+
+    def forward(self, input: Any) -> Any:
+        """Run the modules in order."""
+        if torch.compiler.is_compiling() or not isinstance(input, torch.Tensor):
+            return super().forward(input)
+        for module in self._modules.values():
+            if isinstance(module, FusedBatchNorm | Variant) and ATTRIBUTE not in module.__dict__:
+                module.__dict__[ATTRIBUTE] = Memory()
+        with scope_of(self):
+            return super().forward(input)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)

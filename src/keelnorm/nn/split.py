@@ -1,0 +1,248 @@
+"""Split (auxiliary) batch normalization: each part of a batch has statistics of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keelnorm.engine import dispatch
+from keelnorm.engine.activations import Activation
+from keelnorm.engine.arguments import check_arguments
+from keelnorm.engine.error_messages import check_module, describe, is_count
+from keelnorm.functional import moments
+from keelnorm.nn._shared.rows import adopt, options_of
+from keelnorm.nn._shared.scoped_choice import Choices
+from keelnorm.nn._shared.variant import Variant
+
+
+class AuxiliaryBatchNorm(Variant):
+    """What normalizes one part of the batch: batch normalization with the weight and bias that it is given.
+
+    :class:`SplitBatchNorm` holds and calls it.
+
+    Example:
+        >>> SplitBatchNorm(8).aux_bn[0].running_mean.shape
+        torch.Size([8])
+    """
+
+    own_data: str | None = "of its part of the batch"
+
+    def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        return self.run(x, residual, self.weight, self.bias, act)
+
+    def run(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        act: Activation,
+        update: bool = True,
+    ) -> Tensor:
+        """``act(bn(x) + residual)`` with this layer's statistics, which take x in where this layer counts it."""
+        y = dispatch.batch_norm(x, residual, weight, bias, self._state(), act)
+        if update and self.counts() and self.uses_batch():
+            self.update_running(moments(x.detach()))
+        return y
+
+
+class SplitBatchNorm(AuxiliaryBatchNorm):
+    """Batch normalization of a batch in equal parts, each with statistics, and a weight and bias, of its own.
+
+    In training part k of ``num_splits`` consecutive parts of the batch is normalized by itself: the first by this
+    layer, part k by ``aux_bn[k − 1]``. In evaluation this layer normalizes everything, so that the auxiliary ones
+    can be left out of what is deployed. AdvProp trains so on clean and adversarial images, whose moments differ.
+
+    ``with layer.using(k)`` sends the whole batch to part k, in training and in evaluation; :func:`using_split` does so
+    for all layers of a model.
+
+    Args:
+        num_features: Number of channels C.
+        num_splits: Number of parts, at least 2.
+        eps: Added to the variance.
+        momentum: Weight of the batch in the running statistics; None averages over all batches.
+        affine: Whether there are a learnable weight and bias.
+        track_running_stats: Whether there are running statistics.
+        shared_affine: Whether all parts use this layer's weight and bias; else each has its own.
+        device, dtype: Of the parameters and buffers.
+
+    Shape:
+        (N, C, *S) -> (N, C, *S), N divisible by num_splits
+
+    State:
+        The keys of ``torch.nn.BatchNorm2d``, which are those of this layer, and the same under ``aux_bn.0``,
+        ``aux_bn.1``, ... (timm's names). Each layer's running statistics are updated by its own part of the batch.
+
+    Differs:
+        From timm's ``SplitBatchNorm2d``: any rank, ``using``, a shared weight and bias, an error where N does not
+        divide. What ``using`` sets is read when a layer runs: with activation checkpointing the backward runs it again
+        and belongs inside the ``with`` too.
+
+    Numerics:
+        As :func:`keelnorm.functional.batch_norm`, per part.
+
+    Cost:
+        As batch normalization, one more pass over x for the running statistics, and one copy of y and of dx, which put
+        the parts together. Nothing more in evaluation.
+
+    Raises:
+        ValueError: N does not divide, or a part has one value per channel; the running statistics are then as before.
+
+    Example:
+        >>> layer = SplitBatchNorm(3, num_splits=2)
+        >>> clean, adversarial = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8) + 1
+        >>> y = layer(torch.cat([clean, adversarial]))
+        >>> bool((layer.aux_bn[0].running_mean > layer.running_mean).all())
+        True
+
+    Source:
+        Xie, Tan, Gong, Wang, Yuille, Le (2020), "Adversarial Examples Improve Image Recognition", arXiv:1911.09665,
+        section 4.2.
+    """
+
+    own_evaluation: str | None = "by the part of it that using() chooses"
+    num_splits: int
+    shared_affine: bool
+    aux_bn: torch.nn.ModuleList
+
+    def __init__(
+        self,
+        num_features: int,
+        num_splits: int = 2,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        shared_affine: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not is_count(num_splits, 2):
+            raise ValueError(f"SplitBatchNorm: num_splits must be an integer of at least 2; got {describe(num_splits)}")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.num_splits, self.shared_affine = num_splits, shared_affine
+        own = affine and not shared_affine
+        self.aux_bn = torch.nn.ModuleList(
+            AuxiliaryBatchNorm(num_features, eps, momentum, own, track_running_stats, device, dtype)
+            for _ in range(num_splits - 1)
+        )
+        self._choices: Choices[int] = Choices()
+
+    @classmethod
+    def from_batch_norm(cls, bn: Any, num_splits: int = 2, *, shared_affine: bool = False) -> SplitBatchNorm:
+        """A split layer in a batch norm's place: it takes over its parameters and buffers, the auxiliary ones copies.
+
+        Args:
+            bn: ``torch.nn.BatchNorm*`` or keelnorm's.
+            num_splits, shared_affine: As the constructor's.
+
+        Raises:
+            TypeError: ``bn`` is not ``torch.nn``'s or keelnorm's drop-in layer, or has hooks.
+
+        Example:
+            >>> SplitBatchNorm.from_batch_norm(torch.nn.BatchNorm2d(8), 3).num_splits
+            3
+        """
+        options = options_of(f"{cls.__name__}.from_batch_norm", bn)
+        layer = cls(num_splits=num_splits, shared_affine=shared_affine, **options)
+        adopt(layer, bn)
+        for part in layer._parts():
+            with torch.no_grad():
+                for name, value in (*bn.named_parameters(recurse=False), *bn.named_buffers(recurse=False)):
+                    if getattr(part, name, None) is not None:
+                        new = value if part is layer else value.detach().clone()
+                        if isinstance(value, torch.nn.Parameter) and part is not layer:
+                            new = torch.nn.Parameter(new, value.requires_grad)
+                        setattr(part, name, new)
+            if bn.bias is None:
+                part.register_parameter("bias", None)
+        return layer.train(bn.training)
+
+    @contextmanager
+    def using(self, index: int) -> Iterator[SplitBatchNorm]:
+        """Inside, part ``index`` normalizes the whole batch: 0 is this layer, k is ``aux_bn[k − 1]``.
+
+        Blocks may be nested and end in any order; a copy made inside has no choice.
+
+        Raises:
+            ValueError: there is no such part.
+
+        Example:
+            >>> layer = SplitBatchNorm(3)
+            >>> with layer.using(1):
+            ...     y = layer(torch.randn(5, 3))
+            >>> layer.num_batches_tracked.item(), layer.aux_bn[0].num_batches_tracked.item()
+            (0, 1)
+        """
+        if not isinstance(index, int) or not 0 <= index < self.num_splits:
+            raise ValueError(
+                f"SplitBatchNorm: the parts are 0 (the layer itself) to {self.num_splits - 1}; got {describe(index)}"
+            )
+        with self._choices.choosing(index):
+            yield self
+
+    def check(self, x: Any, residual: Any) -> None:
+        super().check(x, residual)
+        for part in self.aux_bn:
+            part.check(x, residual)  # type: ignore[operator]
+
+    def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        parts = self._parts()
+        index = self._choices.latest()
+        if index is not None or not self.training:
+            return self._run(parts[index or 0], x, residual, act)
+        if x.shape[0] % self.num_splits:
+            raise ValueError(
+                f"SplitBatchNorm: the batch must divide into {self.num_splits} equal parts; got {describe(x)}. Send it "
+                "to one part by `with layer.using(k)`, or drop a short last batch (drop_last=True)"
+            )
+        xs = x.chunk(self.num_splits)
+        check_arguments("SplitBatchNorm, one part of the batch", xs[0], None, None, None, self._state())
+        residuals = [None] * len(xs) if residual is None else residual.chunk(self.num_splits)
+        return torch.cat([self._run(*each, act) for each in zip(parts, xs, residuals, strict=True)])
+
+    def normalize_running(self, x: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
+        return self._run(self._parts()[self._choices.latest() or 0], x, residual, act)
+
+    def _parts(self) -> list[AuxiliaryBatchNorm]:
+        return [self, *self.aux_bn]  # type: ignore[list-item]
+
+    def _run(self, part: AuxiliaryBatchNorm, x: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
+        affine = self if self.shared_affine else part
+        return part.run(x, residual, affine.weight, affine.bias, act, self.counts())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_splits={self.num_splits}, shared_affine={self.shared_affine}"
+
+
+@contextmanager
+def using_split(model: torch.nn.Module, index: int) -> Iterator[torch.nn.Module]:
+    """Inside, part ``index`` of each :class:`SplitBatchNorm` of a model normalizes the whole batch.
+
+    Args:
+        model: Any module that contains split layers.
+        index: 0 for the main layers, k for the k-th auxiliary ones.
+
+    Raises:
+        TypeError: the model is no module.
+        ValueError: the model has no split layer, or one of them no such part; nothing is changed then.
+
+    Example:
+        >>> net = torch.nn.Sequential(SplitBatchNorm(3), SplitBatchNorm(3))
+        >>> with using_split(net, 1):
+        ...     y = net(torch.randn(5, 3))
+        >>> net[1].aux_bn[0].num_batches_tracked.item()
+        1
+    """
+    check_module("using_split", model)
+    layers = [module for module in model.modules() if isinstance(module, SplitBatchNorm)]
+    if not layers:
+        raise ValueError(f"using_split: there is no SplitBatchNorm in {type(model).__name__}")
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.using(index))
+        yield model

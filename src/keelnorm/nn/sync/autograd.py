@@ -1,0 +1,112 @@
+"""The autograd function of synchronized batch normalization, from the four operators that every back end supplies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from keelnorm.engine import dispatch, ops
+from keelnorm.engine.activations import Activation
+from keelnorm.engine.collectives import add_up
+from keelnorm.engine.kernels import reference, registry
+from keelnorm.engine.preflight import Step, agree
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Call(NamedTuple):
+    """What the backward has to know besides tensors."""
+
+    act: Activation
+    group: ProcessGroup
+    what: str
+    residual_dtype: torch.dtype | None
+    step: Step | None
+
+
+class Synchronized(torch.autograd.Function):
+    """``act(bn(x) + residual)`` with moments that are functions of all ranks' x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        saved: Tensor,
+        count: Tensor,
+        call: Call,
+    ) -> Tensor:
+        mean, _, rstd = saved
+        y: Tensor = _run("apply", x, x, mean, rstd, weight, bias, residual, act=call.act)
+        ctx.save_for_backward(x, weight, saved, count, *ops.gate_needs(call.act.code, residual, bias, y))
+        ctx.call = call
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, saved, count, bias, y, residual = ctx.saved_tensors
+        need, call = ctx.needs_input_grad[:4], ctx.call
+        if torch.is_grad_enabled() or dispatch.transformed():
+            refuse_second_derivative(call.what)
+        found = synchronized_backward(dy, x, saved, count, weight, bias, y, residual, call, need)
+        return *found, None, None, None
+
+
+def refuse_second_derivative(what: str) -> NoReturn:
+    raise RuntimeError(
+        f"{what}: there is no second derivative through synchronized ranks (create_graph=True asks for one); "
+        "use kn.BatchNorm, or a process group of one rank"
+    )
+
+
+def synchronized_backward(
+    dy: Tensor,
+    x: Tensor,
+    saved: Tensor,
+    count: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    residual: Tensor | None,
+    call: Call,
+    need: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """dx, dresidual, dweight, dbias, as far as they are needed; from what ``ops.gate_needs`` left."""
+    act, group, what, residual_dtype, step = call
+    need_x, need_residual, need_weight, need_bias = need
+    mean, _, rstd = saved
+    given = (dy, x, mean, rstd, weight, bias, y, residual)
+    dx = dresidual = dweight = dbias = None
+    if need_x or need_weight or need_bias:
+        dbias, dweight = sums = _run("grad_stats", x, *given, act=act)
+    if need_x:
+        if step is not None:
+            agree(step._replace(direction="backward"), group, what)
+        here = step or Step(f"a {what}", "backward", x.shape[1], str(x.dtype).removeprefix("torch."), "training", True)
+        total = add_up(torch.stack(tuple(sums)), group, what, lambda: here._replace(direction="backward"))
+        dx = _run("grad_input", x, *given, total / count.clamp(min=1), act=act)
+    if need_residual:
+        dresidual = dy
+        if act.code != 0:
+            options = (False, act, False, True, False, False)
+            dresidual = dispatch.backward(dy, x, saved, weight, bias, y, residual, *options)[1]
+        dresidual = dresidual.to(residual_dtype)
+    return dx, dresidual, dweight if need_weight else None, dbias if need_bias else None
+
+
+def _run(stem: str, x: Tensor, *given: Tensor | None, act: Activation) -> Any:
+    """One of the four operators, a fast one where it takes x."""
+    fast = registry.operators(x)
+    if fast is not None:
+        try:
+            return getattr(fast, stem)(*given, act.code, act.a, act.b)
+        except RuntimeError as error:
+            if not dispatch.declined(error):
+                raise
+            dispatch.announce_declined(error)
+    return getattr(reference, stem)(*given, act)

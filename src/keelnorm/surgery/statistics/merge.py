@@ -1,0 +1,199 @@
+"""One state_dict of several, with running statistics that are those of all the values together."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from keelnorm.engine.error_messages import describe
+from keelnorm.moments import LEAST_FREQUENCY, Moments, wide_dtype
+from keelnorm.nn._shared.variant import OWN_SCALE
+from keelnorm.surgery.report import Report
+from keelnorm.surgery.statistics.compatible_weights import WHAT, Counts, check_states, per_norm
+
+_MEAN, _VAR, _BATCHES = "running_mean", "running_var", "num_batches_tracked"
+
+
+def merge_statistics(
+    state_dicts: Sequence[Mapping[str, Any]], counts: Sequence[Counts], *, local: bool = False
+) -> tuple[dict[str, Any], Report]:
+    """Merge the state_dicts of models that were trained apart, with running statistics pooled over all their values.
+
+    A batch norm is found by its keys, ``path.running_mean`` with ``path.running_var``. With n_k values behind client
+    k's moments, n = Σ n_k, per channel:
+
+        mean = Σ n_k·mean_k / n
+        var = (Σ (n_k − 1)·var_k + Σ n_k·(mean_k − mean)²) / (n − 1)
+
+    both variances unbiased, as running ones are. Moments without a counter that are equal in all clients are those of
+    a frozen layer, as torchvision's, and stay. The second sum, the spread between clients, is what an average of the
+    variances leaves out. ``num_batches_tracked`` is summed. Every other floating-point tensor, γ and β included,
+    becomes the mean weighted by n_k; everything else has to be equal.
+
+    Args:
+        state_dicts: One for each client, with the same keys and shapes. They are not changed.
+        counts: For each client, how many values per channel its running statistics are of (N·S for N samples with S
+            positions): a number from 1 on, or a sequence with one for each batch norm, in the order of their keys. The
+            other tensors are weighted with the sequence's mean. Layers with a row of moments per step or domain take
+            it for each row that a batch has entered (``num_batches_tracked``), and 0 for the others.
+        local: Leave out every entry of a batch norm (FedBN): load the result with ``strict=False``, and each client
+            keeps its own batch norms, parameters and moments. Counts are then weights, and need only be positive.
+
+    Returns:
+        A state_dict with the keys' order, dtypes and devices of the first, in memory of its own, and a report: a row
+        for each batch norm with the ``spread`` of the clients' means, √(Σ n_k·(mean_k − mean)² / Σ over all values of
+        (value − mean)²), as root mean square over the channels, from 0 to 1; and the ``variance ratio`` of the pooled
+        variance to the weighted mean of the variances, as mean over the channels.
+
+    Numerics:
+        float64 (float32 on devices without it), by :meth:`Moments.merge`. Running statistics that are moving averages
+        are those of n_k values only in so far as the averages hold; ``kn.accumulate_statistics`` makes them exact.
+
+    Raises:
+        TypeError, ValueError: there is no client; counts, keys or shapes do not fit; what must be equal is not; running
+            moments are not finite. The error names the key and the client's index.
+
+    Example:
+        >>> layers = [torch.nn.BatchNorm1d(2, momentum=1.0) for _ in range(2)]
+        >>> parts = torch.randn(8, 2), torch.randn(24, 2) + 1
+        >>> _ = [layer(part) for layer, part in zip(layers, parts)]
+        >>> merged, report = merge_statistics([layer.state_dict() for layer in layers], [8, 24])
+        >>> torch.allclose(merged["running_var"], torch.cat(parts).var(0))
+        True
+
+    Source:
+        Chan, Golub, LeVeque (1979), eq. 2.1, as :class:`Moments`; McMahan et al. (2017), arXiv:1602.05629, algorithm 1,
+        for the mean; Li, Jiang, Zhang, Kamp, Dou (2021), "FedBN: Federated Learning on Non-IID Features via Local Batch
+        Normalization", arXiv:2102.07623, for ``local``.
+    """
+    if isinstance(state_dicts, Mapping | torch.nn.Module | Tensor | str) or not isinstance(state_dicts, Iterable):
+        raise TypeError(f"{WHAT}: state_dicts must be several state_dicts, one a client; got {describe(state_dicts)}")
+    states = list(state_dicts)
+    check_states(states)
+    first = states[0]
+    paths = [key.removesuffix(_MEAN) for key in first if _is_mean(key) and key.removesuffix(_MEAN) + _VAR in first]
+    table = per_norm(counts, len(states), len(paths), 0 if local else 1)
+    weights = torch.tensor([sum(row) / len(row) for row in table], dtype=torch.float64)
+    weights /= weights.sum()
+
+    pooled: dict[str, Tensor] = {}
+    rows = []
+    for i, path in enumerate(paths if not local else []):
+        merged, row = _pool(states, path, [row[i] for row in table])
+        pooled |= merged
+        rows.append(row)
+    result: dict[str, Any] = OrderedDict()
+    for key, value in first.items():
+        if local and _in_norm(key, paths):
+            continue
+        result[key] = (
+            pooled[key].to(value, copy=True) if key in pooled else _combine(key, [s[key] for s in states], weights)
+        )
+    if hasattr(first, "_metadata"):  # the layers' versions, which load_state_dict reads
+        result._metadata = first._metadata.copy()  # type: ignore[attr-defined]
+    left_out = len(paths) if local else 0
+    summary = {"clients": len(states), "batch norms": len(paths), "left out": left_out, "entries": len(result)}
+    return result, Report(WHAT, summary, rows)
+
+
+def _pool(states: list[Mapping[str, Any]], path: str, counts: list[float]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The entries of one batch norm that are no means, and its row in the report."""
+    if path + "running_cov" in states[0]:
+        raise ValueError(
+            f"{WHAT}: {path + 'running_cov'!r} is a whitening layer's covariance, which is not pooled here; keep its "
+            "batch norms where they are, with local=True"
+        )
+    for state in states:
+        kind = getattr(state, "_metadata", {}).get(path.removesuffix("."), {}).get(OWN_SCALE)
+        if kind is not None:
+            raise ValueError(
+                f"{WHAT}: {path + _VAR!r} is that of a {kind}; it does not pool as a variance does. Keep the batch "
+                "norms where they are, with local=True"
+            )
+    moments = {path + name: states[0][path + name] for name in (_MEAN, _VAR)}
+    if path + _BATCHES not in states[0] and all(
+        torch.equal(state[k], v) for state in states for k, v in moments.items()
+    ):
+        return moments, {"path": path.removesuffix("."), "spread": 0.0, "variance ratio": 1.0}
+    device = states[0][path + _MEAN].device
+    parts, within = [], torch.zeros((), dtype=wide_dtype(device), device=device)
+    for client, (state, n) in enumerate(zip(states, counts, strict=True)):
+        mean, var = (state[path + name].detach().to(device, wide_dtype(device)) for name in (_MEAN, _VAR))
+        for name, bad in ((_MEAN, ~mean.isfinite()), (_VAR, ~(var.isfinite() & (var >= 0)))):
+            if bad.any():
+                raise ValueError(
+                    f"{WHAT}: {path + name!r} of client {client} has {int(bad.sum())} channels of {bad.numel()} that "
+                    "are not finite, or negative variances; leave the client out, or reset its statistics"
+                )
+        count = _count(n, state.get(path + _BATCHES), mean)
+        known = count > 0
+        parts.append(Moments(count, torch.where(known, mean, 0), torch.where(known, var * (count - 1), 0)))
+        within = within + count * var
+    total, n = Moments.merge_all(parts), sum(counts)
+    between = sum(part.count * (part.mean - total.mean).square() for part in parts)
+    if n < LEAST_FREQUENCY:
+        raise ValueError(f"{WHAT}: a variance needs more than one value, {path + _VAR!r} is given {n:g} in all")
+    spread = torch.where(total.m2 > 0, between / total.m2, 0).mean().sqrt()
+    ratio = torch.where(total.m2 > 0, total.var_unbiased * total.count.clamp(min=1) / within, 1).mean()
+    # A row that no client has used is as the first client has it.
+    mean, var = (states[0][path + name].to(total.mean) for name in (_MEAN, _VAR))
+    merged = {
+        path + _MEAN: torch.where(total.count > 0, total.mean, mean),
+        path + _VAR: torch.where(total.var_unbiased.isnan(), var, total.var_unbiased),
+    }
+    for name, value in merged.items():
+        dtype = states[0][name].dtype
+        if not bool(value.to(dtype).isfinite().all()):
+            raise ValueError(f"{WHAT}: {name!r} has values that are too large for {dtype}; merge in a wider dtype")
+    if path + _BATCHES in states[0]:
+        merged[path + _BATCHES] = torch.stack([s[path + _BATCHES].to(device) for s in states]).sum(0)
+    row = {"path": path.removesuffix("."), "spread": spread.item(), "variance ratio": ratio.item()}
+    return merged, row
+
+
+def _count(n: float, batches: Any, mean: Tensor) -> Tensor:
+    """How many values moments are of; where they stand in rows, 0 in those that no batch has entered."""
+    count = mean.new_tensor(n)
+    if mean.dim() == 2 and isinstance(batches, Tensor) and batches.shape == mean.shape[:1]:
+        return count * (batches.to(mean.device) > 0)[:, None]
+    return count
+
+
+def _combine(key: str, values: list[Any], weights: Tensor) -> Any:
+    """What is no moment: equal, or a mean weighted by the clients' shares."""
+    first, *others = values
+    if not isinstance(first, Tensor):
+        unequal = [client for client, other in enumerate(others, 1) if first != other]
+    else:
+        others = [other.detach().to(first.device) for other in others]
+        unequal = [
+            client
+            for client, other in enumerate(others, 1)
+            if first.dtype != other.dtype or not torch.equal(first, other)
+        ]
+        if not unequal:
+            return first.detach().clone()
+        if first.is_floating_point() or first.is_complex():
+            wide = torch.promote_types(first.dtype, wide_dtype(first.device))
+            start = first.detach().to(wide)
+            shares = zip(weights.tolist()[1:], others, strict=True)
+            return (start + sum(share * (other.to(wide) - start) for share, other in shares)).to(first.dtype)
+    if unequal:
+        raise ValueError(
+            f"{WHAT}: {key!r} is neither a floating-point tensor nor a batch norm's counter, and must be equal in all "
+            f"clients; clients {unequal} have not what client 0 has. Make it equal, or take it out of the state_dicts"
+        )
+    return first
+
+
+def _is_mean(key: str) -> bool:
+    return key == _MEAN or key.endswith(f".{_MEAN}")
+
+
+def _in_norm(key: str, paths: list[str]) -> bool:
+    """Whether an entry lies in one of the batch norms; in one that is the whole model, only its own entries do."""
+    return any(key.startswith(path) if path else "." not in key for path in paths)
