@@ -17,13 +17,14 @@ from support.forcing import KERNELS, check_ran, require_kernel
 from support.poison import poison_fresh_memory
 
 import keelnorm as kn
+from keelnorm.engine.kernels import registry
 
 poison_fresh_memory()
 
 if "native" in {kernel.name for kernel in kn.kernels.available()}:  # stands for the library where it is missing
     with warnings.catch_warnings(), kn.kernels.use("auto"):
         warnings.simplefilter("ignore", RuntimeWarning)
-        kn.kernels.announce_fallback()
+        registry.announce_fallback()
     os.environ.setdefault("KEELNORM_KERNELS", "reference")  # for processes that tests start
 
 # The same examples in every run. Fixtures that hold for a whole test hold for each of its examples.
@@ -50,7 +51,7 @@ def _seeded_and_restored(request: pytest.FixtureRequest) -> Iterator[None]:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    threads, dtype, forced = torch.get_num_threads(), torch.get_default_dtype(), kn.kernels._forced
+    threads, dtype, forced = torch.get_num_threads(), torch.get_default_dtype(), registry._forced
     grad_mode = torch.is_grad_enabled()
     yield
     torch.set_num_threads(threads)

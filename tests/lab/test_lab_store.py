@@ -6,12 +6,14 @@ import resource
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+import keelnorm
 from keelnorm.lab.core import store as store_module
 from keelnorm.lab.core.cell import Cell
-from keelnorm.lab.core.environment import source_used
+from keelnorm.lab.core.environment import NOT_MEASURED, source_used
 from keelnorm.lab.core.runner import run
 from keelnorm.lab.core.store import Store, _digest
 
@@ -226,3 +228,8 @@ def test_a_result_is_stale_when_what_its_task_uses_was_edited_and_only_then(tmp_
         importlib.invalidate_caches()
         kept.append(source_used(importlib.import_module("some_claim").task))
     assert (kept[0] == kept[1]) == same
+
+
+def test_what_makes_no_result_stale_exists() -> None:
+    package = Path(keelnorm.__file__).parent
+    assert [name for name in NOT_MEASURED if not (package / name).exists()] == []

@@ -44,7 +44,7 @@ def test_public_modules_say_what_is_public(module: ModuleType) -> None:
 def test_what_the_pages_use_is_public() -> None:
     used = set()
     for page in (*ROOT.glob("docs/*.md"), ROOT / "README.md", *ROOT.glob("examples/**/*.py")):
-        used |= set(re.findall(r"\bek\.([A-Za-z]\w*)(?:\.([a-z]\w*))?", page.read_text(encoding="utf-8")))
+        used |= set(re.findall(r"\bkn\.([A-Za-z]\w*)(?:\.([a-z]\w*))?", page.read_text(encoding="utf-8")))
     assert len(used) > 50
     assert not [name for name, _ in used if name not in kn.__all__]
     inner = [(getattr(kn, name), part) for name, part in used if part and isinstance(getattr(kn, name), ModuleType)]

@@ -13,7 +13,7 @@ import torch
 
 import keelnorm as kn
 from keelnorm.engine import ops
-from keelnorm.engine.kernels import triton
+from keelnorm.engine.kernels import registry, triton
 
 
 def test_they_are_listed_with_what_speaks_against_them(monkeypatch):
@@ -33,25 +33,25 @@ def test_they_are_listed_with_what_speaks_against_them(monkeypatch):
 
 def test_without_triton_it_is_said_once(monkeypatch):
     monkeypatch.setattr(triton, "find_spec", lambda _: None)
-    monkeypatch.setattr(kn.kernels, "_announced", set())
+    monkeypatch.setattr(registry, "_announced", set())
     with pytest.warns(RuntimeWarning, match="slower: Triton is not installed. Install Triton"):
-        kn.kernels.announce_fallback("cuda")
-    kn.kernels.announce_fallback("cuda")
+        registry.announce_fallback("cuda")
+    registry.announce_fallback("cuda")
 
 
 def test_other_devices_run_on_the_reference_back_end():
     assert kn.kernels.active("meta") == "reference"
-    assert kn.kernels.operators(torch.empty(2, 3, device="meta")) is None
+    assert registry.operators(torch.empty(2, 3, device="meta")) is None
 
 
 def test_float64_goes_to_the_reference_back_end_and_that_is_said_once(monkeypatch, caplog):
     if triton.missing() is not None:
         pytest.skip(triton.missing())
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(kn.kernels, "_announced", set())
+    monkeypatch.setattr(registry, "_announced", set())
     with kn.kernels.use("triton"):
         assert kn.kernels.active() == "triton"
-        assert kn.kernels.operators(torch.empty(2, 3, dtype=torch.float64)) is None
+        assert registry.operators(torch.empty(2, 3, dtype=torch.float64)) is None
         before = kn.kernels.calls()
         kn.BatchNorm1d(3).double()(torch.randn(5, 3, dtype=torch.float64))
         assert kn.kernels.calls()["reference"] > before["reference"]
@@ -63,9 +63,9 @@ def test_float64_goes_to_the_reference_back_end_and_that_is_said_once(monkeypatc
 
 def test_compiled_code_gets_torchs_own_operators_unless_they_are_forced():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert not kn.kernels.in_compiled_code(cuda)
-    assert kn.kernels.in_compiled_code(cpu) == (kn.kernels.active() != "reference")
-    assert not kn.kernels.in_compiled_code(torch.device("meta"))
+    assert not registry.in_compiled_code(cuda)
+    assert registry.in_compiled_code(cpu) == (kn.kernels.active() != "reference")
+    assert not registry.in_compiled_code(torch.device("meta"))
 
 
 def test_every_operator_is_there_with_the_arguments_of_its_schema():

@@ -61,7 +61,7 @@ class MomentumSchedule:
         if not callable(schedule):
             raise TypeError(
                 "MomentumSchedule: schedule must be a function from the number of steps to the momentum, such as "
-                f"kn.schedule.linear(0.5, 0.1, steps=9); got {describe(schedule)}"
+                f"momentum_schedule.linear(0.5, 0.1, steps=9); got {describe(schedule)}"
             )
         self._schedule = schedule
         self._layers = [(layer, layer.momentum) for layer in layers.values()]

@@ -32,7 +32,7 @@ def _place(error: BaseException) -> str | None:
     """
     import torch
 
-    frameworks = Path(torch.__file__).parent, Path(__file__).parents[1]
+    frameworks = Path(torch.__file__).parent, Path(__file__).parents[2]
     standard = sysconfig.get_path("stdlib")
     own, installed = None, None
     for frame in traceback.extract_tb(error.__traceback__):
