@@ -14,6 +14,7 @@ from keelnorm.engine.arguments import State, check_arguments, check_inplace
 from keelnorm.engine.inplace import batch_norm_
 from keelnorm.engine.kernels import reference, registry
 from keelnorm.engine.masking import Padding, common_mask, length_mask, take_mask, weighted, without_variance
+from keelnorm.engine.torch_internals import is_transformed
 from keelnorm.moments import Moments, Weighting, check_values, check_weighting
 
 __all__ = ["batch_norm", "length_mask", "moments"]
@@ -154,7 +155,7 @@ def moments(
     common = None if mask is None else common_mask(mask, x)
     if (
         type(x) is not Tensor
-        or dispatch.transformed()
+        or is_transformed()
         or (x.requires_grad and torch.is_grad_enabled())
         or x.numel() == 0
         or (fast := registry.operators(x)) is None
@@ -243,7 +244,8 @@ def check_layer_call(
 
 def _plainly_legal(x: Any, residual: Any, weight: Any, bias: Any, state: State, ranks: tuple[int, ...] | None) -> bool:
     """A quick look that clears the common case; the native operators check the rest before they write anything."""
-    running_mean, running_var, batches, training, _, momentum, eps, *_ = state
+    running_mean, running_var, momentum = state.running_mean, state.running_var, state.momentum
+    batches, training = state.num_batches_tracked, state.training
     return (
         type(x) is Tensor
         and x.dtype in registry.DTYPES
@@ -251,7 +253,7 @@ def _plainly_legal(x: Any, residual: Any, weight: Any, bias: Any, state: State, 
         and registry.native_enabled
         and ranks is not None
         and x.dim() in ranks
-        and eps > 0
+        and state.eps > 0
         and (momentum is None or momentum - momentum == 0)  # finite
         and not (training and x.numel() == x.shape[1])
         and (residual is None or (type(residual) is Tensor and residual.is_cpu))

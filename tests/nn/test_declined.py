@@ -9,13 +9,13 @@ import torch
 from support.forcing import require_kernel
 
 import keelnorm as kn
-from keelnorm.engine import dispatch
+from keelnorm.engine import fast_operators
 
 
 @pytest.fixture
 def said(caplog, monkeypatch):
     require_kernel("baseline")
-    monkeypatch.setattr(dispatch, "_declined_for", set())
+    monkeypatch.setattr(fast_operators, "_announced", set())
     caplog.set_level(logging.WARNING, logger="keelnorm")
     with kn.kernels.use("auto"):
         yield lambda: [record.getMessage() for record in caplog.records]

@@ -24,10 +24,10 @@ class State(NamedTuple):
     """What a layer keeps, and how this call uses it.
 
     Args:
-        running_mean, running_var: Population moments, (C,), or None.
+        running_mean, running_var: The running statistics, (C,), or None.
         num_batches_tracked: Number of updates so far, or None.
-        training: Normalize with the batch's moments, else with the running ones.
-        update: Let the batch's moments enter the running ones.
+        training: Normalize with the batch's statistics, else with the running statistics.
+        update: Update the running statistics with the batch's.
         momentum: Weight of the batch in the update; None averages over all batches.
         eps: Added to the variance.
         what: What was called, the first words of an error.
@@ -35,7 +35,7 @@ class State(NamedTuple):
             stored; or None.
         mask: Which values count, (N, *S), or None.
         keep: Whether values that do not count stay as they are; else they come out as 0.
-        sink: What takes the batch's moments where ``update`` is set, in place of the running ones; or None.
+        sink: What takes the batch's moments where ``update`` is set, instead of the running statistics; or None.
     """
 
     running_mean: Tensor | None
@@ -57,6 +57,40 @@ class State(NamedTuple):
         if updates is None or not self.update or self.sink is not None or self.running_mean is None:
             return None
         return updates.beside(self.running_mean) if updates.tensor is None else updates.tensor
+
+
+class Kept(NamedTuple):
+    """What a forward keeps for its backward.
+
+    Args:
+        x: The input, of shape (N, C, *S).
+        saved: (mean, var, rstd) that normalized it, (3, C).
+        weight, bias: The layer's; the bias only where the activation's derivative needs it.
+        y, residual: Where the derivative needs them, see `ops.gate_needs`.
+        training: Whether mean and variance are the batch's, and so depend on x.
+        act: The activation.
+        mask, keep: As in :class:`State`.
+    """
+
+    x: Tensor
+    saved: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    y: Tensor | None
+    residual: Tensor | None
+    training: bool
+    act: Activation
+    mask: Tensor | None = None
+    keep: bool = False
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward is asked for."""
+
+    x: bool
+    residual: bool
+    weight: bool
+    bias: bool
 
 
 def check_arguments(

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from keelnorm.engine.activations import Activation
-from keelnorm.engine.arguments import State, refuse_derivative
+from keelnorm.engine.arguments import Kept, State, refuse_derivative
 from keelnorm.engine.layout import counted, dense, per_channel, reduced_dims
 from keelnorm.engine.running_statistics import update_running
+from keelnorm.engine.torch_internals import forward_ad_active, functorch_is_active
 from keelnorm.moments import Moments, compute_dtype, wide_dtype
 
 
@@ -36,7 +37,7 @@ def differentiable(
     ``torch.nn.functional.batch_norm`` is not: several of its mixed higher derivatives in training are wrong. It is good
     for the running statistics, whose derivative nobody asks for.
     """
-    if forward_ad._current_level >= 0:
+    if forward_ad_active():
         for name, running in (("running_mean", state.running_mean), ("running_var", state.running_var)):
             if running is not None and forward_ad.unpack_dual(running).tangent is not None:
                 refuse_derivative(state.what, name)
@@ -62,37 +63,22 @@ def differentiable(
     return y if counts is None else counted(counts, y, given if state.keep else None)
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    fixed: tuple[Tensor, Tensor] | None,
-    y: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    act: Activation,
-    mask: Tensor | None = None,
-    keep: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dresidual, dweight, dbias as differentiable functions of dy, x, weight, bias and residual.
+def backward(dy: Tensor, kept: Kept, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dx, dresidual, dweight, dbias as differentiable functions of dy, x, weight, bias and residual.
 
-    Args:
-        bias, residual: Where the value in front of the activation is found from x.
-        fixed: Mean and 1/√(var + eps) in use, or None: then they are the batch's, and functions of ``x``.
-        y: The output, which will do for ReLU.
-        mask, keep: As in arguments.State.
+    In training mean and variance are functions of x too; ``kept.saved`` is only used elsewhere.
     """
+    x, weight, bias, residual, act = kept.x, kept.weight, kept.bias, kept.residual, kept.act
     dims, given, counts = reduced_dims(x), dy, None
-    if mask is not None:
-        counts = mask.unsqueeze(1)
+    if kept.mask is not None:
+        counts = kept.mask.unsqueeze(1)
         dy, x = counted(counts, dy), counted(counts, x)
         residual = None if residual is None else counted(counts, residual)
-    xhat, rstd = normalized(x, fixed, eps, counts)
+    xhat, rstd = normalized(x, None if kept.training else (kept.saved[0], kept.saved[2]), eps, counts)
     scale = rstd if weight is None else rstd * per_channel(weight.to(rstd.dtype), x)
     g = dy.to(torch.promote_types(xhat.dtype, dy.dtype))
     if act.code != 0:
-        v = y
+        v = kept.y
         if v is None:
             v = xhat if weight is None else xhat * per_channel(weight.to(xhat.dtype), x)
             v = v if bias is None else v + per_channel(bias.to(xhat.dtype), x)
@@ -100,12 +86,12 @@ def backward(
         g = act.gradient(g, v).to(g.dtype)
     dbias, dweight = g.sum(dims), (g * xhat).sum(dims)
     dx = g * scale
-    if fixed is None:
-        count = max(x.numel() // max(x.shape[1], 1), 1) if mask is None else mask.sum().clamp(min=1)
+    if kept.training:
+        count = max(x.numel() // max(x.shape[1], 1), 1) if kept.mask is None else kept.mask.sum().clamp(min=1)
         dx = dx - scale * (per_channel(dbias, x) + xhat * per_channel(dweight, x)) / count
     dx = dx.to(x.dtype)
     if counts is not None:
-        dx = counted(counts, dx, given if keep else None)
+        dx = counted(counts, dx, given if kept.keep else None)
     return dx, g.to(dy.dtype), dweight, dbias
 
 
@@ -123,10 +109,10 @@ def normalized(
     else:
         mean, rstd = fixed
     # The mean enters as a rounded part, from which x differs exactly, and the rest.
-    centre = mean.detach().to(dtype)
-    rest = (mean - centre).to(dtype)
+    center = mean.detach().to(dtype)
+    rest = (mean - center).to(dtype)
     rstd = per_channel(rstd.to(dtype), x)
-    return (x.to(dtype) - per_channel(centre, x) - per_channel(rest, x)) * rstd, rstd
+    return (x.to(dtype) - per_channel(center, x) - per_channel(rest, x)) * rstd, rstd
 
 
 def _finish(y: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
@@ -145,7 +131,8 @@ def _update(x: Tensor, state: State) -> None:
 
 def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State) -> Tensor:
     """torch's own batch norm, with the running statistics updated as ``state`` says."""
-    running_mean, running_var, batches, training, update, momentum, eps, *_ = state
+    running_mean, running_var, batches = state.running_mean, state.running_var, state.num_batches_tracked
+    training, update, momentum, eps = state.training, state.update, state.momentum, state.eps
     if state.sink is not None and training and update:
         _update(x.detach(), state)
         update = False
@@ -155,7 +142,7 @@ def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: St
             running_mean, running_var = running_mean.clone(), running_var.clone()
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, 0.0, eps)
     # A program of torch's own operators is asked for, and torch.func lets only these write to buffers.
-    plain = torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
+    plain = torch.compiler.is_exporting() or functorch_is_active()
     if running_mean is None or running_var is None or (plain and momentum is not None):
         y = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum or 0.0, eps)
         if batches is not None:

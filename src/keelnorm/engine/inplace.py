@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keelnorm.engine import composite, dispatch
+from keelnorm.engine import composite, dispatch, fallback
 from keelnorm.engine.activations import Activation
-from keelnorm.engine.arguments import State, check_arguments
-from keelnorm.engine.kernels import reference, registry
+from keelnorm.engine.arguments import Kept, Needs, State, check_arguments
+from keelnorm.engine.fast_operators import mark_updated, run_fast
+from keelnorm.engine.kernels import reference
 from keelnorm.engine.layout import reduced_dims, require_memory
 from keelnorm.engine.recomputation import is_second_run
+from keelnorm.engine.torch_internals import is_batched_gradient, is_transformed, plain_apply
 from keelnorm.moments import wide_dtype
 
 #: Roundings of y that may reach x, in deviations: 64, of the half-precision dtypes' coarser ones 8.
@@ -42,7 +44,7 @@ def batch_norm_(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: St
 
     Where the memory of x can't be seen (torch.compile, torch.func, forward-mode derivatives, subclasses), a new tensor.
     """
-    if torch.compiler.is_compiling() or dispatch.transformed() or type(x) not in dispatch.PLAIN:
+    if torch.compiler.is_compiling() or is_transformed() or type(x) not in dispatch.PLAIN:
         return dispatch.batch_norm(x, None, weight, bias, state, act)
     if state.update and is_second_run():
         state = state._replace(update=False)
@@ -88,81 +90,54 @@ class _InplaceBatchNorm(torch.autograd.Function):
             x = _invert(y, saved, weight, bias, act)
             if lost is not None:
                 x.index_copy_(1, lost, kept)
-        need_x, need_weight, need_bias, _, _ = ctx.needs_input_grad
-        if dispatch.transformed() or torch._C._functorch.is_legacy_batchedtensor(dy):  # a batch of gradients
-            fixed = None if training else (saved[0], saved[2])
-            found = composite.backward(dy, x, weight, bias, fixed, None, None, eps, act)
-            gradients = found[0], *found[2:]
+        needed = ctx.needs_input_grad[:3]
+        kept = Kept(x, saved, weight, bias if act.code else None, None, None, training, act)
+        if is_transformed() or is_batched_gradient(dy):  # a batch of gradients
+            found = composite.backward(dy, kept, eps)
+            gradients: tuple[Tensor | None, ...] = (found[0], *found[2:])
         else:
-            bias = bias if act.code else None
-            gradients = _backward(dy, x, saved, weight, bias, training, act, need_x, need_weight, need_bias)
-        needed = need_x, need_weight, need_bias
+            need_x, need_weight, need_bias = needed
+            gradients = _backward(dy, kept, Needs(need_x, residual=False, weight=need_weight, bias=need_bias))
         return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None
 
 
-# As fused._apply.
-_apply = super(torch.autograd.Function, _InplaceBatchNorm).apply
+_apply = plain_apply(_InplaceBatchNorm)
 
 
 def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation) -> Tensor:
-    """(mean, var, rstd) as one (3, C) tensor; x becomes y, and the running statistics are updated."""
-    running_mean, running_var, batches, training, update, momentum, eps, what, *_ = state
-    fast = registry.operators(x)
-    if fast is not None:
-        try:
-            saved: Tensor = fast.inplace_(
-                x, weight, bias, running_mean, running_var, batches, training, update and state.sink is None, momentum,
-                eps, act.code, act.a, act.b, state.counts(),
-            )  # fmt: skip
-        except RuntimeError as error:
-            if not dispatch.declined(error):
-                raise
-            check_arguments(what, x, None, weight, bias, state)
-            dispatch.announce_declined(error)
-        else:
-            if state.sink is None:
-                dispatch.mark_updated(state, x)
-            else:
-                dispatch.mark_updated(state._replace(update=False), x)
-                dispatch.fill_sink(x, saved, state)
-            return saved
+    """Return (mean, var, rstd) as one (3, C) tensor; x becomes y, and the running statistics are updated."""
+    saved: Tensor | None = run_fast(
+        "inplace_", x, x, weight, bias, state.running_mean, state.running_var, state.num_batches_tracked,
+        state.training, state.update and state.sink is None, state.momentum, state.eps, act.code, act.a, act.b,
+        state.counts(), check=lambda: check_arguments(state.what, x, None, weight, bias, state),
+    )  # fmt: skip
+    if saved is not None:
+        mark_updated(state if state.sink is None else state._replace(update=False), x)
+        if state.sink is not None:
+            fallback.fill_sink(x, saved, state)
+        return saved
     with dispatch.unchanged(state):
-        y, moments = dispatch.reference_forward(x, None, weight, bias, state, act)
+        y, saved = fallback.forward(x, None, weight, bias, state, act)
         x.copy_(y)
-        return moments
+        return saved
 
 
 def _invert(y: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, act: Activation) -> Tensor:
-    fast = registry.operators(y)
-    if fast is not None:
-        try:
-            return fast.invert(y, saved, weight, bias, act.code, act.a, act.b)  # type: ignore[no-any-return]
-        except RuntimeError as error:
-            if not dispatch.declined(error):
-                raise
-            dispatch.announce_declined(error)
-    return reference.invert(y, saved[0], saved[2], weight, bias, act)
+    x: Tensor | None = run_fast("invert", y, y, saved, weight, bias, act.code, act.a, act.b)
+    return reference.invert(y, saved[0], saved[2], weight, bias, act) if x is None else x
 
 
-def _backward(
-    dy: Tensor, x: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, act: Activation,
-    need_x: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dweight, dbias; dx in x's memory where kernels can."""
-    fast = registry.operators(x) if need_x else None
-    if fast is not None:
-        try:
-            dweight, dbias = fast.backward_(
-                dy, x, saved, weight, bias, training, act.code, act.a, act.b, need_weight, need_bias
-            )
-            return x, dweight, dbias
-        except RuntimeError as error:
-            if not dispatch.declined(error):
-                raise
-            dispatch.announce_declined(error)
-    dx, _, dweight, dbias = dispatch.backward(
-        dy, x, saved, weight, bias, None, None, training, act, need_x, False, need_weight, need_bias
-    )
+def _backward(dy: Tensor, kept: Kept, need: Needs) -> tuple[Tensor | None, ...]:
+    """Return dx, dweight, dbias; dx in x's memory where kernels can."""
+    x, act = kept.x, kept.act
+    if need.x:
+        found = run_fast(
+            "backward_", x, dy, x, kept.saved, kept.weight, kept.bias, kept.training, act.code, act.a, act.b,
+            need.weight, need.bias,
+        )  # fmt: skip
+        if found is not None:
+            return x, *found
+    dx, _, dweight, dbias = dispatch.backward(dy, kept, need)
     return dx, dweight, dbias
 
 
@@ -198,12 +173,11 @@ def _lost_channels(
 
 def _statistics(x: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and rstd that the forward is about to use, and how far, in deviations, values may be from that mean."""
-    fast = registry.operators(x)
-    if fast is not None:
-        batch_mean, batch_var = fast.stats(x, None)
-    else:
-        found = reference.stats(x)
-        batch_mean, batch_var = found.mean, found.var
+    found = run_fast("stats", x, x, None)
+    if found is None:
+        moments = reference.stats(x)
+        found = moments.mean, moments.var
+    batch_mean, batch_var = found
     mean, var = batch_mean, batch_var
     if not state.training:
         assert state.running_mean is not None and state.running_var is not None

@@ -1,4 +1,4 @@
-"""A batch norm in its parts, for a result that waits."""
+"""A batch norm in two steps: statistics at once, the normalized result when it is known what follows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from keelnorm.engine import composite, dispatch
 from keelnorm.engine.activations import Activation
-from keelnorm.engine.arguments import State
+from keelnorm.engine.arguments import Kept, Needs, State
 from keelnorm.engine.layout import per_channel
 
 
@@ -60,20 +60,19 @@ class Normalization:
         bias: Tensor | None,
         y: Tensor | None,
         act: Activation,
-        need: tuple[bool, bool, bool, bool],
+        need: Needs,
     ) -> tuple[Tensor | None, ...]:
         """dx, dresidual, dweight, dbias, as far as they are needed.
 
         Args:
             y: The result, where there was a residual and the activation is ReLU.
         """
-        return dispatch.backward(
-            dy, x, saved, weight, bias if act.code else None, y, None, self.state.training, act, *need
-        )
+        return dispatch.backward(dy, self._kept(x, saved, weight, bias if act.code else None, y, act), need)
 
     def differentiable(self, x: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """``bn(x)`` by the formula, as a function of x, weight and bias."""
-        xhat, _ = composite.normalized(x, self._fixed(saved), self.state.eps)
+        fixed = None if self.state.training else (saved[0], saved[2])
+        xhat, _ = composite.normalized(x, fixed, self.state.eps)
         y = xhat if weight is None else xhat * per_channel(weight.to(xhat.dtype), x)
         return (y if bias is None else y + per_channel(bias.to(xhat.dtype), x)).to(x.dtype)
 
@@ -88,7 +87,9 @@ class Normalization:
         act: Activation,
     ) -> tuple[Tensor | None, ...]:
         """As :meth:`backward`, all of them, as differentiable functions."""
-        return composite.backward(dy, x, weight, bias, self._fixed(saved), y, None, self.state.eps, act)
+        return composite.backward(dy, self._kept(x, saved, weight, bias, y, act), self.state.eps)
 
-    def _fixed(self, saved: Tensor) -> tuple[Tensor, Tensor] | None:
-        return None if self.state.training else (saved[0], saved[2])
+    def _kept(
+        self, x: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None, act: Activation
+    ) -> Kept:
+        return Kept(x, saved, weight, bias, y, None, self.state.training, act)

@@ -5,7 +5,7 @@
     inplace_, invert, backward_:  the same in x's own memory: y overwrites x, which the backward rebuilds
 
 The native CPU library supplies the kernels for the CPU, and Triton's are registered here for GPUs, where compiled code
-calls them by these names. Everything above this module goes through ``fused``.
+calls them by these names. Everything above this module goes through ``dispatch``.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
+from keelnorm.engine.torch_internals import running_backward
 
 
 class _Here(threading.local):
@@ -21,7 +21,7 @@ def is_second_run() -> bool:
 
     True inside a backward, where activation checkpointing computes forwards again, and inside :func:`second_run`.
     """
-    return _here.repeating or torch._C._current_graph_task_id() != -1
+    return _here.repeating or running_backward() != -1
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from keelnorm.engine.torch_internals import outside_of_transforms, transform_stack
 from keelnorm.engine.update_counts import UpdateCounts
 
 
@@ -71,7 +72,7 @@ def _has_values(tensor: Tensor) -> bool:
 
 def _is_freed(tensor: Tensor) -> bool:
     """Whether the memory of a plain tensor is gone, which whoever uses it will say."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and torch._C._functorch.peek_interpreter_stack() is None
+    plain = type(tensor) in (Tensor, nn.Parameter) and transform_stack() is None
     return plain and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
@@ -83,11 +84,7 @@ def _is_same(tensor: Tensor, other: Tensor) -> bool:
 
 def _outside_of_transforms() -> AbstractContextManager[Any]:
     """Under torch.func nothing may be written to that lies outside; what is put back is none of its affair."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        return nullcontext()
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
-    return temporarily_clear_interpreter_stack()
+    return nullcontext() if transform_stack() is None else outside_of_transforms()
 
 
 def unchanged(module: nn.Module) -> AbstractContextManager[None]:

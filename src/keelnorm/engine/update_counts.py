@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from keelnorm.engine.torch_internals import functorch_is_active
+
 #: What the fast operators call them, where they decline them.
 COUNTS = "update counts"
 #: The rows of the counts.
@@ -74,5 +76,5 @@ def _has_memory(running: Tensor) -> bool:
         type(running) in (Tensor, Parameter)
         and not running.is_meta
         and not torch.compiler.is_exporting()
-        and not torch._C._are_functorch_transforms_active()
+        and not functorch_is_active()
     )

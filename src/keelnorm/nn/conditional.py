@@ -14,6 +14,7 @@ from keelnorm.engine.arguments import check_arguments, check_channels
 from keelnorm.engine.error_messages import describe, is_count
 from keelnorm.engine.layout import check_kind
 from keelnorm.engine.masking import Padding
+from keelnorm.engine.torch_internals import is_transformed
 from keelnorm.functional import Options
 from keelnorm.moments import Weighting, compute_dtype
 from keelnorm.nn._shared.plain_norm import by_batch
@@ -249,7 +250,7 @@ class ConditionalBatchNorm(Variant):
         if condition.is_floating_point():
             return True
         # On a GPU looking would wait for it, and the compiler would break the graph.
-        if condition.is_cpu and N > 0 and not torch.compiler.is_compiling() and not dispatch.transformed():
+        if condition.is_cpu and N > 0 and not torch.compiler.is_compiling() and not is_transformed():
             low, high = (int(value) for value in condition.aminmax())
             top = (self.num_classes or 0) - 1
             if low < 0 or high > top:

@@ -10,7 +10,6 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from keelnorm.engine.activations import NONE, Activation
 from keelnorm.engine.dispatch import PLAIN
@@ -24,6 +23,7 @@ from keelnorm.engine.fusion.scope import Scope
 from keelnorm.engine.layout import dense
 from keelnorm.engine.normalization_steps import Normalization
 from keelnorm.engine.recomputation import second_run
+from keelnorm.engine.torch_internals import plain_apply, running_backward, saved_tensor_hooks, transforms_active
 
 #: Smaller results do not wait, in evaluation and in training: one kernel for two costs more than it saves. Values; as
 #: measured on two cores with AVX-512.
@@ -164,8 +164,7 @@ class Call:
         )
 
 
-# Function.apply without its preparations for torch.func, in which nothing waits; as in fused.
-_batch_norm_node = super(torch.autograd.Function, BatchNormNode).apply  # type: ignore[misc]
+_batch_norm_node = plain_apply(BatchNormNode)
 
 
 def begin(layer: Any, scope: Scope, x: Tensor, plain: Callable[..., Tensor]) -> Tensor | None:
@@ -191,16 +190,15 @@ def begin(layer: Any, scope: Scope, x: Tensor, plain: Callable[..., Tensor]) -> 
     if type(x) not in PLAIN or x.numel() < smallest[training]:
         memory.excuse(training, _SMALL)
         return None
-    hooks = _kept_by(True)
+    hooks = saved_tensor_hooks(True)
     if (
         attributes["_forward_hooks"]
         or attributes["_forward_pre_hooks"]
         or attributes["_backward_hooks"]
         or attributes["_backward_pre_hooks"]
-        or torch._C._current_graph_task_id() != -1
+        or running_backward() != -1
         or torch.is_inference_mode_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
+        or transforms_active()
         or (hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint")  # which counts what is kept
         or not scope.is_open()
     ):
@@ -228,6 +226,3 @@ def begin(layer: Any, scope: Scope, x: Tensor, plain: Callable[..., Tensor]) -> 
     if TIMES_START in kernel.steps:
         call.root = ref(tensor)
     return tensor
-
-
-_kept_by = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]

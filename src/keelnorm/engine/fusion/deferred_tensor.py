@@ -7,14 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from keelnorm.engine.fusion.operations import METADATA, read
+from keelnorm.engine.torch_internals import (
+    graph_break,
+    run_uncompiled,
+    swap_tensors,
+    throw_on_mutable_data_pointer,
+    tree_map,
+    without_torch_function,
+)
 
 if TYPE_CHECKING:
     from keelnorm.engine.fusion.pending import Pending
-
-_without_functions = torch._C.DisableTorchFunctionSubclass
 
 
 class DeferredTensor(Tensor):
@@ -35,7 +40,7 @@ class DeferredTensor(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if torch.compiler.is_compiling():  # a function that is compiled, within a model that is not
-            torch._dynamo.graph_break()
+            graph_break()
         return _answer(func, args, kwargs or {})
 
     @classmethod
@@ -49,17 +54,12 @@ class DeferredTensor(Tensor):
         return Tensor(*args, **kwargs)
 
 
-# Dynamo runs it as it is, with all that it calls.
-_frames: Any = torch._C._dynamo.eval_frame
-_frames.set_code_exec_strategy(
-    DeferredTensor.__torch_function__.__func__.__code__,  # type: ignore[attr-defined]
-    _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.SKIP),
-)
+run_uncompiled(DeferredTensor.__torch_function__.__func__.__code__)  # type: ignore[attr-defined]
 
 
 def _answer(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     if func in METADATA:
-        with _without_functions():
+        with without_torch_function():
             return func(*args, **kwargs)
     operation = read(func, args, kwargs)
     if operation is not None and type(operation.target) is DeferredTensor:
@@ -68,7 +68,7 @@ def _answer(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             return result
     waiting = list(deferred_in((args, kwargs)))
     if not waiting:  # inside an object that only the function can open
-        with _without_functions():
+        with without_torch_function():
             return func(*args, **kwargs)
     reason = f"{getattr(func, '__name__', func)} reads its result"
     for tensor in waiting:
@@ -136,7 +136,7 @@ def become(tensor: Tensor, value: Tensor) -> None:
     pending, kind = tensor.__dict__.pop("_pending"), type(value)
     following = value.__dict__.pop("_pending", None)
     tensor.__class__ = value.__class__ = Tensor
-    torch._C._swap_tensor_impl(tensor, value)
+    swap_tensors(tensor, value)
     if following is not None:
         tensor.__class__ = kind  # type: ignore[assignment]
         tensor._pending = following  # type: ignore[attr-defined]
@@ -149,5 +149,5 @@ def without_memory(like: Tensor) -> DeferredTensor:
     tensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
         DeferredTensor, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
     )
-    torch._C._set_throw_on_mutable_data_ptr(tensor)
+    throw_on_mutable_data_pointer(tensor)
     return tensor  # type: ignore[no-any-return]

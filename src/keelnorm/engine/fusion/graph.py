@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from keelnorm.engine.activations import NAMED, NONE, Activation
-from keelnorm.engine.dispatch import transformed
+from keelnorm.engine.arguments import Needs
 from keelnorm.engine.fusion.deferred_tensor import without_memory
 from keelnorm.engine.fusion.operations import TIMES_START, Step, Steps, value_after
 from keelnorm.engine.normalization_steps import Normalization
+from keelnorm.engine.torch_internals import is_batched_gradient, is_transformed, running_backward
 
 if TYPE_CHECKING:
     from keelnorm.engine.fusion.call import Call
@@ -46,11 +47,11 @@ class Shared:
 
     def put(self, gradients: tuple[Tensor | None, ...] | None, later: tuple[Tensor, Tensor] | None = None) -> None:
         self.gradients, self.later = gradients, later
-        self.task = torch._C._current_graph_task_id()
+        self.task = running_backward()
 
     def take(self) -> tuple[tuple[Tensor | None, ...] | None, tuple[Tensor, Tensor] | None]:
         """What was put in the backward that runs; nothing is left."""
-        mine = self.task == torch._C._current_graph_task_id()
+        mine = self.task == running_backward()
         found = (self.gradients, self.later) if mine else (None, None)
         self.gradients = self.later = None
         return found
@@ -157,7 +158,9 @@ def _gradients(
     if torch.is_grad_enabled() or _is_batched(dy):
         return normalization.differentiable_backward(dy, x, saved, weight, bias, y, act)
     need_x, need_weight, need_bias = node.need
-    return normalization.backward(dy, x, saved, weight, bias, y, act, (need_x, need_residual, need_weight, need_bias))
+    return normalization.backward(
+        dy, x, saved, weight, bias, y, act, Needs(need_x, need_residual, need_weight, need_bias)
+    )
 
 
 def _kept(node: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
@@ -201,4 +204,4 @@ def _sum(*values: Tensor | None) -> Tensor | None:
 
 def _is_batched(gradient: Tensor) -> bool:
     """Whether a transform has made many gradients one, which kernels do not see."""
-    return transformed() or torch._C._functorch.is_legacy_batchedtensor(gradient)
+    return is_transformed() or is_batched_gradient(gradient)

@@ -27,6 +27,12 @@ from keelnorm.engine.fusion.deferred_tensor import (
 )
 from keelnorm.engine.fusion.graph import StepNode, SumNode
 from keelnorm.engine.fusion.operations import ADD, HAND_ON, TIMES_START, Operation, Steps, kernel_of, may_go_on
+from keelnorm.engine.torch_internals import (
+    dispatch_mode_count,
+    plain_apply,
+    saved_tensor_hooks,
+    without_torch_function,
+)
 
 if TYPE_CHECKING:
     from keelnorm.engine.fusion.call import Call
@@ -121,8 +127,8 @@ class Promise:
             or self.exposed is not None
             or call.grad != torch.is_grad_enabled()
             or call.scope.thread != get_ident()
-            or torch._C._len_torch_dispatch_stack() > 0
-            or call.hooks != _kept_by(True)
+            or dispatch_mode_count() > 0
+            or call.hooks != saved_tensor_hooks(True)
             or (operation.inplace and not self._may_become(args[0]))
             or not (call.result is not None if step != ADD else self._may_add(operation.other))
         ):
@@ -164,7 +170,7 @@ class Promise:
 
     def _is_own(self, tensor: Tensor) -> bool:
         """Whether a promised tensor still is the result of its own node, or of none where it had none."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             if self.hidden is None:
                 return not tensor.requires_grad
             return tensor.grad_fn is self.hidden.grad_fn
@@ -179,7 +185,7 @@ class Promise:
                     self.hidden.data = value
                     value, self.hidden = self.hidden, None
             else:  # with whatever has been done to it below
-                with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+                with torch.enable_grad(), without_torch_function():
                     value = tensor.clone()
             become(tensor, value)
         if learn:
@@ -228,7 +234,5 @@ def _fits(call: Call, residual: Any) -> bool:
     )
 
 
-_kept_by = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
-# Function.apply without its preparations for torch.func, in which nothing waits; as in fused.
-_sum_node = super(torch.autograd.Function, SumNode).apply  # type: ignore[misc]
-_step_node = super(torch.autograd.Function, StepNode).apply  # type: ignore[misc]
+_sum_node = plain_apply(SumNode)
+_step_node = plain_apply(StepNode)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from sys import _getframe
 from types import FrameType
@@ -13,12 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from keelnorm.engine.fusion.deferred_tensor import DeferredTensor, settle
+from keelnorm.engine.torch_internals import (
+    DeviceContext,
+    compiled_module_class,
+    dispatch_mode_count,
+    function_mode_count,
+    function_modes,
+    global_backward_hooks,
+    global_forward_hooks,
+    transforms_active,
+)
 
 _LEAVES = "its result leaves the model"
 _HOOKED = "a module with hooks takes or returns its result"
@@ -38,11 +44,11 @@ class Scope:
         self._frame = frame
         self._deferred: list[weakref.ref[Tensor]] = []
         self._guards: list[Any] = []
-        self._modes = torch._C._len_torch_function_stack()
+        self._modes = function_mode_count()
 
     def is_open(self) -> bool:
         """Whether the call still runs, and nothing that looks at every operation has begun inside it."""
-        if torch._C._len_torch_function_stack() != self._modes or torch._C._len_torch_dispatch_stack() > 0:
+        if function_mode_count() != self._modes or dispatch_mode_count() > 0:
             return False
         return self._frame is None or _runs(self._frame)
 
@@ -187,7 +193,7 @@ def _scope_for(module: nn.Module, frame: FrameType | None) -> Scope | None:
         return None
     hooked = False
     for part in module.modules():
-        if part._compiled_call_impl is not None or type(part) is _compiled_module():
+        if part._compiled_call_impl is not None or type(part) is compiled_module_class():
             return None  # what is compiled looks at its arguments' classes
         hooked = hooked or (part is not module and has_hooks(part))
     scope = Scope(module, frame)
@@ -201,18 +207,13 @@ def _may_wait() -> bool:
     if (
         torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch.is_inference_mode_enabled()  # which counts no changes in place
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-        or _others(torch_module._global_forward_hooks)
-        or _others(torch_module._global_forward_pre_hooks)
+        or dispatch_mode_count() > 0
+        or transforms_active()
+        or global_backward_hooks()
+        or _others(global_forward_hooks())
     ):
         return False
-    return torch._C._len_torch_function_stack() == 0 or all(
-        isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack()
-    )
+    return function_mode_count() == 0 or all(isinstance(mode, DeviceContext) for mode in function_modes())
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -220,17 +221,11 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._backward_hooks
         or module._backward_pre_hooks
-        or (module._forward_hooks and _others(module._forward_hooks))
-        or (module._forward_pre_hooks and _others(module._forward_pre_hooks))
+        or (module._forward_hooks and _others(module._forward_hooks.values()))
+        or (module._forward_pre_hooks and _others(module._forward_pre_hooks.values()))
     )
 
 
-def _others(hooks: Mapping[int, Any]) -> bool:
+def _others(hooks: Iterable[Any]) -> bool:
     """Whether there are hooks besides those of this module."""
-    return any(hook not in (open_scope, close_scope) and type(hook) is not _Guard for hook in hooks.values())
-
-
-def _compiled_module() -> type | None:
-    """The class of torch.compile's results, if that has been used."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    return None if dynamo is None else dynamo.OptimizedModule
+    return any(hook not in (open_scope, close_scope) and type(hook) is not _Guard for hook in hooks)

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from keelnorm.engine import composite, dispatch, ops
 from keelnorm.engine.activations import Activation
-from keelnorm.engine.arguments import State
+from keelnorm.engine.arguments import Kept, State
+from keelnorm.engine.fast_operators import attempt, mark_updated
 from keelnorm.engine.kernels import registry
 from keelnorm.engine.layout import dense, is_channels_last
+from keelnorm.engine.torch_internals import is_transformed, plain_apply
 from keelnorm.functional import moments as moments_of
 from keelnorm.moments import Moments
 
@@ -59,13 +61,9 @@ def normalize_groups(
         inputs = [t for t in (x, residual, weight, bias) if t is not None]
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs) and any(t.is_inference() for t in inputs):
             dispatch.refuse_inference(state.what)
-        try:
-            y, saved = _apply(dense(x), residual, weight, bias, len(sizes), sizes[0], state, act, pooled)
-        except RuntimeError as error:
-            if not dispatch.declined(error):
-                raise
-            dispatch.announce_declined(error)
-        else:
+        found = attempt(_apply, dense(x), residual, weight, bias, len(sizes), sizes[0], state, act, pooled)
+        if found is not None:
+            y, saved = found
             return y, None if state.update else _rows(saved, sizes, x)
     xs = x.split(sizes)
     residuals = [None] * len(xs) if residual is None else residual.split(sizes)
@@ -91,7 +89,7 @@ def _native(x: Tensor) -> bool:
         type(x) in dispatch.PLAIN
         and x.numel() > 0
         and not torch.compiler.is_compiling()
-        and not dispatch.transformed()
+        and not is_transformed()
         and registry.operators(x) is torch.ops.keelnorm  # the others have no operators for groups
     )
 
@@ -114,7 +112,7 @@ class _Groups(torch.autograd.Function):
             x, residual, weight, bias, state.running_mean, state.running_var, state.num_batches_tracked, groups, size,
             pooled, state.update, state.momentum, state.eps, act.code, act.a, act.b, state.counts(),
         )  # fmt: skip
-        dispatch.mark_updated(state)
+        mark_updated(state)
         ctx.save_for_backward(x, weight, saved, *ops.gate_needs(act.code, residual, bias, y))
         ctx.mark_non_differentiable(saved)
         ctx.options = groups, size, state.eps, act, None if residual is None else residual.dtype
@@ -126,11 +124,11 @@ class _Groups(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         groups, size, eps, act, residual_dtype = ctx.options
         write_residual = needs[1] and act.code != 0
-        if torch.is_grad_enabled() or dispatch.transformed():  # create_graph=True, or a derivative of the backward
+        if torch.is_grad_enabled() or is_transformed():  # create_graph=True, or a derivative of the backward
             sizes = [size] * (groups - 1) + [x.shape[0] - size * (groups - 1)]
             given = ([None] * groups if t is None else t.split(sizes) for t in (dy, x, y, residual))
             parts = [
-                composite.backward(dy_g, x_g, weight, bias, None, y_g, residual_g, eps, act)
+                composite.backward(dy_g, Kept(x_g, saved, weight, bias, y_g, residual_g, True, act), eps)
                 for dy_g, x_g, y_g, residual_g in zip(*given, strict=True)
             ]
             dxs, dresiduals, dweights, dbiases = zip(*parts, strict=True)
@@ -150,5 +148,4 @@ class _Groups(torch.autograd.Function):
         return (*found, None, None, None, None, None)
 
 
-# See fused: without Function.apply's preparations for torch.func, which has been ruled out.
-_apply = super(torch.autograd.Function, _Groups).apply
+_apply = plain_apply(_Groups)

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from keelnorm.engine import dispatch, ops
 from keelnorm.engine.activations import Activation
+from keelnorm.engine.arguments import Kept, Needs
 from keelnorm.engine.collectives import add_up
-from keelnorm.engine.kernels import reference, registry
+from keelnorm.engine.fast_operators import run_fast
+from keelnorm.engine.kernels import reference
 from keelnorm.engine.preflight import Step, agree
+from keelnorm.engine.torch_internals import is_transformed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -51,7 +54,7 @@ class Synchronized(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, saved, count, bias, y, residual = ctx.saved_tensors
         need, call = ctx.needs_input_grad[:4], ctx.call
-        if torch.is_grad_enabled() or dispatch.transformed():
+        if torch.is_grad_enabled() or is_transformed():
             refuse_second_derivative(call.what)
         found = synchronized_backward(dy, x, saved, count, weight, bias, y, residual, call, need)
         return *found, None, None, None
@@ -77,7 +80,7 @@ def synchronized_backward(
     need: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """dx, dresidual, dweight, dbias, as far as they are needed; from what ``ops.gate_needs`` left."""
-    act, group, what, residual_dtype, step = call
+    act, group, what, step = call.act, call.group, call.what, call.step
     need_x, need_residual, need_weight, need_bias = need
     mean, _, rstd = saved
     given = (dy, x, mean, rstd, weight, bias, y, residual)
@@ -93,20 +96,13 @@ def synchronized_backward(
     if need_residual:
         dresidual = dy
         if act.code != 0:
-            options = (False, act, False, True, False, False)
-            dresidual = dispatch.backward(dy, x, saved, weight, bias, y, residual, *options)[1]
-        dresidual = dresidual.to(residual_dtype)
+            kept = Kept(x, saved, weight, bias, y, residual, False, act)
+            dresidual = dispatch.backward(dy, kept, Needs(x=False, residual=True, weight=False, bias=False))[1]
+        dresidual = dresidual.to(call.residual_dtype)
     return dx, dresidual, dweight if need_weight else None, dbias if need_bias else None
 
 
 def _run(stem: str, x: Tensor, *given: Tensor | None, act: Activation) -> Any:
     """One of the four operators, a fast one where it takes x."""
-    fast = registry.operators(x)
-    if fast is not None:
-        try:
-            return getattr(fast, stem)(*given, act.code, act.a, act.b)
-        except RuntimeError as error:
-            if not dispatch.declined(error):
-                raise
-            dispatch.announce_declined(error)
-    return getattr(reference, stem)(*given, act)
+    found = run_fast(stem, x, *given, act.code, act.a, act.b)
+    return getattr(reference, stem)(*given, act) if found is None else found

@@ -19,6 +19,7 @@ from keelnorm.engine.error_messages import check_module, describe, locate, modul
 from keelnorm.engine.masking import Padding, TooFew, check_policy, without_variance
 from keelnorm.engine.normalization_steps import Normalization, is_plain
 from keelnorm.engine.preflight import Step, agree
+from keelnorm.engine.torch_internals import is_transformed
 from keelnorm.functional import Options, check_layer_call, moments
 from keelnorm.moments import Moments, Weighting
 from keelnorm.nn._shared.skipped_updates import CountsSkipped
@@ -178,7 +179,7 @@ class SyncBatchNorm(Variant):
             mean, var, _ = self._normalizing(total)
             y = normalize(x, mean, var, self.weight, self.bias, self.eps, residual, act)
         else:
-            if dispatch.transformed():
+            if is_transformed():
                 raise RuntimeError(
                     f"{what}: ranks can't be synchronized under torch.func or forward-mode differentiation; use "
                     "kn.BatchNorm there, or a process group of one rank"
