@@ -86,11 +86,11 @@ def test_nothing_is_refused_where_nothing_is_learned():
 @pytest.mark.parametrize("keywords", [{}, {"track_running_stats": False}], ids=str)
 def test_one_value_has_no_variance(keywords):
     layer, x = kn.BatchNorm1d(1, **keywords), torch.tensor([[0.0], [1.0]])
-    with pytest.raises(ValueError, match="lets one value per channel count"):
+    with pytest.raises(ValueError, match="leaves one value per channel"):
         layer(x, sample_weight=torch.tensor([0.5, 0.0]))
-    with pytest.raises(ValueError, match="lets one value per channel count"):
+    with pytest.raises(ValueError, match="leaves one value per channel"):
         layer(x, sample_weight=torch.tensor([5.0, 0.0]), weighting="importance")
-    with pytest.raises(ValueError, match="lets one value per channel count"):
+    with pytest.raises(ValueError, match="leaves one value per channel"):
         layer(x, sample_weight=torch.tensor([5.0, 1.0]), mask=torch.tensor([True, False]), weighting="importance")
 
 

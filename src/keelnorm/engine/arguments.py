@@ -1,4 +1,4 @@
-"""What a batch normalization may be asked, and the errors for what it may not."""
+"""The arguments of a batch normalization: the bundles that carry them, and the errors for illegal ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FUNCTION = "batch_norm"
 
 
 class State(NamedTuple):
-    """What a layer keeps, and how this call uses it.
+    """A layer's running statistics and options, and how this call uses them.
 
     Args:
         running_mean, running_var: The running statistics, (C,), or None.
@@ -31,10 +31,9 @@ class State(NamedTuple):
         momentum: Weight of the batch in the update; None averages over all batches.
         eps: Added to the variance.
         what: What was called, the first words of an error.
-        updates: Counts, per channel, the updates that were left out because something not finite would have been
-            stored; or None.
-        mask: Which values count, (N, *S), or None.
-        keep: Whether values that do not count stay as they are; else they come out as 0.
+        updates: The layer's update counts, such as updates skipped because the result was not finite; or None.
+        mask: True for the values that count, (N, *S), or None.
+        keep: Whether masked values pass through unchanged; else they become 0.
         sink: What takes the batch's moments where ``update`` is set, instead of the running statistics; or None.
     """
 
@@ -52,7 +51,7 @@ class State(NamedTuple):
     sink: Callable[[Moments], None] | None = None
 
     def counts(self) -> Tensor | None:
-        """What an operator that updates counts in. It declines what is not as the running mean is; see running."""
+        """Return the tensor of update counts, for an operator that updates the running statistics; else None."""
         updates = self.updates
         if updates is None or not self.update or self.sink is not None or self.running_mean is None:
             return None
@@ -103,14 +102,38 @@ def check_arguments(
     ranks: tuple[int, ...] | None = None,
     too_few: str = "error",
 ) -> None:
-    """Raise a ValueError or TypeError that says what was asked, what came, what is legal and what to do; a RuntimeError
-    where a tensor's memory is gone.
+    """Raise an error that says what was asked, what came, what is legal and what to do.
 
     Args:
         what: What was called, the first words of the message.
         ranks: Legal numbers of dimensions of ``x``; None allows any from two on.
-        too_few: What one value per channel is in training; an error unless the layer has another use for it.
+        too_few: The policy for one value per channel in training; "error" raises.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: shapes, devices or numbers do not fit.
+        RuntimeError: a tensor's memory is gone, or a running statistic requires a gradient.
     """
+    _check_input(what, x, ranks)
+    vectors = {"weight": weight, "bias": bias, "running_mean": state.running_mean, "running_var": state.running_var}
+    _check_vectors(what, x, {name: value for name, value in vectors.items() if value is not None})
+    if state.num_batches_tracked is not None:
+        check_counter(what, state.num_batches_tracked, x.device)
+    if residual is not None:
+        _check_residual(what, x, residual)
+    _check_state(what, state)
+    if state.training and x.numel() == x.shape[1] > 0 and too_few == "error":
+        moments = "evaluate with model.eval()" if state.running_mean is not None else "keep track_running_stats=True"
+        raise ValueError(
+            f"{what}: one value per channel has no variance, so the batch can't normalize it; got {describe(x)}. Use a "
+            f"larger batch (drop_last=True drops a short last one), {moments}, or give "
+            "kn.BatchNorm too_few='running' or 'skip'"
+        )
+    if x.is_cpu:  # the operators for GPUs look for themselves
+        require_memory(what, x=x, residual=residual, num_batches_tracked=state.num_batches_tracked, **vectors)
+
+
+def _check_input(what: str, x: Any, ranks: tuple[int, ...] | None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{what}: x must be a tensor of shape (N, C, *S); got {describe(x)}")
     check_kind(what, "x", x)
@@ -120,9 +143,10 @@ def check_arguments(
     if not x.is_floating_point():
         remedy = "Normalize x.real and x.imag" if x.is_complex() else "Convert it first, as with x.float()"
         raise TypeError(f"{what}: x must be real floating-point; got {describe(x)}. {remedy}")
-    channels = x.shape[1]
-    vectors = {"weight": weight, "bias": bias, "running_mean": state.running_mean, "running_var": state.running_var}
-    given = {name: value for name, value in vectors.items() if value is not None}
+
+
+def _check_vectors(what: str, x: Tensor, given: dict[str, Any]) -> None:
+    """Check weight, bias and running statistics, as far as they are given."""
     for name, value in given.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise TypeError(f"{what}: {name} must be a real floating-point tensor or None; got {describe(value)}")
@@ -131,9 +155,9 @@ def check_arguments(
             raise ValueError(f"{what}: x is on {x.device}, so {name} must be there too; got {describe(value)}")
         if name.startswith("running") and value.requires_grad and torch.is_grad_enabled():
             refuse_derivative(what, name)
-    shapes = {value.shape for value in given.values()}
+    channels, shapes = x.shape[1], {value.shape for value in given.values()}
     if len(shapes) == 1 and value.dim() == 1:
-        # It is x that does not fit, not a vector.
+        # All vectors agree, so it is x that does not fit.
         check_channels(what, x, len(value), ", ".join(given) if what == FUNCTION else "the layer")
     for name, value in given.items():
         if value.shape != (channels,):
@@ -141,37 +165,32 @@ def check_arguments(
                 f"{what}: x has {channels} channels (dimension 1 of {tuple(x.shape)}), so {name} must have shape "
                 f"({channels},); got {describe(value)}"
             )
-    if state.num_batches_tracked is not None:
-        check_counter(what, state.num_batches_tracked, x.device)
-    if residual is not None:
-        if not isinstance(residual, Tensor) or not residual.is_floating_point():
-            raise TypeError(f"{what}: the residual must be a real floating-point tensor; got {describe(residual)}")
-        check_kind(what, "the residual", residual)
-        if residual.shape != x.shape:
-            raise ValueError(f"{what}: the residual must have x's shape {tuple(x.shape)}; got {describe(residual)}")
-        if residual.device != x.device:
-            raise ValueError(f"{what}: x is on {x.device}, so the residual must be too; got {describe(residual)}")
+
+
+def _check_residual(what: str, x: Tensor, residual: Any) -> None:
+    if not isinstance(residual, Tensor) or not residual.is_floating_point():
+        raise TypeError(f"{what}: the residual must be a real floating-point tensor; got {describe(residual)}")
+    check_kind(what, "the residual", residual)
+    if residual.shape != x.shape:
+        raise ValueError(f"{what}: the residual must have x's shape {tuple(x.shape)}; got {describe(residual)}")
+    if residual.device != x.device:
+        raise ValueError(f"{what}: x is on {x.device}, so the residual must be too; got {describe(residual)}")
+
+
+def _check_state(what: str, state: State) -> None:
+    """Check that running statistics, eps and momentum suffice for what the call does."""
     if (state.running_mean is None) != (state.running_var is None):
         missing = "running_mean" if state.running_mean is None else "running_var"
         raise ValueError(f"{what}: running_mean and running_var come together or not at all; {missing} is None")
     if not state.training and state.running_mean is None:
         raise ValueError(f"{what}: inference needs running_mean and running_var; pass them, or set training=True")
-    check_numbers(what, state.eps, state.momentum, state.training, state.training and state.update)
-    averages = state.training and state.update and state.running_mean is not None and state.momentum is None
-    if averages and state.num_batches_tracked is None:
+    updates = state.training and state.update
+    check_numbers(what, state.eps, state.momentum, state.training, updates)
+    if updates and state.running_mean is not None and state.momentum is None and state.num_batches_tracked is None:
         raise ValueError(
             f"{what}: momentum=None averages over all batches, which needs the layer's counter num_batches_tracked; "
             "give momentum a number, or use a layer that tracks running statistics"
         )
-    if state.training and x.numel() == channels > 0 and too_few == "error":
-        moments = "evaluate with model.eval()" if state.running_mean is not None else "keep track_running_stats=True"
-        raise ValueError(
-            f"{what}: one value per channel has no variance, so the batch can't normalize it; got {describe(x)}. Use a "
-            f"larger batch (drop_last=True drops a short last one), {moments}, or give "
-            "kn.BatchNorm too_few='running' or 'skip'"
-        )
-    if x.is_cpu:  # the operators for GPUs look for themselves
-        require_memory(what, x=x, residual=residual, num_batches_tracked=state.num_batches_tracked, **vectors)
 
 
 def refuse_derivative(what: str, name: str) -> NoReturn:
@@ -183,7 +202,7 @@ def refuse_derivative(what: str, name: str) -> NoReturn:
 
 
 def check_channels(what: str, x: Tensor, channels: int, owner: str = "the layer") -> None:
-    """Raise a ValueError unless x has as many channels as the layer, or whatever else owns them."""
+    """Raise a ValueError unless x has as many channels as their owner."""
     if x.shape[1] == channels:
         return
     hint = ""
@@ -196,7 +215,7 @@ def check_channels(what: str, x: Tensor, channels: int, owner: str = "the layer"
 
 
 def check_counter(what: str, batches: Any, device: torch.device) -> None:
-    """Raise unless it can count batches that are on a device."""
+    """Raise unless ``batches`` is an integer tensor on the device."""
     if not isinstance(batches, Tensor) or batches.is_complex() or batches.dtype == torch.bool:
         raise TypeError(f"{what}: num_batches_tracked must be an int64 tensor; got {describe(batches)}")
     check_kind(what, "num_batches_tracked", batches)
@@ -205,7 +224,7 @@ def check_counter(what: str, batches: Any, device: torch.device) -> None:
 
 
 def check_numbers(what: str, eps: Any, momentum: Any, training: bool, update: bool) -> None:
-    """Raise unless eps and, where moments are updated, momentum are numbers that leave finite values finite."""
+    """Raise unless eps is positive and momentum finite, as far as the call uses them."""
     try:
         scales = eps > 0 or (eps == 0 and not training)
         averages = not update or momentum is None or momentum - momentum == 0
@@ -220,7 +239,7 @@ def check_numbers(what: str, eps: Any, momentum: Any, training: bool, update: bo
 
 
 def check_inplace(what: str, x: Tensor, residual: Any, act: Activation) -> None:
-    """Raise a ValueError unless x's memory may take the result, and x can be told from it."""
+    """Raise a ValueError unless the result may overwrite x, and x can be rebuilt from it."""
     if residual is not None:
         raise ValueError(f"{what}: inplace=True goes without a residual; got {describe(residual)}")
     if not act.invertible:
@@ -236,5 +255,5 @@ def check_inplace(what: str, x: Tensor, residual: Any, act: Activation) -> None:
 
 
 def describe_activation(act: Activation) -> str:
-    """Its name, and its parameter where that may be what is wrong."""
+    """Return an activation's name, with its parameter where that may be the fault."""
     return f"{act.name!r} with {act.a:g}" if act.name in ("leaky_relu", "elu") else repr(act.name)

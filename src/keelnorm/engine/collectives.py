@@ -1,4 +1,4 @@
-"""The processes of torch.distributed: who computes together, and what is said when one of them does not come."""
+"""Collectives of torch.distributed: which ranks take part, and the errors when one of them does not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def group_of(process_group: ProcessGroup | None, what: str) -> ProcessGroup | None:
-    """The group whose ranks compute together, or None where this process computes alone.
+    """Return the group whose ranks compute together, or None where this process computes alone.
 
     Args:
         process_group: None for all ranks.
@@ -39,7 +39,7 @@ def group_of(process_group: ProcessGroup | None, what: str) -> ProcessGroup | No
 
 
 def gather(packed: Tensor, group: ProcessGroup, what: str, step: Callable[[], Step] | None = None) -> Tensor:
-    """Every rank's ``packed``, (k, C), of the same shape on all of them, stacked in the ranks' order."""
+    """Return every rank's ``packed``, (k, C), stacked in the order of ranks."""
     check_alike(packed, group, what, step)
     gathered = packed.new_empty((dist.get_world_size(group), *packed.shape))
     with explained(group, what):
@@ -48,7 +48,7 @@ def gather(packed: Tensor, group: ProcessGroup, what: str, step: Callable[[], St
 
 
 def add_up(packed: Tensor, group: ProcessGroup, what: str, step: Callable[[], Step] | None = None) -> Tensor:
-    """The sum of every rank's ``packed``, (k, C), which stays."""
+    """Return the sum of every rank's ``packed``, (k, C), which is left unchanged."""
     check_alike(packed, group, what, step)
     total = packed.clone(memory_format=torch.contiguous_format)
     with explained(group, what):
@@ -59,8 +59,8 @@ def add_up(packed: Tensor, group: ProcessGroup, what: str, step: Callable[[], St
 def check_alike(packed: Tensor, group: ProcessGroup, what: str, step: Callable[[], Step] | None) -> None:
     """Raise a RuntimeError on every rank unless ``packed``, (k, C), has the same size and dtype on all of them.
 
-    Gloo ends a process that is sent more than it expects, and one that is sent less computes with what its memory held.
-    On other devices than the CPU nothing is compared: the result would have to be waited for.
+    Gloo ends a process that receives more than it expects; one that receives less computes with uninitialized memory.
+    Only the CPU's tensors are compared: elsewhere the host would have to wait for the result.
 
     Args:
         what: What was called, the first words of an error.
@@ -83,12 +83,12 @@ def check_alike(packed: Tensor, group: ProcessGroup, what: str, step: Callable[[
 
 @contextmanager
 def explained(group: ProcessGroup, what: str) -> Iterator[None]:
-    """Say what a failing collective was for; torch's own error is the cause."""
+    """Replace the error of a failing collective by one that says what it was for; torch's own is the cause."""
     try:
         yield
     except RuntimeError as error:
         raise RuntimeError(
             f"{what}: rank {dist.get_rank()} could not exchange with its process group, ranks "
-            f"{dist.get_process_group_ranks(group)}: one of them died, raised an error, or took another way "
-            "through the model. KEELNORM_SYNC_DEBUG=1 on all ranks finds the layer where their ways part"
+            f"{dist.get_process_group_ranks(group)}: one of them died, raised an error, or called other "
+            "layers. KEELNORM_SYNC_DEBUG=1 on all ranks finds the layer at which they differ"
         ) from error

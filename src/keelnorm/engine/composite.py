@@ -1,4 +1,4 @@
-"""Batch normalization from torch's own differentiable operators, for what a fused operator can't answer.
+"""Batch normalization from torch's own differentiable operators, where a fused operator can't run.
 
 Exported programs, tensor subclasses and compiled code without native kernels take :func:`torch_operators`; function
 transforms (torch.func) and forward-mode derivatives take :func:`differentiable`; a backward that is itself
@@ -23,7 +23,7 @@ from keelnorm.moments import Moments, compute_dtype, wide_dtype
 def torch_operators(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
 ) -> Tensor:
-    """``act(bn(x) + residual)`` as ``torch.nn.functional.batch_norm`` and what follows it; masked, by the formula."""
+    """Return ``act(bn(x) + residual)`` from ``torch.nn.functional.batch_norm``; with a mask, from the formula."""
     if state.mask is not None or (state.training and x.numel() == x.shape[1] > 0):  # torch refuses one value
         return differentiable(x, residual, weight, bias, state, act)
     return _finish(_batch_norm(x, weight, bias, state), residual, act)
@@ -32,10 +32,10 @@ def torch_operators(
 def differentiable(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
 ) -> Tensor:
-    """``act(bn(x) + residual)`` by the formula, right in every order and mode of differentiation.
+    """Return ``act(bn(x) + residual)`` from the formula, right in every order and mode of differentiation.
 
-    ``torch.nn.functional.batch_norm`` is not: several of its mixed higher derivatives in training are wrong. It is good
-    for the running statistics, whose derivative nobody asks for.
+    ``torch.nn.functional.batch_norm`` is not: several of its mixed higher derivatives in training are wrong. It only
+    updates the running statistics here, which are not differentiated.
     """
     if forward_ad_active():
         for name, running in (("running_mean", state.running_mean), ("running_var", state.running_var)):
@@ -45,7 +45,7 @@ def differentiable(
     given, counts = x, None
     if state.mask is not None:
         counts = state.mask.unsqueeze(1)
-        x = counted(counts, x)  # what does not count may be anything
+        x = counted(counts, x)  # masked values may be NaN
     if state.training and state.update:
         if state.mask is None and state.sink is None and x.numel() > x.shape[1]:
             _batch_norm(x.detach(), None, None, state)
@@ -98,9 +98,11 @@ def backward(dy: Tensor, kept: Kept, eps: float) -> tuple[Tensor, Tensor, Tensor
 def normalized(
     x: Tensor, fixed: tuple[Tensor, Tensor] | None, eps: float, counts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(x − mean)·rstd and rstd, the latter broadcastable; with the batch's moments unless others are given.
+    """Return (x − mean)·rstd and rstd, the latter broadcastable, as differentiable functions.
 
-    Differentiable in x and in what is given.
+    Args:
+        fixed: Mean and rstd to use; None takes the batch's.
+        counts: The mask, broadcastable to x.
     """
     dtype = compute_dtype(x)
     if fixed is None:
@@ -108,7 +110,7 @@ def normalized(
         mean, rstd = moments.mean, (moments.m2 / moments.count.clamp(min=1) + eps).rsqrt()
     else:
         mean, rstd = fixed
-    # The mean enters as a rounded part, from which x differs exactly, and the rest.
+    # Subtract the rounded mean first, which is exact for nearby x, and then the rest of the mean.
     center = mean.detach().to(dtype)
     rest = (mean - center).to(dtype)
     rstd = per_channel(rstd.to(dtype), x)
@@ -122,7 +124,7 @@ def _finish(y: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
 
 
 def _update(x: Tensor, state: State) -> None:
-    """Let the batch's moments enter the running ones, without what torch's own function would refuse or not know."""
+    """Update the running statistics where torch's own function would refuse the call, or lacks the feature."""
     moments = Moments.from_tensor(x, None if state.mask is None else state.mask.unsqueeze(1))
     count = moments.count if moments.count.dim() == 0 else moments.count[0]
     if x.numel() > 0:
@@ -130,7 +132,7 @@ def _update(x: Tensor, state: State) -> None:
 
 
 def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State) -> Tensor:
-    """torch's own batch norm, with the running statistics updated as ``state`` says."""
+    """Call torch's own batch norm, and update the running statistics as ``state`` says."""
     running_mean, running_var, batches = state.running_mean, state.running_var, state.num_batches_tracked
     training, update, momentum, eps = state.training, state.update, state.momentum, state.eps
     if state.sink is not None and training and update:
@@ -141,7 +143,7 @@ def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: St
             # Copies take the update: a checkpoint's second run has to save as many tensors as the first.
             running_mean, running_var = running_mean.clone(), running_var.clone()
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, 0.0, eps)
-    # A program of torch's own operators is asked for, and torch.func lets only these write to buffers.
+    # Exported programs have only torch's own operators, and torch.func lets only these write to buffers.
     plain = torch.compiler.is_exporting() or functorch_is_active()
     if running_mean is None or running_var is None or (plain and momentum is not None):
         y = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum or 0.0, eps)
@@ -149,15 +151,15 @@ def _batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: St
             batches.add_(1)
         return y
     if not plain and running_mean.dtype.itemsize < compute_dtype(x).itemsize:
-        # Rounded before they are averaged, the batch's moments would lose digits, and more of them overflow.
+        # torch rounds the batch's statistics before averaging: they would lose digits, or overflow.
         y = F.batch_norm(x, running_mean.clone(), running_var.clone(), weight, bias, True, 0.0, eps)
         _update(x.detach(), state)
         return y
-    # momentum 1 writes the batch's own moments, of which update_running takes what is finite.
+    # momentum=1 writes the batch's own statistics, and update_running takes the finite ones.
     mean, unbiased = torch.zeros_like(running_mean), torch.zeros_like(running_var)
     y = F.batch_norm(x, mean, unbiased, weight, bias, True, 1.0, eps)
     if plain:
-        assert batches is not None  # check_arguments saw to it
+        assert batches is not None  # see check_arguments
         batches.add_(1)
         factor = (1 / batches.double()).to(mean.dtype)
         running_mean.add_((mean - running_mean) * factor)

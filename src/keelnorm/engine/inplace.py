@@ -2,10 +2,10 @@
 
     x = mean + (act⁻¹(y) − bias)/(weight·rstd)        act: none, leaky_relu, elu
 
-Saved for the backward are y, weight, bias and (mean, var, rstd), and nothing else of x's size. Rounding y costs x
-|bias/weight| roundings of a deviation, and where elu saturates exp(−v)/|weight|; a y that overflows costs all of it.
-The few channels where that is too much keep a copy of their x, so that the gradients are batch normalization's for
-every weight of either sign, zero too.
+The backward keeps y, weight, bias and (mean, var, rstd), and nothing else of x's size. The error of the rebuilt x, in
+standard deviations, is |bias/weight| roundings of y, or exp(−v)/|weight| where elu saturates; where y overflows, x is
+lost. The few channels whose error is too large keep a copy of their x, so that gradients are right for every weight,
+zero included.
 
 Source:
     Rota Bulò, Porzi, Kontschieder (2018), "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs",
@@ -30,19 +30,19 @@ from keelnorm.engine.recomputation import is_second_run
 from keelnorm.engine.torch_internals import is_batched_gradient, is_transformed, plain_apply
 from keelnorm.moments import wide_dtype
 
-#: Roundings of y that may reach x, in deviations: 64, of the half-precision dtypes' coarser ones 8.
+#: The largest error of the rebuilt x: 64 roundings, in standard deviations; 8 for the half-precision dtypes.
 _ROUNDINGS = {torch.float32: 64.0, torch.float64: 64.0}
 _HALF_ROUNDINGS = 8.0
-#: exp(−v)/|weight| for elu, where only the lowest values are concerned: v of -4.9 for a weight of 1.
+#: The same for elu, where only the lowest values are affected: exp(−v)/|weight|, so v ≥ -4.9 for a weight of 1.
 _ELU_ROUNDINGS = 128.0
-#: A weight below this is none that can be divided by.
+#: The smallest weight to divide by.
 _TINY = 1e-20
 
 
 def batch_norm_(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation) -> Tensor:
-    """x, which becomes ``act(bn(x))``; arguments are taken to be legal, see arguments.check_inplace.
+    """Overwrite x by ``act(bn(x))`` and return it; arguments are taken to be legal, see arguments.check_inplace.
 
-    Where the memory of x can't be seen (torch.compile, torch.func, forward-mode derivatives, subclasses), a new tensor.
+    Under torch.compile, torch.func and forward-mode derivatives, and for subclasses, the result is a new tensor.
     """
     if torch.compiler.is_compiling() or is_transformed() or type(x) not in dispatch.PLAIN:
         return dispatch.batch_norm(x, None, weight, bias, state, act)
@@ -144,7 +144,7 @@ def _backward(dy: Tensor, kept: Kept, need: Needs) -> tuple[Tensor | None, ...]:
 def _lost_channels(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State, act: Activation
 ) -> Tensor | None:
-    """Indices of the channels whose x can't be told from y with enough digits; None where there are none."""
+    """Return the indices of the channels whose x can't be rebuilt exactly enough; None where there are none."""
     if x.numel() == 0 or x.is_meta:
         return None
     saturates = act.name == "elu"
@@ -153,10 +153,10 @@ def _lost_channels(
     shift = torch.zeros_like(scale) if bias is None else bias.to(wide)
     size, slope = scale.abs(), act.a if act.code else 1.0
     numbers = torch.finfo(x.dtype)
-    # Below the smallest numbers steps are absolute, not relative.
+    # Among denormal numbers the rounding error is absolute, not relative.
     least = max(_TINY, numbers.smallest_normal / 8)
     found = (size * _ROUNDINGS.get(x.dtype, _HALF_ROUNDINGS) >= shift.abs()) & (size * min(1.0, slope) >= least)
-    # No value is farther from the mean of M values than √M of their deviations.
+    # No value is farther from the mean of M values than √M standard deviations.
     farthest: float | Tensor = math.sqrt(x.numel() // x.shape[1])
     if saturates or not state.training:
         mean, rstd, farthest = _statistics(x, state)
@@ -172,7 +172,7 @@ def _lost_channels(
 
 
 def _statistics(x: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and rstd that the forward is about to use, and how far, in deviations, values may be from that mean."""
+    """Return the forward's mean and rstd, and how far values can be from the mean, in standard deviations."""
     found = run_fast("stats", x, x, None)
     if found is None:
         moments = reference.stats(x)

@@ -1,4 +1,4 @@
-"""Batches of which not all values count: masks, lengths, weights, and batches too small for a variance."""
+"""Batches in which not all values count: masks, lengths, sample weights, and too few values for a variance."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def length_mask(lengths: Tensor, size: int) -> Tensor:
-    """Which steps of padded sequences are there: mask[n, t] = t < lengths[n].
+    """Return the mask of padded sequences: mask[n, t] = t < lengths[n].
 
     Args:
         lengths: Steps of each sequence, integers from 0 to ``size``, shape (N,).
@@ -41,8 +41,8 @@ def length_mask(lengths: Tensor, size: int) -> Tensor:
         (N,) -> (N, L), boolean; the mask of an x of shape (N, C, L).
 
     Raises:
-        TypeError: ``lengths`` are no integers of a dense tensor.
-        ValueError: ``lengths`` are not of shape (N,), or, on the CPU, some are below 0 or above ``size``.
+        TypeError: ``lengths`` is not a dense tensor of integers.
+        ValueError: ``lengths`` does not have shape (N,), or, on the CPU, some are below 0 or above ``size``.
 
     Example:
         >>> length_mask(torch.tensor([1, 3]), 3).int().tolist()
@@ -65,26 +65,26 @@ def length_mask(lengths: Tensor, size: int) -> Tensor:
 
 
 def common_mask(mask: Tensor, x: Tensor) -> Tensor | None:
-    """The mask as (N, *S), contiguous, where it is the same for all channels; else None."""
+    """Return the mask as (N, *S), contiguous, where it is the same for all channels; else None."""
     mask = broadcast_mask(mask, x)
     require_memory("keelnorm", mask=mask)
     return mask.expand(x.shape[0], 1, *x.shape[2:]).squeeze(1).contiguous() if mask.shape[1] == 1 else None
 
 
 def check_policy(what: str, too_few: Any) -> None:
-    """Raise unless it says what one value per channel is in training."""
+    """Raise unless ``too_few`` is a policy for one value per channel in training."""
     if too_few not in TOO_FEW:
         raise ValueError(f"{what}: too_few must be one of {TOO_FEW}; got {describe(too_few)}")
 
 
 def check_padding(what: str, padding: Any) -> None:
-    """Raise unless it says what comes out where a mask does not count."""
+    """Raise unless ``padding`` is a policy for masked values."""
     if padding not in PADDINGS:
         raise ValueError(f"{what}: padding must be one of {PADDINGS}; got {describe(padding)}")
 
 
 def named_mask(what: str, mask: Any, x: Tensor) -> Tensor:
-    """The mask with as many dimensions as x, or an error that begins with what was called."""
+    """Return the mask with as many dimensions as x, or raise an error that begins with what was called."""
     if isinstance(mask, Tensor):
         check_kind(what, "the mask", mask)
     try:
@@ -94,7 +94,7 @@ def named_mask(what: str, mask: Any, x: Tensor) -> Tensor:
 
 
 def take_mask(state: State, mask: Tensor | None, padding: str, x: Tensor, too_few: str) -> State:
-    """The state with a mask, after a look at whether it is legal and leaves a variance."""
+    """Return the state with a mask, after checking that the mask is legal and leaves a variance."""
     what = state.what
     check_padding(what, padding)
     if mask is None:
@@ -106,15 +106,15 @@ def take_mask(state: State, mask: Tensor | None, padding: str, x: Tensor, too_fe
     if state.training and common.is_cpu and not torch.compiler.is_compiling() and int(common.sum()) == 1:
         if too_few == "error":
             raise ValueError(
-                f"{what}: the mask lets one value per channel count, which has no variance; got {describe(x)}. Let "
-                "more count, evaluate with model.eval(), or give the layer too_few='running' or 'skip'"
+                f"{what}: the mask leaves one value per channel, so the variance is undefined; got {describe(x)}. "
+                "Let more count, evaluate with model.eval(), or give the layer too_few='running' or 'skip'"
             )
         return without_variance(state, too_few)
     return state
 
 
 def without_variance(state: State, too_few: str) -> State:
-    """What a layer does with one value per channel, where that is no error: nothing enters the running statistics."""
+    """Return the state for one value per channel, where the policy is not "error": nothing is updated."""
     if too_few == "skip":
         return state._replace(update=False)
     if state.running_mean is None:
@@ -136,11 +136,11 @@ def weighted(
     weighting: Weighting = "frequency",
     too_few: str | None = None,
 ) -> Tensor:
-    """``act(bn(x) + residual)`` with weighted moments, in plain torch.
+    """Return ``act(bn(x) + residual)`` with weighted moments, in plain torch.
 
     Args:
         weighting: As in :meth:`Moments.from_tensor`.
-        too_few: What weights without a variance to learn from are; None does not look at it.
+        too_few: The policy for weights that leave no variance; None does not check.
     """
     check_weighting(state.what, weighting)
     w = broadcast_weight(state.what, sample_weight, x)
@@ -169,9 +169,9 @@ def weighted(
 
 
 def _enough_weight(state: State, w: Tensor, weighting: Weighting, x: Tensor, too_few: str) -> State:
-    """The state, after a look at whether the weights (N, 1, *S) leave a variance: to normalize with, or to learn from.
+    """Return the state, after checking that the weights (N, 1, *S) leave a variance.
 
-    Where none counts at all, nothing changes, as with a mask.
+    Where no value counts at all, nothing is updated, as with a mask.
     """
     total, values = w.to(torch.float64).sum().item(), int((w > 0).sum())
     enough = values > 1 if weighting == "importance" else total >= LEAST_FREQUENCY
@@ -183,11 +183,11 @@ def _enough_weight(state: State, w: Tensor, weighting: Weighting, x: Tensor, too
     remedy = "evaluate with model.eval(), or give the layer too_few='running' or 'skip'"
     if values == 1:
         raise ValueError(
-            f"{state.what}: sample_weight lets one value per channel count, which has no variance; got {describe(x)}. "
-            f"Let more count, {remedy}"
+            f"{state.what}: sample_weight leaves one value per channel, so the variance is undefined; got "
+            f"{describe(x)}. Let more count, {remedy}"
         )
     raise ValueError(
-        f"{state.what}: sample_weight says how often values count, and they count {total:g} times in all; the running "
-        "variance is unbiased by Σw − 1, so that Σw must be above 1. Give weighting='importance' where only the "
-        f"weights' ratios matter, {remedy}"
+        f"{state.what}: sample_weight is a frequency, and the weights add up to {total:g}; the unbiased running "
+        "variance divides by Σw − 1, so Σw must be above 1. Give weighting='importance' where only the weights' "
+        f"ratios matter, {remedy}"
     )

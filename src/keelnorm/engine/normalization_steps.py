@@ -11,16 +11,16 @@ from keelnorm.engine.layout import per_channel
 
 
 def is_plain(parameter: Tensor | None) -> bool:
-    """Whether changes in place of a parameter are counted, and it is nothing but memory; None is no parameter."""
+    """Return whether a parameter is an ordinary tensor whose changes in place are counted, or None."""
     return parameter is None or (type(parameter) in dispatch.PLAIN and not parameter.is_inference())
 
 
 class Normalization:
-    """A batch norm in its parts, for a result that waits: what it takes from x at once, and what is computed later.
+    """A batch norm in two steps, for a result that waits.
 
     Args:
-        state: The layer's, without a mask.
-        weight, bias: Its parameters.
+        state: The layer's state, without a mask.
+        weight, bias: The layer's parameters.
     """
 
     __slots__ = ("bias", "state", "weight")
@@ -34,7 +34,7 @@ class Normalization:
     def run(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, act: Activation | None
     ) -> tuple[Tensor | None, Tensor]:
-        """``act(bn(x))``, and (mean, var, rstd); the running statistics are updated. None for ``act``: only that."""
+        """Update the running statistics; return ``act(bn(x))``, None where ``act`` is None, and (mean, var, rstd)."""
         if act is None:
             return None, dispatch.measure(x, self.state)
         return dispatch.forward(x, None, weight, bias, None, self.state, act)
@@ -48,7 +48,7 @@ class Normalization:
         saved: Tensor,
         act: Activation,
     ) -> Tensor:
-        """``act(bn(x) + residual)`` with what :meth:`run` has found; no graph."""
+        """Return ``act(bn(x) + residual)`` with the statistics that :meth:`run` found, without a graph."""
         return dispatch.forward(x, residual, weight, bias, saved, self.state, act)[0]
 
     def backward(
@@ -62,15 +62,15 @@ class Normalization:
         act: Activation,
         need: Needs,
     ) -> tuple[Tensor | None, ...]:
-        """dx, dresidual, dweight, dbias, as far as they are needed.
+        """Return dx, dresidual, dweight, dbias, as far as they are needed.
 
         Args:
-            y: The result, where there was a residual and the activation is ReLU.
+            y: The result, where a residual was added and the activation is ReLU.
         """
         return dispatch.backward(dy, self._kept(x, saved, weight, bias if act.code else None, y, act), need)
 
     def differentiable(self, x: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """``bn(x)`` by the formula, as a function of x, weight and bias."""
+        """Return ``bn(x)`` by the formula, differentiable in x, weight and bias."""
         fixed = None if self.state.training else (saved[0], saved[2])
         xhat, _ = composite.normalized(x, fixed, self.state.eps)
         y = xhat if weight is None else xhat * per_channel(weight.to(xhat.dtype), x)
@@ -86,7 +86,7 @@ class Normalization:
         y: Tensor | None,
         act: Activation,
     ) -> tuple[Tensor | None, ...]:
-        """As :meth:`backward`, all of them, as differentiable functions."""
+        """Return all four gradients as differentiable functions; see :meth:`backward`."""
         return composite.backward(dy, self._kept(x, saved, weight, bias, y, act), self.state.eps)
 
     def _kept(

@@ -1,7 +1,7 @@
-"""The operators: their schemas, what they return when traced, and their derivative under torch.compile.
+"""The operators: their schemas, their outputs' shapes for tracing, and their derivative under torch.compile.
 
-    forward:   y = act((x − mean)·rstd·weight + bias + residual), and what the backward needs of it
-    backward:  of all of it in one go, from x (and y or the residual, where there is one in front of an activation)
+    forward:   y = act((x − mean)·rstd·weight + bias + residual), and the statistics that the backward needs
+    backward:  all gradients in one pass, from x, and from y or the residual where an activation follows one
     inplace_, invert, backward_:  the same in x's own memory: y overwrites x, which the backward rebuilds
 
 The native CPU library supplies the kernels for the CPU, and Triton's are registered here for GPUs, where compiled code
@@ -26,7 +26,7 @@ _BN = "Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias"
 _ACT = "int activation, float a, float b"
 _RUNNING = "Tensor(b!)? running_mean, Tensor(c!)? running_var, Tensor(d!)? num_batches_tracked"
 for _schema in (
-    # Mean and biased variance per channel, of the values that the mask (N, *S) lets count.
+    # Mean and biased variance per channel, of the values that the mask (N, *S) selects.
     "stats(Tensor x, Tensor? mask) -> Tensor",
     # Mean, var and rstd that normalize x, (3, C); the running statistics are updated as by forward_.
     f"measure_(Tensor x, {_RUNNING}, bool training, bool update, float? momentum, float eps, Tensor(e!)? counts=None)"
@@ -66,7 +66,7 @@ for _schema in (
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
-#: What keelnorm.engine.kernels.triton.operators has; groups are taken one by one there.
+#: The operators of keelnorm.engine.kernels.triton.operators; groups run one by one there.
 ON_GPUS = (
     "stats", "measure_", "apply", "finish", "grad_stats", "grad_input", "forward", "forward_", "inplace_", "invert",
     "backward", "backward_"
@@ -74,7 +74,7 @@ ON_GPUS = (
 
 
 def _on_gpus(name: str) -> Callable[..., Any]:
-    """The operator, which loads Triton when it is first called."""
+    """Return an operator that loads Triton when it is first called."""
 
     def operator(*arguments: Any, **named: Any) -> Any:
         return getattr(triton.load(), name)(*arguments, **named)
@@ -91,10 +91,10 @@ _RELU = NAMED["relu"].code
 def gate_needs(
     activation: int, residual: Tensor | None, bias: Tensor | None, y: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Which of bias, y and residual the backward needs to find the activation's derivative; None for the others.
+    """Return bias, y and residual, each as far as the backward needs it for the activation's derivative; else None.
 
-    Without a residual it recomputes the value in front of the activation from x. With one it reads y, where that tells
-    all (ReLU), else the residual too.
+    Without a residual the backward recomputes the activation's input from x. With one it reads y where y suffices
+    (ReLU), else the residual.
     """
     if not activation:
         return None, None, None
@@ -127,7 +127,7 @@ def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("keelnorm::forward", _backward, setup_context=_setup_context, lib=_library)
 
 
-# ---- what the operators return, for tracing
+# ---- shapes and dtypes of the outputs, for tracing
 
 
 def _empty_as(x: Tensor) -> Tensor:

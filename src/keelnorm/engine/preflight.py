@@ -1,4 +1,4 @@
-"""Preflight of collectives: the ranks compare what they are about to do, so that none waits in vain."""
+"""Preflight of collectives: ranks compare what they are about to do, so that none waits for nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _preflight = os.environ.get(ENVIRONMENT_VARIABLE, "") not in ("", "0")
 
 
 def preflight(on: bool = True) -> None:
-    """Let the ranks compare notes before each collective of a synchronized layer, so that none waits in vain.
+    """Compare the ranks before each collective of a synchronized layer, so that none waits for nothing.
 
     Before each collective of :class:`kn.SyncBatchNorm`, in the forward and in the backward, the ranks exchange which
     layer they are at, its channels, the dtype, training or frozen, and whether a gradient is wanted. Where these
@@ -44,12 +44,12 @@ def preflight(on: bool = True) -> None:
 
 
 def preflight_is_on() -> bool:
-    """Whether synchronized layers are to call :func:`agree`."""
+    """Return whether synchronized layers call :func:`agree`."""
     return _preflight
 
 
 class Step(NamedTuple):
-    """What a rank is about to do together with the others; the fields' names are the words of an error."""
+    """What a rank is about to do; an error names the fields that differ."""
 
     layer: str
     direction: str

@@ -1,4 +1,4 @@
-"""Whether a forward runs a second time on a batch that has been counted: the running statistics take it in once."""
+"""Recomputation: whether this forward repeats an earlier one, so that running statistics are not updated twice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _here = _Here()
 
 
 def is_second_run() -> bool:
-    """Whether this forward repeats an earlier one.
+    """Return whether this forward repeats an earlier one.
 
     True inside a backward, where activation checkpointing computes forwards again, and inside :func:`second_run`.
     """
@@ -26,7 +26,7 @@ def is_second_run() -> bool:
 
 @contextmanager
 def second_run() -> Iterator[None]:
-    """Inside, layers called in this thread compute what they did before and leave their buffers alone."""
+    """Mark calls of layers in this thread as repeated: they compute what they did, and update nothing."""
     before, _here.repeating = _here.repeating, True
     try:
         yield

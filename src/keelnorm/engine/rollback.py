@@ -1,6 +1,6 @@
-"""A call that raises leaves everything as it was: what it had written is put back.
+"""Rollback: a call that raises leaves tensors and modules as they were.
 
-The native operators do without: they check everything before they write anything.
+The native operators need none: they check everything before they write.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from keelnorm.engine.update_counts import UpdateCounts
 
 
 class Unchanged(AbstractContextManager[None]):
-    """Inside of ``with``, an exception puts tensors and modules back to what they were at the beginning.
+    """A context in which an exception restores tensors and modules to what they were on entry.
 
     Args:
-        tensors: What may be written to; None is nothing.
-        modules: Whose attributes may change, and, in training, whose buffers. A deque among the attributes gets back
-            what it held; other objects are taken to be replaced, not changed.
+        tensors: Tensors that may be written to; None is skipped.
+        modules: Modules whose attributes may change, and in training their buffers. A deque among the attributes gets
+            its contents back; other objects are taken to be replaced, not mutated.
     """
 
     def __init__(self, tensors: Iterable[Tensor | None] = (), modules: Iterable[nn.Module] = ()) -> None:
@@ -65,28 +65,28 @@ class Unchanged(AbstractContextManager[None]):
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Whether it is of an ordinary kind; no layer writes to others."""
+    """Return whether a tensor is an ordinary one; no layer writes to others."""
     strided = not (is_lazy(tensor) or tensor.is_nested) and tensor.layout is torch.strided
     return strided and not (tensor.is_meta or tensor.is_quantized or _is_freed(tensor))
 
 
 def _is_freed(tensor: Tensor) -> bool:
-    """Whether the memory of a plain tensor is gone, which whoever uses it will say."""
+    """Return whether the memory of a plain tensor is gone; using it raises an error later."""
     plain = type(tensor) in (Tensor, nn.Parameter) and transform_stack() is None
     return plain and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
 def _is_same(tensor: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same bit for bit: NaN too. (Not every operator of torch's counts what it writes.)"""
+    """Return whether two tensors are equal bit for bit, NaN too. Versions do not tell: some operators do not count."""
     packed = (each.clone(memory_format=torch.contiguous_format).view(-1) for each in (tensor, other))
     return torch.equal(*(each.view(torch.uint8) for each in packed))
 
 
 def _outside_of_transforms() -> AbstractContextManager[Any]:
-    """Under torch.func nothing may be written to that lies outside; what is put back is none of its affair."""
+    """Leave torch.func's transforms, inside which tensors from outside can't be written to."""
     return nullcontext() if transform_stack() is None else outside_of_transforms()
 
 
 def unchanged(module: nn.Module) -> AbstractContextManager[None]:
-    """Inside, an exception leaves a module and all in it as they were; what is compiled goes without."""
+    """Return a context in which an exception restores a module and its children; compiled code has none."""
     return nullcontext() if torch.compiler.is_compiling() else Unchanged(modules=module.modules())

@@ -1,4 +1,4 @@
-"""How a batch's moments enter the running ones, in plain torch; the native kernels do the same."""
+"""The update of running statistics, in plain torch; the native kernels compute the same."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from keelnorm.engine.arguments import State
 from keelnorm.engine.update_counts import AT, AVERAGED, SKIPPED
 from keelnorm.moments import Moments, degrees_of_freedom
 
-#: The running variance after the first, when a batch of these biased and unbiased ones enters with the weight given.
+#: Computes the new running variance from the old one, the batch's biased and unbiased ones, and the batch's weight.
 AveragedVar = Callable[[Tensor, Tensor, Tensor, "float | Tensor"], Tensor]
 
 
 def averaged(running: Tensor, batch: Tensor, momentum: float | Tensor) -> Tensor:
-    """(1 − momentum)·running + momentum·batch."""
+    """Return (1 − momentum)·running + momentum·batch."""
     return (1 - momentum) * running + momentum * batch
 
 
@@ -28,17 +28,17 @@ def update_running(
     averaged_var: AveragedVar | None = None,
     squares: Tensor | None = None,
 ) -> None:
-    """running = (1 − momentum)·running + momentum·batch, with the unbiased variance.
+    """Update the running statistics: (1 − momentum)·running + momentum·batch, with the unbiased variance.
 
-    A channel of which something that is not finite would be stored stays as it is, and ``state.updates`` counts it; one
-    of fewer than two values, which has no variance to learn from, stays too. Nothing waits for a value. Where the state
-    has a sink, that takes the moments and nothing changes here.
+    A channel whose result is not finite keeps its statistics, and ``state.updates`` counts it. So does a channel of
+    fewer than two values, which has no unbiased variance. There is no host synchronization. Where the state has a sink,
+    the sink gets the moments instead.
 
     Args:
-        mean, var: Of the batch, (C,), the variance biased; or (D, C), a row for each domain.
-        count: Values per channel, or their weight: a number, or a tensor () or as mean.
-        averaged_var: How the variance enters, where that is not as the mean does and unbiased.
-        squares: Of :class:`~keelnorm.Moments`; as ``count``.
+        mean, var: The batch's, (C,), the variance biased; or (D, C), a row for each domain.
+        count: Values per channel, or their total weight: a number, or a tensor of shape () or the mean's.
+        averaged_var: Another rule for the variance.
+        squares: As in :class:`~keelnorm.Moments`, with the shape of ``count``.
     """
     if state.sink is not None:
         mean, var = mean.detach(), var.detach()
@@ -61,7 +61,7 @@ def update_running(
         running_mean, running_var = state.running_mean, state.running_var
         counts = None if state.updates is None or running_mean is None else state.updates.beside(running_mean)
         if factor is None and running_mean is not None:
-            assert batches is not None  # check_arguments saw to it
+            assert batches is not None  # see check_arguments
             so_far = averaged_so_far(batches[..., None], counts)
         if batches is not None:
             batches.add_(enough.any(-1) if isinstance(enough, Tensor) and enough.dim() else enough)
@@ -85,11 +85,11 @@ def update_running(
 
 
 def averaged_so_far(batches: Tensor, counts: Tensor | None) -> Tensor:
-    """How many batches a cumulative average is over, before the next one; see :class:`UpdateCounts`."""
+    """Return the number of batches in a cumulative average, before the next one; see :class:`UpdateCounts`."""
     return batches if counts is None else torch.where(counts[AT] == batches, counts[AVERAGED], batches)
 
 
 def note_averaged(counts: Tensor, so_far: Tensor, taken: Tensor, batches: Tensor) -> None:
-    """Note that a batch has entered the average, where it was taken, and the number of batches with it."""
+    """Count a batch in the average where it was taken, and note the number of batches."""
     counts[AVERAGED].copy_(so_far + taken)
     counts[AT] = batches

@@ -1,4 +1,4 @@
-"""What a layer counts of its updates of the running statistics, beside torch.nn's buffers."""
+"""Counts of a layer's updates of its running statistics, kept beside torch.nn's buffers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from keelnorm.engine.torch_internals import functorch_is_active
 
-#: What the fast operators call them, where they decline them.
+#: The name of the counts in the message of a fast operator that declines them.
 COUNTS = "update counts"
 #: The rows of the counts.
 SKIPPED, AVERAGED, AT = range(3)
@@ -20,23 +20,23 @@ SKIPPED, AVERAGED, AT = range(3)
 class UpdateCounts:
     """Three counts for each channel, rows of one int64 tensor (3, *running_mean.shape).
 
-        SKIPPED:   updates that were left out, because what would have been stored was not finite
-        AVERAGED:  batches that a cumulative average (momentum None) is over
+        SKIPPED:   updates that were skipped, because the result was not finite
+        AVERAGED:  batches in a cumulative average (momentum None)
         AT:        num_batches_tracked at that time
 
-    A cumulative average weighs a batch by 1/(AVERAGED + 1), so that a batch that was left out does not count. Where
-    num_batches_tracked is not what it was at AT, someone has loaded, averaged or reset it, and it counts itself.
+    A cumulative average weighs a batch by 1/(AVERAGED + 1), so that a skipped batch does not count. Where
+    num_batches_tracked differs from AT, someone loaded, averaged or reset it; it is then the number of batches.
 
-    The tensor is no buffer, so that a layer's buffers are torch.nn's, one for one. It follows the running mean: it is
-    made when it is needed, moved where the mean has moved, and begun anew where the mean has another shape.
+    The tensor is not a buffer, so that a layer has exactly torch.nn's buffers. It follows the running mean: it is
+    created when it is needed, moved to the mean's device, and created anew where the mean's shape changed.
     """
 
     def __init__(self) -> None:
-        #: None as long as nothing was to be counted, as on the meta device; else of any size and in any place.
+        #: None until something is counted; may have an old shape or device, see :meth:`beside`.
         self.tensor: Tensor | None = None
 
     def beside(self, running: Tensor) -> Tensor:
-        """The tensor, of the running mean's size and on its device."""
+        """Return the tensor, with the running mean's shape and on its device."""
         shape = (len((SKIPPED, AVERAGED, AT)), *running.shape)
         if not _has_memory(running):
             return running.new_zeros(shape, dtype=torch.int64)
@@ -49,20 +49,22 @@ class UpdateCounts:
         return self.tensor
 
     def shared(self) -> UpdateCounts:
-        """Counts in the same memory, until either is moved or begun anew."""
+        """Return counts that share the memory, until either is moved or created anew."""
         other = UpdateCounts()
         other.tensor = self.tensor
         return other
 
     def __fx_create_arg__(self, tracer: Any) -> Any:
-        """In a graph of a layer by itself: the layer's counts."""
+        """Return the node of the counts in a torch.fx graph of the layer."""
         names = [name for name, value in vars(tracer.root).items() if value is self]
         return tracer.create_node("get_attr", names[0], (), {})
 
 
 def _kept(make: Callable[..., Tensor], *args: Any, **keywords: Any) -> Tensor:
-    """The tensor, for calls to come in whatever mode. A parameter, as torch.compile takes the shapes of these alone for
-    fixed; it can't make one itself."""
+    """Return a tensor that later calls can use in any mode.
+
+    It is a parameter, since torch.compile takes only the shapes of parameters for fixed; it can't create one itself.
+    """
     if torch.compiler.is_compiling():
         return make(*args, **keywords)
     with torch.inference_mode(False):
@@ -70,8 +72,7 @@ def _kept(make: Callable[..., Tensor], *args: Any, **keywords: Any) -> Tensor:
 
 
 def _has_memory(running: Tensor) -> bool:
-    """Whether counts beside it outlive this call: not those of meta and fake tensors and others of a type of their own,
-    of transforms and exported programs."""
+    """Return whether counts can outlive this call: not for meta and other special tensors, transforms and exports."""
     return (
         type(running) in (Tensor, Parameter)
         and not running.is_meta

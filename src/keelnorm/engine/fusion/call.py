@@ -1,4 +1,4 @@
-"""One call of a batch norm whose result waits: what it is computed from, and whether it may wait at all."""
+"""One call of a batch norm whose result waits for the next operation, and whether it may wait."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from keelnorm.engine.normalization_steps import Normalization
 from keelnorm.engine.recomputation import second_run
 from keelnorm.engine.torch_internals import plain_apply, running_backward, saved_tensor_hooks, transforms_active
 
-#: Smaller results do not wait, in evaluation and in training: one kernel for two costs more than it saves. Values; as
-#: measured on two cores with AVX-512.
+#: The number of values from which results wait, in evaluation and in training. Below, waiting costs more than fusing
+#: saves, as measured on two cores with AVX-512.
 smallest = [2**18, 3 * 2**15]
 
-_SMALL = "its result is small: one kernel for two would cost more than it saves"
+_SMALL = "its result is small: fusing would cost more than it saves"
 _HOOK = "has a hook, or is called in a checkpoint or another mode in which nothing waits"
-#: Files that lie between a layer's caller and here: those of the layers, and that of ``Module.__call__``.
+#: Files whose frames lie between a layer's caller and here: the layers' own, and that of ``Module.__call__``.
 _INSIDE = {nn.modules.module.__file__}
 
 
 @contextmanager
 def all_sizes_wait() -> Iterator[None]:
-    """Inside, small results wait too: for counting what could be fused, and for tests."""
+    """Let small results wait too, to count what could be fused, and for tests."""
     before, smallest[:] = tuple(smallest), (0, 0)
     try:
         yield
@@ -46,28 +46,28 @@ def all_sizes_wait() -> Iterator[None]:
 
 
 def passes_by(file: str) -> None:
-    """Leave a file of layers out when the caller of one is looked for."""
+    """Skip the frames of a file when the caller of a layer is looked up."""
     _INSIDE.add(file)
 
 
 class Call:
-    """What one call of a layer was given, and under what circumstances.
+    """The inputs of one call of a layer, and the circumstances.
 
     Args:
         layer: The batch norm.
-        plain: Its forward.
-        memory: What it has learned.
-        scope: Where its result waits.
+        plain: The layer's forward.
+        memory: What the layer has learned about its successors.
+        scope: The call of the model within which the result may wait.
         x: Its input, contiguous or channels-last.
-        kernel: What is expected to run together with it.
-        normalization: How it is computed.
-        hooks: What sees the tensors that are kept for the backward.
+        kernel: The operations that are expected to follow, and run together with it.
+        normalization: The batch norm in two steps.
+        hooks: The hooks on saved tensors that were active.
     """
 
     residual: tuple[Tensor, int] | None = None
-    """What was added, and its version."""
+    """The residual and its version, once added."""
     result: Tensor | None = None
-    """The kernel's, until it is taken."""
+    """The kernel's output, until it is taken."""
     saved: Tensor
     shared: Shared | None = None
     node: Any = None
@@ -95,7 +95,7 @@ class Call:
         )  # fmt: skip
 
     def start(self) -> Tensor:
-        """Take the statistics, compute what is expected as far as it is known, and give the tensor that waits."""
+        """Update the running statistics, compute what can be computed, and return the tensor that waits."""
         inputs = self.x, self.weight, self.bias
         if self.grad and any(t is not None and t.requires_grad for t in inputs):
             self.shared = Shared()
@@ -104,33 +104,34 @@ class Call:
         return promise(self, 0, without_memory(self.like), None)
 
     def run(self) -> None:
-        """Run the kernel, which updates the running statistics; without a result where an addition is to come."""
+        """Run the kernel, which updates the running statistics. There is no result where an addition is expected."""
         act = None if self.kernel.residual else self.kernel.activation
         self.result, self.saved = self.normalization.run(self.x, self.weight, self.bias, act)
         if self.result is not None:
             self.like = self.result
 
     def add(self, residual: Tensor) -> None:
-        """The expected result, now that it is known what is added."""
+        """Compute the expected result, now that the residual is known."""
         self.result = self.apply(residual, self.kernel.activation)
         self.residual = residual, residual._version
 
     def apply(self, residual: Tensor | None, act: Activation) -> Tensor:
+        """Return ``act(bn(x) + residual)`` with the statistics found."""
         return self.normalization.apply(self.x, residual, self.weight, self.bias, self.saved, act)
 
     def take_result(self) -> Tensor:
-        """The kernel's result, once."""
+        """Return the kernel's result, once."""
         result, self.result = self.result, None
         assert result is not None
         return result
 
     def is_unchanged(self) -> bool:
-        """Whether everything that the result depends on is as it was."""
+        """Return whether nothing that the result depends on was changed in place."""
         residual = self.residual
         return self._versions() == self.versions and (residual is None or residual[0]._version == residual[1])
 
     def is_computed_again(self, y: Tensor) -> bool:
-        """Whether the result could be computed now, too: not where someone changes the input and hides it."""
+        """Return whether computing the result again gives the same: not if x changed through ``.data``."""
         if not self.is_unchanged():
             return False
         with second_run(), torch.no_grad():
@@ -138,10 +139,10 @@ class Call:
         return torch.equal(again.nan_to_num(), y.detach().nan_to_num())
 
     def value_after(self, done: int) -> Tensor:
-        """What the result is after so many steps, without a graph.
+        """Return the value after ``done`` steps, without a graph.
 
         Raises:
-            RuntimeError: it can't be told any more.
+            RuntimeError: an input was changed in place, so that the value is lost.
         """
         if not self.is_unchanged():
             self._refuse()
@@ -149,7 +150,7 @@ class Call:
         with torch.inference_mode(False), torch.no_grad():
             if steps[:1] == (ADD,):
                 assert self.residual is not None
-                return self.apply(self.residual[0], NONE)  # only ReLU comes behind, which is the last
+                return self.apply(self.residual[0], NONE)  # only ReLU can follow, as the last step
             return after(steps, self.apply(None, NONE))
 
     def _refuse(self) -> NoReturn:
@@ -168,12 +169,12 @@ _batch_norm_node = plain_apply(BatchNormNode)
 
 
 def begin(layer: Any, scope: Scope, x: Tensor, plain: Callable[..., Tensor]) -> Tensor | None:
-    """The result of a layer's call that may wait; None where it is to be computed at once.
+    """Return the waiting result of a layer's call; None where the layer computes it at once.
 
     Args:
-        layer: A batch norm that is called with nothing but its input.
-        scope: The one that is open.
-        plain: The layer's own forward, which asks.
+        layer: A batch norm that is called with its input alone.
+        scope: The scope that is open.
+        plain: The layer's own forward.
     """
     attributes = layer.__dict__
     memory: Memory | None = attributes.get(ATTRIBUTE)
@@ -191,17 +192,7 @@ def begin(layer: Any, scope: Scope, x: Tensor, plain: Callable[..., Tensor]) -> 
         memory.excuse(training, _SMALL)
         return None
     hooks = saved_tensor_hooks(True)
-    if (
-        attributes["_forward_hooks"]
-        or attributes["_forward_pre_hooks"]
-        or attributes["_backward_hooks"]
-        or attributes["_backward_pre_hooks"]
-        or running_backward() != -1
-        or torch.is_inference_mode_enabled()
-        or transforms_active()
-        or (hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint")  # which counts what is kept
-        or not scope.is_open()
-    ):
+    if _is_watched(attributes, hooks) or not scope.is_open():
         memory.excuse(training, _HOOK)
         return None
     if training and not layer.defers_in_training:
@@ -226,3 +217,17 @@ def begin(layer: Any, scope: Scope, x: Tensor, plain: Callable[..., Tensor]) -> 
     if TIMES_START in kernel.steps:
         call.root = ref(tensor)
     return tensor
+
+
+def _is_watched(attributes: dict[str, Any], hooks: Any) -> bool:
+    """Return whether hooks of the layer, a checkpoint, a transform or another mode must see its plain result."""
+    return bool(
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or running_backward() != -1
+        or torch.is_inference_mode_enabled()
+        or transforms_active()
+        or (hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint")  # which counts what is kept
+    )

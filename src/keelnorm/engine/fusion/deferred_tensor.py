@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class DeferredTensor(Tensor):
-    """A result that is computed when it is known what is done with it.
+    """A result that is computed once its use is known.
 
     It behaves as the tensor that it stands for. The first operation on it either runs as one kernel with the batch
-    norm, or turns this very object into a plain ``torch.Tensor`` (:func:`settle`): every reference to it then refers
-    to the plain one. Code that looks at the type before, ``type(y) is torch.Tensor``, sees this class.
+    norm, or turns the object itself into a plain ``torch.Tensor`` (:func:`settle`), for every reference to it. Code
+    that looks at the type before, ``type(y) is torch.Tensor``, sees this class.
 
-    What passes by ``__torch_function__`` (C++ code, ``autograd.Function.apply``) reaches ``__torch_dispatch__`` and
-    gets the values there; the gradients go through an autograd node of the tensor's own. There is no memory to read.
+    Code that bypasses ``__torch_function__`` (C++, ``autograd.Function.apply``) reaches ``__torch_dispatch__`` and gets
+    the values there; the gradients go through the tensor's own autograd node. There is no memory to read.
     """
 
     _pending: Pending = None  # type: ignore[assignment]  # each instance has its own
@@ -50,7 +50,7 @@ class DeferredTensor(Tensor):
         return with_values(func, args, kwargs or {})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """What ``type(y)(...)`` makes is plain: nothing waits for it."""
+        """Make ``type(y)(...)`` a plain tensor."""
         return Tensor(*args, **kwargs)
 
 
@@ -78,7 +78,7 @@ def _answer(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def with_values(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Call a function with the values of deferred tensors in their place; they stay deferred."""
+    """Call a function on the values of deferred tensors, which stay deferred."""
     stand_ins: dict[int, Tensor] = {}
 
     def values_of(value: Any) -> Any:
@@ -96,7 +96,7 @@ def with_values(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 def deferred_in(value: Any) -> Iterator[DeferredTensor]:
-    """The deferred tensors in nested containers."""
+    """Yield the deferred tensors in nested containers."""
     if type(value) is DeferredTensor:
         yield value
     elif isinstance(value, list | tuple | set | frozenset):
@@ -108,31 +108,32 @@ def deferred_in(value: Any) -> Iterator[DeferredTensor]:
 
 
 def settle(tensor: Tensor, reason: str, learn: bool = True) -> None:
-    """Turn a deferred tensor into the plain one that it stands for; every reference to it sees that.
+    """Turn a deferred tensor into the plain one that it stands for, for every reference to it.
 
     Args:
-        reason: What for, in words for a report.
-        learn: Whether the layer is to expect that from now on.
+        tensor: Any tensor; a plain one stays.
+        reason: Why, in words for a report.
+        learn: Whether the layer expects this from now on.
     """
     if type(tensor) is DeferredTensor:
         tensor._pending.settle(tensor, reason, learn)
 
 
 def defer(tensor: Tensor, pending: Pending) -> Tensor:
-    """Make a tensor a deferred one: the tensor itself."""
+    """Turn a tensor itself into a deferred one."""
     tensor.__class__ = DeferredTensor  # type: ignore[assignment]
     tensor._pending = pending  # type: ignore[attr-defined]
     return tensor
 
 
 def become_plain(tensor: Tensor) -> None:
-    """Make it a plain tensor again, with the values that it has."""
+    """Turn a deferred tensor that has values into a plain one."""
     tensor.__class__ = Tensor
     del tensor.__dict__["_pending"]
 
 
 def become(tensor: Tensor, value: Tensor) -> None:
-    """Let a deferred tensor be ``value``, plain or deferred, with its place in the graph; ``value`` is then used up."""
+    """Turn a deferred tensor into ``value``, plain or deferred, with its place in the graph; ``value`` is used up."""
     pending, kind = tensor.__dict__.pop("_pending"), type(value)
     following = value.__dict__.pop("_pending", None)
     tensor.__class__ = value.__class__ = Tensor
@@ -140,12 +141,12 @@ def become(tensor: Tensor, value: Tensor) -> None:
     if following is not None:
         tensor.__class__ = kind  # type: ignore[assignment]
         tensor._pending = following  # type: ignore[attr-defined]
-    if value._use_count() > 1:  # type: ignore[attr-defined]  # C++ still holds what was promised, as an argument of autograd.Function.apply
+    if value._use_count() > 1:  # type: ignore[attr-defined]  # C++ still holds the promise, as an argument of autograd.Function.apply
         defer(value, pending)
 
 
 def without_memory(like: Tensor) -> DeferredTensor:
-    """A deferred tensor of the same shape, strides, dtype and device, with nothing behind it."""
+    """Return a deferred tensor of the same shape, strides, dtype and device, without memory."""
     tensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
         DeferredTensor, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
     )

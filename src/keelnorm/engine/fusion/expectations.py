@@ -1,4 +1,4 @@
-"""What a layer has learned about the operations that follow it."""
+"""What a layer has learned about the operations that follow its calls."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from keelnorm.engine.activations import NONE
 from keelnorm.engine.fusion.operations import Kernel, Steps, kernel_of
 
-#: What a layer expects whose result does not wait.
+#: The expectation of a layer whose result does not wait.
 NEVER = Kernel(False, NONE, ())
 #: Where a layer keeps its memory, in its ``__dict__``.
 ATTRIBUTE = "_fusion"
-#: How often a layer may expect what does not come before it gives up.
+#: How many wrong expectations make a layer give up.
 _MISSES = 3
-#: After how many calls a layer with nothing to expect looks again at what follows.
+#: After how many calls a layer that expects nothing looks again at what follows.
 _AGAIN = 64
 
 
@@ -25,12 +25,11 @@ class Memory:
     looks at what is done with it; the next call then runs together with that.
 
     Args:
-        expected: What runs together with the layer: None where that is not known yet, :data:`NEVER` where nothing does.
-        reasons: Why there was nothing to fuse, or what came instead.
+        expected: The kernel that is expected: None where that is not known yet, :data:`NEVER` where nothing is fused.
+        reasons: Why nothing is fused, or what came instead.
         misses: How often something else came than expected.
-        calls: Of a layer with nothing to expect, since it was last seen; -1 where that holds for good.
-        refused: Steps that are not to run together with the layer, because what is in front of the last one is read
-            by others too.
+        calls: Calls since a layer that expects nothing last looked; -1 where it never looks again.
+        refused: Steps that must not be fused, because other code also reads the value before the last one.
     """
 
     expected: list[Kernel | None] = field(default_factory=lambda: [None, None])
@@ -45,30 +44,30 @@ class Memory:
         self.reasons[training] = None
 
     def give_up(self, training: bool, reason: str, for_good: bool = False) -> None:
-        """Compute results at once from now on; unless for good, until it is time to look again."""
+        """Compute results at once from now on; unless ``for_good``, look again after some calls."""
         self.expected[training] = NEVER
         self.reasons[training] = reason
         self.calls[training] = -1 if for_good or self.calls[training] < 0 else 0
 
     def looks_again(self, training: bool) -> bool:
-        """Whether a layer with nothing to expect is to see, in this call, whether that is still so."""
+        """Return whether a layer that expects nothing looks, in this call, at what follows."""
         if self.calls[training] < 0:
             return False
         self.calls[training] = (self.calls[training] + 1) % _AGAIN
         return self.calls[training] == 0
 
     def excuse(self, training: bool, reason: str) -> None:
-        """Say why nothing was learned from a call, where nothing is known yet."""
+        """Note why nothing was learned from a call, where nothing is known yet."""
         if self.expected[training] is None and self.reasons[training] is not reason:
             self.reasons[training] = reason
 
     def stop_before(self, training: bool, steps: Steps) -> None:
-        """Expect these steps without the last one from now on, if a kernel computes them."""
+        """Expect these steps without the last one from now on, if there is a kernel for them."""
         self.refused[training] = steps
         self.expected[training] = kernel_of(steps[:-1])
 
     def miss(self, training: bool, reason: str) -> None:
-        """Something else came: look again, unless that has happened too often."""
+        """Note a wrong expectation: look again, unless that happened too often."""
         self.misses[training] += 1
         if self.misses[training] >= _MISSES:
             self.give_up(training, reason, for_good=True)
@@ -76,15 +75,15 @@ class Memory:
             self.expected[training] = None
 
     def is_new(self) -> bool:
-        """Whether nothing has been learned yet."""
+        """Return whether nothing has been learned yet."""
         return self == Memory()
 
     def kernels(self) -> list[Kernel]:
-        """What runs together with the layer, in either mode."""
+        """Return the kernels that are expected, in either mode."""
         return list(dict.fromkeys(kernel for kernel in self.expected if kernel is not None and kernel.steps))
 
     def reason(self) -> str | None:
-        """Why nothing runs together with the layer; None where something does."""
+        """Return why nothing is fused; None where something is."""
         if self.is_new():
             return "has not been called yet"
         return None if self.kernels() else next((reason for reason in reversed(self.reasons) if reason), None)

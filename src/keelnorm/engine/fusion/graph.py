@@ -1,13 +1,13 @@
-"""The places in autograd's graph of a batch norm whose result waits, and of the operations that run together with it.
+"""Autograd nodes of a batch norm whose result waits, and of the operations that are fused with it.
 
     x, γ, β ── BatchNormNode ── SumNode ── StepNode ── result
                       │            │           └── of each step that is not an addition
                    deferred     deferred
 
-The graph is that of the operations one by one, so that every value in between has its gradient, whoever asks. Each node
-has two outputs: the deferred tensor that users hold, and a hidden one, from which the graph goes on; when a deferred
-tensor becomes plain, it takes the hidden one's place. What the kernel of the backward computes at once is computed by
-the node at the end, and handed to the others beside the graph (:class:`Shared`).
+The graph has one node for each operation, so that every intermediate value has its gradient. Each node has two outputs:
+the deferred tensor that users hold, and a hidden one, from which the graph continues; when a deferred tensor becomes
+plain, it takes the hidden one's place. The last node computes all gradients with one kernel, and hands them to the
+other nodes outside of the graph (:class:`Shared`).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 
 class Shared:
-    """What the nodes of one call tell each other.
+    """What the nodes of one call exchange.
 
     Args:
-        exact: Whether a value in between is in somebody's hands: then gradients pass through it one by one.
-        gradients: Of x, weight and bias, from the node at the end; of the backward ``task``.
-        later: A gradient behind the activation and its result, for the addition in front of it; of the same.
+        exact: Whether user code holds an intermediate value: then each node computes its own gradient.
+        gradients: Of x, weight and bias, from the last node, in the backward ``task``.
+        later: The gradient after the activation and the result, for the addition before it, in the same backward.
     """
 
     __slots__ = ("exact", "gradients", "later", "task")
@@ -46,11 +46,12 @@ class Shared:
         self.later: tuple[Tensor, Tensor] | None = None
 
     def put(self, gradients: tuple[Tensor | None, ...] | None, later: tuple[Tensor, Tensor] | None = None) -> None:
+        """Leave gradients for the earlier nodes."""
         self.gradients, self.later = gradients, later
         self.task = running_backward()
 
     def take(self) -> tuple[tuple[Tensor | None, ...] | None, tuple[Tensor, Tensor] | None]:
-        """What was put in the backward that runs; nothing is left."""
+        """Return what was put in the backward that runs, and clear it."""
         mine = self.task == running_backward()
         found = (self.gradients, self.later) if mine else (None, None)
         self.gradients = self.later = None
@@ -58,7 +59,7 @@ class Shared:
 
 
 class BatchNormNode(Function):
-    """The batch norm itself: what is computed together with it is not seen here."""
+    """The batch norm itself; the operations fused with it have nodes of their own."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -84,7 +85,7 @@ class BatchNormNode(Function):
 
 
 class SumNode(Function):
-    """The addition of a residual. ``final``: nothing else runs with it."""
+    """The addition of a residual. ``final``: no operation follows it."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, residual: Tensor, call: Call, final: bool) -> Any:
@@ -112,9 +113,9 @@ class SumNode(Function):
 
 
 class StepNode(Function):
-    """A step behind: the last one is what the kernel's result comes from.
+    """A step after the batch norm; the last step returns the kernel's result.
 
-    Args of the forward: the hidden tensors of what the step acts on and of the batch norm's own result (None where the
+    Args of the forward: the hidden tensors of the step's operand and of the batch norm's own result (None where the
     step does not read it), the call, and the number of the step.
     """
 
@@ -152,7 +153,7 @@ class StepNode(Function):
 def _gradients(
     node: Any, dy: Tensor, act: Activation, y: Tensor | None, need_residual: bool = False
 ) -> tuple[Tensor | None, ...]:
-    """Of x, residual, weight and bias, from the gradient behind an activation: by one kernel where that may be."""
+    """Return dx, dresidual, dweight and dbias from the gradient after an activation, by one kernel where possible."""
     x, weight, bias, saved = _kept(node)
     normalization: Normalization = node.normalization
     if torch.is_grad_enabled() or _is_batched(dy):
@@ -164,7 +165,7 @@ def _gradients(
 
 
 def _kept(node: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """x, weight, bias and the statistics of a call. A bias that was changed since has no graph any more."""
+    """Return x, weight, bias and statistics of a call; for a bias that was changed since, its copy, without a graph."""
     x, weight, saved = node.saved_tensors
     if node.bias is None:
         return x, weight, None, saved
@@ -173,7 +174,7 @@ def _kept(node: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
 
 
 def _exact(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of what one step acts on, by itself."""
+    """Return the gradients of one step's operands, computed for this step alone."""
     step: Step = ctx.step
     if ctx.residual:  # ReLU, whose result says enough
         (y,) = ctx.saved_tensors
@@ -190,7 +191,7 @@ def _exact(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 def after(steps: Steps, start: Tensor) -> Tensor:
-    """What steps other than an addition make of a batch norm's own result."""
+    """Apply steps other than an addition to a batch norm's own result."""
     value = start
     for step in steps:
         value = value_after(step, value, start)
@@ -203,5 +204,5 @@ def _sum(*values: Tensor | None) -> Tensor | None:
 
 
 def _is_batched(gradient: Tensor) -> bool:
-    """Whether a transform has made many gradients one, which kernels do not see."""
+    """Return whether a transform batched several gradients, which kernels do not handle."""
     return is_transformed() or is_batched_gradient(gradient)

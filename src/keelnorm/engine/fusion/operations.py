@@ -1,4 +1,4 @@
-"""What an operation on a deferred tensor does, and which sequences of operations one kernel computes."""
+"""The operations that can be fused: how calls of torch's functions are read, and which sequences have a kernel."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from keelnorm.engine.activations import NAMED, NONE, Activation
 
 #: A residual of the same shape, dtype and device is added.
 ADD = "add"
-#: The batch norm's result, and what has been made of it, are multiplied.
+#: The value is multiplied by the batch norm's own result, as in x · sigmoid(x).
 TIMES_START = "times the start"
-#: The result is the argument itself: dropout that is off.
+#: The result is the argument itself, as of dropout that is off.
 HAND_ON = "hand on"
 #: One operation: an activation, one of the above, or an operator ("+" or "/") with a number.
 Step = Activation | str | tuple[str, float]
@@ -39,12 +39,12 @@ class Operation(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """What one kernel computes behind a batch norm, and what it stands for.
+    """What one kernel computes after a batch norm, and the operations that it stands for.
 
     Args:
-        residual: Whether one is added.
-        activation: What follows.
-        steps: The operations that are done so.
+        residual: Whether a residual is added.
+        activation: The activation.
+        steps: The operations that the kernel replaces.
     """
 
     residual: bool
@@ -67,25 +67,25 @@ _BEGINNINGS = {steps[:n] for steps in _BY_HAND for n in range(len(steps))}
 
 
 def kernel_of(steps: Steps) -> Kernel | None:
-    """The kernel that computes these steps behind a batch norm, or None."""
+    """Return the kernel that computes these steps after a batch norm, or None."""
     residual = steps[:1] == (ADD,)
     rest = steps[residual:]
     if not rest:
         return Kernel(True, NONE, steps) if residual else None
     found = rest[0] if len(rest) == 1 and isinstance(rest[0], Activation) else _BY_HAND.get(rest)
-    # The backward of other activations needs the residual, which is the user's to change.
+    # The backward of other activations reads the residual, which user code may change.
     if found is None or (residual and found is not NAMED["relu"]):
         return None
     return Kernel(residual, found, steps)
 
 
 def may_go_on(steps: Steps) -> bool:
-    """Whether one more step might make these a kernel, or another one."""
+    """Return whether one more step could make these a kernel, or another one."""
     return steps[steps[:1] == (ADD,) :] in _BEGINNINGS
 
 
 def value_after(step: Step, value: Tensor, start: Tensor) -> Tensor:
-    """What a step other than an addition makes of a value, in plain torch."""
+    """Apply a step other than an addition to a value, in plain torch."""
     if isinstance(step, Activation):
         return step.forward(value)
     if step == TIMES_START:
@@ -94,8 +94,8 @@ def value_after(step: Step, value: Tensor, start: Tensor) -> Tensor:
     return value + number if operator == "+" else value / number
 
 
-# ---- reading a call. A reader gets the call's arguments and gives the operation, or None for any other use of the
-# function. Functions of torch.nn.functional hand on all but the tensor by name.
+# ---- reading a call. A reader takes the call's arguments and returns the operation, or None for another use of the
+# function. Functions of torch.nn.functional pass all arguments but the tensor by keyword.
 
 Reader = Callable[[tuple[Any, ...], Mapping[str, Any]], "Operation | None"]
 
@@ -210,13 +210,13 @@ for _name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
 
 
 def read(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Operation | None:
-    """The operation that a call of a function of torch is, or None where it is none that could be fused."""
+    """Return the operation that a call of a torch function is, or None where it can't be fused."""
     reader = _READERS.get(function)
     return None if reader is None else reader(args, kwargs)
 
 
-#: Attributes, methods and functions that ask about a tensor and not for its values. (Autograd itself takes the hooks of
-#: an argument that an autograd.Function has changed in place.)
+#: Attributes, methods and functions that do not read a tensor's values. (Autograd reads the hooks of an argument that
+#: an autograd.Function changed in place.)
 METADATA = frozenset(
     [getattr(Tensor, name).__get__ for name in (
         "device", "dtype", "is_cpu", "is_cuda", "is_leaf", "is_meta", "is_mps", "is_quantized", "is_sparse",

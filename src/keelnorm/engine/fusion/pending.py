@@ -1,9 +1,9 @@
-"""What a deferred tensor waits for: to be looked at (Observed), or to be used as expected (Promise).
+"""The two states of a deferred tensor: computed and observed (Observed), or not computed yet (Promise).
 
-Both say whether the tensor ``takes_residual``, and which ``start`` it was made of: the batch norm's own result. They
-``follow`` an operation on it, and give the result, or None if it has to be computed from plain tensors. They ``settle``
-it, which makes it plain, and ``expose`` its values for code that does not see the class. ``stays`` says whether it must
-stay the object that it is while its values are read.
+Both have one interface. ``takes_residual``: whether an addition may follow. ``start``: the batch norm's own result,
+from which the tensor was made. ``follow``: the result of an operation on it, or None if that needs plain tensors.
+``settle``: turns it into a plain tensor. ``expose``: its values, for code that does not see the class. ``stays``:
+whether it must stay the same object while its values are read.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from keelnorm.engine.fusion.call import Call
 
 completed = 0
-"""How many kernels of this process have computed a batch norm together with what followed it."""
+"""How many fused kernels have run in this process."""
 _ADDED = "it is added to the result of another batch norm"
 
 
 class Observed:
-    """A tensor that is computed already, and of which the next operation is to be learned."""
+    """A computed tensor whose next operation is to be learned."""
 
     def __init__(self, call: Call, steps: Steps, start: Tensor | None) -> None:
         self.call, self.steps, self.start = call, steps, start
@@ -91,12 +91,12 @@ class Observed:
 
 
 class Promise:
-    """A tensor that has not been computed, because another one is expected in its place.
+    """A tensor that is not computed, because a later one is expected to be used instead.
 
     Args:
-        call: The batch norm's.
-        done: How many of the expected steps it has behind it.
-        hidden: Its stand-in in the graph; None where nothing is recorded.
+        call: The call of the batch norm.
+        done: How many of the expected steps it includes.
+        hidden: Its stand-in in autograd's graph; None where nothing is recorded.
     """
 
     __slots__ = ("call", "done", "exposed", "hidden")
@@ -140,7 +140,7 @@ class Promise:
         return args[0]
 
     def _next(self, operation: Operation) -> Tensor:
-        """The kernel's result, if this was the last step, or the next promise."""
+        """Return the kernel's result if this was the last step, else the next promise."""
         global completed
         call, hidden, other, done = self.call, self.hidden, operation.other, self.done + 1
         final = done == len(call.kernel.steps)
@@ -165,11 +165,11 @@ class Promise:
         return recorded and call.residual is None and _fits(call, residual) and call.is_unchanged()
 
     def _may_become(self, tensor: Any) -> bool:
-        """Whether an operation in place may replace what is changed: nothing has entered its history."""
+        """Return whether an operation in place may replace the tensor: its history has no other operation."""
         return type(tensor) is DeferredTensor and isinstance(made := tensor._pending, Promise) and made._is_own(tensor)
 
     def _is_own(self, tensor: Tensor) -> bool:
-        """Whether a promised tensor still is the result of its own node, or of none where it had none."""
+        """Return whether a promised tensor is still the result of its own node."""
         with without_torch_function():
             if self.hidden is None:
                 return not tensor.requires_grad
@@ -194,7 +194,7 @@ class Promise:
     def _learn(self, reason: str) -> None:
         call = self.call
         if call.residual is None if self.takes_residual else call.result is not None:
-            call.memory.miss(call.training, reason)  # what was expected has not come
+            call.memory.miss(call.training, reason)  # the expected operation did not come
         elif self.done:
             call.memory.stop_before(call.training, call.kernel.steps[: self.done + 1])
         else:
@@ -217,7 +217,7 @@ Pending = Observed | Promise
 
 
 def promise(call: Call, done: int, tensor: Any, hidden: Tensor | None) -> DeferredTensor:
-    """Let a tensor without memory be what has so many steps behind it."""
+    """Make a tensor without memory the result of the first ``done`` steps."""
     tensor._pending = Promise(call, done, hidden)
     call.scope.track(tensor)
     return tensor  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Where results wait: inside the call of a converted model, and nowhere else."""
+"""Scopes: results wait inside the call of a converted model, and nowhere else."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ _HOOKED = "a module with hooks takes or returns its result"
 
 
 class Scope:
-    """One call within which results may wait.
+    """One call of a model, within which results may wait.
 
     Args:
-        frame: The call's frame, whose end ends the scope even if nobody closes it; None where ``finally`` does.
+        module: The model.
+        frame: The call's frame; the scope ends with it even if nobody closes it. None where ``finally`` closes it.
     """
 
     __slots__ = ("_deferred", "_frame", "_guards", "_modes", "module", "thread")
@@ -47,18 +48,18 @@ class Scope:
         self._modes = function_mode_count()
 
     def is_open(self) -> bool:
-        """Whether the call still runs, and nothing that looks at every operation has begun inside it."""
+        """Return whether the call still runs, and no mode that sees every operation was entered inside it."""
         if function_mode_count() != self._modes or dispatch_mode_count() > 0:
             return False
         return self._frame is None or _runs(self._frame)
 
     def track(self, tensor: Tensor) -> Tensor:
-        """Settle a deferred tensor when the scope closes, if it still is one."""
+        """Settle a tensor when the scope closes, if it is still deferred."""
         self._deferred.append(weakref.ref(tensor))
         return tensor
 
     def settle(self, reason: str, learn: bool = True) -> None:
-        """Make all results plain that still wait; see :func:`keelnorm.engine.fusion.deferred_tensor.settle`."""
+        """Settle all results that still wait; see :func:`keelnorm.engine.fusion.deferred_tensor.settle`."""
         waiting, self._deferred = self._deferred, []
         for reference in waiting:
             tensor = reference()
@@ -66,7 +67,7 @@ class Scope:
                 settle(tensor, reason, learn)
 
     def guard(self) -> None:
-        """Settle everything before a module with hooks is entered or left: hooks see plain tensors."""
+        """Settle everything before a module with hooks is entered or left, since hooks must see plain tensors."""
         guard = _Guard(self)
         self._guards = [
             torch_module.register_module_forward_pre_hook(guard),
@@ -74,14 +75,14 @@ class Scope:
         ]
 
     def end(self) -> None:
-        """Nothing waits in here any more."""
+        """End the scope: remove its hooks."""
         for handle in self._guards:
             handle.remove()
         self._guards, self._frame = [], None
 
 
 class _Guard:
-    """A hook of all modules, for as long as a scope is open."""
+    """A global hook, for as long as a scope is open."""
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
@@ -92,10 +93,10 @@ class _Guard:
 
 
 class _Here(threading.local):
-    """A thread's scope: that of the outermost call."""
+    """A thread's scope, which belongs to the outermost call."""
 
     scope: Scope | None = None
-    #: The module that is called, and the call's frame; its scope is None where nothing may wait in it.
+    #: The outermost module that is called, and the call's frame. The scope is None where nothing may wait.
     module: nn.Module | None = None
     frame: FrameType | None = None
 
@@ -108,7 +109,7 @@ class _Here(threading.local):
         self.module = self.frame = self.scope = None
 
     def is_taken(self) -> bool:
-        """Whether a call runs. One that was left by what hooks do not see, such as KeyboardInterrupt, is forgotten."""
+        """Return whether a call runs. A call that KeyboardInterrupt ended, which hooks do not see, is forgotten."""
         if self.frame is not None and not _runs(self.frame):
             self.leave()
         return self.module is not None
@@ -118,24 +119,24 @@ _here = _Here()
 
 
 def current() -> Scope | None:
-    """The scope of the call that runs in this thread."""
+    """Return the scope of the call that runs in this thread."""
     return _here.scope
 
 
 def open_scope(module: nn.Module, _: Any) -> None:
-    """A forward pre-hook of a converted model."""
+    """Open a scope: a forward pre-hook of a converted model."""
     if not torch.compiler.is_compiling() and not _here.is_taken():
         _here.enter(module, _getframe(1))
 
 
 def close_scope(module: nn.Module, _: Any, __: Any) -> None:
-    """A forward hook of a converted model, which runs after an exception too."""
+    """Close the scope: a forward hook of a converted model, which also runs after an exception."""
     if torch.compiler.is_compiling() or module is not _here.module or _here.frame is None:
         return
     caller, opened, scope = _getframe(1), _here.frame, _here.scope
     if caller not in (opened, opened.f_back):
         return
-    # After an exception torch calls from further out. It is the one to be seen, and not what settling may add.
+    # After an exception torch calls the hook from an outer frame; an error of settling must not hide the exception.
     with suppress(RuntimeError) if caller is not opened else nullcontext():
         try:
             if scope is not None:
@@ -145,7 +146,7 @@ def close_scope(module: nn.Module, _: Any, __: Any) -> None:
 
 
 def add_scope(module: nn.Module) -> None:
-    """Let results wait within the module's calls, unless they may already."""
+    """Let results wait within the module's calls, unless they already do."""
     if not has_scope(module):
         module.register_forward_pre_hook(open_scope, prepend=True)
         module.register_forward_hook(close_scope, prepend=True, always_call=True)
@@ -160,13 +161,13 @@ def remove_scope(module: nn.Module) -> None:
 
 
 def has_scope(module: nn.Module) -> bool:
-    """Whether results may wait within the module's calls."""
+    """Return whether results may wait within the module's calls."""
     return open_scope in module._forward_pre_hooks.values()
 
 
 @contextmanager
 def scope_of(module: nn.Module) -> Iterator[None]:
-    """A scope for as long as the block runs, where none is open."""
+    """Open a scope for a block, unless one is open."""
     if _here.is_taken():
         yield
         return
@@ -188,13 +189,13 @@ def _runs(frame: FrameType) -> bool:
 
 
 def _scope_for(module: nn.Module, frame: FrameType | None) -> Scope | None:
-    """A scope for a module's call, or None where results must not wait in it."""
+    """Return a scope for a module's call, or None where results must not wait."""
     if not _may_wait():
         return None
     hooked = False
     for part in module.modules():
         if part._compiled_call_impl is not None or type(part) is compiled_module_class():
-            return None  # what is compiled looks at its arguments' classes
+            return None  # compiled code guards on its arguments' classes
         hooked = hooked or (part is not module and has_hooks(part))
     scope = Scope(module, frame)
     if hooked:
@@ -203,7 +204,7 @@ def _scope_for(module: nn.Module, frame: FrameType | None) -> Scope | None:
 
 
 def _may_wait() -> bool:
-    """Whether nothing is at work that has to see every operation, or every value."""
+    """Return whether nothing is active that must see every operation or every value."""
     if (
         torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch.is_inference_mode_enabled()  # which counts no changes in place
@@ -217,7 +218,7 @@ def _may_wait() -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a module has hooks, besides those that open a scope."""
+    """Return whether a module has hooks besides those that open a scope."""
     return bool(
         module._backward_hooks
         or module._backward_pre_hooks
@@ -227,5 +228,5 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _others(hooks: Iterable[Any]) -> bool:
-    """Whether there are hooks besides those of this module."""
+    """Return whether there are hooks besides those of this file."""
     return any(hook not in (open_scope, close_scope) and type(hook) is not _Guard for hook in hooks)
