@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
+from support.activations import FUNCTIONS, kinks_of
 from support.cases import DENSE, EPS, laid_out
 from support.definition import UNIT, moments, over, spread
 from support.operators import activation_of, operators
@@ -15,22 +15,6 @@ CASES = [
     for shape in SHAPES
     for layout in (DENSE if len(shape) > 2 else DENSE[:1])
 ]
-#: name: (function, kinks); parameters are the usual ones
-FUNCTIONS = {
-    "relu": (torch.relu, (0.0,)),
-    "relu6": (F.relu6, (0.0, 6.0)),
-    "leaky_relu": (F.leaky_relu, (0.0,)),
-    "elu": (F.elu, ()),
-    "silu": (F.silu, ()),
-    "gelu": (F.gelu, ()),
-    "gelu_tanh": (lambda v: F.gelu(v, approximate="tanh"), ()),
-    "hardswish": (F.hardswish, (-3.0, 3.0)),
-    "hardsigmoid": (lambda v: F.hardtanh(v + 3, 0, 6) / 6, (-3.0, 3.0)),
-    "sigmoid": (torch.sigmoid, ()),
-    "tanh": (torch.tanh, ()),
-    "mish": (F.mish, ()),
-    "softplus": (F.softplus, (20.0,)),
-}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -39,7 +23,6 @@ class Case:
 
     def __init__(self, shape, layout, name, residual, dtype=torch.float32, spread_of_v=4.0):
         self.code = activation_of(name)
-        function, kinks = FUNCTIONS[name]
         channels, rank = shape[1], len(shape)
         self.x = laid_out(torch.randn(shape).to(dtype), layout)
         self.residual = laid_out(torch.randn(shape).to(dtype), layout) if residual else None
@@ -50,9 +33,9 @@ class Case:
         v = xhat * spread(self.weight.double(), rank) + spread(self.bias.double(), rank)
         v = v if self.residual is None else v + self.residual.double()
         v.requires_grad_()
-        self.y = function(v)
+        self.y = FUNCTIONS[name](v)
         dy = torch.randn(shape).to(dtype)
-        for kink in kinks:
+        for kink in kinks_of(name):
             dy = torch.where((v.detach() - kink).abs() <= 64 * UNIT * (v.detach().abs() + 1), 0, dy)
         self.dy = laid_out(dy, layout)
         [self.g] = torch.autograd.grad(self.y, v, self.dy.double())

@@ -44,8 +44,8 @@ def view_of(x: Tensor, name: str = "x") -> View:
     return view
 
 
-def alike(name: str, t: Tensor, x: Tensor) -> Tensor:
-    """t, of x's shape, laid out as x is: itself, or a copy."""
+def laid_out_as(x: Tensor, name: str, t: Tensor) -> Tensor:
+    """t, of x's shape, in x's layout: itself, or a copy."""
     if t.dtype not in DTYPES or t.shape != x.shape or t.device != x.device:
         raise unsupported(name)
     _require_memory(name, t)

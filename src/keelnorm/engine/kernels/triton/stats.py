@@ -1,6 +1,6 @@
 """Moments of each channel: what each program finds of its tiles, and their merger.
 
-A program sums x − centre and (x − centre)² in float32, the centre being the mean of its first tile, and goes on in
+A program sums x − center and (x − center)² in float32, the center being the mean of its first tile, and goes on in
 float64; so a mean of many deviations costs no digits. The parts are merged in float64 by Chan's formula for several
 parts, m2 = Σ m2ᵢ + Σ nᵢ·(meanᵢ − mean)², in a fixed order: the same bits at each run.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from keelnorm.engine.kernels.triton.tile import counting, place, present, total
+from keelnorm.engine.kernels.triton.tile import channel_tile, counted, sum_per_channel, values_in_tile
 
 
 @triton.jit
@@ -26,38 +26,38 @@ def part_kernel(
     if COUNT_BATCH:
         if (block == 0) & (split == 0):
             tl.store(batches, tl.load(batches) + 1)
-    # A mask may leave nothing of the first tile, so that all are looked at for the centre.
+    # A mask may leave nothing of the first tile, so that all are looked at for the center.
     seen = tl.zeros([A, B], dtype=tl.float32)
     number = tl.zeros([A, B], dtype=tl.int32)
     stop = end if MASKED else tl.minimum(first + 1, end)
     for tile in range(first, stop):
-        offsets, spots, inside, channels = place(tile, block, N, C, S, A, B, LAST, WIDE)
-        counts = counting(inside, mask, spots, MASKED)
+        offsets, spots, inside, channels = channel_tile(tile, block, N, C, S, A, B, LAST, WIDE)
+        counts = counted(inside, mask, spots, MASKED)
         seen += tl.load(x + offsets, mask=counts, other=0.0).to(tl.float32)
         number += counts.to(tl.int32)
-    number = total(number, LAST)
-    centre = total(seen, LAST) / tl.maximum(number, 1).to(tl.float32)
+    number = sum_per_channel(number, LAST)
+    center = sum_per_channel(seen, LAST) / tl.maximum(number, 1).to(tl.float32)
     sums = tl.zeros([A, B], dtype=tl.float32)
     squares = tl.zeros([A, B], dtype=tl.float32)
     held_here = 0
     for tile in range(first, end):
-        offsets, spots, inside, channels = place(tile, block, N, C, S, A, B, LAST, WIDE)
-        counts = counting(inside, mask, spots, MASKED)
-        deviation = tl.load(x + offsets, mask=counts, other=0.0).to(tl.float32) - centre
+        offsets, spots, inside, channels = channel_tile(tile, block, N, C, S, A, B, LAST, WIDE)
+        counts = counted(inside, mask, spots, MASKED)
+        deviation = tl.load(x + offsets, mask=counts, other=0.0).to(tl.float32) - center
         deviation = tl.where(counts, deviation, 0.0)
         sums += deviation
         squares += deviation * deviation
-        held_here += present(tile, N, S, A, B, LAST)
+        held_here += values_in_tile(tile, N, S, A, B, LAST)
     count = number.to(tl.float64) if MASKED else (tl.zeros_like(number) + held_here).to(tl.float64)
     divisor = tl.maximum(count, 1.0)
-    moved = total(sums.to(tl.float64), LAST)
-    m2 = total(squares.to(tl.float64), LAST) - moved * moved / divisor
-    offsets, spots, inside, channels = place(first, block, N, C, S, A, B, LAST, WIDE)
+    moved = sum_per_channel(sums.to(tl.float64), LAST)
+    m2 = sum_per_channel(squares.to(tl.float64), LAST) - moved * moved / divisor
+    offsets, spots, inside, channels = channel_tile(first, block, N, C, S, A, B, LAST, WIDE)
     exists = channels < C
     at = parts + split * C + channels
     step = tl.num_programs(1) * C
     tl.store(at, count, mask=exists)
-    tl.store(at + step, centre.to(tl.float64) + moved / divisor, mask=exists)
+    tl.store(at + step, center.to(tl.float64) + moved / divisor, mask=exists)
     tl.store(at + 2 * step, tl.where(m2 < 0, 0.0, m2), mask=exists)  # NaN stays
 
 
@@ -73,25 +73,25 @@ def merge_kernel(
     count = tl.zeros([1, B], dtype=tl.float64)
     weighted = tl.zeros([1, B], dtype=tl.float64)
     for start in range(0, splits, SPLITS):
-        n, mean_of, _ = _parts(parts, channels, start, splits, C, SPLITS)
+        n, mean_of, _ = _load_parts(parts, channels, start, splits, C, SPLITS)
         count += tl.sum(n, axis=0, keep_dims=True)
         weighted += tl.sum(n * mean_of, axis=0, keep_dims=True)
     divisor = tl.maximum(count, 1.0)
     mean = weighted / divisor
     m2 = tl.zeros([1, B], dtype=tl.float64)
     for start in range(0, splits, SPLITS):
-        n, mean_of, m2_of = _parts(parts, channels, start, splits, C, SPLITS)
+        n, mean_of, m2_of = _load_parts(parts, channels, start, splits, C, SPLITS)
         away = tl.where(n > 0, mean_of - mean, 0.0)
         m2 += tl.sum(m2_of + n * away * away, axis=0, keep_dims=True)
     var = m2 / divisor
-    conclude(
+    finish_moments(
         count, mean, var, channels, exists, saved, coefficients, weight, bias, running_mean, running_var, batches,
         counts_of, C, momentum, eps, HAS_WEIGHT, HAS_BIAS, UPDATE, CUMULATIVE, HAS_COUNTS, COEFFICIENTS,
     )  # fmt: skip
 
 
 @triton.jit
-def _parts(parts, channels, start, splits, C, SPLITS: tl.constexpr):
+def _load_parts(parts, channels, start, splits, C, SPLITS: tl.constexpr):
     rows = start + tl.arange(0, SPLITS)[:, None]
     there = (rows < splits) & (channels < C)
     at = parts + rows * C + channels
@@ -104,7 +104,7 @@ def _parts(parts, channels, start, splits, C, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def conclude(
+def finish_moments(
     count, mean, var, channels, exists, saved, coefficients, weight, bias, running_mean, running_var, batches,
     counts_of, C, momentum, eps, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, UPDATE: tl.constexpr,
     CUMULATIVE: tl.constexpr, HAS_COUNTS: tl.constexpr, COEFFICIENTS: tl.constexpr,
@@ -119,9 +119,9 @@ def conclude(
     tl.store(saved + channels, mean, mask=exists)
     tl.store(saved + C + channels, var, mask=exists)
     tl.store(saved + 2 * C + channels, rstd, mask=exists)
-    centre, scale, shift = affine(mean, rstd, weight, bias, channels, exists, HAS_WEIGHT, HAS_BIAS)
+    center, scale, shift = coefficients_of(mean, rstd, weight, bias, channels, exists, HAS_WEIGHT, HAS_BIAS)
     if COEFFICIENTS:
-        tl.store(coefficients + channels, centre, mask=exists)
+        tl.store(coefficients + channels, center, mask=exists)
         tl.store(coefficients + C + channels, scale, mask=exists)
         tl.store(coefficients + 2 * C + channels, shift, mask=exists)
     if UPDATE:
@@ -151,17 +151,17 @@ def conclude(
             if CUMULATIVE:
                 tl.store(counts_of + C + channels, so_far + taken.to(tl.int64), mask=exists)
                 tl.store(counts_of + 2 * C + channels, before + enough.to(tl.int64), mask=exists)
-    return centre, scale, shift
+    return center, scale, shift
 
 
 @triton.jit
-def affine(mean, rstd, weight, bias, channels, exists, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """centre, scale, shift: x − centre is exact where it matters, and what its rounding left is in the shift."""
-    centre = mean.to(tl.float32)
+def coefficients_of(mean, rstd, weight, bias, channels, exists, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """center, scale, shift: x − center is exact where it matters, and what its rounding left is in the shift."""
+    center = mean.to(tl.float32)
     scale = rstd
     if HAS_WEIGHT:
         scale = rstd * tl.load(weight + channels, mask=exists, other=0.0).to(tl.float64)
-    shift = (centre.to(tl.float64) - mean) * scale
+    shift = (center.to(tl.float64) - mean) * scale
     if HAS_BIAS:
         shift += tl.load(bias + channels, mask=exists, other=0.0).to(tl.float64)
-    return centre, scale.to(tl.float32), shift.to(tl.float32)
+    return center, scale.to(tl.float32), shift.to(tl.float32)

@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def place(tile, block, N, C, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr):
+def channel_tile(tile, block, N, C, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr):
     """A tile of the values of a block of channels: (A, B) each, but for the channels, (1, B) or (1, 1).
 
     Returns:
@@ -34,7 +34,7 @@ def place(tile, block, N, C, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.const
 
 
 @triton.jit
-def lay(N, C, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr):
+def memory_tile(N, C, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr):
     """This program's tile of the matrix that the memory is: as `place`, with channels (1, B) or (A, 1)."""
     rows = tl.program_id(0) * A + tl.arange(0, A)[:, None]
     columns = tl.program_id(1) * B + tl.arange(0, B)[None, :]
@@ -51,7 +51,7 @@ def lay(N, C, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr, WIDE: tl.
 
 
 @triton.jit
-def total(v, LAST: tl.constexpr):
+def sum_per_channel(v, LAST: tl.constexpr):
     """Sums over a tile's values of each channel, (1, B) or (1, 1); always in the same order."""
     if LAST:
         return tl.sum(v, axis=0, keep_dims=True)
@@ -60,7 +60,7 @@ def total(v, LAST: tl.constexpr):
 
 
 @triton.jit
-def counting(inside, mask, spots, MASKED: tl.constexpr):
+def counted(inside, mask, spots, MASKED: tl.constexpr):
     """Which of the values inside the mask lets count."""
     if MASKED:
         return inside & (tl.load(mask + spots, mask=inside, other=0) != 0)
@@ -69,7 +69,7 @@ def counting(inside, mask, spots, MASKED: tl.constexpr):
 
 
 @triton.jit
-def present(tile, N, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr):
+def values_in_tile(tile, N, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr):
     """How many values of a channel the tile holds."""
     if LAST:
         return tl.minimum(N * S - tile * A, A)
@@ -79,11 +79,11 @@ def present(tile, N, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr):
 
 
 @triton.jit
-def held(centre, scale, shift, channels, C):
-    """The three coefficients of y = act((x − centre)·scale + shift) of these channels."""
+def load_coefficients(center, scale, shift, channels, C):
+    """The three coefficients of y = act((x − center)·scale + shift) of these channels."""
     exists = channels < C
     return (
-        tl.load(centre + channels, mask=exists, other=0.0),
+        tl.load(center + channels, mask=exists, other=0.0),
         tl.load(scale + channels, mask=exists, other=0.0),
         tl.load(shift + channels, mask=exists, other=0.0),
     )

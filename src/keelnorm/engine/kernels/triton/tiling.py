@@ -8,7 +8,7 @@ all values of a channel fit into one tile, one program holds them on chip, and x
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 TILE = 2048
@@ -90,7 +90,7 @@ def elementwise(view: View, tile: int = TILE, warps: int = 4) -> Tiling:
     """For kernels that go over the memory as it lies, value by value."""
     b = min(power_of_two(view.columns), 1024, tile)
     a = min(power_of_two(view.rows), max(1, tile // b))
-    return Tiling(a, b, warps, up(view.rows, a), up(view.columns, b))
+    return Tiling(a, b, warps, divide_up(view.rows, a), divide_up(view.columns, b))
 
 
 def reduction(view: View, itemsize: int, processors: int, tile: int = TILE, warps: int = 4) -> Tiling:
@@ -99,14 +99,14 @@ def reduction(view: View, itemsize: int, processors: int, tile: int = TILE, warp
         # A row of a tile is two sectors or more, so that few channels still make whole fetches.
         b = min(power_of_two(view.c), max(64 // itemsize, 16) * 2)
         a = min(power_of_two(view.values), max(1, tile // b))
-        blocks, tiles = up(view.c, b), up(view.values, a)
+        blocks, tiles = divide_up(view.c, b), divide_up(view.values, a)
     else:
         b = min(power_of_two(view.s), 1024, tile)
         a = min(power_of_two(view.n), max(1, tile // b))
-        blocks, tiles = view.c, up(view.n, a) * up(view.s, b)
-    splits = min(max(up(PROGRAMS * processors, blocks), up(tiles, ADDED_IN_FLOAT)), tiles, MANY_PROGRAMS)
-    per_program = up(tiles, splits)
-    return Tiling(a, b, warps, blocks, up(tiles, per_program), tiles, per_program)
+        blocks, tiles = view.c, divide_up(view.n, a) * divide_up(view.s, b)
+    splits = min(max(divide_up(PROGRAMS * processors, blocks), divide_up(tiles, ADDED_IN_FLOAT)), tiles, MANY_PROGRAMS)
+    per_program = divide_up(tiles, splits)
+    return Tiling(a, b, warps, blocks, divide_up(tiles, per_program), tiles, per_program)
 
 
 def on_chip(view: View, itemsize: int, limit: int) -> Tiling | None:
@@ -120,7 +120,7 @@ def on_chip(view: View, itemsize: int, limit: int) -> Tiling | None:
     b = least
     while b < 128 and b < view.c and a * b * 2 <= TILE * 2:
         b *= 2
-    return Tiling(a, b, _warps(a * b), up(view.c, b))
+    return Tiling(a, b, _warps(a * b), divide_up(view.c, b))
 
 
 def candidates(view: View, itemsize: int, processors: int) -> list[tuple[Tiling, Tiling]]:
@@ -130,11 +130,6 @@ def candidates(view: View, itemsize: int, processors: int) -> list[tuple[Tiling,
         (reduction(view, itemsize, processors, tile, warps), elementwise(view, tile, warps)) for tile, warps in sizes
     ]
     return list(dict.fromkeys(found))
-
-
-def single(tiling: Tiling) -> Tiling:
-    """The same cut with all tiles of a block in one program."""
-    return replace(tiling, splits=1, per_program=tiling.tiles)
 
 
 def _warps(values: int) -> int:
@@ -147,6 +142,6 @@ def power_of_two(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
 
 
-def up(count: int, by: int) -> int:
+def divide_up(count: int, by: int) -> int:
     """count / by, rounded up."""
     return -(-count // by)

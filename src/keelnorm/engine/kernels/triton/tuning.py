@@ -77,15 +77,12 @@ def fastest(view: View, x: Tensor, among: list[Choice], timer: Timer) -> Choice:
 
     global _trial
     y, dx = torch.empty_like(x), torch.empty_like(x)
-    act = launches.Act(1, 0.0, 0.0)
+    call = launches.Call(x, view, launches.Act("relu"))
 
     def run() -> None:
-        saved = launches.forward(
-            x, None, None, False, y, None, None, launches.Running(), True, 1e-5, view, act
-        )  # fmt: skip
-        launches.backward(
-            x, launches.Given(x, None, None), None, False, dx, None, saved, None, None, True, True, view, act
-        )
+        saved = launches.forward(call, None, y, launches.Running(), training=True, eps=1e-5)
+        inputs = launches.GradientInputs(x, None, None)
+        launches.backward(call, inputs, dx, None, saved, training=True, need_vectors=True)
 
     times = []
     for choice in among:
