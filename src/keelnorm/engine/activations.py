@@ -182,7 +182,7 @@ class Activation(NamedTuple):
         return row.inverse is not None and (not row.parameters or 0 < self.a < math.inf)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """v from y = act(v); only where :attr:`invertible`."""
+        """Find v from y = act(v); only where :attr:`invertible`."""
         inverse = TABLE[self.code].inverse
         if inverse is None:
             raise ValueError(f"{self.name} has no inverse")

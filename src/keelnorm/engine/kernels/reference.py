@@ -109,7 +109,7 @@ def grad_input(
     grad_means: tuple[Tensor, Tensor] | None,
     act: Activation,
 ) -> Tensor:
-    """dx, from the means of g and g·xhat over all values that were normalized together (None: fixed statistics)."""
+    """Compute dx from the means of g and g·xhat over all values normalized together (None: fixed statistics)."""
     _count_call()
     affine = _affine(x, mean, rstd, weight, bias)
     g = _gate(dy, x, affine, y, residual, act)
@@ -138,7 +138,7 @@ def grad_residual(
     residual: Tensor | None,
     act: Activation,
 ) -> Tensor:
-    """dresidual = g, in dy's dtype."""
+    """Compute dresidual = g, in dy's dtype."""
     _count_call()
     return _gate(dy, x, _affine(x, mean, rstd, weight, bias), y, residual, act).to(dy.dtype)
 
@@ -146,7 +146,7 @@ def grad_residual(
 def invert(
     y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, act: Activation
 ) -> Tensor:
-    """x = mean + (act⁻¹(y) − bias)/(weight·rstd), in y's dtype and layout.
+    """Rebuild x = mean + (act⁻¹(y) − bias)/(weight·rstd), in y's dtype and layout.
 
     Clamped to finite values: x was finite where y is, and y's rounding error must not turn it into infinity.
     """

@@ -1,4 +1,4 @@
-"""y = act((x − mean)·rstd·weight + bias + residual), value by value, with coefficients that are known."""
+"""Kernels for y = act((x − mean)·rstd·weight + bias + residual) with known mean and rstd, value by value."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from keelnorm.engine.kernels.triton.tile import counted, load_coefficients, memo
 
 @triton.jit
 def coefficient_kernel(
-    mean, spread, saved, coefficients, weight, bias, C, eps,
+    mean, rstd_or_var, saved, coefficients, weight, bias, C, eps,
     B: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, RUNNING: tl.constexpr,
 ):  # fmt: skip
-    """coefficients (3, C) from mean and rstd; from running statistics, whose variance `spread` then is, saved too."""
+    """Write coefficients (3, C) from mean and rstd; with RUNNING, from the running variance, and write saved (3, C)."""
     channels = tl.program_id(0) * B + tl.arange(0, B)
     exists = channels < C
     mean_of = tl.load(mean + channels, mask=exists, other=0.0).to(tl.float64)
-    rstd = tl.load(spread + channels, mask=exists, other=1.0).to(tl.float64)
+    rstd = tl.load(rstd_or_var + channels, mask=exists, other=1.0).to(tl.float64)
     if RUNNING:
         tl.store(saved + channels, mean_of, mask=exists)
         tl.store(saved + C + channels, rstd, mask=exists)
@@ -37,7 +37,7 @@ def apply_kernel(
     A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, ACT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """One tile. Values that the mask does not let count come out as 0, or as x with KEEP."""
+    """Write one tile of y; for masked values 0, or x with KEEP."""
     offsets, spots, inside, channels = memory_tile(N, C, S, A, B, LAST, WIDE)
     center, scale, shift = load_coefficients(coefficients, coefficients + C, coefficients + 2 * C, channels, C)
     given = tl.load(x + offsets, mask=inside, other=0.0)

@@ -24,7 +24,7 @@ def sigmoid(v):
 
 @triton.jit
 def tanh(v):
-    """tanh(v): a polynomial near 0, where 1 − exp(−2|v|) has few digits."""
+    """Compute the hyperbolic tangent, near 0 by a polynomial: 1 − exp(−2|v|) loses digits there."""
     t = tl.exp(-2.0 * tl.abs(v))
     far = (1.0 - t) / (1.0 + t)
     far = tl.where(v < 0, -far, far)
@@ -56,7 +56,7 @@ def softplus(v):
 
 @triton.jit
 def activate(v, a, b, ACT: tl.constexpr):
-    """act(v) of the activation named ACT; NaN stays NaN."""
+    """Compute act(v) of the activation named ACT; NaN stays NaN."""
     if ACT == "none":
         y = v
     elif ACT == "relu":
@@ -92,7 +92,7 @@ def activate(v, a, b, ACT: tl.constexpr):
 
 @triton.jit
 def gradient(g, v, a, b, ACT: tl.constexpr):
-    """g·act′(v) of the activation named ACT."""
+    """Compute g·act′(v) of the activation named ACT."""
     if ACT == "none":
         r = g
     elif ACT == "relu":
@@ -134,7 +134,7 @@ def gradient(g, v, a, b, ACT: tl.constexpr):
 
 @triton.jit
 def inverse(y, a, ACT: tl.constexpr):
-    """v from y = act(v), in float64, of the activation named ACT."""
+    """Find v from y = act(v), in float64, of the activation named ACT."""
     if ACT == "none":
         v = y
     elif ACT == "leaky_relu":

@@ -25,7 +25,7 @@ def gradient_before(
     dy, x_value, center, scale, shift, y, residual, offsets, counts, a, b,
     ACT: tl.constexpr, HAS_Y: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """g = dy·act′(v), 0 for masked values; v is y, which suffices for ReLU, or found from x and the residual."""
+    """Compute g = dy·act′(v), 0 for masked values; v is y (ReLU needs no more), or found from x and the residual."""
     g = tl.load(dy + offsets, mask=counts, other=0.0).to(tl.float32)
     if ACT != "none":
         if HAS_Y:

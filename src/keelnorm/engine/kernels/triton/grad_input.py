@@ -1,4 +1,4 @@
-"""dx = g·scale + (x − center)·slope + offset, and dresidual = g, value by value."""
+"""Kernels for dx = g·scale + (x − center)·slope + offset and dresidual = g, value by value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from keelnorm.engine.kernels.triton.tile import counted, load_coefficients, memo
 def slope_kernel(
     means, mean, rstd, weight, coefficients, slopes, C, B: tl.constexpr, HAS_WEIGHT: tl.constexpr
 ):  # fmt: skip
-    """slopes (2, C) from the means (2, C) of g and g·x̂."""
+    """Write slopes (2, C) from the means (2, C) of g and g·x̂."""
     channels = tl.program_id(0) * B + tl.arange(0, B)
     exists = channels < C
     slope, offset = slope_and_offset(
@@ -36,7 +36,7 @@ def grad_input_kernel(
     HAS_RESIDUAL: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr, TRAINING: tl.constexpr,
     NEED_INPUT: tl.constexpr, NEED_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """One tile. Where the mask lets nothing count, the gradients are 0; with KEEP, where y is x, dx is dy."""
+    """Write one tile of the gradients. For masked values they are 0, or dx is dy with KEEP, where y is x."""
     offsets, spots, inside, channels = memory_tile(N, C, S, A, B, LAST, WIDE)
     counts = counted(inside, mask, spots, MASKED)
     center, scale, shift = load_coefficients(coefficients, coefficients + C, coefficients + 2 * C, channels, C)

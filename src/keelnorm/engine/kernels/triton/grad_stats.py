@@ -1,4 +1,4 @@
-"""Σg and Σg·x̂ of each channel: the gradients of bias and weight, and what the gradient of x needs."""
+"""Kernels for Σg and Σg·x̂ of each channel: the gradients of bias and weight, which dx depends on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def grad_part_kernel(
     A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, ACT: tl.constexpr, HAS_Y: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """parts[0, 1][split, c] = Σg, Σg·(x − center) over the split's values of channel c; parts[2] their number."""
+    """Write parts[0, 1][split, c] = Σg, Σg·(x − center) over a split of channel c, and parts[2] = number of values."""
     block, split = tl.program_id(0), tl.program_id(1)
     first = split * per_program
     offsets, spots, inside, channels = channel_tile(first, block, N, C, S, A, B, LAST, WIDE)
@@ -49,7 +49,7 @@ def grad_merge_kernel(
     SPLITS: tl.constexpr, B: tl.constexpr, HAS_WEIGHT: tl.constexpr, MASKED: tl.constexpr, GRADIENTS: tl.constexpr,
     SLOPES: tl.constexpr,
 ):  # fmt: skip
-    """sums (2, C) = Σg, Σg·x̂; the gradients of bias and weight; and slopes (2, C) of dx, see `grad_input`."""
+    """Write sums (2, C) = Σg, Σg·x̂ or the gradients of bias and weight; with SLOPES also the slopes (2, C) of dx."""
     channels = tl.program_id(0) * B + tl.arange(0, B)[None, :]
     exists = channels < C
     sum_g = tl.zeros([1, B], dtype=tl.float64)
@@ -78,7 +78,7 @@ def write_gradients(
     sum_g, sum_gx, mean, rstd, center, weight, sums, dweight, dbias, slopes, channels, exists, C, count,
     HAS_WEIGHT: tl.constexpr, TRAINING: tl.constexpr, GRADIENTS: tl.constexpr, SLOPES: tl.constexpr,
 ):  # fmt: skip
-    """What follows from Σg and Σg·(x − center); returns slope and offset of dx."""
+    """Write the results that follow from Σg and Σg·(x − center); return slope and offset of dx."""
     sum_gxhat = (sum_gx - (mean - center) * sum_g) * rstd
     if GRADIENTS:
         tl.store(dbias + channels, sum_g.to(tl.float32), mask=exists)
@@ -99,7 +99,7 @@ def write_gradients(
 def slope_and_offset(
     mean_g, mean_gxhat, mean, rstd, center, weight, channels, exists, HAS_WEIGHT: tl.constexpr, TRAINING: tl.constexpr
 ):  # fmt: skip
-    """slope and offset of dx = g·scale + (x − center)·slope + offset; 0 with fixed statistics."""
+    """Return slope and offset of dx = g·scale + (x − center)·slope + offset; 0 with fixed statistics."""
     scale = rstd
     if HAS_WEIGHT:
         scale = rstd * tl.load(weight + channels, mask=exists, other=0.0).to(tl.float64)

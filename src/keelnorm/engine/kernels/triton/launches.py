@@ -142,13 +142,13 @@ def coefficients(call: Call, mean: Tensor, rstd: Tensor) -> Tensor:
     return _coefficients(call, mean, rstd, None, 0.0)
 
 
-def _coefficients(call: Call, mean: Tensor, spread: Tensor, saved: Tensor | None, eps: float) -> Tensor:
-    """The coefficients from rstd; or with ``saved`` from the running variance, and (mean, var, rstd) stored there."""
+def _coefficients(call: Call, mean: Tensor, rstd_or_var: Tensor, saved: Tensor | None, eps: float) -> Tensor:
+    """Coefficients from rstd; with ``saved`` from the running variance, and (mean, var, rstd) are written there."""
     x, view, weight, bias = call.x, call.view, call.weight, call.bias
     found = _empty_rows(x, 3, torch.float32)
     with launching(x):
         coefficient_kernel[divide_up(view.c, _CHANNELS),](
-            mean, spread, _or(saved, x), found, _or(weight, x), _or(bias, x), view.c, eps,
+            mean, rstd_or_var, _or(saved, x), found, _or(weight, x), _or(bias, x), view.c, eps,
             B=_CHANNELS, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, RUNNING=saved is not None,
         )  # fmt: skip
     return found
@@ -229,7 +229,7 @@ def _merge_grad_parts(
 
 
 def slopes(call: Call, means: Tensor, mean: Tensor, rstd: Tensor, coefficients: Tensor) -> Tensor:
-    """slope and offset (2, C) of dx = g·scale + (x − center)·slope + offset, from the means of g and g·x̂."""
+    """Find slope and offset (2, C) of dx = g·scale + (x − center)·slope + offset, from the means of g and g·x̂."""
     x, view, weight = call.x, call.view, call.weight
     found = _empty_rows(x, 2, torch.float32)
     with launching(x):

@@ -1,6 +1,6 @@
-"""Forward and backward in one kernel each, where all values of a block of channels fit into a program's registers.
+"""Forward and backward in one kernel each, for blocks of channels that fit into a program's registers.
 
-x is read once, and y or dx written once: the least that batch normalization can move.
+x is read once and y or dx is written once: the minimum of memory traffic.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def forward_kernel(
     HAS_BIAS: tl.constexpr, UPDATE: tl.constexpr, CUMULATIVE: tl.constexpr, HAS_COUNTS: tl.constexpr,
     COUNT_BATCH: tl.constexpr,
 ):  # fmt: skip
-    """Moments in two passes over registers, the running ones updated, and y."""
+    """Find the moments in two passes over registers, update the running statistics, and write y."""
     block = tl.program_id(0)
     if COUNT_BATCH:
         if block == 0:
@@ -58,7 +58,7 @@ def backward_kernel(
     HAS_RESIDUAL: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     TRAINING: tl.constexpr, NEED_INPUT: tl.constexpr, NEED_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """The sums over g, the gradients of weight and bias, dx and dresidual."""
+    """Sum g, and write the gradients of weight and bias, dx and dresidual."""
     block = tl.program_id(0)
     offsets, spots, inside, channels = channel_tile(0, block, N, C, S, A, B, LAST, WIDE)
     counts = counted(inside, mask, spots, MASKED)

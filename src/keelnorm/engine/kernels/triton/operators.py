@@ -123,7 +123,7 @@ def inplace_(
 def invert(
     y: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, activation: int, a: float, b: float
 ) -> Tensor:
-    """x from y, in y's layout, for an activation that has an inverse."""
+    """Rebuild x from y, in y's layout, for an activation that has an inverse."""
     call = _call(y, weight, bias, activation, a, b, name="y")
     if TABLE[activation].inverse is None:
         raise unsupported("activation")

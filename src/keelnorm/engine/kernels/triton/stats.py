@@ -1,8 +1,8 @@
-"""Moments of each channel: what each program finds of its tiles, and their merger.
+"""Kernels for the moments of each channel: each program computes those of its tiles, and a second kernel merges them.
 
-A program sums x − center and (x − center)² in float32, the center being the mean of its first tile, and goes on in
-float64; so a mean of many deviations costs no digits. The parts are merged in float64 by Chan's formula for several
-parts, m2 = Σ m2ᵢ + Σ nᵢ·(meanᵢ − mean)², in a fixed order: the same bits at each run.
+A program sums x − center and (x − center)² in float32, where center is the mean of its first tile, and converts the
+sums to float64: this is accurate when the mean is much larger than the standard deviation. The parts are merged in
+float64 by Chan's formula, m2 = Σ m2ᵢ + Σ nᵢ·(meanᵢ − mean)², in a fixed order, so each run gives the same bits.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ def part_kernel(
     A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
     COUNT_BATCH: tl.constexpr,
 ):  # fmt: skip
-    """parts[0, 1, 2][split, c] = count, mean, m2 of the split's values of channel c."""
+    """Write parts[0, 1, 2][split, c] = count, mean, m2 of a split of channel c."""
     block, split = tl.program_id(0), tl.program_id(1)
     first = split * per_program
     end = tl.minimum(first + per_program, tiles)
     if COUNT_BATCH:
         if (block == 0) & (split == 0):
             tl.store(batches, tl.load(batches) + 1)
-    # A mask may leave nothing of the first tile, so that all are looked at for the center.
+    # A mask may leave no value of the first tile; then the center is the mean over all tiles.
     seen = tl.zeros([A, B], dtype=tl.float32)
     number = tl.zeros([A, B], dtype=tl.int32)
     stop = end if MASKED else tl.minimum(first + 1, end)
@@ -67,7 +67,7 @@ def merge_kernel(
     SPLITS: tl.constexpr, B: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, UPDATE: tl.constexpr,
     CUMULATIVE: tl.constexpr, HAS_COUNTS: tl.constexpr, COEFFICIENTS: tl.constexpr,
 ):  # fmt: skip
-    """saved = count, mean, biased variance, 1/√(var + eps); coefficients; the running statistics updated."""
+    """Write saved (3, C) = mean, biased variance, 1/√(var + eps), and coefficients; update the running statistics."""
     channels = tl.program_id(0) * B + tl.arange(0, B)[None, :]
     exists = channels < C
     count = tl.zeros([1, B], dtype=tl.float64)
@@ -109,11 +109,10 @@ def finish_moments(
     counts_of, C, momentum, eps, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, UPDATE: tl.constexpr,
     CUMULATIVE: tl.constexpr, HAS_COUNTS: tl.constexpr, COEFFICIENTS: tl.constexpr,
 ):  # fmt: skip
-    """What follows from a batch's moments: saved (3, C), the coefficients (3, C) of y, and the running statistics.
+    """Write saved (3, C) and the coefficients (3, C) of y, update the running statistics, and return the coefficients.
 
-    A channel of which something not finite would be stored keeps its running statistics and is counted; so does one of
-    fewer than two values, which has no variance, but is not counted. `counts_of` (3, C) are those of
-    keelnorm/engine/update_counts.py.
+    A channel keeps its running statistics where a new one would not be finite, which is counted as a skipped update,
+    and where it has fewer than two values, which is not. keelnorm/engine/update_counts.py explains `counts_of` (3, C).
     """
     rstd = 1.0 / tl.sqrt(var + eps)
     tl.store(saved + channels, mean, mask=exists)
@@ -128,7 +127,7 @@ def finish_moments(
         enough = count > 1
         factor = momentum
         if CUMULATIVE:
-            # Of the average, over the batches before this one, which is counted already where it has enough values.
+            # The number of batches before this one, which `batches` already includes if it has two values.
             before = tl.zeros_like(channels).to(tl.int64) + tl.load(batches)
             before -= enough.to(tl.int64)
             so_far = before
@@ -156,7 +155,7 @@ def finish_moments(
 
 @triton.jit
 def coefficients_of(mean, rstd, weight, bias, channels, exists, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """center, scale, shift: x − center is exact where it matters, and what its rounding left is in the shift."""
+    """Return center, scale, shift: x − center is exact near the mean, and the shift corrects for center's rounding."""
     center = mean.to(tl.float32)
     scale = rstd
     if HAS_WEIGHT:

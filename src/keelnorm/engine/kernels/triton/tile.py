@@ -1,4 +1,4 @@
-"""Where a tile's values lie, and sums over the values of a channel."""
+"""Offsets of the values of a tile, and sums over the values of a channel."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import triton.language as tl
 
 @triton.jit
 def channel_tile(tile, block, N, C, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr):
-    """A tile of the values of a block of channels: (A, B) each, but for the channels, (1, B) or (1, 1).
+    """A tile of the values of a block of channels.
 
     Returns:
-        offsets into the tensor; spots in the mask (N, *S); inside: which of them exist; channels.
+        offsets in the tensor, spots in the mask (N, *S) and inside, whether the value exists, all (A, B); and the
+        channels, (1, B) or (1, 1).
     """
     down = tl.arange(0, A)[:, None]
     across = tl.arange(0, B)[None, :]
@@ -35,7 +36,7 @@ def channel_tile(tile, block, N, C, S, A: tl.constexpr, B: tl.constexpr, LAST: t
 
 @triton.jit
 def memory_tile(N, C, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr):
-    """This program's tile of the matrix that the memory is: as `place`, with channels (1, B) or (A, 1)."""
+    """This program's tile of the memory as a matrix; returns as `channel_tile`, with channels (1, B) or (A, 1)."""
     rows = tl.program_id(0) * A + tl.arange(0, A)[:, None]
     columns = tl.program_id(1) * B + tl.arange(0, B)[None, :]
     if LAST:
@@ -52,7 +53,7 @@ def memory_tile(N, C, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr, W
 
 @triton.jit
 def sum_per_channel(v, LAST: tl.constexpr):
-    """Sums over a tile's values of each channel, (1, B) or (1, 1); always in the same order."""
+    """Sum a tile over each channel, to (1, B) or (1, 1), always in the same order."""
     if LAST:
         return tl.sum(v, axis=0, keep_dims=True)
     else:
@@ -61,7 +62,7 @@ def sum_per_channel(v, LAST: tl.constexpr):
 
 @triton.jit
 def counted(inside, mask, spots, MASKED: tl.constexpr):
-    """Which of the values inside the mask lets count."""
+    """Whether a value exists and counts by the mask."""
     if MASKED:
         return inside & (tl.load(mask + spots, mask=inside, other=0) != 0)
     else:
@@ -70,7 +71,7 @@ def counted(inside, mask, spots, MASKED: tl.constexpr):
 
 @triton.jit
 def values_in_tile(tile, N, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr):
-    """How many values of a channel the tile holds."""
+    """The number of a channel's values in a tile."""
     if LAST:
         return tl.minimum(N * S - tile * A, A)
     else:
@@ -80,7 +81,7 @@ def values_in_tile(tile, N, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.conste
 
 @triton.jit
 def load_coefficients(center, scale, shift, channels, C):
-    """The three coefficients of y = act((x − center)·scale + shift) of these channels."""
+    """Load the coefficients of y = act((x − center)·scale + shift) of these channels."""
     exists = channels < C
     return (
         tl.load(center + channels, mask=exists, other=0.0),

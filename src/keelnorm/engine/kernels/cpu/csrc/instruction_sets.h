@@ -4,6 +4,10 @@
 // dtypes run on the set before it. A set also requires the sets before it.
 #pragma once
 
+#define KEELNORM_INSTRUCTION_SETS(X)                                                                                 \
+  X(baseline, ALL, 16, true, "native, the plainest instructions of the machine's family; floating-point on the CPU") \
+  KEELNORM_WIDER_SETS(X)
+
 #define KEELNORM_HAS(feature) __builtin_cpu_supports(feature)  // by processor and operating system
 
 #if defined(__x86_64__)
@@ -18,10 +22,6 @@
 #else
 #define KEELNORM_WIDER_SETS(X)
 #endif
-
-#define KEELNORM_INSTRUCTION_SETS(X)                                                                                 \
-  X(baseline, ALL, 16, true, "native, the plainest instructions of the machine's family; floating-point on the CPU") \
-  KEELNORM_WIDER_SETS(X)
 
 namespace keelnorm {
 
