@@ -77,7 +77,8 @@ def test_its_name_is_in_the_type() -> None:
 @each
 def test_it_is_documented(row: Definition) -> None:
     arguments = ", ".join([*(f'"{value}"' for value in row.options.values()), *row.parameters])
-    line = f'| `"{row.name}"` | `{row.module.__name__}({arguments})` | {row.formula} |'
+    formula = row.formula.replace("|", r"\|")
+    line = f'| `"{row.name}"` | `{row.module.__name__}({arguments})` | {formula} |'
     assert line in text("docs/layers.md"), f"docs/layers.md lacks the line {line}"
     found = f'``"{row.name}"``' in inspect.getdoc(kn.functional.batch_norm)
     assert found, f"the docstring of batch_norm in functional.py lacks {row.name!r}"
