@@ -1,4 +1,4 @@
-"""Random calls of batch normalization: shape, dtypes, strides, activation, residual, mask, weights and the rest."""
+"""Random calls of batch normalization: shape, dtypes, strides, activation, residual, mask, weights and so on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAYOUTS = (*DENSE, "sliced", "transposed", "expanded")
 
 @dataclass(frozen=True)
 class Case:
-    """How batch normalization is called, and what its tensors are drawn from."""
+    """The arguments of a call of batch normalization, and how its tensors are drawn."""
 
     seed: int
     kernel: str
@@ -98,7 +98,7 @@ def _shape(rng: random.Random) -> tuple[int, ...]:
 
 @dataclass
 class Tensors:
-    """What a case is called with. What the mask leaves out is NaN."""
+    """The tensors of a case. Masked values are NaN."""
 
     x: Tensor
     dy: Tensor

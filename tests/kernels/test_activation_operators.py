@@ -7,7 +7,10 @@ import torch
 from support.activations import FUNCTIONS, kinks_of
 from support.cases import DENSE, EPS, laid_out
 from support.definition import UNIT, moments, over, spread
+from support.forcing import NATIVE
 from support.operators import activation_of, operators
+
+from keelnorm.engine.activations import TABLE
 
 SHAPES = [(5, 19), (3, 16, 17), (5, 13, 3, 11), (1, 4, 2053)]
 CASES = [
@@ -19,7 +22,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Case:
-    """Tensors, and what is right for them in float64."""
+    """Tensors, and the right results for them in float64."""
 
     def __init__(self, shape, layout, name, residual, dtype=torch.float32, spread_of_v=4.0):
         self.code = activation_of(name)
@@ -40,7 +43,7 @@ class Case:
         self.dy = laid_out(dy, layout)
         [self.g] = torch.autograd.grad(self.y, v, self.dy.double())
         self.xhat = xhat
-        #: Rounding of the value in front of the activation, whose slope stays below about 1.1.
+        #: Rounding of the value before the activation, whose slope stays below about 1.1.
         self.rounding = torch.finfo(dtype).eps if dtype != torch.float64 else 16 * torch.finfo(dtype).eps
         self.scale = v.detach().abs().amax(over(self.x)).clamp(min=1)
 
@@ -130,3 +133,24 @@ def test_masked_stats(kernel, layout, dtype):
     mean, var = operators(kernel).stats(x, mask)
     assert_within(mean, right_mean, 32 * UNIT * right_var.sqrt())
     assert_within(var, right_var, 32 * UNIT * right_var)
+
+
+@pytest.mark.parametrize("kernel", NATIVE, indirect=True)
+@pytest.mark.parametrize("code", [-1, len(TABLE), 2**40])
+def test_an_unknown_code_is_refused(kernel, code):
+    x, vector = torch.randn(4, 3), torch.ones(3, dtype=torch.float64)
+    four = operators(kernel)
+    with pytest.raises(RuntimeError, match="unsupported: activation"):
+        four.apply(x, vector, vector, None, None, None, code, 0.0, 0.0)
+    with pytest.raises(RuntimeError, match="unsupported: activation"):
+        four.grad_stats(x, x, vector, vector, None, None, None, None, code, 0.0, 0.0)
+    four.stats(x, None)  # the fixture expects a call
+
+
+@pytest.mark.parametrize("name", [row.name for row in TABLE if row.inverse is None])
+def test_an_activation_without_an_inverse_is_not_inverted(kernel, name):
+    x, saved = torch.randn(4, 3), torch.ones(3, 3, dtype=torch.float64)
+    four = operators(kernel)
+    with pytest.raises((RuntimeError, ValueError), match=r"unsupported: activation|has no inverse"):
+        four.invert(x, saved, None, None, *activation_of(name))
+    four.stats(x, None)

@@ -1,4 +1,4 @@
-"""KEELNORM_KERNELS, and what happens without the native library: in processes of their own."""
+"""KEELNORM_KERNELS, and keelnorm without the native library, each in a new process."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def which_ran():
 
 
 def two_kernels():
-    """The reference, and what float32 tensors on the CPU run on otherwise, which must not be the same."""
+    """The reference, and native kernels that float32 tensors on the CPU can run on."""
     require_kernel("baseline")
     return "reference", usable_native()[0]
 

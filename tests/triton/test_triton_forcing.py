@@ -1,4 +1,4 @@
-"""Which kernels a device gets, what is said where they are missing, and what torch.compile is given."""
+"""The kernels that run on a device, the warning where they are missing, and the operators under torch.compile."""
 
 from __future__ import annotations
 
