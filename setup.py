@@ -1,10 +1,10 @@
 """Builds the native CPU kernels: one source compiled for several instruction sets, into one library.
 
-The library registers its operators with LibTorch through the stable ABI. It is no Python module, so one build serves
+The library registers its operators with LibTorch through the stable ABI. It is not a Python module, so one build serves
 every Python, and every torch from 2.10 on. Where it cannot be built (no C++ compiler, no torch), the package installs
-without it and runs on the reference back end. KEELNORM_NATIVE=0 leaves it out, KEELNORM_NATIVE=1 makes it required.
-CXX, CXXFLAGS and LDFLAGS are heeded. KEELNORM_OBJECTS names a folder in which object files are kept, so that the next
-build compiles only what changed.
+without it and runs on the reference back end. KEELNORM_NATIVE=0 skips it, KEELNORM_NATIVE=1 requires it. CXX, CXXFLAGS
+and LDFLAGS are used. KEELNORM_OBJECTS names a folder that keeps object files, so that the next build compiles only
+changed files.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ FLAGS = [
     "-Wall",
     "-Wextra",
 ]
+#: The flags of each instruction set of csrc/instruction_sets.h.
 INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -53,15 +54,15 @@ DTYPES = dict.fromkeys(INSTRUCTION_SETS, ("f32", "f64", "bf16", "f16")) | {"avx5
 
 wish = os.environ.get("KEELNORM_NATIVE", "")
 if wish not in ("", "0", "1"):
-    raise SystemExit(f"KEELNORM_NATIVE is {wish!r}; legal are 0 (leave out), 1 (required) and unset (where possible)")
+    raise SystemExit(f"KEELNORM_NATIVE is {wish!r}; legal are 0 (skip), 1 (require) and unset (build where possible)")
 
 
 class BuildError(Exception):
-    """Why the library can't be built, in one line for whoever runs the package later."""
+    """The library can't be built; the message is one line, shown to users of the package."""
 
 
 def find_compiler() -> list[str] | None:
-    """The C++ compiler's command: CXX if it is set, else the first that is installed."""
+    """Find the C++ compiler's command: CXX if it is set, else the first that is installed."""
     wished = os.environ.get("CXX", "").strip()
     for name in [wished] if wished else ["c++", "g++", "clang++"]:
         command = shlex.split(name)
@@ -71,7 +72,7 @@ def find_compiler() -> list[str] | None:
 
 
 def find_torch() -> Path | None:
-    """The torch to compile against, 2.10 or newer; in an isolated build also the one outside, by the same Python."""
+    """Find the torch to compile against, 2.10 or newer; in an isolated build also outside, in the same Python."""
     spec = importlib.util.find_spec("torch")
     candidates = [Path(spec.origin).parent] if spec and spec.origin else []
     candidates += [Path(folder) / "torch" for folder in [*site.getsitepackages(), site.getusersitepackages()]]
@@ -85,6 +86,7 @@ def find_torch() -> Path | None:
 
 
 def run(command: list[str], what: str) -> None:
+    """Run a command; raise a BuildError that names the file if it fails."""
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     except OSError as error:
@@ -97,7 +99,7 @@ def run(command: list[str], what: str) -> None:
 
 
 def is_current(object_: Path, command: list[str]) -> bool:
-    """Whether an object that was kept is what the command would make of the files as they are now."""
+    """Whether a kept object file is up to date with its sources and its command."""
     record, depends = object_.with_suffix(".command"), object_.with_suffix(".d")
     if not (object_.exists() and depends.exists() and record.exists() and record.read_text() == shlex.join(command)):
         return False
@@ -106,6 +108,7 @@ def is_current(object_: Path, command: list[str]) -> bool:
 
 
 def compile_unit(command: list[str], object_: Path, what: str) -> None:
+    """Compile an object file unless a kept one is up to date."""
     command = [*command, "-MMD", "-c", "-o", str(object_)]
     if not is_current(object_, command):
         object_.unlink(missing_ok=True)
@@ -117,10 +120,10 @@ def build(library: Path) -> None:
     """Compile and link the library.
 
     Raises:
-        BuildError: it is not wanted, something is missing, or the compiler failed.
+        BuildError: KEELNORM_NATIVE=0 skips it, something is missing, or the compiler failed.
     """
     if wish == "0":
-        raise BuildError("KEELNORM_NATIVE=0 asked to leave it out")
+        raise BuildError("KEELNORM_NATIVE=0 skipped it")
     compiler, torch = find_compiler(), find_torch()
     if compiler is None:
         asked = f" (CXX is {os.environ['CXX']!r})" if os.environ.get("CXX") else ""
@@ -151,7 +154,7 @@ def build(library: Path) -> None:
             return str(object_)
 
         objects = list(pool.map(compile_, units))
-        # Debian's linker drops libraries that it sees no use for yet; the operators need these when they load.
+        # Debian's linker drops libraries that nothing refers to yet; the operators need these when they are loaded.
         libraries = ["-Wl,--no-as-needed", f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
         strip = [] if any(re.match(r"-g(?!0)", flag) for flag in wished_flags) else ["-Wl,-s"]
         options = [*strip, *shlex.split(os.environ.get("LDFLAGS", ""))]
@@ -159,7 +162,7 @@ def build(library: Path) -> None:
 
 
 class BuildAfresh(build_command):
-    """Takes nothing over from an earlier build: modules removed since then would be installed with the others."""
+    """Clears the build folder first: modules removed since the last build would be installed otherwise."""
 
     def run(self) -> None:
         shutil.rmtree(self.build_lib, ignore_errors=True)
@@ -167,7 +170,7 @@ class BuildAfresh(build_command):
 
 
 class BuildNative(build_ext):
-    """Leaves the library in its package's folder, or in its place not_built.txt, which the package reads."""
+    """Puts the library into its package's folder, or not_built.txt with the reason why it is missing."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")).with_suffix(".so"))
@@ -184,7 +187,7 @@ class BuildNative(build_ext):
             if wish == "1":
                 raise CompileError(f"KEELNORM_NATIVE=1 requires the native CPU kernels, but {error}") from None
             reason.write_text(f"{error}\n")
-            self.warn(f"the native CPU kernels are left out, the reference back end will run: {error}")
+            self.warn(f"the native CPU kernels are missing, the reference back end will run: {error}")
 
     def get_output_mapping(self) -> dict[str, str]:  # from a wheel's path to the source tree's, for editable installs
         paths = [(Path(wheel), Path(source)) for wheel, source in super().get_output_mapping().items()]
@@ -193,6 +196,8 @@ class BuildNative(build_ext):
 
 
 class WheelForEveryPython(bdist_wheel):
+    """Tags the wheel for every Python 3 on this platform."""
+
     def get_tag(self) -> tuple[str, str, str]:
         return ("py3", "none", super().get_tag()[2])
 

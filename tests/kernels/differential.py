@@ -12,16 +12,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from kernels.random_cases import Case, Tensors, in_shape_of, laid, tensors_of
+from support.activations import function_of, kinks_of
 from torch import Tensor, nn
 
 import keelnorm as kn
 
 #: Roundings of the dtype that is computed in.
 FEW = 32.0
-KINKS = {nn.ReLU: (0.0,), nn.ReLU6: (0.0, 6.0), nn.LeakyReLU: (0.0,), nn.ELU: (0.0,), nn.Hardswish: (-3.0, 3.0),
-         nn.Hardsigmoid: (-3.0, 3.0)}  # fmt: skip
 #: Roundings of y that may reach x in place, as keelnorm.engine.inplace has them.
 REBUILT = {torch.float32: 64.0, torch.float64: 64.0, torch.bfloat16: 8.0, torch.float16: 8.0}
 SATURATED = 128.0
@@ -126,7 +124,7 @@ def definition_of(case: Case, given: Tensors) -> dict[str, Right]:
     rstd = (var + case.eps).rsqrt()
     xhat = (x - mean) * rstd
     v = (xhat * weight + bias + residual).requires_grad_()
-    y = activated(case.activation, v)
+    y = function_of(case.activation)(v)
     slope = torch.autograd.grad(y.sum(), v)[0]
     y, v = y.detach(), v.detach()
     off_mean = fine * var.sqrt() + 2.0**-50 * mean.abs()
@@ -195,21 +193,7 @@ def definition_of(case: Case, given: Tensors) -> dict[str, Right]:
     return right
 
 
-def activated(activation: nn.Module | None, v: Tensor) -> Tensor:
-    """act(v) by torch. The derivative of its hardsigmoid has a sixth in float32."""
-    if isinstance(activation, nn.Hardsigmoid):
-        return F.hardtanh(v + 3, 0, 6) / 6
-    return v * 1 if activation is None else activation(v)
-
-
 def smallest(dtype: torch.dtype) -> float:
     """How far apart numbers are near 0; bfloat16's instructions take those below the normal ones for 0."""
     numbers = torch.finfo(dtype)
     return numbers.smallest_normal * (1 if dtype == torch.bfloat16 else numbers.eps)
-
-
-def kinks_of(activation: nn.Module | None) -> tuple[float, ...]:
-    """Where its derivative jumps."""
-    if isinstance(activation, nn.Softplus):
-        return (activation.threshold / activation.beta,)
-    return KINKS.get(type(activation), ())

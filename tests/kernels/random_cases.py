@@ -1,4 +1,4 @@
-"""Random calls of batch normalization: shape, dtypes, strides, activation, residual, mask, weights and the rest."""
+"""Random calls of batch normalization: shape, dtypes, strides, activation, residual, mask, weights and so on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass
 
 import torch
+from support.activations import MODULES
 from support.cases import laid_out
 from support.unaligned import unaligned
 from torch import Tensor, nn
@@ -14,20 +15,15 @@ from torch import Tensor, nn
 import keelnorm as kn
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ACTIVATIONS = (
-    nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.01), nn.LeakyReLU(2.0), nn.ELU(), nn.ELU(0.3), nn.SiLU(), nn.GELU(),
-    nn.GELU("tanh"), nn.Hardswish(), nn.Hardsigmoid(), nn.Sigmoid(), nn.Tanh(), nn.Mish(), nn.Softplus(),
-    nn.Softplus(2.5, 3.0),
-)  # fmt: skip
-#: Those that can be undone, None among them.
-INVERTIBLE = (None, *(act for act in ACTIVATIONS if isinstance(act, nn.LeakyReLU | nn.ELU)))
+#: Those that have an inverse; None among them.
+INVERTIBLE = (None, *(act for act in MODULES if isinstance(act, nn.LeakyReLU | nn.ELU)))
 DENSE = ("contiguous", "channels_last", "unaligned", "unaligned channels_last")
 LAYOUTS = (*DENSE, "sliced", "transposed", "expanded")
 
 
 @dataclass(frozen=True)
 class Case:
-    """How batch normalization is called, and what its tensors are drawn from."""
+    """The arguments of a call of batch normalization, and how its tensors are drawn."""
 
     seed: int
     kernel: str
@@ -49,7 +45,7 @@ class Case:
     momentum: float
     eps: float
     spread: float  # of x
-    offset: float  # mean of x in deviations
+    offset: float  # mean of x in standard deviations
 
 
 def draw(seed: int) -> Case:
@@ -70,7 +66,7 @@ def draw(seed: int) -> Case:
         dtype=dtype,
         vectors=torch.float64 if dtype == torch.float64 else rng.choice([torch.float32, torch.float32, dtype]),
         layouts=(rng.choice(DENSE if inplace else LAYOUTS[:-1]), rng.choice(LAYOUTS), rng.choice(LAYOUTS)),
-        activation=rng.choice(INVERTIBLE if inplace else (None, nn.ReLU(), nn.ReLU(), *ACTIVATIONS)),
+        activation=rng.choice(INVERTIBLE if inplace else (None, nn.ReLU(), nn.ReLU(), *MODULES)),
         training=training,
         inplace=inplace,
         weight=rng.random() < 0.8,
@@ -102,7 +98,7 @@ def _shape(rng: random.Random) -> tuple[int, ...]:
 
 @dataclass
 class Tensors:
-    """What a case is called with. What the mask leaves out is NaN."""
+    """The tensors of a case. Masked values are NaN."""
 
     x: Tensor
     dy: Tensor
@@ -137,11 +133,11 @@ def tensors_of(case: Case) -> Tensors:
         sample_weight = sample_weight.to(torch.float32)
         sample_weight.view(-1)[[0, -1]] = 2.0
     deviations = case.spread * torch.exp2(2 * torch.rand(per_channel, generator=rng, dtype=torch.float64) - 1)
-    centre = case.offset * normal(*per_channel).sign()
-    x = deviations * (centre + normal(*shape))
+    center = case.offset * normal(*per_channel).sign()
+    x = deviations * (center + normal(*shape))
     dy, residual = normal(*shape), normal(*shape) if case.residual else None
     vectors = [normal(channels) for _ in range(3)]
-    mean = (deviations * centre).flatten() + deviations.flatten() * vectors[2]
+    mean = (deviations * center).flatten() + deviations.flatten() * vectors[2]
     var = (deviations.flatten() * torch.exp2(2 * torch.rand(channels, generator=rng, dtype=torch.float64) - 1)).square()
     weight, bias = vectors[:2]
     given = [laid(t, layout, case.dtype) for t, layout in zip((x, dy), case.layouts, strict=False)]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
+from support.activations import FUNCTIONS, kinks_of
 from support.cases import DENSE, EPS, laid_out
 from support.definition import UNIT, moments, over, spread
+from support.forcing import NATIVE
 from support.operators import activation_of, operators
+
+from keelnorm.engine.activations import TABLE
 
 SHAPES = [(5, 19), (3, 16, 17), (5, 13, 3, 11), (1, 4, 2053)]
 CASES = [
@@ -15,31 +18,14 @@ CASES = [
     for shape in SHAPES
     for layout in (DENSE if len(shape) > 2 else DENSE[:1])
 ]
-#: name: (function, kinks); parameters are the usual ones
-FUNCTIONS = {
-    "relu": (torch.relu, (0.0,)),
-    "relu6": (F.relu6, (0.0, 6.0)),
-    "leaky_relu": (F.leaky_relu, (0.0,)),
-    "elu": (F.elu, ()),
-    "silu": (F.silu, ()),
-    "gelu": (F.gelu, ()),
-    "gelu_tanh": (lambda v: F.gelu(v, approximate="tanh"), ()),
-    "hardswish": (F.hardswish, (-3.0, 3.0)),
-    "hardsigmoid": (lambda v: F.hardtanh(v + 3, 0, 6) / 6, (-3.0, 3.0)),
-    "sigmoid": (torch.sigmoid, ()),
-    "tanh": (torch.tanh, ()),
-    "mish": (F.mish, ()),
-    "softplus": (F.softplus, (20.0,)),
-}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Case:
-    """Tensors, and what is right for them in float64."""
+    """Tensors, and the right results for them in float64."""
 
     def __init__(self, shape, layout, name, residual, dtype=torch.float32, spread_of_v=4.0):
         self.code = activation_of(name)
-        function, kinks = FUNCTIONS[name]
         channels, rank = shape[1], len(shape)
         self.x = laid_out(torch.randn(shape).to(dtype), layout)
         self.residual = laid_out(torch.randn(shape).to(dtype), layout) if residual else None
@@ -50,14 +36,14 @@ class Case:
         v = xhat * spread(self.weight.double(), rank) + spread(self.bias.double(), rank)
         v = v if self.residual is None else v + self.residual.double()
         v.requires_grad_()
-        self.y = function(v)
+        self.y = FUNCTIONS[name](v)
         dy = torch.randn(shape).to(dtype)
-        for kink in kinks:
+        for kink in kinks_of(name):
             dy = torch.where((v.detach() - kink).abs() <= 64 * UNIT * (v.detach().abs() + 1), 0, dy)
         self.dy = laid_out(dy, layout)
         [self.g] = torch.autograd.grad(self.y, v, self.dy.double())
         self.xhat = xhat
-        #: Rounding of the value in front of the activation, whose slope stays below about 1.1.
+        #: Rounding of the value before the activation, whose slope stays below about 1.1.
         self.rounding = torch.finfo(dtype).eps if dtype != torch.float64 else 16 * torch.finfo(dtype).eps
         self.scale = v.detach().abs().amax(over(self.x)).clamp(min=1)
 
@@ -147,3 +133,24 @@ def test_masked_stats(kernel, layout, dtype):
     mean, var = operators(kernel).stats(x, mask)
     assert_within(mean, right_mean, 32 * UNIT * right_var.sqrt())
     assert_within(var, right_var, 32 * UNIT * right_var)
+
+
+@pytest.mark.parametrize("kernel", NATIVE, indirect=True)
+@pytest.mark.parametrize("code", [-1, len(TABLE), 2**40])
+def test_an_unknown_code_is_refused(kernel, code):
+    x, vector = torch.randn(4, 3), torch.ones(3, dtype=torch.float64)
+    four = operators(kernel)
+    with pytest.raises(RuntimeError, match="unsupported: activation"):
+        four.apply(x, vector, vector, None, None, None, code, 0.0, 0.0)
+    with pytest.raises(RuntimeError, match="unsupported: activation"):
+        four.grad_stats(x, x, vector, vector, None, None, None, None, code, 0.0, 0.0)
+    four.stats(x, None)  # the fixture expects a call
+
+
+@pytest.mark.parametrize("name", [row.name for row in TABLE if row.inverse is None])
+def test_an_activation_without_an_inverse_is_not_inverted(kernel, name):
+    x, saved = torch.randn(4, 3), torch.ones(3, 3, dtype=torch.float64)
+    four = operators(kernel)
+    with pytest.raises((RuntimeError, ValueError), match=r"unsupported: activation|has no inverse"):
+        four.invert(x, saved, None, None, *activation_of(name))
+    four.stats(x, None)

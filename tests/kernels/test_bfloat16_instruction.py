@@ -1,4 +1,4 @@
-"""The kernels that round to bfloat16 by one instruction give what those that round by integer arithmetic give."""
+"""Kernels that round to bfloat16 by one instruction agree with kernels that round by integer arithmetic."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def results(x, dy, mask, padding, training):
 @layouts
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_any_byte_but_0(kernel, shape, layout, padding, training):
-    """To the bit what the mask of zeros and ones gives."""
+    """The same bits as with a mask of zeros and ones."""
     x, dy = (laid_out(torch.randn(shape), layout) for _ in range(2))
     plain, other = masks(shape)
     assert set(other.view(torch.uint8).unique().tolist()) - {0, 1}

@@ -116,7 +116,7 @@ def coarse(shape, rng):
 
 
 def outlier(shape, rng):
-    """One value a million deviations away from the others, and the first that a sum meets."""
+    """The first value is a million standard deviations away from the other values."""
     x = torch.randn(shape, generator=rng)
     x[0].view(shape[1], -1)[:, 0] = 1e6
     return x

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from support.forcing import BFLOAT16_KERNELS, KERNELS, check_ran, require_kernel, usable_native
+from support.forcing import (
+    BFLOAT16_KERNELS,
+    INSTRUCTION_SETS,
+    KERNELS,
+    ROOT,
+    check_ran,
+    require_kernel,
+    usable_native,
+)
 
 import keelnorm as kn
 from keelnorm.engine.kernels.registry import Kernel
@@ -19,7 +29,7 @@ def which_ran():
 
 
 def two_kernels():
-    """The reference, and what float32 tensors on the CPU run on otherwise, which must not be the same."""
+    """The reference, and native kernels that float32 tensors on the CPU can run on."""
     require_kernel("baseline")
     return "reference", usable_native()[0]
 
@@ -41,6 +51,12 @@ def test_available_lists_each_once_with_a_note():
     assert len(set(names)) == len(names)
     assert all(kernel.note for kernel in kn.kernels.available())
     assert set(names) <= {*KERNELS, *BFLOAT16_KERNELS, "native", "triton"}
+
+
+def test_every_listed_instruction_set_has_its_flags():
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    flags = {"baseline", *re.findall(r'INSTRUCTION_SETS\["(\w+)"\] =', setup)}
+    assert flags == set(INSTRUCTION_SETS), "INSTRUCTION_SETS in setup.py and csrc/instruction_sets.h differ"
 
 
 def test_as_a_call_it_lasts():

@@ -45,7 +45,7 @@ def large(request):
 
 
 def by_sample(operator, *tensors):
-    """The operator on each sample alone; tensors are cut, what is no batch stays."""
+    """Run the operator on each sample alone; arguments without a batch dimension are passed unchanged."""
     parts = [operator(*(t[n : n + 1] for t in tensors)) for n in range(len(tensors[0]))]
     return torch.cat(parts)
 

@@ -179,7 +179,7 @@ def test_fused_is_the_composition_of_the_four(kernel, shape, layout, activation,
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize(("shape", "layout"), CASES)
 def test_the_two_halves_are_the_whole(kernel, shape, layout, activation, residual, momentum):
-    """measure_ and then finish give what forward_ does, to the bit, and update the running statistics as it does."""
+    """measure_ and then finish give the same bits and the same running statistics as forward_."""
     for training in (True, False):
         problem = make_problem(shape, Options(training, activation, residual, 1e4 * training)).laid_out(layout)
         x, weight, bias, act = problem.x, problem.weight, problem.bias, activation_of(activation)

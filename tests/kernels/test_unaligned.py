@@ -35,7 +35,7 @@ def tensors(shape, dtype, layout):
 
 
 def run_all(x, dy, residual, weight, bias, mean, var, batches, counts):
-    """Every native operator; all results, and what was written in place."""
+    """Call every native operator; returns all results, and the tensors written in place."""
     before = x.clone()
     mask = torch.rand(x.shape[0], *x.shape[2:], generator=torch.Generator().manual_seed(0)) < 0.8
     affine, state = (weight, bias), (mean, var, batches)

@@ -122,14 +122,14 @@ struct Numbers {
       : x(c.size()), residual(c.size()), dy(c.size()), mask(c.shape.samples * c.shape.positions) {
     Random random(c.seed ^ 0x5eed);
     const int64_t planes = c.shape.samples * c.shape.channels;
-    std::vector<double> deviation, centre;
+    std::vector<double> deviation, center;
     for (int64_t i = 0; i < c.shape.channels; ++i) {
       deviation.push_back(std::exp2(2 * random.uniform() - 1));
-      centre.push_back(random.coin() ? c.offset : -c.offset);
+      center.push_back(random.coin() ? c.offset : -c.offset);
       const double size = 0.2 + 1.6 * random.uniform();
       weight.push_back(random.coin() ? size : -size);
       bias.push_back(random.normal());
-      mean.push_back(deviation[i] * (centre[i] + 0.3 * random.normal()));
+      mean.push_back(deviation[i] * (center[i] + 0.3 * random.normal()));
       var.push_back(std::exp2(2 * random.uniform() - 1));
       running_mean.push_back(mean[i] + random.normal());
       running_var.push_back(std::exp2(2 * random.uniform() - 1));
@@ -137,7 +137,7 @@ struct Numbers {
     for (int64_t plane = 0; plane < planes; ++plane)
       for (int64_t s = 0; s < c.shape.positions; ++s) {
         const int64_t channel = plane % c.shape.channels, i = plane * c.shape.positions + s;
-        x[i] = rounded(deviation[channel] * (centre[channel] + random.normal()), c.dtype);
+        x[i] = rounded(deviation[channel] * (center[channel] + random.normal()), c.dtype);
         residual[i] = rounded(random.normal(), c.dtype);
         dy[i] = rounded(random.normal(), c.dtype);
       }

@@ -48,11 +48,6 @@ void watch() {
 
 bool takes_activation(Op op) { return op != Op::stats && op != Op::transpose; }
 
-bool inverts(int64_t activation) {
-  const Activation which = static_cast<Activation>(activation);
-  return which == Activation::none || which == Activation::leaky_relu || which == Activation::elu;
-}
-
 bool keep_going = false;
 int64_t failures = 0;
 
@@ -90,7 +85,7 @@ int64_t check_table(const Kernels& kernels, Dtype dtype, bool quick) {
   for (Shape shape : shapes_of(quick))
     for (Op op : kOps)
       for (int64_t activation = 0; activation < (takes_activation(op) ? keelnorm::kActivations : 1); ++activation) {
-        if (op == Op::invert && !inverts(activation)) continue;
+        if (op == Op::invert && !keelnorm::kHasInverse[activation]) continue;
         const bool large = shape.samples * shape.channels * shape.positions >= keelnorm::kSerialBelow;
         // Quickly, an activation meets every second shape, and of the large ones every eighth.
         const int64_t rarely = quick && takes_activation(op) ? (large ? 8 : 2) : 1;

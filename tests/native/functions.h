@@ -129,10 +129,9 @@ struct Function {
 };
 
 inline const char* name_of(Activation activation) {
-  static const char* const names[] = {"none",    "relu", "relu6",     "leaky_relu", "elu",
-                                      "silu",    "gelu", "gelu_tanh", "hardswish",  "hardsigmoid",
-                                      "sigmoid", "tanh", "mish",      "softplus"};
-  static_assert(sizeof(names) / sizeof(names[0]) == keelnorm::kActivations, "a name for each activation");
+#define KEELNORM_STRING(name, function, inverse) #name,
+  static const char* const names[] = {KEELNORM_ACTIVATIONS(KEELNORM_STRING)};
+#undef KEELNORM_STRING
   return names[static_cast<int>(activation)];
 }
 

@@ -28,7 +28,7 @@ def skip_where_missing(tools: Callable[[], object]) -> None:
 
 
 def checked(output: str) -> dict[str, list[str]]:
-    """Of each instruction set the dtypes that passed."""
+    """The dtypes that passed, for each instruction set."""
     found: dict[str, list[str]] = {}
     for name, dtype in re.findall(r"^(\w+) +(\w+) +\d+ checks ok$", output, re.M):
         found.setdefault(name, []).append(dtype)
@@ -51,8 +51,8 @@ def test_every_table_is_right(native: subprocess.CompletedProcess[str]) -> None:
 
 
 def test_every_table_is_right_on_arm() -> None:
+    """One dtype, because emulation is slow; ``make arm`` checks all dtypes."""
     skip_where_missing(build_driver.arm_tools)
-    """One dtype: emulation is slow. ``make arm`` has them all."""
     outcome = run_driver("arm", "--quick", "--dtype", DTYPES[0])
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     assert checked(outcome.stdout) == {"baseline": [DTYPES[0]]}

@@ -4,28 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nn.layer_pairs import CHANNELS, assert_near, randomize, step, twin
+from support.activations import FUNCTIONS, kinks_of
 from torch import nn
 
 import keelnorm as kn
 
 SHAPE = (4, CHANNELS, 3, 5)
 
-#: name: torch's function, by hand
-FUNCTIONS = {
-    "relu": torch.relu,
-    "relu6": F.relu6,
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
-    "hardswish": F.hardswish,
-    "hardsigmoid": lambda v: F.hardtanh(v + 3, 0, 6) / 6,  # the derivative of torch's own has a sixth in float32
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "mish": F.mish,
-    "softplus": F.softplus,
-}
 #: Modules, with parameters of their own where they have some.
 MODULES = (
     nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.LeakyReLU(), nn.LeakyReLU(0.2, inplace=True), nn.LeakyReLU(-0.3),
@@ -35,27 +20,11 @@ MODULES = (
 )  # fmt: skip
 #: (what is asked for, its function)
 ACTIVATIONS = {**{name: (name, f) for name, f in FUNCTIONS.items()}, **{repr(m): (m, m) for m in MODULES}}
-KINKS = {
-    "relu": (0.0,),
-    "relu6": (0.0, 6.0),
-    "hardswish": (-3.0, 3.0),
-    "hardsigmoid": (-3.0, 3.0),
-    "leaky_relu": (0.0,),
-}
-#: Where modules have theirs.
-KINKED = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.LeakyReLU: "leaky_relu", nn.Hardswish: "hardswish",
-          nn.Hardsigmoid: "hardsigmoid"}  # fmt: skip
 
 asked = pytest.mark.parametrize(("activation", "function"), ACTIVATIONS.values(), ids=ACTIVATIONS)
 names = pytest.mark.parametrize("name", FUNCTIONS)
 residuals = pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
 trainings = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-
-
-def kinks_of(activation, function):
-    name = activation if isinstance(activation, str) else KINKED.get(type(activation))
-    threshold = (activation.threshold / activation.beta,) if isinstance(activation, nn.Softplus) else ()
-    return (*KINKS.get(name, ()), *threshold)
 
 
 def compare(layer, oracle, activation, function, with_residual, dtype=torch.float32):
@@ -67,7 +36,7 @@ def compare(layer, oracle, activation, function, with_residual, dtype=torch.floa
     v = oracle(inputs64[0])
     v = v + inputs64[1] if with_residual else v
     y64 = function(v.clone())  # an activation in place would change v
-    for kink in kinks_of(activation, function):
+    for kink in kinks_of(activation):
         dy = torch.where((v.detach() - kink).abs() <= 64 * torch.finfo(dtype).eps * (1 + abs(kink)), 0, dy)
     kept = [t.detach().clone() for t in inputs]
     y = layer(*inputs, activation=activation)

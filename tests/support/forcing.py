@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 
 import keelnorm as kn
 
-#: All kernels there are, on any machine, the plainest first.
-KERNELS = ("reference", "baseline", "avx2", "avx512")
-NATIVE = KERNELS[1:]
-#: And those that are there for bfloat16 alone; other dtypes take the plainer ones.
-BFLOAT16_KERNELS = ("avx512_bf16",)
+ROOT = Path(__file__).parents[2]
+#: The instruction sets of every family of machines, the plainest first, and whether they have kernels for all dtypes.
+INSTRUCTION_SETS = {
+    name: dtypes == "ALL"
+    for name, dtypes in re.findall(
+        r"X\((\w+), (ALL|BF16),",
+        (ROOT / "src/keelnorm/engine/kernels/cpu/csrc/instruction_sets.h").read_text(encoding="utf-8"),
+    )
+}
+NATIVE = tuple(name for name, all_dtypes in INSTRUCTION_SETS.items() if all_dtypes)
+KERNELS = ("reference", *NATIVE)
+#: Those for bfloat16 alone; other dtypes run on the plainer ones.
+BFLOAT16_KERNELS = tuple(name for name, all_dtypes in INSTRUCTION_SETS.items() if not all_dtypes)
 
 
 def require_kernel(name: str) -> None:

@@ -11,8 +11,8 @@ import torch
 import keelnorm as kn
 from keelnorm.engine.kernels import triton
 
-# Whether Triton interprets is settled when it is first imported, and other tests may have imported it for a GPU. Where
-# there is none, these files run in processes of their own, which test_triton_interpreted.py starts.
+# Triton decides whether to interpret when it is first imported, and other tests may have imported it without that. On
+# machines without a GPU, test_triton_interpreted.py runs these files in new processes.
 INTERPRETED = ("test_triton_contract.py", "test_triton_layers.py", "test_triton_tuning.py")
 HERE = triton.missing() is not None or torch.cuda.is_available() or triton.interpreted()
 collect_ignore = [] if HERE else list(INTERPRETED)
@@ -20,11 +20,11 @@ collect_ignore = [] if HERE else list(INTERPRETED)
 
 @pytest.fixture
 def device() -> Iterator[str]:
-    """Where the tensors go. The kernels are forced there: a test fails when they did not run, or plain torch ran."""
+    """The device of the tensors. The test fails if other kernels than Triton's ran there, or none."""
     if triton.missing() is not None:
         pytest.skip(f"{triton.missing()}, so that its kernels can't run")
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    # The interpreter computes with numpy, which warns of what a GPU takes in silence: Inf − Inf, say.
+    # The interpreter computes with numpy, which warns where a GPU does not, of Inf − Inf, say.
     with kn.kernels.use("triton"), np.errstate(all="ignore"):
         before = kn.kernels.calls()
         yield where

@@ -11,7 +11,7 @@ from support.cases import laid_out
 from torch import nn
 
 import keelnorm as kn
-from keelnorm.engine.activations import NAMED
+from keelnorm.engine.activations import NAMED, TABLE
 from keelnorm.engine.kernels import reference, triton
 
 pytestmark = pytest.mark.triton
@@ -38,6 +38,17 @@ def test_activations_and_their_derivatives(device, name):
     dx = operators.grad_input(torch.ones_like(x), x, zero, one, None, None, None, None, None, *act[1:])
     slope = act.gradient(torch.ones_like(v).double(), v.double())
     assert ((dx.cpu().double().flatten() - slope).abs() <= 2e-6 * slope.abs().clamp(min=0.1) + 5 * cancels).all()
+
+
+@pytest.mark.parametrize("code", [-1, len(TABLE)])
+def test_an_unknown_activation_is_refused(device, code):
+    x, vector = torch.randn(4, 3, device=device), torch.ones(3, dtype=torch.float64, device=device)
+    operators = triton.load()
+    with pytest.raises(NotImplementedError, match="unsupported: activation"):
+        operators.apply(x, vector, vector, None, None, None, code, 0.0, 0.0)
+    with pytest.raises(NotImplementedError, match="unsupported: activation"):
+        operators.invert(x, torch.ones(3, 3, dtype=torch.float64, device=device), None, None, 1, 0.0, 0.0)
+    operators.stats(x, None)  # the fixture expects a call
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,4 +1,4 @@
-"""How tensors are cut: every value in one tile of one program, within what a GPU allows; and what is said of it."""
+"""Cuts of tensors: every value is in one tile of one program, within a GPU's limits; and their explanation."""
 
 from __future__ import annotations
 

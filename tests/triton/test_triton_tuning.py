@@ -1,4 +1,4 @@
-"""Tile sizes by timing: the fastest is taken, kept in a file, and a file that is not whole is no obstacle."""
+"""Tile sizes by timing: the fastest is used and kept in a file, and a broken file is ignored."""
 
 from __future__ import annotations
 

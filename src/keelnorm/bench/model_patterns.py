@@ -8,13 +8,11 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from keelnorm.engine.activations import NAMED
 from keelnorm.surgery.observation.call_record import Call, FunctionCall, ModuleCall, Trace, Value
 from keelnorm.surgery.observation.observe import observe
 
-_ACTIVATIONS = {
-    "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "silu", "gelu", "hardswish", "hardsigmoid",
-    "sigmoid", "sigmoid_", "tanh", "tanh_", "mish", "softplus",
-}  # fmt: skip
+_ACTIVATIONS = {spelling for name in NAMED if name for spelling in (name, f"{name}_")}
 #: Ends of the names of modules that are activations, whatever functions they call.
 _OWN = ("swish", "sigmoid", "mish", "silu", "gelu", "relu", "relu6")
 _ADDITIONS = {"add", "add_", "iadd", "radd", "__add__", "__iadd__"}

@@ -1,21 +1,13 @@
-"""The activations that fuse: what a user may ask for, and each one's formula, derivative and inverse in plain torch.
+"""The activations that fuse: one table of their names, formulas, derivatives, inverses and modules.
 
-    none          v                                   hardswish     v·relu6(v + 3)/6
-    relu          max(v, 0)                           hardsigmoid   relu6(v + 3)/6
-    relu6         min(max(v, 0), 6)                   sigmoid       1/(1 + exp(−v))
-    leaky_relu    v > 0: v; else a·v                  tanh          tanh(v)
-    elu           v > 0: v; else a·(exp(v) − 1)       mish          v·tanh(log(1 + exp(v)))
-    silu          v·sigmoid(v)                        softplus      a·v > b: v; else log(1 + exp(a·v))/a
-    gelu          v·Φ(v)
-    gelu_tanh     v·(1 + tanh(√(2/π)·(v + 0.044715·v³)))/2
-
-Derivatives at the kinks are those of torch's own backward.
+C++, Triton, the readers of torch's functions and the documentation follow this table or are compared with it by tests;
+docs/kernels.md says how to add an activation. Derivatives at kinks are those of torch's own backward.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -32,13 +24,142 @@ ActivationName: TypeAlias = Literal[
 ActivationLike: TypeAlias = ActivationName | nn.Module | None
 
 
+class Definition(NamedTuple):
+    """One activation: a row of ``TABLE``, whose place there is the code that operators and kernels take.
+
+    Args:
+        name: What a user calls it; except for gelu_tanh also the name of the function in torch.nn.functional.
+        formula: act(v), for the documentation, with torch's names of the parameters.
+        module: The module of torch.nn that computes it.
+        value: act(v) from v, a and b; torch's own differentiable function.
+        gradient: g·act′(v) from g, v, a and b; differentiable in g and v, to any order and in every mode.
+        inverse: v from y = act(v) and a, for 0 < a < ∞; None where y does not determine v.
+        parameters: Names of a and b in torch, with torch's defaults.
+        options: Other attributes of the module, and the values that they must have.
+    """
+
+    name: str
+    formula: str
+    module: type[nn.Module]
+    value: Callable[[Tensor, float, float], Tensor]
+    gradient: Callable[[Tensor, Tensor, float, float], Tensor]
+    inverse: Callable[[Tensor, float], Tensor] | None = None
+    parameters: Mapping[str, float] = {}
+    options: Mapping[str, str] = {}
+
+
+def _gelu_gradient(g: Tensor, v: Tensor, a: float, b: float) -> Tensor:
+    cdf = 0.5 * (1 + torch.erf(v * math.sqrt(0.5)))
+    return g * (cdf + v * torch.exp(-0.5 * v * v) / math.sqrt(2 * math.pi))
+
+
+def _gelu_tanh_gradient(g: Tensor, v: Tensor, a: float, b: float) -> Tensor:
+    v = v.clamp(-30, 30)  # tanh is ±1 long before, and v² stays finite
+    k, c = math.sqrt(2 / math.pi), 0.044715
+    t = torch.tanh(k * (v + c * v * v * v))
+    return g * (0.5 * (1 + t) + 0.5 * v * (1 - t * t) * (k * (1 + 3 * c * v * v)))
+
+
+def _mish_gradient(g: Tensor, v: Tensor, a: float, b: float) -> Tensor:
+    t = F.softplus(v).tanh()
+    return g * (t + v * torch.sigmoid(v) * (1 - t * t))
+
+
+def _silu_gradient(g: Tensor, v: Tensor, a: float, b: float) -> Tensor:
+    s = torch.sigmoid(v)
+    return g * (s * (1 + v * (1 - s)))
+
+
+def _sigmoid_gradient(g: Tensor, v: Tensor, a: float, b: float) -> Tensor:
+    s = torch.sigmoid(v)
+    return g * (s * (1 - s))
+
+
+TABLE = (
+    Definition(
+        "none", "v", nn.Identity,
+        value=lambda v, a, b: v,
+        gradient=lambda g, v, a, b: g,
+        inverse=lambda y, a: y,
+    ),
+    Definition(
+        "relu", "max(v, 0)", nn.ReLU,
+        value=lambda v, a, b: torch.relu(v),
+        gradient=lambda g, v, a, b: torch.where(v <= 0, 0, g),
+    ),
+    Definition(
+        "relu6", "min(max(v, 0), 6)", nn.ReLU6,
+        value=lambda v, a, b: F.relu6(v),
+        gradient=lambda g, v, a, b: torch.where((v <= 0) | (v >= 6), 0, g),
+    ),
+    Definition(
+        "leaky_relu", "v if v > 0, else negative_slope·v", nn.LeakyReLU,
+        value=lambda v, a, b: F.leaky_relu(v, a),
+        gradient=lambda g, v, a, b: torch.where(v > 0, g, g * a),
+        inverse=lambda y, a: torch.where(y > 0, y, y / a),
+        parameters={"negative_slope": 0.01},
+    ),
+    Definition(
+        "elu", "v if v > 0, else alpha·(exp(v) − 1)", nn.ELU,
+        value=lambda v, a, b: F.elu(v, a),
+        # Clamped: exp of a large value is infinite, and the derivative of `where` would make NaN of it.
+        gradient=lambda g, v, a, b: torch.where(v > 0, g, g * (a * v.clamp(max=0).exp())),
+        inverse=lambda y, a: torch.where(y > 0, y, (y / a).log1p()),
+        parameters={"alpha": 1.0},
+    ),
+    Definition("silu", "v·sigmoid(v)", nn.SiLU, value=lambda v, a, b: F.silu(v), gradient=_silu_gradient),
+    Definition(
+        "gelu", "v·Φ(v)", nn.GELU,
+        value=lambda v, a, b: F.gelu(v),
+        gradient=_gelu_gradient,
+        options={"approximate": "none"},
+    ),
+    Definition(
+        "gelu_tanh", "v·(1 + tanh(√(2/π)·(v + 0.044715·v³)))/2", nn.GELU,
+        value=lambda v, a, b: F.gelu(v, approximate="tanh"),
+        gradient=_gelu_tanh_gradient,
+        options={"approximate": "tanh"},
+    ),
+    Definition(
+        "hardswish", "v·relu6(v + 3)/6", nn.Hardswish,
+        value=lambda v, a, b: F.hardswish(v),
+        gradient=lambda g, v, a, b: torch.where(v <= -3, 0, torch.where(v < 3, g * (v / 3 + 0.5), g)),
+    ),
+    Definition(
+        "hardsigmoid", "relu6(v + 3)/6", nn.Hardsigmoid,
+        # F.hardsigmoid lacks the forward-mode derivative of its derivative, and rounds 1/6 to float32.
+        value=lambda v, a, b: F.hardtanh(v + 3, 0.0, 6.0) / 6,
+        gradient=lambda g, v, a, b: torch.where((v > -3) & (v < 3), g * (1 / 6), 0),
+    ),
+    Definition(
+        "sigmoid", "1/(1 + exp(−v))", nn.Sigmoid,
+        value=lambda v, a, b: torch.sigmoid(v),
+        gradient=_sigmoid_gradient,
+    ),
+    Definition(
+        "tanh", "tanh(v)", nn.Tanh,
+        value=lambda v, a, b: torch.tanh(v),
+        gradient=lambda g, v, a, b: g * (1 - torch.tanh(v).square()),
+    ),
+    Definition(
+        "mish", "v·tanh(log(1 + exp(v)))", nn.Mish, value=lambda v, a, b: F.mish(v), gradient=_mish_gradient
+    ),
+    Definition(
+        "softplus", "v if beta·v > threshold, else log(1 + exp(beta·v))/beta", nn.Softplus,
+        value=lambda v, a, b: F.softplus(v, a, b),
+        gradient=lambda g, v, a, b: torch.where(v * a > b, g, g * torch.sigmoid(v * a)),
+        parameters={"beta": 1.0, "threshold": 20.0},
+    ),
+)  # fmt: skip
+
+
 class Activation(NamedTuple):
     """One activation, as the operators take it.
 
     Args:
-        name: As a user may give it, or "none".
-        code: What the operators call it.
-        a, b: Its parameters, see the module's table; 0 where it has none.
+        name: Its name in ``TABLE``.
+        code: Its place in ``TABLE``.
+        a, b: Its parameters; 0 where it has none.
     """
 
     name: str
@@ -48,134 +169,47 @@ class Activation(NamedTuple):
 
     def forward(self, v: Tensor) -> Tensor:
         """act(v), by torch's own differentiable function."""
-        return v if self.code == 0 else _FORMULAS[self.code].value(v, self.a, self.b)
+        return TABLE[self.code].value(v, self.a, self.b)
 
     def gradient(self, g: Tensor, v: Tensor) -> Tensor:
         """g·act′(v): differentiable in g and v, to any order and in every mode."""
-        return g if self.code == 0 else _FORMULAS[self.code].gradient(g, v, self.a, self.b)
+        return TABLE[self.code].gradient(g, v, self.a, self.b)
 
     @property
     def invertible(self) -> bool:
-        """Whether act(v) tells v: none, leaky_relu of a positive slope, elu of a positive alpha."""
-        return self.code == 0 or (self.code in (_LEAKY_RELU, _ELU) and 0 < self.a < math.inf)
+        """Whether act(v) determines v: none, leaky_relu of a positive slope, elu of a positive alpha."""
+        row = TABLE[self.code]
+        return row.inverse is not None and (not row.parameters or 0 < self.a < math.inf)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """v from y = act(v); only where :attr:`invertible`."""
-        if self.code == 0:
-            return y
-        return torch.where(y > 0, y, y / self.a if self.code == _LEAKY_RELU else (y / self.a).log1p())
+        """Find v from y = act(v); only where :attr:`invertible`."""
+        inverse = TABLE[self.code].inverse
+        if inverse is None:
+            raise ValueError(f"{self.name} has no inverse")
+        return inverse(y, self.a)
 
-
-class _Formula(NamedTuple):
-    """act(v) and g·act′(v), from v, a and b."""
-
-    value: Callable[[Tensor, float, float], Tensor]
-    gradient: Callable[[Tensor, Tensor, float, float], Tensor]
-
-
-def _gelu_gradient(g: Tensor, v: Tensor) -> Tensor:
-    cdf = 0.5 * (1 + torch.erf(v * math.sqrt(0.5)))
-    return g * (cdf + v * torch.exp(-0.5 * v * v) / math.sqrt(2 * math.pi))
-
-
-def _gelu_tanh_gradient(g: Tensor, v: Tensor) -> Tensor:
-    v = v.clamp(-30, 30)  # tanh is ±1 long before, and v² stays finite
-    k, c = math.sqrt(2 / math.pi), 0.044715
-    t = torch.tanh(k * (v + c * v * v * v))
-    return g * (0.5 * (1 + t) + 0.5 * v * (1 - t * t) * (k * (1 + 3 * c * v * v)))
-
-
-def _mish_gradient(g: Tensor, v: Tensor) -> Tensor:
-    t = F.softplus(v).tanh()
-    return g * (t + v * torch.sigmoid(v) * (1 - t * t))
-
-
-def _silu_gradient(g: Tensor, v: Tensor) -> Tensor:
-    s = torch.sigmoid(v)
-    return g * (s * (1 + v * (1 - s)))
-
-
-def _sigmoid_gradient(g: Tensor, v: Tensor) -> Tensor:
-    s = torch.sigmoid(v)
-    return g * (s * (1 - s))
-
-
-_LEAKY_RELU, _ELU = 3, 4
-#: By code.
-_FORMULAS = (
-    _Formula(lambda v, a, b: v, lambda g, v, a, b: g),
-    _Formula(lambda v, a, b: torch.relu(v), lambda g, v, a, b: torch.where(v <= 0, 0, g)),
-    _Formula(lambda v, a, b: F.relu6(v), lambda g, v, a, b: torch.where((v <= 0) | (v >= 6), 0, g)),
-    _Formula(lambda v, a, b: F.leaky_relu(v, a), lambda g, v, a, b: torch.where(v > 0, g, g * a)),
-    # exp of positive values would overflow, which a derivative of `where` does not forgive
-    _Formula(lambda v, a, b: F.elu(v, a), lambda g, v, a, b: torch.where(v > 0, g, g * (a * v.clamp(max=0).exp()))),
-    _Formula(lambda v, a, b: F.silu(v), lambda g, v, a, b: _silu_gradient(g, v)),
-    _Formula(lambda v, a, b: F.gelu(v), lambda g, v, a, b: _gelu_gradient(g, v)),
-    _Formula(lambda v, a, b: F.gelu(v, approximate="tanh"), lambda g, v, a, b: _gelu_tanh_gradient(g, v)),
-    _Formula(
-        lambda v, a, b: F.hardswish(v),
-        lambda g, v, a, b: torch.where(v <= -3, 0, torch.where(v < 3, g * (v / 3 + 0.5), g)),
-    ),
-    # F.hardsigmoid lacks the forward-mode derivative of its derivative, and takes a sixth in float32
-    _Formula(
-        lambda v, a, b: F.hardtanh(v + 3, 0.0, 6.0) / 6,
-        lambda g, v, a, b: torch.where((v > -3) & (v < 3), g * (1 / 6), 0),
-    ),
-    _Formula(lambda v, a, b: torch.sigmoid(v), lambda g, v, a, b: _sigmoid_gradient(g, v)),
-    _Formula(lambda v, a, b: torch.tanh(v), lambda g, v, a, b: g * (1 - torch.tanh(v).square())),
-    _Formula(lambda v, a, b: F.mish(v), lambda g, v, a, b: _mish_gradient(g, v)),
-    _Formula(
-        lambda v, a, b: F.softplus(v, a, b),
-        lambda g, v, a, b: torch.where(v * a > b, g, g * torch.sigmoid(v * a)),
-    ),
-)
 
 NONE = Activation("none", 0)
 #: What ``activation=`` may be, apart from modules. Read on every call.
 NAMED: dict[str | None, Activation] = {
-    None: NONE,
-    "relu": Activation("relu", 1),
-    "relu6": Activation("relu6", 2),
-    "leaky_relu": Activation("leaky_relu", _LEAKY_RELU, 0.01),
-    "elu": Activation("elu", _ELU, 1.0),
-    "silu": Activation("silu", 5),
-    "gelu": Activation("gelu", 6),
-    "gelu_tanh": Activation("gelu_tanh", 7),
-    "hardswish": Activation("hardswish", 8),
-    "hardsigmoid": Activation("hardsigmoid", 9),
-    "sigmoid": Activation("sigmoid", 10),
-    "tanh": Activation("tanh", 11),
-    "mish": Activation("mish", 12),
-    "softplus": Activation("softplus", 13, 1.0, 20.0),
+    row.name if code else None: Activation(row.name, code, *row.parameters.values()) for code, row in enumerate(TABLE)
 }
-#: The modules that stand for one, by their exact type, and the attributes that a and b come from.
-MODULES: dict[type[nn.Module], tuple[str | None, tuple[str, ...]]] = {
-    nn.Identity: (None, ()),
-    nn.ReLU: ("relu", ()),
-    nn.ReLU6: ("relu6", ()),
-    nn.LeakyReLU: ("leaky_relu", ("negative_slope",)),
-    nn.ELU: ("elu", ("alpha",)),
-    nn.SiLU: ("silu", ()),
-    nn.GELU: ("gelu", ()),
-    nn.Hardswish: ("hardswish", ()),
-    nn.Hardsigmoid: ("hardsigmoid", ()),
-    nn.Sigmoid: ("sigmoid", ()),
-    nn.Tanh: ("tanh", ()),
-    nn.Mish: ("mish", ()),
-    nn.Softplus: ("softplus", ("beta", "threshold")),
-}
+#: The rows of each module, found by its exact type.
+MODULES: dict[type[nn.Module], list[tuple[Definition, Activation]]] = {}
+for _row, _activation in zip(TABLE, NAMED.values(), strict=True):
+    MODULES.setdefault(_row.module, []).append((_row, _activation))
 
 
 def resolve(what: str, activation: Any) -> Activation:
-    """The activation that a user asked for.
+    """Find the activation that a user asked for.
 
     Args:
-        what: What was called, the first words of an error.
+        what: The function or layer that was called, which begins an error message.
         activation: None, a name of ``NAMED``, or a module of ``MODULES``, whose parameters are taken over; its
             ``inplace`` has no effect. Or an :class:`Activation` itself.
 
     Raises:
-        ValueError: it is none of these, or a module that has a hook or a forward of its own.
+        ValueError: The activation is none of these, or a module that has a hook or a forward of its own.
     """
     if type(activation) is Activation:
         return activation
@@ -187,19 +221,19 @@ def resolve(what: str, activation: Any) -> Activation:
 
 
 def of_module(module: Any) -> Activation | None:
-    """What calling the module computes, or None where it isn't one of ``MODULES`` as torch.nn has it."""
-    known = MODULES.get(type(module))
-    if known is None or not is_untouched(module.__dict__):
+    """The activation that a module computes; None unless it is an unchanged module of ``MODULES``."""
+    rows = MODULES.get(type(module))
+    if rows is None or not is_untouched(module.__dict__):
         return None
-    name, attributes = known
-    if type(module) is nn.GELU and module.approximate != "none":
-        return NAMED["gelu_tanh"] if module.approximate == "tanh" else None
-    if not attributes:
-        return NAMED[name]
-    values = [getattr(module, attribute) for attribute in attributes]
-    if not all(isinstance(value, int | float) for value in values):
-        return None  # a tensor, say, which may want a gradient
-    return Activation(*NAMED[name][:2], *map(float, values))
+    for row, activation in rows:
+        if row.options and any(getattr(module, option) != value for option, value in row.options.items()):
+            continue
+        if not row.parameters:
+            return activation
+        values = [getattr(module, parameter) for parameter in row.parameters]
+        if all(isinstance(value, int | float) for value in values):  # no tensor, which may require a gradient
+            return Activation(row.name, activation.code, *map(float, values))
+    return None
 
 
 def is_untouched(attributes: dict[str, Any]) -> bool:
@@ -218,8 +252,8 @@ def _refusal(what: str, activation: Any) -> str:
     modules = ", ".join(module.__name__ for module in MODULES)
     came = describe(activation)
     if type(activation) in MODULES:
-        came += ", which has a hook, a forward or a parameter of its own that a fused call would pass over"
+        came += ", which has a hook, a forward or a parameter of its own that a fused call would ignore"
     return (
         f"{what}: activation must be one of {names}, or a plain module of torch.nn ({modules}; no subclass); "
-        f"got {came}. Anything else: call it on the result"
+        f"got {came}. Call any other activation on the result"
     )

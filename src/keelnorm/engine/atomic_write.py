@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and errors of the system that name them."""
+"""Atomic writes of files, and system errors that name the file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError that arises inside and names no file, as that of a full disk, names this one."""
+    """Add the file's name to an OSError that has none, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -20,7 +20,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, and make its folder. A reader never meets half of it, and after an error the old one is left."""
+    """Write a file atomically, and make its folder; after an error the old file is unchanged."""
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -32,7 +32,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def obstacle(path: Path) -> str | None:
-    """Why no file can be written at a path, in words; None where one can."""
+    """Say why no file can be written at a path; None if one can."""
     if path.is_dir():
         return f"{path} is a directory; name a file in it"
     if path.exists() and not path.is_file():

@@ -1,4 +1,4 @@
-"""Words for error messages: what came, in a form that a reader can act on."""
+"""Parts of error messages: descriptions of values, checks, and the paths of modules."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-#: Characters of a value that an error shows; a state_dict's would fill a screen, or a thousand.
+#: The most characters of a value that an error shows; a state_dict's repr would fill many screens.
 _LONGEST = 200
 
 
 def describe(value: Any) -> str:
-    """Say what ``value`` is: a tensor's dtype, shape and device, or another object's type and value.
+    """Describe a value: a tensor's dtype, shape and device, or another object's type and value.
 
     Example:
         >>> describe(torch.zeros(2, 3))
@@ -48,14 +48,14 @@ def check_module(what: str, model: Any) -> None:
 
 
 def is_count(value: Any, least: int = 1) -> bool:
-    """Whether a value is an integer from ``least`` on and below 2**31, more than which there is of nothing."""
+    """Whether a value is an integer of at least ``least`` and below 2**31."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
 
 
 def module_path(module: torch.nn.Module) -> str | None:
-    """Where a module lies in the model that is running, "layer1.0.bn1", told by the calls in progress; None for none.
+    """The path of a module in the running model, as "layer1.0.bn1"; None where no model is running.
 
-    Looks through the frames of the stack, so it is for errors alone.
+    Found from the frames of the stack, which is slow: use it for errors only.
     """
     path, frame = None, sys._getframe(1)
     while frame is not None:
@@ -67,8 +67,8 @@ def module_path(module: torch.nn.Module) -> str | None:
 
 
 def locate(error: Exception, module: torch.nn.Module) -> None:
-    """Put the module's path behind its name in the error's words, where it has one."""
-    dynamo = sys.modules.get("torch._dynamo")  # it can't trace the look into frames, and need not
+    """Add the module's path to an error message that begins with its class name."""
+    dynamo = sys.modules.get("torch._dynamo")  # it can't trace through frames
     find = module_path if dynamo is None else dynamo.disable(module_path)
     path, what = find(module), type(module).__name__
     if path and error.args and str(error.args[0]).startswith(f"{what}: "):

@@ -1,4 +1,4 @@
-"""How a tensor (N, C, *S) lies in memory, and how its channels are addressed."""
+"""Memory layouts of a tensor (N, C, *S), and views of its channels."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def check_kind(what: str, name: str, value: Tensor) -> None:
-    """Raise a TypeError unless a tensor is of the ordinary kind: a number for each place of a shape, or on meta."""
+    """Raise a TypeError unless a tensor is strided: not nested, quantized or sparse."""
     if value.is_nested:
-        remedy = "Pad it, as with .to_padded_tensor(0.0), and say by mask= which values count"
+        remedy = "Pad it, as with .to_padded_tensor(0.0), and give the values that count by mask="
     elif value.is_quantized:
         remedy = "Convert it first, with .dequantize()"
     elif value.layout is not torch.strided:
@@ -24,12 +24,13 @@ def check_kind(what: str, name: str, value: Tensor) -> None:
 
 
 def require_memory(what: str, **tensors: Tensor | None) -> None:
-    """Raise where the values of a plain tensor lie outside of its storage, which was freed or cut short.
+    """Raise a RuntimeError where the storage of a tensor was freed or shrunk, so that its values lie outside of it.
 
-    The native operators look for themselves; torch's own, and a GPU's kernels, would read what is not there.
+    The native operators check this themselves; torch's operators and a GPU's kernels would read invalid memory.
 
     Args:
-        what: What was called, the first words of the message.
+        what: The function or layer that was called, which begins the message.
+        tensors: The tensors by their argument names.
     """
     if torch.compiler.is_compiling():
         return
@@ -38,7 +39,7 @@ def require_memory(what: str, **tensors: Tensor | None) -> None:
             continue
         try:
             held = t.untyped_storage().nbytes()
-        except NotImplementedError:  # of torch.func, or of another kind than strides
+        except NotImplementedError:  # a tensor of torch.func, or not strided
             continue
         span = t.numel()
         if span and not t.is_contiguous():
@@ -61,14 +62,14 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether ``x`` is contiguous or channels-last: the two layouts that kernels read without a copy."""
+    """Whether ``x`` is contiguous or channels-last, the layouts that kernels read without a copy."""
     return x.is_contiguous() or is_channels_last(x)
 
 
 def dense(x: Tensor) -> Tensor:
-    """``x`` in the memory format in which torch's batch norms give their result: itself, or a copy; differentiable.
+    """``x`` in the memory format of the result of torch's batch norms: itself, or a copy; differentiable.
 
-    Under torch.func.vmap always itself: how it lies is not seen there.
+    Under torch.func.vmap always itself, because the memory format is not visible there.
     """
     if x.is_contiguous() or _is_batched(x):
         return x
@@ -79,10 +80,10 @@ def dense(x: Tensor) -> Tensor:
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """Channels-last for x of four or five dimensions whose strides rise in that order, else contiguous.
+    """The memory format of x: channels-last for four or five dimensions with strides in that order, else contiguous.
 
-    x may have gaps, as a slice has, but not values that share memory. This is torch's own rule (c10/core/
-    MemoryFormat.h), save that a dimension of one value has no say.
+    x may have gaps, as a slice has, but no overlapping values. This is torch's own rule (c10/core/MemoryFormat.h),
+    except that dimensions of size 1 are ignored.
     """
     last = _CHANNELS_LAST.get(x.dim())
     if last is None or x.shape[1] == 1:
@@ -97,8 +98,8 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def _is_batched(x: Tensor) -> bool:
-    """Whether torch.func.vmap has a dimension of x that is not seen here."""
-    if torch.compiler.is_compiling():  # which can't look closer
+    """Whether x is batched by torch.func.vmap, which hides a dimension."""
+    if torch.compiler.is_compiling():  # where x itself can't be inspected
         return torch._C._are_functorch_transforms_active()
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(x):
@@ -109,15 +110,15 @@ def _is_batched(x: Tensor) -> bool:
 
 
 def reduced_dims(x: Tensor) -> list[int]:
-    """All dimensions but that of the channels: those over which moments are taken."""
+    """All dimensions except the channels: those that moments are taken over."""
     return [dim for dim in range(x.dim()) if dim != 1]
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """View C values so that they broadcast against ``x`` of shape (N, C, *S)."""
+    """View C values so that they broadcast with ``x`` of shape (N, C, *S)."""
     return values.view(-1, *([1] * (x.dim() - 2)))
 
 
 def counted(counts: Tensor, values: Tensor, padding: Tensor | None = None) -> Tensor:
-    """``values`` where ``counts`` is True, elsewhere ``padding`` or 0; differentiable, and laid out as ``values``."""
+    """``values`` where ``counts`` is True, elsewhere ``padding`` or 0; differentiable, in the layout of ``values``."""
     return torch.where(counts, values, 0 if padding is None else padding)  # masked_fill's result is contiguous

@@ -1,4 +1,4 @@
-"""What the package's extras bring, and how to install what of it is missing."""
+"""Optional packages: which are missing, and the command that installs them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from shlex import quote
 
 _DISTRIBUTION = "keelnorm"
-#: Modules whose packages are called otherwise.
+#: Packages whose names differ from their modules.
 _PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 def lacking(extra: str, *modules: str) -> str | None:
-    """Those of an extra's modules that are missing and what installs them, in words; None where all are there.
+    """Name the missing modules of an extra and the command that installs them; None if none is missing.
 
-    The packages are named themselves, not ``keelnorm[extra]``: that holds for however keelnorm came here, be it from a
-    folder, a wheel or an index.
+    The command names the packages, not ``keelnorm[extra]``: it works however keelnorm was installed, from a folder, a
+    wheel or an index.
     """
     missing = [module for module in modules if find_spec(module) is None]
     if not missing:
@@ -31,7 +31,7 @@ def lacking(extra: str, *modules: str) -> str | None:
 
 
 def required_by(extra: str) -> list[str]:
-    """The packages that an extra brings, with their versions, as the installed metadata has them; [] without any."""
+    """The packages of an extra, with their versions, from the installed metadata; [] without metadata."""
     try:
         lines = metadata.requires(_DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
@@ -55,7 +55,7 @@ def _is_installed(requirement: str) -> bool:
 
 
 def _installer() -> str:
-    """What installs packages for this Python, whichever one the shell finds first."""
+    """The command that installs packages for this Python, even if the shell finds another one first."""
     if not _is_installed("pip"):  # as in the environments of uv
         return f"uv pip install --python {quote(sys.executable)}"
     pip = shutil.which("pip")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from keelnorm.engine.activations import NAMED, NONE, Activation
+from keelnorm.engine.activations import NAMED, NONE, TABLE, Activation, Definition
 
 #: A residual of the same shape, dtype and device is added.
 ADD = "add"
@@ -180,27 +180,31 @@ def _is_deferred(value: Any) -> TypeGuard[Any]:
     return hasattr(type(value), "_pending")
 
 
-_leaky_relu = ("negative_slope",), (0.01,), lambda slope: NAMED["leaky_relu"]._replace(a=float(slope))
-_elu = ("alpha",), (1.0,), lambda alpha: NAMED["elu"]._replace(a=float(alpha))
+def _by_definition(row: Definition, inplace: bool = False) -> Reader:
+    activation = NAMED[row.name]
+    if not row.parameters:
+        return _without_parameters(activation, inplace)
+
+    def make(*values: float) -> Activation | None:
+        if row.name == "softplus" and torch.is_autocast_enabled("cuda"):
+            return None  # autocast runs softplus, alone of all, in float32 on a GPU
+        return Activation(row.name, activation.code, *map(float, values))
+
+    return _with_parameters(tuple(row.parameters), tuple(row.parameters.values()), make, inplace)
+
+
 _gelu = ("approximate",), ("none",), {"none": NAMED["gelu"], "tanh": NAMED["gelu_tanh"]}.get
 _hardtanh = ("min_val", "max_val"), (-1.0, 1.0), lambda least, most: _RELU6 if (least, most) == (0, 6) else None
-_softplus = ("beta", "threshold"), (1, 20), lambda beta, threshold: (
-    # which autocast, alone of all, runs in float32 on a GPU
-    None if torch.is_autocast_enabled("cuda") else NAMED["softplus"]._replace(a=float(beta), b=float(threshold))
-)  # fmt: skip
 
 _READERS: dict[Any, Reader] = {}
-for _name in ("relu", "sigmoid", "tanh"):
-    for _where in (torch, Tensor):
-        _READERS[getattr(_where, _name)] = _without_parameters(NAMED[_name])
-        _READERS[getattr(_where, f"{_name}_")] = _without_parameters(NAMED[_name], inplace=True)
-for _name in ("relu", "relu6", "silu", "hardswish", "hardsigmoid", "mish"):
-    _READERS[getattr(F, _name)] = _without_parameters(NAMED[_name])
+for _row in TABLE[1:]:
+    for _where in (F, torch, Tensor):
+        for _spelling in (_row.name, f"{_row.name}_"):
+            if hasattr(_where, _spelling) and not _row.options:
+                _READERS[getattr(_where, _spelling)] = _by_definition(_row, inplace=_spelling.endswith("_"))
 _READERS |= {
-    F.leaky_relu: _with_parameters(*_leaky_relu), F.leaky_relu_: _with_parameters(*_leaky_relu, inplace=True),
-    F.elu: _with_parameters(*_elu), F.elu_: _with_parameters(*_elu, inplace=True),
     F.hardtanh: _with_parameters(*_hardtanh), F.hardtanh_: _with_parameters(*_hardtanh, inplace=True),
-    F.gelu: _with_parameters(*_gelu), F.softplus: _with_parameters(*_softplus),
+    F.gelu: _with_parameters(*_gelu),
     torch.add: _add(False), Tensor.add: _add(False), Tensor.add_: _add(True),
     torch.mul: _mul(False), Tensor.mul: _mul(False), Tensor.mul_: _mul(True),
     torch.div: _div(False), Tensor.div: _div(False), Tensor.div_: _div(True),

@@ -1,4 +1,4 @@
-"""What would run for a tensor, and why."""
+"""Explain which kernels run for a tensor, and why."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Literal, TypeAlias, get_args
 import torch
 
 from keelnorm.engine.error_messages import describe, is_count
-from keelnorm.engine.kernels import triton
+from keelnorm.engine.kernels import registry, triton
 
 Layout: TypeAlias = Literal["contiguous", "channels_last"]
 LAYOUTS = get_args(Layout)
 _ASSUMED = 132
-"""Multiprocessors where no GPU is there to ask: an H100's."""
+"""Multiprocessors of an H100, assumed where there is no GPU."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What runs for tensors of one kind.
+    """The kernels that run for a shape, dtype and layout.
 
     Args:
         kernels: The name of the kernels, as :func:`keelnorm.engine.kernels.registry.available` has it.
-        why: Why these.
-        details: On a GPU, how forward and backward go, a line each.
+        why: The reason.
+        details: On a GPU, how forward and backward run, a line each.
     """
 
     kernels: str
@@ -42,17 +42,17 @@ def explain(
     layout: Layout = "contiguous",
     device: torch.device | str | None = None,
 ) -> Explanation:
-    """Which kernels a batch normalization of such a tensor in training runs on, and how.
+    """Explain which kernels a batch normalization in training runs on, and how.
 
     Args:
-        shape: (N, C, *S).
-        dtype: Of the values.
-        layout: "contiguous" or "channels_last".
-        device: Default: the GPU where torch finds one, else the CPU. A GPU that is not there is taken to have 132
-            multiprocessors.
+        shape: Of x, (N, C, *S).
+        dtype: Of x.
+        layout: Of x: "contiguous" or "channels_last".
+        device: Default: the GPU where torch finds one, else the CPU. Without a GPU to ask, one of 132
+            multiprocessors is assumed.
 
     Raises:
-        ValueError: there is no such layout, or the shape has fewer than two dimensions or a negative one.
+        ValueError: There is no such layout, or the shape has fewer than two dimensions or a negative one.
 
     Example:
         >>> print(explain((8, 64, 7, 7), torch.bfloat16, "channels_last", device="cuda").details[0].split(",")[0])
@@ -63,8 +63,6 @@ def explain(
     given, shape = shape, tuple(shape) if isinstance(shape, Sequence) else ()
     if len(shape) < 2 or not all(is_count(size, 0) for size in shape):
         raise ValueError(f"explain: shape must be (N, C, *S), two sizes or more from 0 on; got {describe(given)}")
-    from keelnorm.engine.kernels import registry
-
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name, why = registry.active(device), registry.chosen_by(device)
     legal = triton.DTYPES if name == "triton" else registry.DTYPES
@@ -75,7 +73,7 @@ def explain(
         return Explanation("reference", f"{name} takes {names}, not {str(dtype).removeprefix('torch.')}")
     if name != "triton":
         return Explanation(name, why)
-    from keelnorm.engine.kernels.triton import availability  # whoever only imports the package needs no rules for GPUs
+    from keelnorm.engine.kernels.triton import availability  # a light import: not needed until here
     from keelnorm.engine.kernels.triton.tiling import View
 
     view = View.of(shape, layout == "channels_last")
@@ -87,11 +85,14 @@ def explain(
 
 
 def autotune(enabled: bool = True) -> None:
-    """Time tile sizes at the first use of each shape on a GPU and keep what was fastest, or (False) stop doing so.
+    """Time tile sizes at the first use of each shape on a GPU, and use the fastest.
 
     The first forward of a shape then takes some milliseconds more, and memory for two more tensors like x. Results are
-    kept for the next process, in the folder that ``KEELNORM_CACHE`` names, by default ``~/.cache/keelnorm``; while a
-    CUDA graph is captured nothing is timed. ``KEELNORM_AUTOTUNE=1`` does the same from the outside.
+    kept for the next process, in the folder that ``KEELNORM_CACHE`` names, by default ``~/.cache/keelnorm``. Nothing is
+    timed while a CUDA graph is captured. The environment variable ``KEELNORM_AUTOTUNE=1`` turns timing on, too.
+
+    Args:
+        enabled: False turns timing off.
 
     Raises:
         RuntimeError: Triton is not installed.
@@ -99,7 +100,7 @@ def autotune(enabled: bool = True) -> None:
     if not isinstance(enabled, bool):
         raise TypeError(f"autotune: enabled is True or False; got {describe(enabled)}")
     if triton.missing() is not None:
-        raise RuntimeError(f"autotune: it times Triton's kernels, and {triton.missing()}")
+        raise RuntimeError(f"autotune: there are no kernels to time: {triton.missing()}")
     from keelnorm.engine.kernels.triton import tuning
 
     tuning.autotune(enabled)

@@ -1,12 +1,12 @@
-"""The reference back end: the meaning of every kernel in plain torch, for any device, dtype and layout.
+"""The reference back end: the definition of every kernel in plain torch, for any device, dtype and layout.
 
-The formulas, per channel with M = N·S values and g the gradient in front of the activation:
+The formulas, per channel with M = N·S values and g the gradient before the activation:
 
     xhat = (x − mean)·rstd       v = xhat·weight + bias + residual       y = act(v)       g = dy·act′(v)
     dbias = Σg     dweight = Σg·xhat     dx = weight·rstd·(g − Σg/M − xhat·Σ(g·xhat)/M)     dresidual = g
 
-They are evaluated around a rounded mean (the ``centre``), so that x − centre is exact where it matters, and what the
-rounding left over goes into the shift.
+They are evaluated around the rounded mean (the ``center``), so that x − center is exact for x near the mean; the shift
+corrects for the rounding.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ calls = 0
 
 
 class _Affine(NamedTuple):
-    """What turns x into the value in front of the activation: (x − centre)·scale + shift."""
+    """The coefficients of the value before the activation, (x − center)·scale + shift."""
 
-    centre: Tensor
+    center: Tensor
     scale: Tensor
     shift: Tensor
 
 
 def _affine(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> _Affine:
     dtype = compute_dtype(x)
-    centre = mean.to(dtype)
+    center = mean.to(dtype)
     scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
-    shift = (centre.to(mean.dtype) - mean) * scale
+    shift = (center.to(mean.dtype) - mean) * scale
     if bias is not None:
         shift = shift + bias.to(shift.dtype)
-    return _Affine(*(per_channel(v.to(dtype), x) for v in (centre, scale, shift)))
+    return _Affine(*(per_channel(v.to(dtype), x) for v in (center, scale, shift)))
 
 
 def _preactivation(x: Tensor, affine: _Affine, residual: Tensor | None) -> Tensor:
-    v = (x.to(compute_dtype(x)) - affine.centre) * affine.scale + affine.shift
+    v = (x.to(compute_dtype(x)) - affine.center) * affine.scale + affine.shift
     return v if residual is None else v + residual
 
 
 def _gate(dy: Tensor, x: Tensor, affine: _Affine, y: Tensor | None, residual: Tensor | None, act: Activation) -> Tensor:
-    """g: the gradient in front of the activation, in the compute dtype or a wider one. For ReLU y will do for v."""
+    """g, the gradient before the activation, in the compute dtype or a wider one; v is y, if given (ReLU)."""
     g = dy.to(torch.promote_types(compute_dtype(x), dy.dtype))
     if act.code == 0:
         return g
@@ -56,7 +56,7 @@ def _gate(dy: Tensor, x: Tensor, affine: _Affine, y: Tensor | None, residual: Te
 
 
 def stats(x: Tensor, mask: Tensor | None = None) -> Moments:
-    """Moments of each channel, over the values that ``mask`` (N, *S) lets count."""
+    """Moments of each channel, over the values that count by ``mask`` (N, *S)."""
     _count_call()
     return Moments.from_tensor(x, mask)
 
@@ -87,14 +87,14 @@ def grad_stats(
     residual: Tensor | None,
     act: Activation,
 ) -> tuple[Tensor, Tensor]:
-    """Σg and Σg·xhat: the gradients of bias and weight, and what ``grad_input`` needs."""
+    """Σg and Σg·xhat: the gradients of bias and weight, which ``grad_input`` takes the means of."""
     _count_call()
     affine = _affine(x, mean, rstd, weight, bias)
     g = _gate(dy, x, affine, y, residual, act)
     wide, dims = wide_dtype(x.device), reduced_dims(x)
     sum_g = g.sum(dims, dtype=wide)
-    around_centre = (g * (x.to(g.dtype) - affine.centre)).sum(dims, dtype=wide)
-    return sum_g, (around_centre - (mean - affine.centre.flatten().to(wide)) * sum_g) * rstd
+    around_center = (g * (x.to(g.dtype) - affine.center)).sum(dims, dtype=wide)
+    return sum_g, (around_center - (mean - affine.center.flatten().to(wide)) * sum_g) * rstd
 
 
 def grad_input(
@@ -109,7 +109,7 @@ def grad_input(
     grad_means: tuple[Tensor, Tensor] | None,
     act: Activation,
 ) -> Tensor:
-    """dx, from the means of g and g·xhat over all values that were normalized together (None: fixed statistics)."""
+    """Compute dx from the means of g and g·xhat over all values normalized together (None: fixed statistics)."""
     _count_call()
     affine = _affine(x, mean, rstd, weight, bias)
     g = _gate(dy, x, affine, y, residual, act)
@@ -118,10 +118,10 @@ def grad_input(
         mean_g, mean_gxhat = grad_means
         scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
         slope = -scale * rstd * mean_gxhat
-        offset = -scale * mean_g - slope * (mean - affine.centre.flatten().to(mean.dtype))
+        offset = -scale * mean_g - slope * (mean - affine.center.flatten().to(mean.dtype))
         dx = (
             dx
-            + (x.to(g.dtype) - affine.centre) * per_channel(slope.to(g.dtype), x)
+            + (x.to(g.dtype) - affine.center) * per_channel(slope.to(g.dtype), x)
             + per_channel(offset.to(g.dtype), x)
         )
     return dx.to(x.dtype)
@@ -138,7 +138,7 @@ def grad_residual(
     residual: Tensor | None,
     act: Activation,
 ) -> Tensor:
-    """dresidual = g, in dy's dtype."""
+    """Compute dresidual = g, in dy's dtype."""
     _count_call()
     return _gate(dy, x, _affine(x, mean, rstd, weight, bias), y, residual, act).to(dy.dtype)
 
@@ -146,9 +146,9 @@ def grad_residual(
 def invert(
     y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, act: Activation
 ) -> Tensor:
-    """x = mean + (act⁻¹(y) − bias)/(weight·rstd), in y's dtype and layout.
+    """Rebuild x = mean + (act⁻¹(y) − bias)/(weight·rstd), in y's dtype and layout.
 
-    x was finite where y is: what y's rounding adds to the largest values must not turn them into infinity.
+    Clamped to finite values: x was finite where y is, and y's rounding error must not turn it into infinity.
     """
     _count_call()
     scale = rstd if weight is None else rstd * weight.to(rstd.dtype)

@@ -1,9 +1,9 @@
-"""Which kernels run: discovery, and forcing one.
+"""Which kernels run: the list of kernels, and how to force one.
 
 A back end supplies four operators (``stats``, ``apply``, ``grad_stats``, ``grad_input``); the fast ones add a fused
-forward and backward. ``reference`` is plain torch and runs everywhere. The native CPU back end comes in several
-instruction sets, of which the best that the machine supports is taken. ``triton`` runs on GPUs. ``KEELNORM_KERNELS`` or
-:func:`use` force one.
+forward and backward. ``reference`` is plain torch and runs everywhere. The native CPU back end is compiled for several
+instruction sets, and runs the best that the machine supports. ``triton`` runs on GPUs. ``KEELNORM_KERNELS`` or
+:func:`use` forces one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ from torch import Tensor
 
 from keelnorm.engine.error_messages import describe
 from keelnorm.engine.kernels import cpu, reference, triton
-from keelnorm.engine.kernels.explaining import autotune, explain
-
-__all__ = ["Kernel", "active", "autotune", "available", "calls", "chosen_by", "explain", "use"]
 
 ENVIRONMENT_VARIABLE = "KEELNORM_KERNELS"
 
@@ -32,7 +29,7 @@ class Kernel:
     """One choice of kernels, as :func:`available` lists it.
 
     Args:
-        name: What :func:`use` and the environment variable call it.
+        name: Its name, for :func:`use` and the environment variable.
         usable: Whether it runs on this machine.
         note: What it is, or why it can't be used.
     """
@@ -42,46 +39,37 @@ class Kernel:
     note: str
 
 
-_NOTES = {
-    "reference": "plain torch; any device, dtype and layout",
-    "baseline": "native, the plainest instructions of the machine's family; floating-point on the CPU",
-    "avx2": "native, AVX2 and FMA; floating-point on the CPU",
-    "avx512": "native, AVX-512 (F, BW, DQ, VL); floating-point on the CPU",
-    "avx512_bf16": "native, AVX-512 and its bfloat16 conversion; bfloat16 on the CPU, the rest as avx512",
-    "triton": "Triton; float32, float16 and bfloat16 on GPUs",
-}
-
 _unavailable = cpu.load()
 _forced: str | None = None
 _log = logging.getLogger("keelnorm")
-#: The devices and dtypes whose fallback has been said.
+#: The devices and dtypes whose fallback has been announced.
 _announced: set[str | torch.dtype] = set()
-#: What the native operators take, on the CPU.
+#: The dtypes of the native operators, on the CPU.
 DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-#: Whether such tensors do take the native operators. Read on every call.
+#: Whether tensors of these dtypes on the CPU run on the native operators. Read on every call.
 native_enabled = False
-#: Whether they take those for GPUs, in the interpreter.
+#: Whether tensors on the CPU run on Triton's kernels, in its interpreter.
 _interpreting = False
 
 
 def available() -> list[Kernel]:
-    """All kernels that this build of keelnorm knows, the plainest first.
+    """List all kernels that this build of keelnorm knows, the plainest first.
 
     Example:
         >>> available()[0].name
         'reference'
     """
-    found = [Kernel("reference", True, _NOTES["reference"])]
+    found = [Kernel("reference", True, "plain torch; any device, dtype and layout")]
     if _unavailable is not None:
         found.append(Kernel("native", False, f"the native CPU library is missing: {_unavailable}"))
-    for name, usable in cpu.instruction_sets().items():
-        found.append(Kernel(name, usable, _NOTES[name] if usable else "this machine lacks the instructions"))
+    for name, supported, note in cpu.instruction_sets():
+        found.append(Kernel(name, supported, note if supported else "this machine lacks the instructions"))
     lacking = triton.unusable()
-    return [*found, Kernel("triton", lacking is None, lacking or _NOTES["triton"])]
+    return [*found, Kernel("triton", lacking is None, lacking or "Triton; float32, float16 and bfloat16 on GPUs")]
 
 
 def active(device: torch.device | str = "cpu") -> str:
-    """The kernels that floating-point tensors on a device run on, where they take the dtype; else ``reference``."""
+    """The kernels that floating-point tensors on a device run on; for a dtype that they lack, ``reference`` runs."""
     kind = _kind("active", device)
     if kind == "cuda":
         return "triton" if _forced != "reference" and triton.missing() is None else "reference"
@@ -98,7 +86,7 @@ def chosen_by(device: torch.device | str = "cpu") -> str:
     if _forced == "reference" or (_forced is not None and (_forced == "triton") == (on_gpu or _interpreting)):
         return f"forced by kn.kernels.use or {ENVIRONMENT_VARIABLE}"
     if on_gpu:
-        return triton.missing() or "what there is for GPUs"
+        return triton.missing() or "the only fast kernels for GPUs"
     if _unavailable is not None:
         return f"the native CPU library is missing: {_unavailable}"
     return "the best that this machine supports"
@@ -114,7 +102,7 @@ def _kind(what: str, device: torch.device | str) -> str:
 
 
 def calls() -> dict[str, int]:
-    """How many operators each of the kernels has run in this process: proof of what ran.
+    """How many operators each of the kernels has run in this process; it proves which kernels ran.
 
     Example:
         >>> before = calls()["reference"]
@@ -125,16 +113,16 @@ def calls() -> dict[str, int]:
 
 
 class use:  # noqa: N801 - reads as a verb, with or without `with`
-    """Force kernels, at once and until the end of a ``with`` block, if any.
+    """Force kernels from now on; as a context manager, until the end of the ``with`` block.
 
     Args:
         name: One of :func:`available`, or ``"auto"`` for the best of each device. An instruction set is forced for
-            tensors on the CPU. ``"triton"`` is what GPUs run anyway; forced, it is kept also in what torch.compile
-            makes of a model for them, see docs/gpu.md, and with TRITON_INTERPRET=1 it takes CPU tensors too.
-            ``"reference"`` is forced for all devices.
+            tensors on the CPU. ``"triton"`` runs on GPUs anyway; when forced, torch.compile keeps its operators in
+            models on GPUs, see docs/gpu.md, and with TRITON_INTERPRET=1 it runs CPU tensors too. ``"reference"`` is
+            forced for all devices.
 
     Raises:
-        ValueError: there are no such kernels, or they can't run here; nothing changes.
+        ValueError: There are no such kernels, or they can't run here; nothing changes.
 
     Example:
         >>> with use("reference"):
@@ -147,11 +135,12 @@ class use:  # noqa: N801 - reads as a verb, with or without `with`
         _force(name)
 
     def __enter__(self) -> None:
-        return None
+        """Nothing is bound by ``as``: the kernels were forced by the constructor."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Force the kernels that were forced before."""
         _force(self._before or "auto")
 
 
@@ -171,7 +160,7 @@ def _force(name: str) -> None:
 
 
 def announce_fallback(device: str = "cpu") -> None:
-    """Warn once a device, at the first call that its fast back end would have taken, that it is missing."""
+    """Warn that a device's fast back end is missing: once a device, at the first call that would have used it."""
     lacking = _unavailable if device == "cpu" else triton.missing()
     if device in _announced or lacking is None or _forced == "reference":
         return
@@ -188,9 +177,9 @@ def announce_fallback(device: str = "cpu") -> None:
 
 
 def operators(x: Tensor) -> Any | None:
-    """The fast operators for x, by the names of keelnorm/engine/ops.py; None where the reference back end runs.
+    """The fast operators for x, with the names of keelnorm/engine/ops.py; None where the reference back end runs.
 
-    They may still decline a rare case, such as mixed dtypes.
+    They may still refuse a rare case, such as mixed dtypes.
     """
     if x.is_cpu:
         if native_enabled:
@@ -218,7 +207,7 @@ def _on_triton(x: Tensor) -> Any | None:
 
 
 def in_compiled_code(device: torch.device) -> bool:
-    """Whether torch.compile is to keep the operators on a device; else it gets torch's own, which it fuses itself."""
+    """Whether torch.compile keeps keelnorm's operators on a device; otherwise it gets torch's, which it fuses."""
     return native_enabled if device.type == "cpu" else device.type == "cuda" and _forced == "triton"
 
 

@@ -1,6 +1,6 @@
-"""The native CPU back end: loads the library, says which instruction sets it has, forces one.
+"""The native CPU back end: loads the library, lists its instruction sets, and forces one.
 
-KEELNORM_LIBRARY names another library than the one in the package, such as one built with sanitizers.
+KEELNORM_LIBRARY names a library to load instead of the package's, such as one built with sanitizers.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 _WISHED = os.environ.get("KEELNORM_LIBRARY")
 _LIBRARY = Path(_WISHED) if _WISHED else Path(__file__).with_name("libkeelnorm.so")
@@ -16,8 +17,22 @@ _library: ctypes.CDLL | None = None
 _failure: str | None = None
 
 
+class InstructionSet(NamedTuple):
+    """An instruction set that the library was compiled for.
+
+    Args:
+        name: Its name.
+        supported: Whether this machine has it.
+        note: What it is, for users.
+    """
+
+    name: str
+    supported: bool
+    note: str
+
+
 def load() -> str | None:
-    """Load the library and with it the operators. Returns why it can't be had, or None when it is there."""
+    """Load the library, which registers the operators. Returns why it is missing, or None."""
     global _library, _failure
     if _library is not None or _failure is not None:
         return _failure
@@ -33,37 +48,40 @@ def load() -> str | None:
     except OSError as error:
         _failure = f"it does not load into this torch: {error}"
         return _failure
-    library.keelnorm_kernels_name.restype = ctypes.c_char_p
+    library.keelnorm_kernels_name.restype = library.keelnorm_kernels_note.restype = ctypes.c_char_p
     library.keelnorm_kernels_calls.restype = ctypes.c_longlong
     _library = library
     return None
 
 
-def instruction_sets() -> dict[str, bool]:
-    """The compiled instruction sets from the plainest on, and whether this machine supports each."""
+def instruction_sets() -> list[InstructionSet]:
+    """The compiled instruction sets, the plainest first."""
     if _library is None:
-        return {}
-    count = _library.keelnorm_kernels_count()
-    return {_name(_library, i): bool(_library.keelnorm_kernels_supported(i)) for i in range(count)}
+        return []
+    return [
+        InstructionSet(
+            _library.keelnorm_kernels_name(i).decode(),
+            bool(_library.keelnorm_kernels_supported(i)),
+            _library.keelnorm_kernels_note(i).decode(),
+        )
+        for i in range(_library.keelnorm_kernels_count())
+    ]
 
 
 def calls() -> dict[str, int]:
     """How many operators each instruction set has run in this process."""
     if _library is None:
         return {}
-    return {name: int(_library.keelnorm_kernels_calls(i)) for i, name in enumerate(instruction_sets())}
+    return {each.name: int(_library.keelnorm_kernels_calls(i)) for i, each in enumerate(instruction_sets())}
 
 
 def active() -> str | None:
-    """The instruction set that runs."""
-    return _name(_library, _library.keelnorm_kernels_active()) if _library is not None else None
+    """The name of the instruction set that runs; None without the library."""
+    return None if _library is None else _library.keelnorm_kernels_name(_library.keelnorm_kernels_active()).decode()
 
 
 def force(name: str | None) -> None:
     """Run the named instruction set; None chooses the best of this machine again."""
     if _library is not None:
-        _library.keelnorm_kernels_force(-1 if name is None else list(instruction_sets()).index(name))
-
-
-def _name(library: ctypes.CDLL, i: int) -> str:
-    return str(library.keelnorm_kernels_name(i).decode())
+        names = [each.name for each in instruction_sets()]
+        _library.keelnorm_kernels_force(-1 if name is None else names.index(name))

@@ -1,7 +1,7 @@
-"""The GPU back end: Triton kernels for CUDA and ROCm, loaded when the first tensor on a GPU comes.
+"""The GPU back end: Triton kernels for CUDA and ROCm, loaded at the first call with a tensor on a GPU.
 
-With TRITON_INTERPRET=1 in the environment the same kernels run in Triton's interpreter, slowly and on CPU tensors too,
-which is how they are tested where there is no GPU.
+With TRITON_INTERPRET=1 in the environment the same kernels run in Triton's interpreter, slowly, and on CPU tensors too;
+so they are tested on machines without a GPU.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from types import ModuleType
 import torch
 
 DTYPES = frozenset((torch.float32, torch.float16, torch.bfloat16))
-"""What the operators take; float64 has no place on a GPU's fast paths."""
+"""The dtypes of the operators; float64 is slow on most GPUs."""
 
 _operators: ModuleType | None = None
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter was asked for."""
+    """Whether the environment asks for Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def missing() -> str | None:
-    """Why the kernels can't be had on any device, or None."""
+    """Why the kernels are not available on any device, or None."""
     return None if find_spec("triton") is not None else "Triton is not installed"
 
 

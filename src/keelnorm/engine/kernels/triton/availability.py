@@ -1,4 +1,4 @@
-"""Which kernels run for a tensor: by rule, or by timing where that was asked for, and what the rule says in words."""
+"""The rule that chooses kernels and cuts for a tensor, and its explanation in words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Choice:
     """The cuts for one shape, layout and size of a value.
 
     Args:
-        forward, backward: For one program a block of channels, where its values fit on chip; else None.
+        forward, backward: For the kernels that keep a block of channels on chip; None if its values do not fit.
         reduction, elementwise: For the kernels that walk over the tensor.
     """
 
@@ -26,7 +26,7 @@ class Choice:
 
 @lru_cache(maxsize=4096)
 def by_rule(view: View, itemsize: int, processors: int) -> Choice:
-    """What runs without timing."""
+    """Choose by rule, without timing."""
     reduction, elementwise = tiling.candidates(view, itemsize, processors)[0]
     forward = tiling.on_chip(view, itemsize, tiling.FORWARD_ON_CHIP)
     backward = tiling.on_chip(view, itemsize, tiling.BACKWARD_ON_CHIP)
@@ -34,7 +34,7 @@ def by_rule(view: View, itemsize: int, processors: int) -> Choice:
 
 
 def in_words(view: View, choice: Choice) -> list[str]:
-    """What runs, and why, a line each for forward and backward."""
+    """Say what runs, and why, in a line each for forward and backward."""
     order = "channels-last" if view.last else "contiguous"
     lines = []
     for what, cut, limit in (

@@ -1,4 +1,4 @@
-"""What the operators take, and what they need to know of the device it is on."""
+"""Checks of the operators' tensors, and facts about their device."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from keelnorm.engine.layout import is_channels_last, require_memory
 from keelnorm.engine.update_counts import COUNTS
 
 IN_INTERPRETER = 4
-"""Multiprocessors that Triton's interpreter is taken to have, so that reductions are split there too."""
+"""Multiprocessors that are assumed for Triton's interpreter, so that reductions are split there too."""
 MOST_ROWS = 2**31 - 2**16
-"""Rows of the memory as a matrix, and values of a channel: kernels count them in 32 bits, offsets in 64."""
+"""Limit of the rows of the memory as a matrix, and of the values of a channel: kernels count them in 32 bits."""
 _NOTHING = nullcontext()
 
 
 def unsupported(argument: str) -> NotImplementedError:
-    """What the operators raise where they do not take an argument's dtype, layout or device; nothing has changed."""
+    """The error for an argument whose dtype, layout or device the operators do not take; nothing has been written."""
     return NotImplementedError(f"keelnorm: unsupported: {argument}")
 
 
 def _require_memory(name: str, t: Tensor) -> None:
-    """An error where t's storage was freed: a kernel that reads there would end all work of the process on its GPU."""
+    """Raise an error if t's storage was freed: reading it would make every later use of the GPU fail."""
     if not t.untyped_storage().nbytes():
         require_memory("keelnorm", **{name: t})
 
 
 def view_of(x: Tensor, name: str = "x") -> View:
-    """How the kernels see x; refuses what they do not take."""
+    """The view of x for the kernels; raises an error for a tensor that they do not take."""
     if x.dtype not in DTYPES or x.dim() < 2 or x.numel() == 0:
         raise unsupported("x")
     if not x.is_contiguous() and not is_channels_last(x):
@@ -44,8 +44,8 @@ def view_of(x: Tensor, name: str = "x") -> View:
     return view
 
 
-def alike(name: str, t: Tensor, x: Tensor) -> Tensor:
-    """t, of x's shape, laid out as x is: itself, or a copy."""
+def laid_out_as(x: Tensor, name: str, t: Tensor) -> Tensor:
+    """t, of x's shape, in x's layout: itself, or a copy."""
     if t.dtype not in DTYPES or t.shape != x.shape or t.device != x.device:
         raise unsupported(name)
     _require_memory(name, t)
@@ -55,7 +55,7 @@ def alike(name: str, t: Tensor, x: Tensor) -> Tensor:
 
 
 def check_vectors(x: Tensor, **vectors: Tensor | None) -> None:
-    """Refuse vectors over the channels that the kernels can't read or write where they lie."""
+    """Raise an error for vectors over the channels that the kernels can't read or write in place."""
     for name, vector in vectors.items():
         if vector is None:
             continue
@@ -65,7 +65,7 @@ def check_vectors(x: Tensor, **vectors: Tensor | None) -> None:
 
 
 def check_counts(x: Tensor, counts: Tensor | None) -> None:
-    """Refuse counts of updates that are not as the running statistics are; see `engine.update_counts`."""
+    """Raise an error for counts of updates of a wrong shape or device; see `engine.update_counts`."""
     if counts is not None and (counts.shape != (3, x.shape[1]) or counts.device != x.device):
         raise unsupported(COUNTS)
 
@@ -76,12 +76,12 @@ def _multiprocessors(index: int) -> int:
 
 
 def processors(x: Tensor) -> int:
-    """The multiprocessors of x's device."""
+    """The number of multiprocessors of x's device."""
     return _multiprocessors(x.device.index) if x.is_cuda else IN_INTERPRETER
 
 
 def launching(x: Tensor) -> AbstractContextManager[object]:
-    """Kernels go to the current device, which is made x's."""
+    """Make x's device the current one, to which kernels go."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return _NOTHING
     return torch.cuda.device(x.device)

@@ -1,7 +1,7 @@
-"""The activations and their derivatives in Triton: the formulas of keelnorm/engine/activations.py, by the same codes.
+"""The activations, their derivatives and inverses in Triton, by the names of keelnorm/engine/activations.py.
 
-What a GPU's instructions give only to an absolute error (exp(v) − 1, log(1 + t), tanh) is rearranged so that small
-results keep their digits.
+exp(v) − 1, log(1 + t) and tanh are rearranged so that small results keep their digits: a GPU's instructions bound the
+absolute error only.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Constants of the formulas; Triton reads globals of this type.
+# Constants of the formulas; Triton reads only globals of this type.
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _DENSITY = tl.constexpr(0.3989422804014327)  # 1/√(2π)
 _GELU_K, _GELU_C = tl.constexpr(0.7978845608028654), tl.constexpr(0.044715)  # √(2/π)
@@ -24,7 +24,7 @@ def sigmoid(v):
 
 @triton.jit
 def tanh(v):
-    """tanh(v): a polynomial near 0, where 1 − exp(−2|v|) has few digits."""
+    """Compute the hyperbolic tangent, near 0 by a polynomial: 1 − exp(−2|v|) loses digits there."""
     t = tl.exp(-2.0 * tl.abs(v))
     far = (1.0 - t) / (1.0 + t)
     far = tl.where(v < 0, -far, far)
@@ -56,73 +56,94 @@ def softplus(v):
 
 @triton.jit
 def activate(v, a, b, ACT: tl.constexpr):
-    """act(v); NaN stays NaN."""
-    if ACT == 0:
+    """Compute act(v) of the activation named ACT; NaN stays NaN."""
+    if ACT == "none":
         y = v
-    elif ACT == 1:
+    elif ACT == "relu":
         y = tl.where(v <= 0, 0.0, v)
-    elif ACT == 2:
+    elif ACT == "relu6":
         y = tl.where(v <= 0, 0.0, tl.where(v >= 6, 6.0, v))
-    elif ACT == 3:
+    elif ACT == "leaky_relu":
         y = tl.where(v > 0, v, v * a)
-    elif ACT == 4:
+    elif ACT == "elu":
         y = tl.where(v > 0, v, a * expm1(tl.where(v > 0, 0.0, v)))
-    elif ACT == 5:
+    elif ACT == "silu":
         y = v * sigmoid(v)
-    elif ACT == 6:
+    elif ACT == "gelu":
         y = v * (0.5 * (1.0 + tl.erf(v * _SQRT_HALF)))
-    elif ACT == 7:
+    elif ACT == "gelu_tanh":
         y = 0.5 * v * (1.0 + tanh((v + v * v * v * _GELU_C) * _GELU_K))
-    elif ACT == 8:
+    elif ACT == "hardswish":
         y = tl.where(v <= -3, 0.0, tl.where(v >= 3, v, v * (v + 3.0) / 6.0))
-    elif ACT == 9:
+    elif ACT == "hardsigmoid":
         y = tl.where(v <= -3, 0.0, tl.where(v >= 3, 1.0, (v + 3.0) / 6.0))
-    elif ACT == 10:
+    elif ACT == "sigmoid":
         y = sigmoid(v)
-    elif ACT == 11:
+    elif ACT == "tanh":
         y = tanh(v)
-    elif ACT == 12:
+    elif ACT == "mish":
         y = v * tanh(softplus(v))
-    else:
+    elif ACT == "softplus":
         y = tl.where(v * a > b, v, softplus(v * a) / a)
+    else:
+        tl.static_assert(False, "activate() in kernels/triton/elementwise.py lacks this activation")
     return y
 
 
 @triton.jit
 def gradient(g, v, a, b, ACT: tl.constexpr):
-    """g·act′(v)."""
-    if ACT == 0:
+    """Compute g·act′(v) of the activation named ACT."""
+    if ACT == "none":
         r = g
-    elif ACT == 1:
+    elif ACT == "relu":
         r = tl.where(v <= 0, 0.0, g)
-    elif ACT == 2:
+    elif ACT == "relu6":
         r = tl.where((v <= 0) | (v >= 6), 0.0, g)
-    elif ACT == 3:
+    elif ACT == "leaky_relu":
         r = tl.where(v > 0, g, g * a)
-    elif ACT == 4:
+    elif ACT == "elu":
         r = tl.where(v > 0, g, g * (a * tl.exp(tl.where(v > 0, 0.0, v))))
-    elif ACT == 5:
+    elif ACT == "silu":
         s = sigmoid(v)
         r = g * (s * (1.0 + v * (1.0 - s)))
-    elif ACT == 6:
+    elif ACT == "gelu":
         r = g * (0.5 * (1.0 + tl.erf(v * _SQRT_HALF)) + v * tl.exp(-0.5 * v * v) * _DENSITY)
-    elif ACT == 7:
+    elif ACT == "gelu_tanh":
         w = tl.where(v > 30, 30.0, tl.where(v < -30, -30.0, v))
         t = tanh((w + w * w * w * _GELU_C) * _GELU_K)
         r = g * (0.5 * (1.0 + t) + 0.5 * w * (1.0 - t * t) * ((1.0 + 3.0 * (w * w * _GELU_C)) * _GELU_K))
-    elif ACT == 8:
+    elif ACT == "hardswish":
         r = tl.where(v <= -3, 0.0, tl.where(v < 3, g * (v / 3.0 + 0.5), g))
-    elif ACT == 9:
+    elif ACT == "hardsigmoid":
         r = tl.where((v > -3) & (v < 3), g * (1 / 6), 0.0)
-    elif ACT == 10:
+    elif ACT == "sigmoid":
         s = sigmoid(v)
         r = g * (s * (1.0 - s))
-    elif ACT == 11:
+    elif ACT == "tanh":
         t = tanh(v)
         r = g * (1.0 - t * t)
-    elif ACT == 12:
+    elif ACT == "mish":
         t = tanh(softplus(v))
         r = g * (t + v * sigmoid(v) * (1.0 - t * t))
-    else:
+    elif ACT == "softplus":
         r = tl.where(v * a > b, g, g * sigmoid(v * a))
+    else:
+        tl.static_assert(False, "gradient() in kernels/triton/elementwise.py lacks this activation")
     return r
+
+
+@triton.jit
+def inverse(y, a, ACT: tl.constexpr):
+    """Find v from y = act(v), in float64, of the activation named ACT."""
+    if ACT == "none":
+        v = y
+    elif ACT == "leaky_relu":
+        v = tl.where(y > 0, y, y / a)
+    elif ACT == "elu":
+        t = tl.where(y > 0, 0.0, y / a)
+        u = 1.0 + t  # log(1 + t), by Kahan's quotient
+        near = tl.log(u) * t / tl.where(u == 1.0, 1.0, u - 1.0)
+        v = tl.where(y > 0, y, tl.where(u == 1.0, t, near))
+    else:
+        tl.static_assert(False, "inverse() in kernels/triton/elementwise.py lacks this activation")
+    return v

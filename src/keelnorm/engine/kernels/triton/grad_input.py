@@ -1,23 +1,23 @@
-"""dx = g·scale + (x − centre)·slope + offset, and dresidual = g, value by value."""
+"""Kernels for dx = g·scale + (x − center)·slope + offset and dresidual = g, value by value."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from keelnorm.engine.kernels.triton.gate import gated, store_gradient
-from keelnorm.engine.kernels.triton.grad_stats import sloped
-from keelnorm.engine.kernels.triton.tile import counting, held, lay
+from keelnorm.engine.kernels.triton.gate import gradient_before, store_dx
+from keelnorm.engine.kernels.triton.grad_stats import slope_and_offset
+from keelnorm.engine.kernels.triton.tile import counted, load_coefficients, memory_tile
 
 
 @triton.jit
 def slope_kernel(
     means, mean, rstd, weight, coefficients, slopes, C, B: tl.constexpr, HAS_WEIGHT: tl.constexpr
 ):  # fmt: skip
-    """slopes (2, C) from the means (2, C) of g and g·x̂."""
+    """Write slopes (2, C) from the means (2, C) of g and g·x̂."""
     channels = tl.program_id(0) * B + tl.arange(0, B)
     exists = channels < C
-    slope, offset = sloped(
+    slope, offset = slope_and_offset(
         tl.load(means + channels, mask=exists, other=0.0).to(tl.float64),
         tl.load(means + C + channels, mask=exists, other=0.0).to(tl.float64),
         tl.load(mean + channels, mask=exists, other=0.0).to(tl.float64),
@@ -36,13 +36,13 @@ def grad_input_kernel(
     HAS_RESIDUAL: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr, TRAINING: tl.constexpr,
     NEED_INPUT: tl.constexpr, NEED_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """One tile. Where the mask lets nothing count, the gradients are 0; with KEEP, where y is x, dx is dy."""
-    offsets, spots, inside, channels = lay(N, C, S, A, B, LAST, WIDE)
-    counts = counting(inside, mask, spots, MASKED)
-    centre, scale, shift = held(coefficients, coefficients + C, coefficients + 2 * C, channels, C)
+    """Write one tile of the gradients. For masked values they are 0, or dx is dy with KEEP, where y is x."""
+    offsets, spots, inside, channels = memory_tile(N, C, S, A, B, LAST, WIDE)
+    counts = counted(inside, mask, spots, MASKED)
+    center, scale, shift = load_coefficients(coefficients, coefficients + C, coefficients + 2 * C, channels, C)
     values = tl.load(x + offsets, mask=counts, other=0.0).to(tl.float32)
-    g = gated(
-        dy, values, centre, scale, shift, y, residual, offsets, counts, a, b, ACT, HAS_Y, HAS_RESIDUAL
+    g = gradient_before(
+        dy, values, center, scale, shift, y, residual, offsets, counts, a, b, ACT, HAS_Y, HAS_RESIDUAL
     )  # fmt: skip
     if NEED_RESIDUAL:
         tl.store(dresidual + offsets, g.to(dresidual.dtype.element_ty), mask=inside)
@@ -51,5 +51,5 @@ def grad_input_kernel(
         if TRAINING:
             exists = channels < C
             slope = tl.load(slopes + channels, mask=exists, other=0.0)
-            out += (values - centre) * slope + tl.load(slopes + C + channels, mask=exists, other=0.0)
-        store_gradient(dx, out, dy, offsets, inside, counts, MASKED, KEEP)
+            out += (values - center) * slope + tl.load(slopes + C + channels, mask=exists, other=0.0)
+        store_dx(dx, out, dy, offsets, inside, counts, MASKED, KEEP)

@@ -1,11 +1,12 @@
-"""x = mean + (act⁻¹(y) − bias)/(weight·rstd), value by value: none, leaky_relu and elu."""
+"""The kernel that rebuilds x from y: x = mean + (act⁻¹(y) − bias)/(weight·rstd), value by value."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from keelnorm.engine.kernels.triton.tile import lay
+from keelnorm.engine.kernels.triton.elementwise import inverse
+from keelnorm.engine.kernels.triton.tile import memory_tile
 
 
 @triton.jit
@@ -14,24 +15,17 @@ def invert_kernel(
     A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr, ACT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """One tile, in float64: a scale near 0 leaves few digits to lose.
+    """Write one tile of x, computed in float64, since a scale near 0 amplifies rounding.
 
-    x was finite where y is: what y's rounding adds to the LARGEST values must not turn them into infinity.
+    x was finite where y is: y's rounding error must not turn the LARGEST values into infinity.
     """
-    offsets, _, inside, channels = lay(N, C, S, A, B, LAST, WIDE)
+    offsets, _, inside, channels = memory_tile(N, C, S, A, B, LAST, WIDE)
     exists = channels < C
     mean = tl.load(saved + channels, mask=exists, other=0.0)
     scale = tl.load(saved + 2 * C + channels, mask=exists, other=1.0)
     if HAS_WEIGHT:
         scale = scale * tl.load(weight + channels, mask=exists, other=1.0).to(tl.float64)
-    v = tl.load(y + offsets, mask=inside, other=0.0).to(tl.float64)
-    if ACT == 3:
-        v = tl.where(v > 0, v, v / a)
-    elif ACT == 4:
-        t = tl.where(v > 0, 0.0, v / a)
-        u = 1.0 + t  # log(1 + t), by Kahan's quotient
-        near = tl.log(u) * t / tl.where(u == 1.0, 1.0, u - 1.0)
-        v = tl.where(v > 0, v, tl.where(u == 1.0, t, near))
+    v = inverse(tl.load(y + offsets, mask=inside, other=0.0).to(tl.float64), a, ACT)
     if HAS_BIAS:
         v = v - tl.load(bias + channels, mask=exists, other=0.0).to(tl.float64)
     v = mean + v / scale

@@ -1,4 +1,7 @@
-"""Launches of the kernels: which, over which grid, with which arguments. Whatever is legal has been checked."""
+"""Launches of the kernels: which kernel runs, over which grid, with which arguments.
+
+The operators have checked all arguments.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +17,46 @@ from keelnorm.engine.kernels.triton.grad_stats import grad_merge_kernel, grad_pa
 from keelnorm.engine.kernels.triton.invert import invert_kernel
 from keelnorm.engine.kernels.triton.on_chip import backward_kernel, forward_kernel
 from keelnorm.engine.kernels.triton.stats import merge_kernel, part_kernel
-from keelnorm.engine.kernels.triton.tiling import Tiling, View, power_of_two, up
+from keelnorm.engine.kernels.triton.tiling import View, divide_up, power_of_two
 from keelnorm.engine.kernels.triton.tuning import choose
 
 _CHANNELS = 32
-"""Channels of a program that works on vectors of them."""
+"""Channels of a program that works on vectors over the channels."""
 _MERGED = 64
-"""Parts that a merging program holds at a time."""
+"""Parts that a merging program loads at a time."""
 
 
 class Act(NamedTuple):
-    """An activation as kernels take it."""
+    """An activation as kernels take it: its name and parameters."""
 
-    code: int
-    a: float
-    b: float
+    name: str = "none"
+    a: float = 0.0
+    b: float = 0.0
 
 
-class Given(NamedTuple):
-    """What a backward reads beside x."""
+class Call(NamedTuple):
+    """The arguments that most launches share.
+
+    Args:
+        x: The values; y in `invert`.
+        view: How the kernels see x.
+        act: The activation.
+        weight, bias: γ and β, (C,); None for ones and zeros.
+        mask: Which values count, (N, *S); None for all.
+        keep: Whether masked values of a result are those of its input; else they are 0.
+    """
+
+    x: Tensor
+    view: View
+    act: Act = Act()
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    keep: bool = False
+
+
+class GradientInputs(NamedTuple):
+    """The tensors that a backward reads beside x."""
 
     dy: Tensor
     y: Tensor | None
@@ -51,7 +75,7 @@ class Running(NamedTuple):
 
 
 def _or(t: Tensor | None, x: Tensor) -> Tensor:
-    """A pointer for an argument that the kernel will not read."""
+    """t, or x as the pointer of an argument that the kernel does not read."""
     return x if t is None else t
 
 
@@ -59,44 +83,42 @@ def _bytes(mask: Tensor | None, x: Tensor) -> Tensor:
     return x if mask is None else mask.view(torch.uint8)
 
 
-def _vector(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+def _empty_rows(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     return torch.empty((rows, x.shape[1]), dtype=dtype, device=x.device)
 
 
-def _count(running: Running, mask: Tensor | None, view: View) -> bool:
-    """Count the batch, unless a kernel is left to do it: the return value.
+def _count_batch(call: Call, running: Running) -> bool:
+    """Count the batch here, or return True where the kernel is to count it.
 
-    A mask's count is known to the device alone; and a cumulative average reads what it has been counted into.
+    With a mask only the device knows whether there are two values. A cumulative average reads the new count.
     """
     if not running.update or running.batches is None:
         return False
-    if mask is None:
-        if view.values < 2 or running.momentum is not None:
-            return view.values > 1
+    if call.mask is None:
+        if call.view.values < 2 or running.momentum is not None:
+            return call.view.values > 1
         running.batches.add_(1)
     else:
-        running.batches.add_(mask.sum() > 1)
+        running.batches.add_(call.mask.sum() > 1)
     return False
 
 
-def moments(
-    x: Tensor, mask: Tensor | None, view: View, weight: Tensor | None = None, bias: Tensor | None = None,
-    running: Running | None = None, eps: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(mean, var, rstd) (3, C) and the coefficients (3, C) of y, by two kernels."""
+def moments(call: Call, running: Running | None = None, eps: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Find (mean, var, rstd) (3, C) and the coefficients (3, C) of y, by two kernels."""
+    x, view, weight, bias, mask = call.x, call.view, call.weight, call.bias, call.mask
     cut = choose(view, x).reduction
     running = running or Running()
-    counting = _count(running, mask, view)
+    kernel_counts_batch = _count_batch(call, running)
     updates = running.update and running.mean is not None
-    saved, coefficients = _vector(x, 3, torch.float64), _vector(x, 3, torch.float32)
+    saved, coefficients = _empty_rows(x, 3, torch.float64), _empty_rows(x, 3, torch.float32)
     parts = torch.empty((3, cut.splits, view.c), dtype=torch.float64, device=x.device)
     with launching(x):
         part_kernel[cut.blocks, cut.splits](
             x, _bytes(mask, x), parts, _or(running.batches, x), view.n, view.c, view.s, cut.tiles, cut.per_program,
-            A=cut.a, B=cut.b, LAST=view.last, WIDE=view.wide, MASKED=mask is not None, COUNT_BATCH=counting,
+            A=cut.a, B=cut.b, LAST=view.last, WIDE=view.wide, MASKED=mask is not None, COUNT_BATCH=kernel_counts_batch,
             num_warps=cut.warps,
         )  # fmt: skip
-        merge_kernel[up(view.c, _CHANNELS),](
+        merge_kernel[divide_up(view.c, _CHANNELS),](
             parts, saved, coefficients, _or(weight, x), _or(bias, x), _or(running.mean, x), _or(running.var, x),
             _or(running.batches, x), _or(running.counts, x), view.c, cut.splits, running.momentum or 0.0, eps,
             SPLITS=min(power_of_two(cut.splits), _MERGED), B=_CHANNELS, HAS_WEIGHT=weight is not None,
@@ -106,173 +128,171 @@ def moments(
     return saved, coefficients
 
 
-def measure(
-    x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, running: Running, training: bool,
-    eps: float, view: View,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `moments` in training; outside it the running statistics are those that normalize."""
+def measure(call: Call, running: Running, training: bool, eps: float) -> tuple[Tensor, Tensor]:
+    """As `moments` in training; outside it from the running statistics."""
     if training:
-        return moments(x, mask, view, weight, bias, running, eps)
+        return moments(call, running, eps)
     assert running.mean is not None and running.var is not None
-    saved, found = _vector(x, 3, torch.float64), _vector(x, 3, torch.float32)
-    with launching(x):
-        coefficient_kernel[up(view.c, _CHANNELS),](
-            running.mean, running.var, saved, found, _or(weight, x), _or(bias, x), view.c, eps,
-            B=_CHANNELS, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, RUNNING=True,
-        )  # fmt: skip
-    return saved, found
+    saved = _empty_rows(call.x, 3, torch.float64)
+    return saved, _coefficients(call, running.mean, running.var, saved, eps)
 
 
-def coefficients(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """centre, scale, shift (3, C) of y = act((x − centre)·scale + shift + residual)."""
-    found = _vector(x, 3, torch.float32)
+def coefficients(call: Call, mean: Tensor, rstd: Tensor) -> Tensor:
+    """center, scale, shift (3, C) of y = act((x − center)·scale + shift + residual)."""
+    return _coefficients(call, mean, rstd, None, 0.0)
+
+
+def _coefficients(call: Call, mean: Tensor, rstd_or_var: Tensor, saved: Tensor | None, eps: float) -> Tensor:
+    """Coefficients from rstd; with ``saved`` from the running variance, and (mean, var, rstd) are written there."""
+    x, view, weight, bias = call.x, call.view, call.weight, call.bias
+    found = _empty_rows(x, 3, torch.float32)
     with launching(x):
-        coefficient_kernel[up(x.shape[1], _CHANNELS),](
-            mean, rstd, x, found, _or(weight, x), _or(bias, x), x.shape[1], 0.0,
-            B=_CHANNELS, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, RUNNING=False,
+        coefficient_kernel[divide_up(view.c, _CHANNELS),](
+            mean, rstd_or_var, _or(saved, x), found, _or(weight, x), _or(bias, x), view.c, eps,
+            B=_CHANNELS, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, RUNNING=saved is not None,
         )  # fmt: skip
     return found
 
 
-def apply(
-    x: Tensor, residual: Tensor | None, mask: Tensor | None, keep: bool, y: Tensor, coefficients: Tensor, view: View,
-    act: Act,
-) -> None:  # fmt: skip
-    """Write y."""
+def apply(call: Call, residual: Tensor | None, y: Tensor, coefficients: Tensor) -> None:
+    """Write y, which may be x."""
+    x, view, act, mask, keep = call.x, call.view, call.act, call.mask, call.keep
     cut = choose(view, x).elementwise
     with launching(x):
         apply_kernel[cut.blocks, cut.splits](
             x, _or(residual, x), _bytes(mask, x), y, coefficients, view.n, view.c, view.s, act.a, act.b,
-            A=cut.a, B=cut.b, LAST=view.last, WIDE=view.wide, ACT=act.code, HAS_RESIDUAL=residual is not None,
+            A=cut.a, B=cut.b, LAST=view.last, WIDE=view.wide, ACT=act.name, HAS_RESIDUAL=residual is not None,
             MASKED=mask is not None, KEEP=keep, num_warps=cut.warps,
         )  # fmt: skip
 
 
-def forward(
-    x: Tensor, residual: Tensor | None, mask: Tensor | None, keep: bool, y: Tensor, weight: Tensor | None,
-    bias: Tensor | None, running: Running, training: bool, eps: float, view: View, act: Act,
-) -> Tensor:  # fmt: skip
+def forward(call: Call, residual: Tensor | None, y: Tensor, running: Running, training: bool, eps: float) -> Tensor:
     """Write y (which may be x), update the running statistics, and return (mean, var, rstd)."""
+    x, view, act, weight, bias, mask, keep = call.x, call.view, call.act, call.weight, call.bias, call.mask, call.keep
     cut = choose(view, x).forward
     if not training or cut is None:
-        saved, found = measure(x, mask, weight, bias, running, training, eps, view)
-        apply(x, residual, mask, keep, y, found, view, act)
+        saved, found = measure(call, running, training, eps)
+        apply(call, residual, y, found)
         return saved
-    saved = _vector(x, 3, torch.float64)
-    counting = _count(running, mask, view)
+    saved = _empty_rows(x, 3, torch.float64)
+    kernel_counts_batch = _count_batch(call, running)
     with launching(x):
         forward_kernel[cut.blocks,](
             x, _or(residual, x), _bytes(mask, x), y, saved, _or(weight, x), _or(bias, x), _or(running.mean, x),
             _or(running.var, x), _or(running.batches, x), _or(running.counts, x), view.n, view.c, view.s,
             running.momentum or 0.0, eps, act.a, act.b,
-            A=cut.a, B=cut.b, LAST=view.last, WIDE=view.wide, ACT=act.code, HAS_RESIDUAL=residual is not None,
+            A=cut.a, B=cut.b, LAST=view.last, WIDE=view.wide, ACT=act.name, HAS_RESIDUAL=residual is not None,
             MASKED=mask is not None, KEEP=keep, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
             UPDATE=running.update and running.mean is not None, CUMULATIVE=running.momentum is None,
-            HAS_COUNTS=running.counts is not None, COUNT_BATCH=counting, num_warps=cut.warps,
+            HAS_COUNTS=running.counts is not None, COUNT_BATCH=kernel_counts_batch, num_warps=cut.warps,
         )  # fmt: skip
     return saved
 
 
-def sums(
-    x: Tensor, given: Given, mask: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor | None,
-    coefficients: Tensor, view: View, act: Act,
-) -> Tensor:  # fmt: skip
+def sums(call: Call, inputs: GradientInputs, mean: Tensor, rstd: Tensor, coefficients: Tensor) -> Tensor:
     """Σg and Σg·x̂ (2, C)."""
-    found = _vector(x, 2, torch.float64)
-    _reduce(x, given, mask, mean, rstd, weight, coefficients, view, act, True, found, None, None)
+    parts = _grad_parts(call, inputs, coefficients)
+    found = _empty_rows(call.x, 2, torch.float64)
+    _merge_grad_parts(call, parts, mean, rstd, coefficients, sums=found)
     return found
 
 
-def _reduce(
-    x: Tensor, given: Given, mask: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor | None,
-    coefficients: Tensor, view: View, act: Act, training: bool, found: Tensor | None, gradients: Tensor | None,
-    slopes: Tensor | None,
-) -> None:  # fmt: skip
-    """The sums over g: into `found` in float64, or as gradients of weight and bias, and with the slopes of dx."""
+def _grad_parts(call: Call, inputs: GradientInputs, coefficients: Tensor) -> Tensor:
+    """Σg, Σg·(x − center) and the number of values (3, splits, C) of each part of a channel's values."""
+    x, view, act, mask = call.x, call.view, call.act, call.mask
     cut = choose(view, x).reduction
     parts = torch.empty((3, cut.splits, view.c), dtype=torch.float64, device=x.device)
     with launching(x):
         grad_part_kernel[cut.blocks, cut.splits](
-            given.dy, x, _or(given.y, x), _or(given.residual, x), _bytes(mask, x), parts, coefficients,
+            inputs.dy, x, _or(inputs.y, x), _or(inputs.residual, x), _bytes(mask, x), parts, coefficients,
             view.n, view.c, view.s, cut.tiles, cut.per_program, act.a, act.b,
-            A=cut.a, B=cut.b, LAST=view.last, WIDE=view.wide, ACT=act.code, HAS_Y=given.y is not None,
-            HAS_RESIDUAL=given.residual is not None, MASKED=mask is not None, num_warps=cut.warps,
+            A=cut.a, B=cut.b, LAST=view.last, WIDE=view.wide, ACT=act.name, HAS_Y=inputs.y is not None,
+            HAS_RESIDUAL=inputs.residual is not None, MASKED=mask is not None, num_warps=cut.warps,
         )  # fmt: skip
-        grad_merge_kernel[up(view.c, _CHANNELS),](
-            parts, mean, rstd, _or(weight, x), coefficients, _or(found, x),
-            *((x, x) if gradients is None else gradients), _or(slopes, x), view.c, cut.splits, view.values,
-            SPLITS=min(power_of_two(cut.splits), _MERGED), B=_CHANNELS, HAS_WEIGHT=weight is not None,
-            MASKED=mask is not None, TRAINING=training, GRADIENTS=gradients is not None, SLOPES=slopes is not None,
-        )  # fmt: skip
+    return parts
 
 
-def slopes(x: Tensor, means: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, coefficients: Tensor) -> Tensor:
-    """slope and offset (2, C) of dx = g·scale + (x − centre)·slope + offset."""
-    found = _vector(x, 2, torch.float32)
+def _merge_grad_parts(
+    call: Call, parts: Tensor, mean: Tensor, rstd: Tensor, coefficients: Tensor, *, sums: Tensor | None = None,
+    gradients: Tensor | None = None, slopes: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write the sums over g (2, C) in float64, or the gradients (2, C) of weight and bias; and the slopes of dx."""
+    x, view, weight, mask = call.x, call.view, call.weight, call.mask
+    splits = parts.shape[1]
     with launching(x):
-        slope_kernel[up(x.shape[1], _CHANNELS),](
-            means.contiguous(), mean, rstd, _or(weight, x), coefficients, found, x.shape[1],
+        grad_merge_kernel[divide_up(view.c, _CHANNELS),](
+            parts, mean, rstd, _or(weight, x), coefficients, _or(sums, x),
+            *((x, x) if gradients is None else gradients), _or(slopes, x), view.c, splits, view.values,
+            SPLITS=min(power_of_two(splits), _MERGED), B=_CHANNELS, HAS_WEIGHT=weight is not None,
+            MASKED=mask is not None, GRADIENTS=gradients is not None, SLOPES=slopes is not None,
+        )  # fmt: skip
+
+
+def slopes(call: Call, means: Tensor, mean: Tensor, rstd: Tensor, coefficients: Tensor) -> Tensor:
+    """Find slope and offset (2, C) of dx = g·scale + (x − center)·slope + offset, from the means of g and g·x̂."""
+    x, view, weight = call.x, call.view, call.weight
+    found = _empty_rows(x, 2, torch.float32)
+    with launching(x):
+        slope_kernel[divide_up(view.c, _CHANNELS),](
+            means.contiguous(), mean, rstd, _or(weight, x), coefficients, found, view.c,
             B=_CHANNELS, HAS_WEIGHT=weight is not None,
         )  # fmt: skip
     return found
 
 
 def write_gradients(
-    x: Tensor, given: Given, mask: Tensor | None, keep: bool, dx: Tensor | None, dresidual: Tensor | None,
-    coefficients: Tensor, slopes: Tensor | None, view: View, act: Act,
+    call: Call, inputs: GradientInputs, dx: Tensor | None, dresidual: Tensor | None, coefficients: Tensor,
+    slopes: Tensor | None,
 ) -> None:  # fmt: skip
     """Write dx (which may be x) and dresidual."""
+    x, view, act, mask, keep = call.x, call.view, call.act, call.mask, call.keep
     cut = choose(view, x).elementwise
     with launching(x):
         grad_input_kernel[cut.blocks, cut.splits](
-            given.dy, x, _or(given.y, x), _or(given.residual, x), _bytes(mask, x), _or(dx, x), _or(dresidual, x),
+            inputs.dy, x, _or(inputs.y, x), _or(inputs.residual, x), _bytes(mask, x), _or(dx, x), _or(dresidual, x),
             coefficients, _or(slopes, x), view.n, view.c, view.s, act.a, act.b,
-            A=cut.a, B=cut.b, LAST=view.last, WIDE=view.wide, ACT=act.code, HAS_Y=given.y is not None,
-            HAS_RESIDUAL=given.residual is not None, MASKED=mask is not None, KEEP=keep, TRAINING=slopes is not None,
+            A=cut.a, B=cut.b, LAST=view.last, WIDE=view.wide, ACT=act.name, HAS_Y=inputs.y is not None,
+            HAS_RESIDUAL=inputs.residual is not None, MASKED=mask is not None, KEEP=keep, TRAINING=slopes is not None,
             NEED_INPUT=dx is not None, NEED_RESIDUAL=dresidual is not None, num_warps=cut.warps,
         )  # fmt: skip
 
 
 def backward(
-    x: Tensor, given: Given, mask: Tensor | None, keep: bool, dx: Tensor | None, dresidual: Tensor | None,
-    saved: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, need_vectors: bool, view: View,
-    act: Act,
+    call: Call, inputs: GradientInputs, dx: Tensor | None, dresidual: Tensor | None, saved: Tensor, training: bool,
+    need_vectors: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Write dx (which may be x) and dresidual; the gradients of weight and bias in float32."""
-    found = coefficients(x, saved[0], saved[2], weight, bias)
-    gradients = _vector(x, 2, torch.float32)
+    x, view, act, weight, mask, keep = call.x, call.view, call.act, call.weight, call.mask, call.keep
+    found = coefficients(call, saved[0], saved[2])
+    gradients = _empty_rows(x, 2, torch.float32)
     cut = choose(view, x).backward
     if cut is None:
-        needs_sums = need_vectors or (training and dx is not None)
-        slopes_of = _vector(x, 2, torch.float32) if training and dx is not None else None
-        if needs_sums:
-            _reduce(
-                x, given, mask, saved[0], saved[2], weight, found, view, act, training, None, gradients, slopes_of
-            )  # fmt: skip
+        slopes_of_dx = _empty_rows(x, 2, torch.float32) if training and dx is not None else None
+        if need_vectors or slopes_of_dx is not None:
+            parts = _grad_parts(call, inputs, found)
+            _merge_grad_parts(call, parts, saved[0], saved[2], found, gradients=gradients, slopes=slopes_of_dx)
         if dx is not None or dresidual is not None:
-            write_gradients(x, given, mask, keep, dx, dresidual, found, slopes_of, view, act)
-    else:
-        with launching(x):
-            backward_kernel[cut.blocks,](
-                given.dy, x, _or(given.y, x), _or(given.residual, x), _bytes(mask, x), _or(dx, x), _or(dresidual, x),
-                saved, found, _or(weight, x), gradients[0], gradients[1], view.n, view.c, view.s, view.values,
-                act.a, act.b,
-                A=cut.a, B=cut.b, LAST=view.last, WIDE=view.wide, ACT=act.code, HAS_Y=given.y is not None,
-                HAS_RESIDUAL=given.residual is not None, MASKED=mask is not None, KEEP=keep,
-                HAS_WEIGHT=weight is not None, TRAINING=training, NEED_INPUT=dx is not None,
-                NEED_RESIDUAL=dresidual is not None, num_warps=cut.warps,
-            )  # fmt: skip
+            write_gradients(call, inputs, dx, dresidual, found, slopes_of_dx)
+        return gradients[0], gradients[1]
+    with launching(x):
+        backward_kernel[cut.blocks,](
+            inputs.dy, x, _or(inputs.y, x), _or(inputs.residual, x), _bytes(mask, x), _or(dx, x), _or(dresidual, x),
+            saved, found, _or(weight, x), gradients[0], gradients[1], view.n, view.c, view.s, view.values, act.a, act.b,
+            A=cut.a, B=cut.b, LAST=view.last, WIDE=view.wide, ACT=act.name, HAS_Y=inputs.y is not None,
+            HAS_RESIDUAL=inputs.residual is not None, MASKED=mask is not None, KEEP=keep,
+            HAS_WEIGHT=weight is not None, TRAINING=training, NEED_INPUT=dx is not None,
+            NEED_RESIDUAL=dresidual is not None, num_warps=cut.warps,
+        )  # fmt: skip
     return gradients[0], gradients[1]
 
 
-def invert(
-    y: Tensor, x: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, view: View, act: Act
-) -> None:
+def invert(call: Call, x: Tensor, saved: Tensor) -> None:
     """Write x, which may be y."""
-    cut: Tiling = choose(view, y).elementwise
+    y, view, act, weight, bias = call.x, call.view, call.act, call.weight, call.bias
+    cut = choose(view, y).elementwise
     with launching(y):
         invert_kernel[cut.blocks, cut.splits](
             y, x, saved, _or(weight, y), _or(bias, y), view.n, view.c, view.s, act.a,
-            A=cut.a, B=cut.b, LAST=view.last, WIDE=view.wide, ACT=act.code, HAS_WEIGHT=weight is not None,
+            A=cut.a, B=cut.b, LAST=view.last, WIDE=view.wide, ACT=act.name, HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None, LARGEST=torch.finfo(x.dtype).max, num_warps=cut.warps,
         )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Forward and backward in one kernel each, where all values of a block of channels fit into a program's registers.
+"""Forward and backward in one kernel each, for blocks of channels that fit into a program's registers.
 
-x is read once, and y or dx written once: the least that batch normalization can move.
+x is read once and y or dx is written once: the minimum of memory traffic.
 """
 
 from __future__ import annotations
@@ -8,11 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from keelnorm.engine.kernels.triton.elementwise import activate
-from keelnorm.engine.kernels.triton.gate import gated, store_gradient
+from keelnorm.engine.kernels.triton.gate import gradient_before, store_dx, store_y
 from keelnorm.engine.kernels.triton.grad_stats import write_gradients
-from keelnorm.engine.kernels.triton.stats import conclude
-from keelnorm.engine.kernels.triton.tile import counting, held, place, total
+from keelnorm.engine.kernels.triton.stats import finish_moments
+from keelnorm.engine.kernels.triton.tile import channel_tile, counted, load_coefficients, sum_per_channel
 
 
 @triton.jit
@@ -24,36 +23,32 @@ def forward_kernel(
     HAS_BIAS: tl.constexpr, UPDATE: tl.constexpr, CUMULATIVE: tl.constexpr, HAS_COUNTS: tl.constexpr,
     COUNT_BATCH: tl.constexpr,
 ):  # fmt: skip
-    """Moments in two passes over registers, the running ones updated, and y."""
+    """Find the moments in two passes over registers, update the running statistics, and write y."""
     block = tl.program_id(0)
     if COUNT_BATCH:
         if block == 0:
             tl.store(batches, tl.load(batches) + 1)
-    offsets, spots, inside, channels = place(0, block, N, C, S, A, B, LAST, WIDE)
-    counts = counting(inside, mask, spots, MASKED)
+    offsets, spots, inside, channels = channel_tile(0, block, N, C, S, A, B, LAST, WIDE)
+    counts = counted(inside, mask, spots, MASKED)
     given = tl.load(x + offsets, mask=inside, other=0.0)
     values = tl.where(counts, given.to(tl.float32), 0.0)
-    number = total(counts.to(tl.int32), LAST)
+    number = sum_per_channel(counts.to(tl.int32), LAST)
     divisor = tl.maximum(number, 1).to(tl.float32)
-    middle = total(values, LAST) / divisor
+    middle = sum_per_channel(values, LAST) / divisor
     deviation = tl.where(counts, values - middle, 0.0)
-    rest = total(deviation, LAST) / divisor
-    square = total(deviation * deviation, LAST) / divisor
+    rest = sum_per_channel(deviation, LAST) / divisor
+    square = sum_per_channel(deviation * deviation, LAST) / divisor
     mean = middle.to(tl.float64) + rest.to(tl.float64)
     var = square.to(tl.float64) - rest.to(tl.float64) * rest.to(tl.float64)
     var = tl.where(var < 0, 0.0, var)  # NaN stays
-    centre, scale, shift = conclude(
+    center, scale, shift = finish_moments(
         number.to(tl.float64), mean, var, channels, channels < C, saved, saved, weight, bias, running_mean, running_var,
         batches, counts_of, C, momentum, eps, HAS_WEIGHT, HAS_BIAS, UPDATE, CUMULATIVE, HAS_COUNTS, False,
     )  # fmt: skip
-    v = (values - centre) * scale + shift
+    v = (values - center) * scale + shift
     if HAS_RESIDUAL:
         v += tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32)
-    out = activate(v, a, b, ACT).to(y.dtype.element_ty)
-    if MASKED:
-        left = given.to(y.dtype.element_ty) if KEEP else tl.zeros_like(out)
-        out = tl.where(counts, out, left)
-    tl.store(y + offsets, out, mask=inside)
+    store_y(y, v, given, offsets, inside, counts, a, b, ACT, MASKED, KEEP)
 
 
 @triton.jit
@@ -63,28 +58,28 @@ def backward_kernel(
     HAS_RESIDUAL: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     TRAINING: tl.constexpr, NEED_INPUT: tl.constexpr, NEED_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """The sums over g, the gradients of weight and bias, dx and dresidual."""
+    """Sum g, and write the gradients of weight and bias, dx and dresidual."""
     block = tl.program_id(0)
-    offsets, spots, inside, channels = place(0, block, N, C, S, A, B, LAST, WIDE)
-    counts = counting(inside, mask, spots, MASKED)
+    offsets, spots, inside, channels = channel_tile(0, block, N, C, S, A, B, LAST, WIDE)
+    counts = counted(inside, mask, spots, MASKED)
     exists = channels < C
-    centre, scale, shift = held(coefficients, coefficients + C, coefficients + 2 * C, channels, C)
+    center, scale, shift = load_coefficients(coefficients, coefficients + C, coefficients + 2 * C, channels, C)
     values = tl.load(x + offsets, mask=counts, other=0.0).to(tl.float32)
-    g = gated(
-        dy, values, centre, scale, shift, y, residual, offsets, counts, a, b, ACT, HAS_Y, HAS_RESIDUAL
+    g = gradient_before(
+        dy, values, center, scale, shift, y, residual, offsets, counts, a, b, ACT, HAS_Y, HAS_RESIDUAL
     )  # fmt: skip
-    away = tl.where(counts, values - centre, 0.0)
-    divisor = tl.zeros_like(centre).to(tl.float64) + count
+    away = tl.where(counts, values - center, 0.0)
+    divisor = tl.zeros_like(center).to(tl.float64) + count
     if MASKED:
-        divisor = tl.maximum(total(counts.to(tl.int32), LAST), 1).to(tl.float64)
+        divisor = tl.maximum(sum_per_channel(counts.to(tl.int32), LAST), 1).to(tl.float64)
     slope, offset = write_gradients(
-        total(g, LAST).to(tl.float64), total(g * away, LAST).to(tl.float64),
+        sum_per_channel(g, LAST).to(tl.float64), sum_per_channel(g * away, LAST).to(tl.float64),
         tl.load(saved + channels, mask=exists, other=0.0), tl.load(saved + 2 * C + channels, mask=exists, other=0.0),
-        centre.to(tl.float64), weight, saved, dweight, dbias, saved, channels, exists, C, divisor,
+        center.to(tl.float64), weight, saved, dweight, dbias, saved, channels, exists, C, divisor,
         HAS_WEIGHT, TRAINING, True, False,
     )  # fmt: skip
     if NEED_RESIDUAL:
         tl.store(dresidual + offsets, g.to(dresidual.dtype.element_ty), mask=inside)
     if NEED_INPUT:
         out = g * scale + away * slope + offset
-        store_gradient(dx, out, dy, offsets, inside, counts, MASKED, KEEP)
+        store_dx(dx, out, dy, offsets, inside, counts, MASKED, KEEP)

@@ -1,7 +1,7 @@
 """The operators of keelnorm/engine/ops.py on Triton kernels, with the schemas' signatures.
 
-Nothing here waits for the GPU: what follows from values is decided in kernels. What the kernels do not take (float64,
-no values, other layouts) is refused as the native operators do, before anything is written.
+Nothing here waits for the GPU: decisions that depend on values are made in kernels. Tensors that the kernels do not
+take (float64, empty ones, other layouts) are refused as by the native operators, before anything is written.
 """
 
 from __future__ import annotations
@@ -9,32 +9,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from keelnorm.engine.activations import TABLE
 from keelnorm.engine.kernels.triton import launches
-from keelnorm.engine.kernels.triton.device import alike, check_counts, check_vectors, unsupported, view_of
-from keelnorm.engine.kernels.triton.launches import Act, Given, Running
-from keelnorm.engine.kernels.triton.tiling import View
+from keelnorm.engine.kernels.triton.device import check_counts, check_vectors, laid_out_as, unsupported, view_of
+from keelnorm.engine.kernels.triton.launches import Act, Call, GradientInputs, Running
 
 calls = 0
 
 
 def stats(x: Tensor, mask: Tensor | None) -> Tensor:
     """Mean and biased variance of each channel, (2, C), of the values that the mask (N, *S) lets count."""
-    view = view_of(x)
+    call = Call(x, view_of(x), mask=mask)
     _count_call()
-    return launches.moments(x, mask, view, eps=1.0)[0][:2]  # no one asks for 1/√(var + eps)
+    return launches.moments(call, eps=1.0)[0][:2]  # 1/√(var + eps) is not used
 
 
 def measure_(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, training: bool,
     update: bool, momentum: float | None, eps: float, counts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """(mean, var, rstd), (3, C), of what normalizes x; updates the running statistics as `forward_`."""
-    view = view_of(x)
-    check_vectors(x, running_mean=running_mean, running_var=running_var)
-    check_counts(x, counts)
-    running = Running(running_mean, running_var, batches, counts, update and training, momentum)
+    """(mean, var, rstd), (3, C), that normalize x; updates the running statistics as `forward_`."""
+    call = Call(x, view_of(x))
+    running = _running(x, running_mean, running_var, batches, counts, update and training, momentum)
     _count_call()
-    return launches.measure(x, None, None, None, running, training, eps, view)[0]
+    return launches.measure(call, running, training, eps)[0]
 
 
 def apply(
@@ -42,13 +40,12 @@ def apply(
     activation: int, a: float, b: float,
 ) -> Tensor:  # fmt: skip
     """act(bn(x) + residual) with the given mean and 1/√(var + eps)."""
-    view = view_of(x)
-    check_vectors(x, mean=mean, rstd=rstd, weight=weight, bias=bias)
-    residual = None if residual is None else alike("residual", residual, x)
+    call = _call(x, weight, bias, activation, a, b)
+    check_vectors(x, mean=mean, rstd=rstd)
+    residual = None if residual is None else laid_out_as(x, "residual", residual)
     _count_call()
-    coefficients = launches.coefficients(x, mean, rstd, weight, bias)
-    y = torch.empty_like(x, dtype=_result_dtype(x, residual))
-    launches.apply(x, residual, None, False, y, coefficients, view, Act(activation, a, b))
+    y = _empty_result(x, residual)
+    launches.apply(call, residual, y, launches.coefficients(call, mean, rstd))
     return y
 
 
@@ -56,7 +53,7 @@ def finish(
     x: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, activation: int,
     a: float, b: float,
 ) -> Tensor:  # fmt: skip
-    """As `apply`, from what `measure_` has found."""
+    """As `apply`, from the result of `measure_`."""
     return apply(x, saved[0], saved[2], weight, bias, residual, activation, a, b)
 
 
@@ -65,11 +62,10 @@ def grad_stats(
     residual: Tensor | None, activation: int, a: float, b: float,
 ) -> Tensor:  # fmt: skip
     """Σg and Σg·x̂, (2, C)."""
-    view, given = _given(dy, x, y, residual)
-    check_vectors(x, mean=mean, rstd=rstd, weight=weight, bias=bias)
+    call, inputs = _call(x, weight, bias, activation, a, b), _inputs(dy, x, y, residual)
+    check_vectors(x, mean=mean, rstd=rstd)
     _count_call()
-    coefficients = launches.coefficients(x, mean, rstd, weight, bias)
-    return launches.sums(x, given, None, mean, rstd, weight, coefficients, view, Act(activation, a, b))
+    return launches.sums(call, inputs, mean, rstd, launches.coefficients(call, mean, rstd))
 
 
 def grad_input(
@@ -77,13 +73,13 @@ def grad_input(
     residual: Tensor | None, grad_means: Tensor | None, activation: int, a: float, b: float,
 ) -> Tensor:  # fmt: skip
     """dx, from the means (2, C) of g and g·x̂; None: fixed statistics."""
-    view, given = _given(dy, x, y, residual)
-    check_vectors(x, mean=mean, rstd=rstd, weight=weight, bias=bias)
+    call, inputs = _call(x, weight, bias, activation, a, b), _inputs(dy, x, y, residual)
+    check_vectors(x, mean=mean, rstd=rstd)
     _count_call()
-    coefficients = launches.coefficients(x, mean, rstd, weight, bias)
-    slopes = None if grad_means is None else launches.slopes(x, grad_means, mean, rstd, weight, coefficients)
+    coefficients = launches.coefficients(call, mean, rstd)
+    slopes = None if grad_means is None else launches.slopes(call, grad_means, mean, rstd, coefficients)
     dx = torch.empty_like(x)
-    launches.write_gradients(x, given, None, False, dx, None, coefficients, slopes, view, Act(activation, a, b))
+    launches.write_gradients(call, inputs, dx, None, coefficients, slopes)
     return dx
 
 
@@ -103,16 +99,13 @@ def forward_(
     eps: float, activation: int, a: float, b: float, counts: Tensor | None = None, mask: Tensor | None = None,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `forward`, and updates the running statistics where ``update`` says so."""
-    view = view_of(x)
-    check_vectors(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    check_counts(x, counts)
-    residual = None if residual is None else alike("residual", residual, x)
-    running = Running(running_mean, running_var, batches, counts, update and training, momentum)
+    """As `forward`, and updates the running statistics with ``update``."""
+    call = _call(x, weight, bias, activation, a, b, mask, keep)
+    running = _running(x, running_mean, running_var, batches, counts, update and training, momentum)
+    residual = None if residual is None else laid_out_as(x, "residual", residual)
     _count_call()
-    y = torch.empty_like(x, dtype=_result_dtype(x, residual))
-    act = Act(activation, a, b)
-    return y, launches.forward(x, residual, mask, keep, y, weight, bias, running, training, eps, view, act)
+    y = _empty_result(x, residual)
+    return y, launches.forward(call, residual, y, running, training, eps)
 
 
 def inplace_(
@@ -121,26 +114,22 @@ def inplace_(
     a: float, b: float, counts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As `forward_`; x becomes y."""
-    view = view_of(x)
-    check_vectors(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    check_counts(x, counts)
-    running = Running(running_mean, running_var, batches, counts, update and training, momentum)
+    call = _call(x, weight, bias, activation, a, b)
+    running = _running(x, running_mean, running_var, batches, counts, update and training, momentum)
     _count_call()
-    act = Act(activation, a, b)
-    return launches.forward(x, None, None, False, x, weight, bias, running, training, eps, view, act)
+    return launches.forward(call, None, x, running, training, eps)
 
 
 def invert(
     y: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, activation: int, a: float, b: float
 ) -> Tensor:
-    """x from y, in y's layout: none, leaky_relu, elu."""
-    view = view_of(y, "y")
-    check_vectors(y, weight=weight, bias=bias)
-    if activation not in (0, 3, 4):
+    """Rebuild x from y, in y's layout, for an activation that has an inverse."""
+    call = _call(y, weight, bias, activation, a, b, name="y")
+    if TABLE[activation].inverse is None:
         raise unsupported("activation")
     _count_call()
     x = torch.empty_like(y)
-    launches.invert(y, x, saved, weight, bias, view, Act(activation, a, b))
+    launches.invert(call, x, saved)
     return x
 
 
@@ -149,16 +138,13 @@ def backward(
     residual: Tensor | None, training: bool, activation: int, a: float, b: float, need_input: bool,
     need_residual: bool, need_weight: bool, need_bias: bool, mask: Tensor | None = None, keep: bool = False,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """dx, dresidual, dweight, dbias, as far as they are needed."""
-    view, given = _given(dy, x, y, residual)
-    check_vectors(x, weight=weight, bias=bias)
+    """dx, dresidual, dweight, dbias; None for those that are not needed."""
+    call, inputs = _call(x, weight, bias, activation, a, b, mask, keep), _inputs(dy, x, y, residual)
     _count_call()
     dx = torch.empty_like(x) if need_input else None
     dresidual = torch.empty_like(x, dtype=dy.dtype) if need_residual else None
-    dweight, dbias = launches.backward(
-        x, given, mask, keep, dx, dresidual, saved, weight, bias, training, need_weight or need_bias, view,
-        Act(activation, a, b),
-    )  # fmt: skip
+    need_vectors = need_weight or need_bias
+    dweight, dbias = launches.backward(call, inputs, dx, dresidual, saved, training, need_vectors)
     return dx, dresidual, dweight if need_weight else None, dbias if need_bias else None
 
 
@@ -167,28 +153,46 @@ def backward_(
     a: float, b: float, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """As `backward` without a residual; x becomes dx."""
-    view, given = _given(dy, x, None, None)
-    check_vectors(x, weight=weight, bias=bias)
+    call, inputs = _call(x, weight, bias, activation, a, b), _inputs(dy, x, None, None)
     _count_call()
-    dweight, dbias = launches.backward(
-        x, given, None, False, x, None, saved, weight, bias, training, need_weight or need_bias, view,
-        Act(activation, a, b),
-    )  # fmt: skip
+    dweight, dbias = launches.backward(call, inputs, x, None, saved, training, need_weight or need_bias)
     return dweight if need_weight else None, dbias if need_bias else None
 
 
-def _given(dy: Tensor, x: Tensor, y: Tensor | None, residual: Tensor | None) -> tuple[View, Given]:
-    """What a backward reads, all laid out as x is."""
-    view = view_of(x)
-    return view, Given(
-        alike("dy", dy, x),
-        None if y is None else alike("y", y, x),
-        None if residual is None else alike("residual", residual, x),
+def _call(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, activation: int, a: float, b: float,
+    mask: Tensor | None = None, keep: bool = False, name: str = "x",
+) -> Call:  # fmt: skip
+    """Check the arguments that most operators share."""
+    view = view_of(x, name)
+    check_vectors(x, weight=weight, bias=bias)
+    if not 0 <= activation < len(TABLE):
+        raise unsupported("activation")
+    return Call(x, view, Act(TABLE[activation].name, a, b), weight, bias, mask, keep)
+
+
+def _running(
+    x: Tensor, mean: Tensor | None, var: Tensor | None, batches: Tensor | None, counts: Tensor | None, update: bool,
+    momentum: float | None,
+) -> Running:  # fmt: skip
+    """Check the running statistics."""
+    check_vectors(x, running_mean=mean, running_var=var)
+    check_counts(x, counts)
+    return Running(mean, var, batches, counts, update, momentum)
+
+
+def _inputs(dy: Tensor, x: Tensor, y: Tensor | None, residual: Tensor | None) -> GradientInputs:
+    """The tensors that a backward reads, laid out as x is."""
+    return GradientInputs(
+        laid_out_as(x, "dy", dy),
+        None if y is None else laid_out_as(x, "y", y),
+        None if residual is None else laid_out_as(x, "residual", residual),
     )
 
 
-def _result_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
-    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+def _empty_result(x: Tensor, residual: Tensor | None) -> Tensor:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return torch.empty_like(x, dtype=dtype)
 
 
 def _count_call() -> None:

@@ -1,4 +1,4 @@
-"""Where a tile's values lie, and sums over the values of a channel."""
+"""Offsets of the values of a tile, and sums over the values of a channel."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import triton.language as tl
 
 
 @triton.jit
-def place(tile, block, N, C, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr):
-    """A tile of the values of a block of channels: (A, B) each, but for the channels, (1, B) or (1, 1).
+def channel_tile(tile, block, N, C, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr):
+    """A tile of the values of a block of channels.
 
     Returns:
-        offsets into the tensor; spots in the mask (N, *S); inside: which of them exist; channels.
+        offsets in the tensor, spots in the mask (N, *S) and inside, whether the value exists, all (A, B); and the
+        channels, (1, B) or (1, 1).
     """
     down = tl.arange(0, A)[:, None]
     across = tl.arange(0, B)[None, :]
@@ -34,8 +35,8 @@ def place(tile, block, N, C, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.const
 
 
 @triton.jit
-def lay(N, C, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr):
-    """This program's tile of the matrix that the memory is: as `place`, with channels (1, B) or (A, 1)."""
+def memory_tile(N, C, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr):
+    """This program's tile of the memory as a matrix; returns as `channel_tile`, with channels (1, B) or (A, 1)."""
     rows = tl.program_id(0) * A + tl.arange(0, A)[:, None]
     columns = tl.program_id(1) * B + tl.arange(0, B)[None, :]
     if LAST:
@@ -51,8 +52,8 @@ def lay(N, C, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr, WIDE: tl.
 
 
 @triton.jit
-def total(v, LAST: tl.constexpr):
-    """Sums over a tile's values of each channel, (1, B) or (1, 1); always in the same order."""
+def sum_per_channel(v, LAST: tl.constexpr):
+    """Sum a tile over each channel, to (1, B) or (1, 1), always in the same order."""
     if LAST:
         return tl.sum(v, axis=0, keep_dims=True)
     else:
@@ -60,8 +61,8 @@ def total(v, LAST: tl.constexpr):
 
 
 @triton.jit
-def counting(inside, mask, spots, MASKED: tl.constexpr):
-    """Which of the values inside the mask lets count."""
+def counted(inside, mask, spots, MASKED: tl.constexpr):
+    """Whether a value exists and counts by the mask."""
     if MASKED:
         return inside & (tl.load(mask + spots, mask=inside, other=0) != 0)
     else:
@@ -69,8 +70,8 @@ def counting(inside, mask, spots, MASKED: tl.constexpr):
 
 
 @triton.jit
-def present(tile, N, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr):
-    """How many values of a channel the tile holds."""
+def values_in_tile(tile, N, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr):
+    """The number of a channel's values in a tile."""
     if LAST:
         return tl.minimum(N * S - tile * A, A)
     else:
@@ -79,11 +80,11 @@ def present(tile, N, S, A: tl.constexpr, B: tl.constexpr, LAST: tl.constexpr):
 
 
 @triton.jit
-def held(centre, scale, shift, channels, C):
-    """The three coefficients of y = act((x − centre)·scale + shift) of these channels."""
+def load_coefficients(center, scale, shift, channels, C):
+    """Load the coefficients of y = act((x − center)·scale + shift) of these channels."""
     exists = channels < C
     return (
-        tl.load(centre + channels, mask=exists, other=0.0),
+        tl.load(center + channels, mask=exists, other=0.0),
         tl.load(scale + channels, mask=exists, other=0.0),
         tl.load(shift + channels, mask=exists, other=0.0),
     )

@@ -1,7 +1,7 @@
-"""Tile sizes found by timing, where that was asked for, and kept in a file for the next process.
+"""Tile sizes by timing, which is optional, and the file that keeps them for the next process.
 
-The rule of `tiling` runs without it. ``KEELNORM_AUTOTUNE=1`` or :func:`autotune` turns it on: the first forward of each
-shape then times some cuts on the values at hand, which takes some milliseconds and memory for one more copy of x and y.
+Without timing the rule of `tiling` holds. ``KEELNORM_AUTOTUNE=1`` or :func:`autotune` turns timing on: the first
+forward of each shape then times some cuts, which takes some milliseconds and memory for two more tensors like x.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ Timer = Callable[[Callable[[], None]], float]
 
 
 def autotune(enabled: bool = True) -> None:
-    """Time tile sizes at the first use of a shape on a GPU, and keep what was fastest; or stop doing so.
+    """Turn timing on or off; see :func:`keelnorm.kernels.autotune`.
 
-    Results are kept in ``KEELNORM_CACHE``, by default ``~/.cache/keelnorm``, a file for each kind of GPU and version of
-    Triton. Under CUDA graph capture nothing is timed, and the rule holds for shapes that were not timed before.
+    Results are kept in ``KEELNORM_CACHE``, by default ``~/.cache/keelnorm``, one file for each kind of GPU and version
+    of Triton. Under CUDA graph capture nothing is timed, and the rule holds for shapes that were not timed before.
     """
     global _enabled
     _enabled = enabled
 
 
 def choose(view: View, x: Tensor) -> Choice:
-    """The cuts for x."""
+    """Choose the cuts for x."""
     if _trial is not None:
         return _trial
     rule = by_rule(view, x.element_size(), processors(x))
@@ -62,7 +62,7 @@ def choose(view: View, x: Tensor) -> Choice:
 
 
 def options(view: View, x: Tensor) -> list[Choice]:
-    """The choices that are timed, the rule's first; on chip and in two passes, where both are possible."""
+    """List the choices to time, the rule's first; on chip and in two passes, where both are possible."""
     rule = by_rule(view, x.element_size(), processors(x))
     cuts = tiling.candidates(view, x.element_size(), processors(x))
     found = [replace(rule, reduction=reduction, elementwise=elementwise) for reduction, elementwise in cuts]
@@ -72,27 +72,24 @@ def options(view: View, x: Tensor) -> list[Choice]:
 
 
 def fastest(view: View, x: Tensor, among: list[Choice], timer: Timer) -> Choice:
-    """The one with the shortest forward and backward."""
-    from keelnorm.engine.kernels.triton import launches  # which chooses, in turn
+    """Find the choice with the shortest forward and backward."""
+    from keelnorm.engine.kernels.triton import launches  # which imports this module
 
     global _trial
     y, dx = torch.empty_like(x), torch.empty_like(x)
-    act = launches.Act(1, 0.0, 0.0)
+    call = launches.Call(x, view, launches.Act("relu"))
 
     def run() -> None:
-        saved = launches.forward(
-            x, None, None, False, y, None, None, launches.Running(), True, 1e-5, view, act
-        )  # fmt: skip
-        launches.backward(
-            x, launches.Given(x, None, None), None, False, dx, None, saved, None, None, True, True, view, act
-        )
+        saved = launches.forward(call, None, y, launches.Running(), training=True, eps=1e-5)
+        inputs = launches.GradientInputs(x, None, None)
+        launches.backward(call, inputs, dx, None, saved, training=True, need_vectors=True)
 
     times = []
     for choice in among:
         _trial = choice
         try:
             times.append(timer(run))
-        except RuntimeError as error:  # too many registers, say: another one will do
+        except RuntimeError as error:  # too many registers, say: another choice is used
             _log.debug("keelnorm: %s was not timed: %s", choice, error)
             times.append(float("inf"))
         finally:
@@ -113,7 +110,7 @@ def _by_events(run: Callable[[], None]) -> float:
 
 
 def cache_folder() -> Path:
-    """Where results of timing are kept."""
+    """The folder of the files of timings."""
     given = os.environ.get("KEELNORM_CACHE")
     base = os.environ.get("XDG_CACHE_HOME")
     return Path(given) if given else (Path(base) if base else Path.home() / ".cache") / "keelnorm"
@@ -141,7 +138,7 @@ def _write(device: torch.device, known: dict[str, Choice]) -> None:
 
 
 def read(path: Path) -> dict[str, Choice]:
-    """The choices in a file; none where there is no file, or one that another version or nothing whole has written."""
+    """Read the choices in a file; none if it is missing, of another version, or broken."""
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         if found["format"] != _FORMAT:
@@ -155,7 +152,7 @@ def read(path: Path) -> dict[str, Choice]:
 
 
 def write(path: Path, choices: dict[str, Choice]) -> None:
-    """All choices in one file, which is never half written."""
+    """Write all choices to one file, whole or not at all."""
     found = {"format": _FORMAT, "choices": {key: asdict(each) for key, each in choices.items()}}
     write_text(path, json.dumps(found, indent=1))
 
@@ -163,5 +160,5 @@ def write(path: Path, choices: dict[str, Choice]) -> None:
 def _choice(given: dict[str, dict[str, int] | None]) -> Choice:
     for cut in given.values():
         if cut is not None and not all(type(size) is int and size > 0 for size in cut.values()):
-            raise ValueError(f"{cut} is no cut")
+            raise ValueError(f"{cut} is not a cut")
     return Choice(**{name: None if cut is None else Tiling(**cut) for name, cut in given.items()})  # type: ignore[arg-type]

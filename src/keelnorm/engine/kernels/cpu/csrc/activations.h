@@ -1,7 +1,8 @@
-// Activations by code: value, derivative and, where there is one, inverse. u is what the activation is applied to.
+// Activations: value, derivative and, where there is one, inverse, each as a function of u, the value before the
+// activation.
 //
-// ReLU is compiled into the loops. The others are called once a vector, through a pointer: next to the memory that a
-// vector takes, the call costs little, and the loops need not be compiled for each of them.
+// ReLU is compiled into the loops. The others are called through a pointer, once per vector: the call costs little next
+// to the vector's memory traffic, and the loops are not compiled for each activation.
 #pragma once
 
 #include "math.h"
@@ -16,8 +17,8 @@ struct Parameters {
 // max(u, 0) that lets NaN through, as torch's ReLU does.
 inline Vec relu(Vec u) { return (u < Vec{}) ? Vec{} : u; }
 
-// v, as a value that is in a register: the compiler would turn a choice between 0 and what is in memory into a masked
-// load, which waits for the mask.
+// v, forced into a register. Otherwise the compiler turns a choice between 0 and a value in memory into a masked load,
+// which waits for the mask.
 inline Vec loaded(Vec v) {
 #if defined(__AVX512F__)
   __asm__("" : "+v"(v));
@@ -149,32 +150,20 @@ struct Softplus {
 typedef Vec (*ActivationFunction)(Vec u, Parameters p);
 
 struct ActivationFunctions {
-  ActivationFunction value, derivative;
+  ActivationFunction value, derivative, inverse;
 };
 
-template <class Function>
-constexpr ActivationFunctions both() {
-  return {Function::value, Function::derivative};
+template <class Function, bool has_inverse>
+constexpr ActivationFunctions entry_of() {
+  if constexpr (has_inverse)
+    return {Function::value, Function::derivative, Function::inverse};
+  else
+    return {Function::value, Function::derivative, nullptr};
 }
 
-// In the order of keelnorm::Activation.
-constexpr ActivationFunctions kFunctions[] = {
-    both<Identity>(), both<Relu>(), both<Relu6>(),    both<LeakyRelu>(), both<Elu>(),
-    both<Silu>(),     both<Gelu>(), both<GeluTanh>(), both<HardSwish>(), both<HardSigmoid>(),
-    both<Sigmoid>(),  both<Tanh>(), both<Mish>(),     both<Softplus>(),
-};
-static_assert(sizeof kFunctions / sizeof kFunctions[0] == keelnorm::kActivations);
-
-inline ActivationFunction inverse_of(keelnorm::Activation activation) {
-  switch (activation) {
-    case keelnorm::Activation::leaky_relu:
-      return LeakyRelu::inverse;
-    case keelnorm::Activation::elu:
-      return Elu::inverse;
-    default:
-      return Identity::inverse;
-  }
-}
+#define KEELNORM_FUNCTIONS(name, function, inverse) entry_of<function, inverse>(),
+constexpr ActivationFunctions kFunctions[] = {KEELNORM_ACTIVATIONS(KEELNORM_FUNCTIONS)};
+#undef KEELNORM_FUNCTIONS
 
 // An activation that is called, bound to its parameters.
 struct Called {
@@ -185,9 +174,9 @@ struct Called {
 };
 
 inline Parameters parameters_of(const keelnorm::Problem& p) { return {(Value)p.a, (Value)p.b}; }
-inline Called value_of(const keelnorm::Problem& p) { return {kFunctions[(int)p.activation].value, parameters_of(p)}; }
-inline Called derivative_of(const keelnorm::Problem& p) {
-  return {kFunctions[(int)p.activation].derivative, parameters_of(p)};
-}
+inline const ActivationFunctions& functions_of(const keelnorm::Problem& p) { return kFunctions[(int)p.activation]; }
+inline Called value_of(const keelnorm::Problem& p) { return {functions_of(p).value, parameters_of(p)}; }
+inline Called derivative_of(const keelnorm::Problem& p) { return {functions_of(p).derivative, parameters_of(p)}; }
+inline Called inverse_of(const keelnorm::Problem& p) { return {functions_of(p).inverse, parameters_of(p)}; }
 
 }  // namespace

@@ -1,11 +1,11 @@
 // x as M rows of C consecutive values, M = N * S (channels-last, and fully connected layers with S = 1).
 //
-// Rows are cut into chunks by shape alone; each chunk has its own sums, added in order of the chunks, so that the
-// result has the same bits for any number of threads. Sums of a group of columns are in registers while the rows of a
-// tile are read one after another, so that memory sees sequential streams.
+// Rows are cut into chunks by shape alone. Each chunk has its own sums, which are added in the order of the chunks, so
+// the result has the same bits for any number of threads. The sums of a group of columns stay in registers while the
+// rows of a tile are read one after another, so memory is read in sequential streams.
 //
-// Short rows are folded: several of them are taken for one wide row with the channels' coefficients repeated, so that
-// rows are whole vectors. What is left over at the end is rows of C again.
+// Short rows are folded: several rows are treated as one wide row, with the channels' coefficients repeated, so that
+// vectors are full. The remaining rows at the end are rows of C.
 #pragma once
 
 #include "coefficients.h"
@@ -91,8 +91,7 @@ class ChannelsLast {
     grad_input(how, gradient_of);
   }
 
-  // The functions that TermsOf and the others stand for: what make returns for the coefficients of the columns from c
-  // on.
+  // The functions TermsOf and ValueOf: make(coefficients of the columns from c on).
   template <class Make>
   struct Bound {
     Coefficients coefficients;
@@ -111,8 +110,8 @@ class ChannelsLast {
  private:
   const Problem& p;
   const int64_t channels, fold, width;  // fold rows of C are one of width
-  const int64_t rows, left_over;        // wide ones, and what is left of C
-  const int64_t chunk_rows, chunks;     // in wide rows; the last chunk takes what is left over
+  const int64_t rows, left_over;        // wide ones, and the remaining rows of C
+  const int64_t chunk_rows, chunks;     // in wide rows; the last chunk takes the remaining rows
   const Coefficients coefficients;      // width each
   double* const partial;                // per chunk: two sums for each column
 
@@ -160,7 +159,7 @@ class ChannelsLast {
       for (int64_t c = 0; c < channels; ++c) totals[c] += to_double(row[c]);
     }
     const double share = 1.0 / (double)(spread.count > 0 ? spread.count : 1);
-    for (int64_t c = 0; c < channels; ++c) coefficients.center[c] = (Value)(totals[c] * share);  // not in use yet
+    for (int64_t c = 0; c < channels; ++c) coefficients.center[c] = (Value)(totals[c] * share);  // not used yet
     repeat(coefficients.center);
   }
 
@@ -304,7 +303,7 @@ class ChannelsLast {
     const bool streaming = streams_to(out);
     parallel(how, chunks, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        // What does not fit the last cache is walked backwards, from the rows that the last pass left there.
+        // Tensors that exceed the last cache are walked backwards, from the rows that the last pass left in it.
         const int64_t chunk = p.large ? end - 1 - (i - begin) : i;
         const bool last = chunk + 1 == chunks;
         const int64_t r0 = chunk * chunk_rows, r1 = last ? rows : r0 + chunk_rows;
@@ -323,7 +322,7 @@ class ChannelsLast {
     });
   }
 
-  // What the mask leaves out in the rows r0 .. r1 of C.
+  // Overwrites the masked values in the rows r0 .. r1 of C.
   void pad(Element* out, int64_t r0, int64_t r1) const {
     for (int64_t r = r0; r < r1; ++r) {
       if (p.mask[r]) continue;

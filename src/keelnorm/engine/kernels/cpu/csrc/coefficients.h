@@ -1,10 +1,10 @@
-// Per-channel arithmetic: from sums to moments, and from moments to the few values that the loops over x need.
+// Per-channel arithmetic: from sums to moments, and from moments to the coefficients of the loops over x.
 //
-// A mean in float would cost digits when it is large against the deviation. So the loops subtract a float `center`
-// (exactly, where it matters: Sterbenz), and what the rounding of the center left over goes into the shift:
+// A mean rounded to float loses digits when it is much larger than the standard deviation. So the loops subtract the
+// rounded mean, `center`, which is exact for x near it (Sterbenz), and the shift corrects for the rounding:
 //   y  = (x - center) * scale + shift          with scale = weight * rstd, shift = bias - (mean - center) * scale
 //   dx = g * scale + (x - center) * slope + offset
-// README.md beside this file has the derivation.
+// README.md in this folder has the derivation.
 #pragma once
 
 #include "loops.h"
@@ -67,9 +67,9 @@ inline void center_grad_sums(const Problem& p, int64_t begin, int64_t end) {
   }
 }
 
-// Sums of d = x - k and d*d to mean and biased variance. False, and nothing is set, where sums around k have lost
-// digits: k lies more than two deviations away from the mean, or squares overflowed or fell out of float's normal
-// range. (Sums of exactly zero are those of a constant channel.) share is 1 / M: divisions would cost more than the
+// Sums of d = x - k and d*d to mean and biased variance. Returns false and sets nothing where the sums have lost
+// digits: k is more than two standard deviations away from the mean, or squares overflowed or left float's normal
+// range. (Sums of exactly zero belong to a constant channel.) share is 1 / M: a division would cost more than all the
 // rest.
 inline bool set_moments(const Problem& p, double share, int64_t c, double k, double sum_d, double sum_dd) {
   const double shift = sum_d * share, m2 = sum_dd - sum_d * shift;
@@ -89,14 +89,14 @@ KEELNORM_SHARED void set_moments_slowly(const Problem& p, double share, int64_t 
   for (int64_t i = 0; i < p.per_channel(); ++i)
     if (counts(i)) total += value(i);
   const double mean = total * share;
-  double rest = 0;  // what the roundings of the total left over
+  double rest = 0;  // corrects the mean for the roundings of the total
   for (int64_t i = 0; i < p.per_channel(); ++i)
     if (counts(i)) rest += value(i) - mean, m2 += (value(i) - mean) * (value(i) - mean);
   p.mean[c] = mean + rest * share;
   p.var[c] = (m2 - rest * rest * share) * share;
 }
 
-// A few of a channel's M values, spread over the batch, whose average lies near its mean; of those that count.
+// A few of the channel's values that count, spread over the batch: their average is near the channel's mean.
 struct Spread {
   int64_t count = 0, at[16];
 
@@ -114,13 +114,13 @@ struct Spread {
 // Values per channel that count.
 inline int64_t counted(const Problem& p) { return p.mask ? (int64_t)p.count : p.per_channel(); }
 
-// Whether results are stored past the caches: what is stored beside dx has to be aligned like it.
+// Whether results are stored past the caches. dresidual must then be aligned as dx is.
 inline bool streams(const Problem& p) {
   return p.streaming && !p.mask &&
          (!p.dx || !p.dresidual || to_alignment(elements(p.dx)) == to_alignment(elements(p.dresidual)));
 }
 
-// What follows from mean and var: rstd, and the running statistics when the batch's are in use.
+// Computes rstd from var, and in training updates the running statistics.
 inline void finish_moments(const Problem& p, int64_t begin, int64_t end) {
   for (int64_t c = begin; c < end; ++c) p.rstd[c] = 1.0 / __builtin_sqrt(p.var[c] + p.eps);
   if (p.training && p.running_mean) update_running(p, p.mask ? p.count : (double)p.per_channel(), begin, end);

@@ -85,7 +85,7 @@ class Contiguous {
     });
   }
 
-  // The functions that TermsOf and the others stand for: what make returns for a channel's coefficients.
+  // The functions TermsOf and ValueOf: make(coefficients of a channel).
   template <class Make>
   struct Bound {
     Coefficients coefficients;
@@ -167,7 +167,7 @@ class Contiguous {
     }
   }
 
-  // The same of those values alone that the mask lets count.
+  // The same for the values that the mask lets count.
   template <class TermsOf>
   KEELNORM_SHARED void add_counted(const TermsOf terms_of, int64_t n, int64_t c0, int64_t c1, WideSums* sums) const {
     const int64_t ahead = n + 1 < p.samples ? stride : 0;
@@ -213,7 +213,7 @@ class Contiguous {
     }
   }
 
-  // Where values lie as seen from a channel's first.
+  // Offsets of values from the first value of a channel.
   Spread spread_values() const {
     Spread spread(p, 8);
     for (int64_t i = 0; i < spread.count; ++i) spread.at[i] = offset_of(spread.at[i]);
@@ -226,7 +226,7 @@ class Contiguous {
     for (int64_t c = c0; c < c1; ++c) {
       double total = 0;
       for (int64_t i = 0; i < spread.count; ++i) total += to_double(elements(p.x)[c * plane + spread.at[i]]);
-      coefficients.center[c] = spread.count > 0 ? (Value)(total / (double)spread.count) : 0;  // not in use yet
+      coefficients.center[c] = spread.count > 0 ? (Value)(total / (double)spread.count) : 0;  // not used yet
     }
   }
 
@@ -262,7 +262,7 @@ class Contiguous {
     sum_channels(c0, c1, terms_of, [&](int64_t c, const Sums& sums) { set_grad_sums(c, sums); });
   }
 
-  // Puts what the mask leaves out of sample n at the positions s0 .. s1 of the channels c0 .. c1: `padding`, or 0.
+  // Overwrites the masked values of sample n at the positions s0 .. s1 of the channels c0 .. c1 with `padding`, or 0.
   void pad(Element* out, int64_t n, int64_t c0, int64_t c1, int64_t s0, int64_t s1) const {
     const Element* const padding = elements(p.padding);
     for_runs_of(false, p.mask + n * plane, s0, s1, [&](int64_t begin, int64_t end) {
@@ -304,7 +304,7 @@ class Contiguous {
   template <class ValueOf>
   void write(Parallel how, Element* out, const ValueOf& value_of) const {
     if (!by_segment) {
-      // Nothing is read twice: in the order of memory, which is the longest stream.
+      // Nothing is read twice, so walk in the order of memory, which is the longest stream.
       const int64_t fits = kSegmentOfPlane / plane, run = fits < 1 ? 1 : fits < p.channels ? fits : p.channels;
       const int64_t runs = (p.channels + run - 1) / run;
       return parallel(how, p.samples * runs, [&](int64_t begin, int64_t end) {

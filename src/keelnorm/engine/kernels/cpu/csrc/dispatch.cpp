@@ -7,29 +7,20 @@ namespace {
 
 using Table = const Kernels& (*)();
 
-#define KEELNORM_ROW(isa) {isa##_f32_kernels, isa##_f64_kernels, isa##_bf16_kernels, isa##_f16_kernels}
-
-constexpr Table kTables[][kDtypes] = {
-    KEELNORM_ROW(baseline),
-#if defined(__x86_64__)
-    KEELNORM_ROW(avx2),
-    KEELNORM_ROW(avx512),
-    {nullptr, nullptr, avx512_bf16_bf16_kernels, nullptr},  // other dtypes take the row above
-#endif
+struct InstructionSet {
+  const char* name;
+  const char* note;
+  bool (*runs)();         // on a processor that runs the sets before it
+  Table tables[kDtypes];  // nullptr: the set before it has the kernels
 };
-constexpr int kCount = sizeof(kTables) / sizeof(kTables[0]);
 
-// What __builtin_cpu_supports says includes whether the operating system saves the wide registers.
-bool supported(int i) {
-#if defined(__x86_64__)
-  if (i == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (i == 2)
-    return supported(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (i == 3) return supported(2) && __builtin_cpu_supports("avx512bf16");
-#endif
-  return i == 0;
-}
+#define KEELNORM_ALL(isa) {isa##_f32_kernels, isa##_f64_kernels, isa##_bf16_kernels, isa##_f16_kernels}
+#define KEELNORM_BF16(isa) {nullptr, nullptr, isa##_bf16_kernels, nullptr}
+#define KEELNORM_ROW(isa, dtypes, bytes, runs, note) {#isa, note, [] { return bool(runs); }, KEELNORM_##dtypes(isa)},
+constexpr InstructionSet kSets[] = {KEELNORM_INSTRUCTION_SETS(KEELNORM_ROW)};
+constexpr int kCount = sizeof kSets / sizeof kSets[0];
+
+bool supported(int i) { return kSets[i].runs() && (i == 0 || supported(i - 1)); }
 
 int best() {
   int i = kCount - 1;
@@ -47,11 +38,11 @@ int active() {
 
 }  // namespace
 
-bool has_kernels(int i, Dtype dtype) { return kTables[i][static_cast<int>(dtype)] != nullptr; }
+bool has_kernels(int i, Dtype dtype) { return kSets[i].tables[static_cast<int>(dtype)] != nullptr; }
 const Kernels& kernels_of(int i, Dtype dtype) {
   const int column = static_cast<int>(dtype);
-  while (!kTables[i][column]) --i;
-  return kTables[i][column]();
+  while (!kSets[i].tables[column]) --i;
+  return kSets[i].tables[column]();
 }
 const Kernels& active_kernels(Dtype dtype) { return kernels_of(active(), dtype); }
 
@@ -62,11 +53,12 @@ using namespace keelnorm;
 extern "C" {
 
 int keelnorm_kernels_count() { return kCount; }
-const char* keelnorm_kernels_name(int i) { return kernels_of(i, Dtype::bf16).name; }
+const char* keelnorm_kernels_name(int i) { return kSets[i].name; }
+const char* keelnorm_kernels_note(int i) { return kSets[i].note; }
 int keelnorm_kernels_supported(int i) { return supported(i); }
 long long keelnorm_kernels_calls(int i) {
   long long total = 0;
-  for (const Table& table : kTables[i])
+  for (const Table& table : kSets[i].tables)
     if (table) total += table().calls();
   return total;
 }

@@ -1,4 +1,4 @@
-// Which instruction set runs: the best this machine has, unless one is forced.
+// The instruction set that runs: the best of this machine, unless one is forced.
 #pragma once
 
 #include "problem.h"
@@ -7,8 +7,8 @@ namespace keelnorm {
 
 const Kernels& active_kernels(Dtype dtype);
 
-// Of instruction set i, counted from the plainest on.
-// Whether set i has its own kernels for a dtype; kernels_of gives the next plainer set's where it has not.
+// Instruction sets are counted from the plainest on. has_kernels: whether set i has its own kernels for a dtype;
+// kernels_of falls back to the next plainer set.
 bool has_kernels(int i, Dtype dtype);
 const Kernels& kernels_of(int i, Dtype dtype);
 
@@ -19,6 +19,7 @@ const Kernels& kernels_of(int i, Dtype dtype);
 extern "C" {
 int keelnorm_kernels_count();
 const char* keelnorm_kernels_name(int i);
+const char* keelnorm_kernels_note(int i);
 int keelnorm_kernels_supported(int i);
 long long keelnorm_kernels_calls(int i);
 int keelnorm_kernels_active();

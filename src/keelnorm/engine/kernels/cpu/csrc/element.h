@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "instruction_sets.h"
+
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of operands that its own header leaves undefined
 #pragma GCC diagnostic push
@@ -34,13 +36,7 @@
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int64_t kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int64_t kVectorBytes = 32;
-#else
-constexpr int64_t kVectorBytes = 16;
-#endif
+constexpr int64_t kVectorBytes = keelnorm::KEELNORM_PASTE(KEELNORM_ISA, _vector_bytes);
 
 #if defined(KEELNORM_DOUBLE)
 typedef double Value;

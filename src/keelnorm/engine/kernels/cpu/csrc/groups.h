@@ -1,18 +1,18 @@
-// Groups of samples, each of them normalized by itself.
+// Groups of samples that are normalized separately.
 #pragma once
 
 #include "tensors.h"
 
 namespace {
 
-// Consecutive groups of so many samples; the last one takes all that are left. One group is the whole batch.
+// Consecutive groups of `size` samples; the last one takes all the remaining samples. One group is the whole batch.
 struct Groups {
   int64_t count = 1, size = 0;
 
   int64_t first(int64_t g) const { return g * size; }
   int64_t size_of(const Problem& p, int64_t g) const { return g + 1 == count ? p.samples - first(g) : size; }
 
-  // What p asks, of group g alone. Every group has its mean, var and rstd, which follow those of the group before.
+  // The problem p for group g alone. The groups' rows of mean, var and rstd lie one group after the other.
   Problem part(const Problem& p, int64_t g) const {
     Problem part = p;
     part.samples = size_of(p, g);

@@ -12,12 +12,12 @@ using keelnorm::Activation;
 using keelnorm::Kernels;
 using keelnorm::Layout;
 
-int64_t calls_ = 0;  // proves which table ran; touched atomically because threads may run layers side by side
+int64_t calls_ = 0;  // proves which table ran; atomic, because several threads may run layers at once
 
 void count_call() { __atomic_fetch_add(&calls_, 1, __ATOMIC_RELAXED); }
 int64_t calls() { return __atomic_load_n(&calls_, __ATOMIC_RELAXED); }
 
-// Calls body with the object that knows the problem's layout.
+// Calls body with the loops of the problem's layout.
 template <class Body>
 void with_layout(const Problem& p, const Body& body) {
   if (p.layout == Layout::contiguous)
@@ -43,9 +43,9 @@ void measure(const Problem& p, Parallel how) {
   });
 }
 
-// ---- run-time options as types, so that the loops are compiled without branches: what makes the terms and values of a
-// channel from its coefficients. They hold pointers by value: what is reached by reference is read again after every
-// store.
+// ---- run-time options as types, so that the loops are compiled without branches. Each Make... creates a channel's
+// terms or values from its coefficients. They hold pointers by value: anything held by reference would be read again
+// after every store.
 
 template <Act act, bool with_residual>
 struct MakeOutput {
@@ -69,8 +69,7 @@ void with_output(const Problem& p, const Body& body) {
 struct MakeInverted {
   const Element* y;
   Called inverse;
-  explicit MakeInverted(const Problem& p)
-      : y(elements((const void*)p.y)), inverse{inverse_of(p.activation), parameters_of(p)} {}
+  explicit MakeInverted(const Problem& p) : y(elements((const void*)p.y)), inverse(inverse_of(p)) {}
   KEELNORM_INLINE Inverted operator()(Normalization n, Slope) const { return {y, n, inverse}; }
 };
 
@@ -105,7 +104,7 @@ struct MakeGradient {
   }
 };
 
-// dy may be g in its place.
+// dy may be a stored g instead.
 template <Gate gate, class Body>
 void with_gradient(const Problem& p, const Element* dy, const Body& body) {
   if constexpr (gate == Gate::relu_from_y) {
@@ -160,9 +159,9 @@ void grad_input(const Problem& p, Parallel how) {
   });
 }
 
-// ReLU's gate is found again in the second pass. Other derivatives cost more than memory: the first pass keeps g, in
-// the residual's gradient or in dx's place, and the second reads it; but not where x lies there, which is read again,
-// nor in float16, where g may be infinite although dx is not.
+// ReLU's gate is recomputed in the second pass. Other derivatives cost more than memory traffic: the first pass stores
+// g in dresidual or dx, and the second reads it. It does not where dx is x, which is read again, nor in float16, where
+// g may be infinite although dx is not.
 void backward(const Problem& p, Parallel how) {
   if (!p.sum_g) return grad_input(p, how);
   count_call();
@@ -184,7 +183,7 @@ void backward(const Problem& p, Parallel how) {
 void invert(const Problem& p, Parallel how) {
   count_call();
   Problem q = p;
-  q.y = p.dx;  // what apply writes
+  q.y = p.dx;  // apply writes y
   with_layout(q, [&](const auto& loops) { loops.apply(how, loops.by_channel(MakeInverted(p))); });
 }
 
@@ -220,11 +219,7 @@ const Kernels table{
 
 }  // namespace
 
-namespace keelnorm {
-
-// One function for each unit; dispatch.cpp knows them all.
+// One function for each unit, declared by instruction_sets.h.
 #define KEELNORM_TABLE_(isa, dtype) isa##_##dtype##_kernels
 #define KEELNORM_TABLE(isa, dtype) KEELNORM_TABLE_(isa, dtype)
-const Kernels& KEELNORM_TABLE(KEELNORM_ISA, KEELNORM_DTYPE)() { return table; }
-
-}  // namespace keelnorm
+const Kernels& keelnorm::KEELNORM_TABLE(KEELNORM_ISA, KEELNORM_DTYPE)() { return table; }

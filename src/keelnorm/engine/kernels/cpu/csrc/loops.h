@@ -1,28 +1,28 @@
-// What is summed over the values of a channel and what is written for each of them, as functions of an index into the
-// tensors; both layouts walk these. And the inner loops over one run of consecutive values of one channel.
+// The terms that are summed and the values that are written, as functions of an index into the tensors, which both
+// layouts use; and the inner loops over one run of consecutive values of a channel.
 #pragma once
 
 #include "activations.h"
 
 namespace {
 
-// A function of its own in the machine code: loops that several callers share are then compiled once.
+// Never inlined: a loop that several callers share is compiled once.
 #define KEELNORM_SHARED __attribute__((noinline))
 
-// Always part of the loop that it is called in: a function that returns vectors or takes them by reference keeps them
-// in memory otherwise.
+// Always inlined: a call would pass vectors through memory.
 #define KEELNORM_INLINE inline __attribute__((always_inline))
 
 enum class Act { none, relu, called };
 enum class Gate { open, relu_from_x, relu_from_y, called };  // where the backward finds the activation's derivative
 
-// Values are added per lane in Value for about this many, then in double: every addition rounds, and on values of a
-// grid (pixels, say) all roundings may go the same way.
+// How many values a lane adds in Value before the sum goes on in double. Every addition rounds, and for values on a
+// grid (pixels, say) all roundings may have the same sign.
 constexpr int64_t kValuesPerLane = 16;
 
-// How a run of values of one channel is summed: in so many chains of additions side by side. Four hide an addition's
-// latency and serve long runs; they have to be put together after each run, so short runs take two where vectors of
-// 512 bits keep units busy for two cycles. Short runs are prefetched to the first cache, long ones to the second.
+// How a run of values of one channel is summed: in several independent chains of additions. Four chains hide an
+// addition's latency, which suits long runs. The chains are added up after each run, so short runs take two chains
+// where vectors of 512 bits keep the units busy for two cycles. Short runs are prefetched to the first cache, long ones
+// to the second.
 template <int64_t chains_, bool near_>
 struct Runs {
   static constexpr int64_t chains = chains_, step = chains * kLanes;
@@ -36,7 +36,7 @@ struct Sums {
   double first = 0, second = 0;
 };
 
-// Sums on their way from lanes of Value to lanes of double.
+// Sums in lanes of double, to which the lanes of Value are added.
 struct WideSums {
   DoubleVec first{}, second{};
 
@@ -53,26 +53,26 @@ struct LaneSums {
   }
 };
 
-// An array on the stack without the cost of filling all of it.
+// An array on the stack that is not initialized.
 template <class T, int64_t n>
 struct Uninitialized {
   alignas(T) char bytes[n * sizeof(T)];
   T& operator[](int64_t i) { return reinterpret_cast<T*>(bytes)[i]; }
 };
 
-// The coefficients of one channel in every lane, or of a channel in each; see coefficients.h.
+// The coefficients of one channel in all lanes, or of one channel per lane; see coefficients.h.
 struct Normalization {
   Vec center, scale, shift;
 
   KEELNORM_INLINE Vec operator()(Vec x) const { return multiply_add(x - center, scale, shift); }
 };
 
-// Of the backward alone.
+// Coefficients of the backward.
 struct Slope {
   Vec slope, offset;
 };
 
-// ---- terms of sums: add the terms of the values from index i on to a and b
+// ---- terms of sums: operator() adds the terms of a vector of values from index i on to a and b
 
 // x - k and its square.
 struct Deviation {
@@ -93,7 +93,7 @@ struct Deviation {
   }
 };
 
-// The gradient in front of the activation.
+// g, the gradient before the activation.
 template <Gate gate>
 struct Gated {
   const Element *dy, *x, *y, *residual;
@@ -114,7 +114,8 @@ struct Gated {
   }
 };
 
-// g and g * (x - center). g is kept where its derivative is too costly for the second pass, or nothing else is wanted.
+// g and g * (x - center). g is stored where the derivative is too costly to compute again in the second pass, or where
+// only g is wanted.
 template <Gate gate>
 struct GradTerms {
   Gated<gate> gated;
@@ -140,7 +141,7 @@ struct GradTerms {
   }
 };
 
-// ---- what is written, by index
+// ---- values that are written: operator() gives those from index i on
 
 // y = act((x - center) * scale + shift + residual)
 template <Act act, bool with_residual>
@@ -161,8 +162,8 @@ struct Output {
   }
 };
 
-// dx = g * scale + (x - center) * slope + offset. With fixed statistics it is g * scale alone, and a NaN in x stays out
-// of it. g is written too where it is the residual's gradient.
+// dx = g * scale + (x - center) * slope + offset. With fixed statistics it is g * scale, so a NaN in x does not reach
+// it. g is written too where it is the residual's gradient.
 template <Gate gate, bool fixed, bool write_g>
 struct InputGradient {
   Gated<gate> gated;
@@ -180,8 +181,8 @@ struct InputGradient {
   }
 };
 
-// x again from y: center + (act^-1(y) - shift) / scale. x was finite where y is: what y's rounding adds to the largest
-// values must not turn them into infinity.
+// x rebuilt from y: center + (act^-1(y) - shift) / scale. Clamped to finite values: x was finite where y is, and y's
+// rounding error must not turn the largest values into infinity.
 struct Inverted {
   const Element* y;
   Normalization normalize;
@@ -196,8 +197,8 @@ struct Inverted {
 
 // ---- loops over one run
 
-// A number of values cut into steps of a vector for each chain, single vectors and a rest: found once for many runs as
-// long.
+// The length of a run, cut into steps of one vector per chain, single vectors and a rest. Computed once for all runs of
+// this length.
 template <class Runs>
 struct Steps {
   int64_t wide, singles, rest;
@@ -205,12 +206,12 @@ struct Steps {
   explicit Steps(int64_t length)
       : wide(length / Runs::step), singles(length / kLanes % Runs::chains), rest(length % kLanes) {}
 
-  // How many values are added to one lane.
+  // How many values one lane adds.
   int64_t depth() const { return wide + (wide > 0 ? Runs::chains / 2 : 0) + singles + (rest > 0); }
 };
 
-// Adds the terms of a run of values from index i on. `ahead` elements further on lies what will be read after this
-// run: the processor's own prefetching does not see from one plane of a channel to the next.
+// Adds the terms of a run of values from index i on. The run that is read next lies `ahead` elements further on and is
+// prefetched: the processor's own prefetching stops at the end of a plane.
 template <class Runs, class Terms>
 KEELNORM_INLINE void add_run(const Terms& terms, int64_t i, Steps<Runs> steps, int64_t ahead, LaneSums& sums) {
   Vec a[Runs::chains] = {sums.first}, b[Runs::chains] = {sums.second};
@@ -228,8 +229,8 @@ KEELNORM_INLINE void add_run(const Terms& terms, int64_t i, Steps<Runs> steps, i
     sums = {(a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3])};
 }
 
-// Writes the indices i .. end of `out`. The last vector may overlap the one before it: it is computed first, because
-// `out` may be where the values come from.
+// Writes the indices i .. end of `out`. The last vector may overlap the one before it. It is computed first, because
+// `out` may be the input.
 template <class Value>
 KEELNORM_INLINE void write_run(Element* out, int64_t i, int64_t end, const Value& value) {
   if (end - i < kLanes) {
@@ -241,7 +242,7 @@ KEELNORM_INLINE void write_run(Element* out, int64_t i, int64_t end, const Value
   store(out + end - kLanes, last);
 }
 
-// The first index from i on whose byte is not 0 (set), or is; `end` where there is none.
+// The first index from i on whose byte is set (not 0) or, with set == false, not set; `end` where there is none.
 inline int64_t next(bool set, const unsigned char* flags, int64_t i, int64_t end) {
   if (!set) {
     const void* const found = std::memchr(flags + i, 0, end - i);
@@ -255,8 +256,8 @@ inline int64_t next(bool set, const unsigned char* flags, int64_t i, int64_t end
   return i;
 }
 
-// Calls body(begin, end) for each run of flags that are set, or not, in flags[begin .. end]: padding lies at the ends
-// of sequences and rows, so runs are few and long.
+// Calls body(begin, end) for each run of flags that are set, or not set, in flags[begin .. end]. Padding lies at the
+// ends of sequences and rows, so runs are few and long.
 template <class Body>
 inline void for_runs_of(bool set, const unsigned char* flags, int64_t begin, int64_t end, const Body& body) {
   while ((begin = next(set, flags, begin, end)) < end) {
@@ -266,10 +267,9 @@ inline void for_runs_of(bool set, const unsigned char* flags, int64_t begin, int
   }
 }
 
-// Writes planes that follow one another in memory past the caches: indices begin .. end of `out`, cut at begin + plane,
-// and so on, the values of the k-th given by value_of(k). All whole vectors are aligned in `out`; one that covers the
-// end of a plane and the start of the next is put together from both. Planes are at least a vector long, unless there
-// is just one.
+// Writes consecutive planes past the caches: the indices begin .. end of `out`, in planes of length `plane`;
+// value_of(k) gives the values of the k-th plane. All whole vectors are aligned in `out`; a vector across the border of
+// two planes is combined from both. Planes are at least a vector long, unless there is only one.
 template <class ValueOf>
 inline void stream_planes(Element* out, int64_t begin, int64_t end, int64_t plane, const ValueOf& value_of) {
   int64_t i = begin, k = 0;

@@ -1,4 +1,4 @@
-// What the machine's memory is like: the size of its caches, and whether pages are there yet.
+// Facts about the machine's memory: the sizes of its caches, and whether pages are present.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@
 
 namespace {
 
-// Bytes of a cache as the system gives them for the first core, or a usual size where it does not tell.
-// (sysconf's _SC_LEVEL3_CACHE_SIZE adds up those of all groups of cores on some machines.)
+// Bytes of the first core's cache of a level; `usual` where the system does not tell.
+// (sysconf's _SC_LEVEL3_CACHE_SIZE is the sum over all groups of cores on some machines.)
 inline int64_t cache_bytes(int level, int64_t usual) {
   char path[80];
   std::snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu0/cache/index%d/size", level);
@@ -24,9 +24,8 @@ inline int64_t cache_bytes(int level, int64_t usual) {
   return kibibytes > 0 ? kibibytes * 1024 : usual;
 }
 
-// Whether so many bytes of memory have their pages already, by a few of them; where the system does not tell, yes. A
-// fresh page is zeroed as it is first touched, which brings it into the cache: a store past the cache would throw it
-// out again.
+// Whether the pages of a range of memory are present, judged by a few of them; true where the system does not tell. A
+// fresh page is zeroed when it is first touched, which brings it into the cache; a store past the cache would evict it.
 inline bool has_pages(const void* memory, int64_t bytes) {
 #if defined(__linux__)
   constexpr int64_t kSamples = 4;

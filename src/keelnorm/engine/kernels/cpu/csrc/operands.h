@@ -1,4 +1,4 @@
-// What the operators take from torch: checked, laid out alike, and put into a Problem, which then runs on the kernels.
+// The tensors that torch gives an operator: checked, brought into one layout, put into a Problem, and run.
 #pragma once
 
 #include <vector>
@@ -16,7 +16,7 @@ void run_in_parallel(int64_t tasks, Body body, void* context) {
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-// What the activation is called, with its parameters.
+// An activation as an operator takes it.
 struct Act {
   int64_t code;
   double a, b;
@@ -43,7 +43,7 @@ Problem problem_of(const Tensor& x, const void* data, Act activation) {
 using Operator = void (*Kernels::*)(const Problem&, Parallel);
 
 void run(Problem& p, Operator op) {
-  // What is written stays in cache for whoever reads it next, if all that is touched fits.
+  // A result stays in the cache for its next reader if all tensors fit.
   static const int64_t last_cache = cache_bytes(3, 32 * 1024 * 1024);
   int64_t tensors = 0;
   for (const void* t : {p.x, p.residual, (const void*)p.y, p.dy, (const void*)p.dx, (const void*)p.dresidual})
@@ -67,7 +67,7 @@ Placed dense(const Tensor& x, const char* name) {
   return {copy, memory_of(copy, name)};
 }
 
-// t laid out as x, copied where it is not: gradients often arrive in another memory format, or expanded.
+// t in x's layout, copied if need be: gradients often arrive in another memory format, or expanded.
 Placed laid_out_as(const Tensor& t, const Tensor& x, const char* name) {
   REQUIRE(dtype_code(t) == dtype_code(x) && t.is_cpu(), name);
   REQUIRE(same_shape(t, x), name);
@@ -86,7 +86,7 @@ Placed laid_out_as(const Tensor& t, const Tensor& x, const char* name) {
   return {result, memory_of(result, name)};
 }
 
-// Tensors that live as long as an operator runs, laid out as x.
+// The tensors of a running operator, in x's layout.
 struct Operands {
   const Tensor x;
   Problem p;
@@ -113,8 +113,8 @@ struct Operands {
     take_residual(given_residual);
   }
 
-  // Which values count, and what the others come out as: what `padding` has there, or 0. Any byte but 0 is True, as in
-  // a view of an image's bytes.
+  // Takes the mask of values that count. In results the others are copied from `padding`, or are 0. Any byte but 0 is
+  // True, as in a view of an image's bytes.
   void take_mask(const Optional& mask, const void* padding) {
     p.count = static_cast<double>(p.per_channel());
     if (!mask) return;

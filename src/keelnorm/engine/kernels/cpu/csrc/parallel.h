@@ -17,7 +17,7 @@ inline void parallel(Parallel how, int64_t tasks, const Body& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Tensors as what this unit takes for an element.
+// Pointers to the elements of the dtype that this unit is compiled for.
 inline const Element* elements(const void* p) { return static_cast<const Element*>(p); }
 inline Element* elements(void* p) { return static_cast<Element*>(p); }
 

@@ -1,4 +1,4 @@
-// What the operators are asked to do, free of torch: plain pointers, sizes and a way to run in parallel.
+// The problem that an operator is given, without torch: plain pointers, sizes and a way to run in parallel.
 //
 // Names as everywhere in the project: N samples, C channels, S positions, M = N*S values per channel.
 #pragma once
@@ -6,31 +6,15 @@
 #include <cmath>
 #include <cstdint>
 
-namespace keelnorm {
+#include "activation_list.h"
+#include "instruction_sets.h"
 
-// Codes and parameters as in keelnorm/engine/activations.py.
-enum class Activation : int64_t {
-  none = 0,
-  relu = 1,
-  relu6 = 2,
-  leaky_relu = 3,  // a: slope below 0
-  elu = 4,         // a: alpha
-  silu = 5,
-  gelu = 6,
-  gelu_tanh = 7,
-  hardswish = 8,
-  hardsigmoid = 9,
-  sigmoid = 10,
-  tanh = 11,
-  mish = 12,
-  softplus = 13,  // a: beta, b: threshold
-};
-constexpr int64_t kActivations = 14;
+namespace keelnorm {
 
 enum class Dtype { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 constexpr int kDtypes = 4;
 
-// Where x, y, dy, dx and the residual lie in memory; all of them in the same way.
+// The memory layout of x, y, dy, dx and the residual: the same for all.
 enum class Layout { contiguous /* N, C, S */, channels_last /* N, S, C */ };
 
 // Tensors of fewer values run in one thread: waking a second one costs more than it saves.
@@ -46,22 +30,22 @@ struct Problem {
   Layout layout = Layout::contiguous;
   Dtype dtype = Dtype::f32;  // of x, y, dy, dx and the residual
   Activation activation = Activation::none;
-  double a = 0, b = 0;   // the activation's parameters
+  double a = 0, b = 0;   // the activation's parameters, see keelnorm/engine/activations.py
   bool training = true;  // normalize with the batch's moments (and differentiate through them)
   double eps = 0, momentum = 0;
 
   const void* x = nullptr;
   const void* residual = nullptr;  // the backward needs it, but for none; for relu it needs y in its place
-  // N, S: which values count, in sums and results: those that are not 0; nullptr: all
+  // N, S: the values that count, in sums and results, are those whose byte is not 0; nullptr: all
   const unsigned char* mask = nullptr;
-  const void* padding = nullptr;   // what those that don't are copied from in a result; nullptr: they are 0
+  const void* padding = nullptr;   // where masked values of a result are copied from; nullptr: they are 0
   const double* weight = nullptr;  // nullptr: ones
   const double* bias = nullptr;    // nullptr: zeros
   void* y = nullptr;               // written by the forward (may be x); with relu and a residual, read by the backward
   double* running_mean = nullptr;  // updated when training and not nullptr
   double* running_var = nullptr;
-  double mean_below = HUGE_VAL, var_below = HUGE_VAL;  // what their dtypes can store
-  const int64_t* batches = nullptr;                    // so far, where the running statistics average over all of them
+  double mean_below = HUGE_VAL, var_below = HUGE_VAL;  // first values that their dtypes store as infinity
+  const int64_t* batches = nullptr;                    // so far, where the running statistics average over all batches
   int64_t* counts = nullptr;                           // 3, C: see keelnorm/engine/update_counts.py
 
   double* mean = nullptr;  // C values each: the moments that normalize
@@ -76,7 +60,7 @@ struct Problem {
   double count = 0;  // values per channel that the sums are over: with a mask, and where grad_input divides by it
 
   int64_t core_cache = 512 * 1024;  // bytes of the cache that a core has for itself
-  bool large = false;               // all that is touched exceeds the last cache
+  bool large = false;               // the tensors exceed half of the last cache
   bool streaming = false;           // store past the caches
   double* scratch = nullptr;        // scratch_doubles() values
 
@@ -95,24 +79,10 @@ struct Kernels {
   void (*grad_input)(const Problem&, Parallel);  // dy, x, mean, rstd, sums -> dx
   void (*forward)(const Problem&, Parallel);     // stats, running statistics and apply in one
   void (*backward)(const Problem&, Parallel);    // grad_stats and grad_input in one, and dresidual
-  void (*invert)(const Problem&, Parallel);  // y, mean, rstd -> dx: the x that apply made y from; none, leaky_relu, elu
-  // x (N, C, S or, with `from_channels_last`, N, S, C) -> y in the other order of the last two.
+  void (*invert)(const Problem&, Parallel);      // y, mean, rstd -> dx: the x of which apply made y; see kHasInverse
+  // x, in `layout`, -> y in the other layout.
   void (*transpose)(const Problem&, Parallel);
   int64_t (*calls)();  // how many operators this table has run
 };
-
-// Every instruction set with its row of tables, by dtype: one function for each compiled unit.
-#define KEELNORM_TABLES(isa)           \
-  const Kernels& isa##_f32_kernels();  \
-  const Kernels& isa##_f64_kernels();  \
-  const Kernels& isa##_bf16_kernels(); \
-  const Kernels& isa##_f16_kernels();
-
-KEELNORM_TABLES(baseline)
-#if defined(__x86_64__)
-KEELNORM_TABLES(avx2)
-KEELNORM_TABLES(avx512)
-const Kernels& avx512_bf16_bf16_kernels();  // for this dtype alone
-#endif
 
 }  // namespace keelnorm

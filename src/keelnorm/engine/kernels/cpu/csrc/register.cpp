@@ -1,9 +1,9 @@
-// torch's side of the operators: checks tensors, allocates results, calls the kernels. With groups.h, operands.h,
-// tensors.h and storage.h the only file that knows torch, through LibTorch's stable ABI, so that one binary serves
-// several versions. The schemas are in keelnorm/engine/ops.py.
+// The operators that torch calls: they check tensors, allocate results and call the kernels. Only this file, groups.h,
+// operands.h, tensors.h and storage.h know torch, through LibTorch's stable ABI, so that one binary serves several
+// versions. The schemas are in keelnorm/engine/ops.py.
 //
-// A case that the native kernels do not cover raises an error that begins with "keelnorm: unsupported" before anything
-// was written; Python then takes the reference back end.
+// For a case that the native kernels do not cover, an operator raises an error that begins with "keelnorm:
+// unsupported", before it writes anything; Python then takes the reference back end.
 #include <tuple>
 
 #include "groups.h"
@@ -87,8 +87,8 @@ Tensor grad_input(const Tensor& dy, const Tensor& x, const Tensor& mean, const T
 
 // ---- the fused operators
 
-// What a forward keeps besides y; in training with `update` it also updates the running statistics, and the number of
-// batches. Without a momentum they average over all batches so far.
+// The running statistics and their options. In training with `update` a forward updates them and the number of batches;
+// without a momentum they average over all batches so far.
 struct Buffers {
   const Optional &mean, &var, &batches, &counts;
   bool training, update;
@@ -96,12 +96,12 @@ struct Buffers {
   double eps;
 };
 
-// The buffers as doubles, from which they are written back.
+// The running statistics as doubles, which put_running writes back.
 struct Running {
   double *mean, *var;
   int64_t* batches;  // where they are counted
   bool update;
-  std::optional<Placed> counter, counts;  // what kernels write
+  std::optional<Placed> counter, counts;  // written by the kernels
 };
 
 Running take_running(Operands& o, const Buffers& buffers) {
@@ -180,7 +180,7 @@ std::tuple<Tensor, Tensor> forward_(const Tensor& x, const Optional& residual, c
   return {y, saved};
 }
 
-// What forward_ does, without y.
+// As forward_, without y.
 Tensor measure_(const Tensor& x, const Optional& running_mean, const Optional& running_var,
                 const Optional& num_batches_tracked, bool training, bool update, std::optional<double> momentum,
                 double eps, const Optional& counts) {
@@ -190,7 +190,7 @@ Tensor measure_(const Tensor& x, const Optional& running_mean, const Optional& r
                      &Kernels::measure);
 }
 
-// In training alone. The running statistics take the groups in merged, as one batch, or one after the other.
+// Training only. The running statistics are updated once, with all groups pooled, or group by group.
 std::tuple<Tensor, Tensor> forward_groups_(const Tensor& x, const Optional& residual, const Optional& weight,
                                            const Optional& bias, const Optional& running_mean,
                                            const Optional& running_var, const Optional& num_batches_tracked,
@@ -251,6 +251,7 @@ Tensor inplace_(const Tensor& x, const Optional& weight, const Optional& bias, c
 Tensor invert(const Tensor& y, const Tensor& saved, const Optional& weight, const Optional& bias, int64_t activation,
               double a, double b) {
   Operands o(y, {activation, a, b}, "y");
+  REQUIRE(keelnorm::kHasInverse[activation], "activation");
   o.take_affine(weight, bias);
   o.take_moments(saved);
   o.p.y = memory_of(o.x, "y");
@@ -262,7 +263,7 @@ Tensor invert(const Tensor& y, const Tensor& saved, const Optional& weight, cons
 
 Tensor undefined() { return Tensor(); }
 
-// A gradient per channel in double for double x, else in float.
+// A gradient per channel, in double for double x, else in float.
 Tensor rounded(const double* values, int64_t size, Dtype dtype) {
   const int64_t stride = 1;
   const int32_t wide = torch_dtype(dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32);
@@ -271,11 +272,10 @@ Tensor rounded(const double* values, int64_t size, Dtype dtype) {
   return result;
 }
 
-// Runs the backward of all that p asks for, group by group; returns the gradients of weight and bias, where they are
-// wanted.
+// Runs the backward group by group; returns the gradients of weight and bias, where they are needed.
 std::tuple<Tensor, Tensor> run_backward(Operands& o, const Groups& groups, bool need_weight, bool need_bias) {
   Problem& p = o.p;
-  // The sums' pass is also what writes the residual's gradient, but for ReLU's in the second one.
+  // The pass that computes the sums also writes the residual's gradient; for ReLU the second pass writes it.
   const bool pass = p.dresidual && (!p.dx || p.activation != Activation::relu);
   const bool need_sums = need_weight || need_bias || pass || (p.training && p.dx);
   Doubles totals(need_sums ? 2 * p.channels : 0), sums(need_sums && groups.count > 1 ? 2 * p.channels : 0);
@@ -289,7 +289,7 @@ std::tuple<Tensor, Tensor> run_backward(Operands& o, const Groups& groups, bool 
           need_bias ? rounded(totals.data(), p.channels, p.dtype) : undefined()};
 }
 
-// dx, dresidual, dweight, dbias; those that are not asked for come back undefined (None in Python).
+// dx, dresidual, dweight, dbias; those that are not needed are undefined tensors (None in Python).
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_of(Operands& o, const Groups& groups, const Tensor& saved,
                                                        const Tensor& dy, const Optional& weight, const Optional& bias,
                                                        const Optional& y, const Optional& residual, bool need_input,

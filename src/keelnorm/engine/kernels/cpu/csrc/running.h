@@ -1,4 +1,4 @@
-// How a batch's moments enter the running ones.
+// Updates the running statistics with a batch's moments.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 
 namespace keelnorm {
 
-// Where values begin that a dtype would store as infinite, when they are rounded to float first.
+// The smallest value that a dtype stores as infinity, when it is rounded to float first.
 constexpr double infinite_from(Dtype dtype) {
   switch (dtype) {
     case Dtype::f64:
@@ -21,10 +21,10 @@ constexpr double infinite_from(Dtype dtype) {
   }
 }
 
-// count: values per channel that p.mean and p.var are of. Channels of which something not finite would be stored keep
-// their running statistics.
+// count: how many values per channel p.mean and p.var were taken over. A channel keeps its running statistics where a
+// new one would not be finite.
 inline void update_running(const Problem& p, double count, int64_t begin, int64_t end) {
-  if (count < 2) return;  // no variance to learn from
+  if (count < 2) return;  // one value has no variance
   const double unbiased = count / (count - 1);
   for (int64_t c = begin; c < end; ++c) {
     double momentum = p.momentum;
@@ -36,7 +36,7 @@ inline void update_running(const Problem& p, double count, int64_t begin, int64_
     }
     const double mean = (1 - momentum) * p.running_mean[c] + momentum * p.mean[c];
     const double var = (1 - momentum) * p.running_var[c] + momentum * p.var[c] * unbiased;
-    const bool taken = std::fabs(mean) < p.mean_below && std::fabs(var) < p.var_below;  // not where it is NaN
+    const bool taken = std::fabs(mean) < p.mean_below && std::fabs(var) < p.var_below;  // false for NaN too
     if (taken) p.running_mean[c] = mean, p.running_var[c] = var;
     if (!p.counts) continue;
     p.counts[c] += !taken;

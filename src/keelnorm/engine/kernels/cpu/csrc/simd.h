@@ -19,8 +19,8 @@ typedef double UnalignedDoubleVec __attribute__((vector_size(kVectorBytes), alig
 
 inline Vec splat(Value value) { return Vec{} + value; }
 
-// a * b + c, in one rounding where the instruction set has it. Written out, because a compiler that is left to find
-// such pairs finds them in some copies of a loop and not in others, and bits would depend on which of them runs.
+// a * b + c, with one rounding where the instruction set has that. Written out, because a compiler fuses some copies of
+// a loop and not others, and the bits would depend on which copy runs.
 inline Vec multiply_add(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__) && defined(KEELNORM_DOUBLE)
   return (Vec)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
@@ -158,8 +158,8 @@ inline void stream(void* p, T v) {
 }
 #endif
 
-// Stores past the caches, for results too large to stay in them: a plain store would first read the line it is about
-// to overwrite. p is aligned to a whole vector. end_streaming() makes such stores visible to other threads.
+// Stores past the caches, for results too large to stay in them: a plain store would first read the line that it
+// overwrites. p is aligned to a whole vector. end_streaming() makes such stores visible to other threads.
 inline void store_streaming(Element* p, Vec v) {
 #if defined(__x86_64__)
   stream(p, as_stored(v));

@@ -1,5 +1,5 @@
-// Where a tensor's values lie. Operators reach every tensor's memory through what is here, and through nothing else:
-// after this file the names that would reach it unchecked do not compile.
+// The checked access to a tensor's memory. There is no other: after this file, the names for unchecked access do not
+// compile.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -22,7 +22,8 @@ using torch::stable::Tensor;
                            "gather them first, or leave the storage of tensors that are still in use as it is");
 }
 
-// The address of the first value; an error that says `name` unless the storage has all that sizes and strides span.
+// The address of the first value. Raises an error that names the tensor where its storage is smaller than its sizes and
+// strides need.
 void* memory_of(const Tensor& t, const char* name) {
   void* const first = t.data_ptr();
   int64_t span = t.numel(), held;

@@ -118,10 +118,10 @@ struct Placed {
   void* data;
 };
 
-// Kernels take values at multiples of their width; in a view of a file's bytes they may lie elsewhere.
+// Kernels need values at multiples of their width; in a view of a file's bytes they may lie elsewhere.
 bool is_aligned(const void* data, int64_t width) { return reinterpret_cast<uintptr_t>(data) % width == 0; }
 
-// t, or a copy where kernels can't read or write it; what was written there is put back.
+// t, or an aligned copy; put_back copies what was written there to t.
 Placed aligned(const Tensor& t, const char* name) {
   void* const data = memory_of(t, name);
   if (is_aligned(data, t.element_size())) return {t, data};

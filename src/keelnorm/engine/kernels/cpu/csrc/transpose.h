@@ -1,4 +1,4 @@
-// A copy in the other order of channels and positions: a gradient often arrives in another memory format than x.
+// A copy into the other layout: a gradient often arrives in another memory format than x.
 #pragma once
 
 #include <type_traits>
@@ -57,7 +57,7 @@ inline void transpose_square(const Element* in, int64_t from_next, Element* out,
 
 #endif
 
-// from (rows, columns) to (columns, rows), of one sample: the columns c0 .. c1.
+// Transposes the columns c0 .. c1 of one sample: from (rows, columns) to (columns, rows).
 KEELNORM_SHARED void transpose(const Element* from, Element* to, int64_t rows, int64_t columns, int64_t c0,
                                int64_t c1) {
   for (int64_t r = 0; r < rows; r += kSide) {
