@@ -5,8 +5,8 @@ from bench_results import kernel_rows, network_rows, report_of
 from support import browser
 from typer.testing import CliRunner
 
-from keelnorm.bench.figures import against
-from keelnorm.bench.page import bench_document, losses
+from keelnorm.bench.result_figures import against
+from keelnorm.bench.result_page import bench_document, losses
 from keelnorm.cli import app
 from keelnorm.measure.page.html import page, write_page
 

@@ -10,7 +10,7 @@ from keelnorm.bench.cases import RESNET50
 from keelnorm.bench.machine import describe
 from keelnorm.bench.results import Report, Row, Settings
 from keelnorm.bench.summary import geometric_mean, means, totals
-from keelnorm.bench.table import print_report
+from keelnorm.bench.result_table import print_report
 
 
 def row(shape="2x4x7x7", peer="keelnorm", **given):

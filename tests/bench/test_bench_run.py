@@ -11,7 +11,7 @@ from keelnorm.bench.cases import LAYOUTS, MODES, VARIANTS
 from keelnorm.bench.command import bench_command
 from keelnorm.bench.peers import PEERS, Built, Peer
 from keelnorm.bench.results import Report, Settings
-from keelnorm.bench.run import run_bench
+from keelnorm.bench.layer_run import run_bench
 
 
 def settings_of(peers, **given):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from keelnorm.bench.model_check import check
-from keelnorm.bench.model_run import ModelRow
-from keelnorm.bench.model_zoo import ARCHITECTURES
+from benchmarks.zoo.zoo_check import check
+from benchmarks.zoo.zoo_run import ModelRow
+from benchmarks.architectures import ARCHITECTURES
 
 #: Calls of batch norms that an addition or an activation follows, counted in runs of the unconverted models.
 FUSIBLE = {

@@ -72,7 +72,7 @@ def bench_page(
 ) -> None:
     """Draw results of kernels and networks on one HTML page that needs no network."""
     need("bench", "plotly", "jinja2")
-    from keelnorm.bench.page import bench_document
+    from keelnorm.bench.result_page import bench_document
     from keelnorm.measure.page.html import write_page
 
     try:

@@ -12,9 +12,9 @@ from keelnorm.bench.compare import compare
 from keelnorm.bench.group import bench_app
 from keelnorm.bench.peers import CannotError
 from keelnorm.bench.results import Report
-from keelnorm.bench.variant_run import run_variants
-from keelnorm.bench.variant_table import print_variants
-from keelnorm.bench.variants import PLAIN, VARIANTS, Made, layer
+from benchmarks.variants.variant_run import run_variants
+from benchmarks.variants.variant_table import print_variants
+from benchmarks.variants.variant_layers import PLAIN, VARIANTS, Made, layer
 from keelnorm.measure import timing
 
 from test_bench_run import settings_of  # isort: skip

@@ -14,7 +14,7 @@ from torch import Tensor
 from keelnorm.bench import check
 from keelnorm.bench.cases import Case, least_bytes
 from keelnorm.bench.definition import Quantity
-from keelnorm.bench.gpu_timing import Loop, by_turns, copies_for
+from benchmarks.gpu.gpu_timing import Loop, by_turns, copies_for
 from keelnorm.bench.peers import PEERS, Built, Peer
 from keelnorm.bench.problem import Problem, make_problem
 from keelnorm.bench.results import Row

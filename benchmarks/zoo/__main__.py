@@ -29,10 +29,10 @@ def models_command(
     if missing:
         typer.echo(f"the architectures come from packages that are missing: pip install {' '.join(missing)}", err=True)
         raise typer.Exit(1)
-    from keelnorm.bench.model_run import run_models
-    from keelnorm.bench.model_table import page as page_of
-    from keelnorm.bench.model_table import print_models
-    from keelnorm.bench.model_zoo import ARCHITECTURES
+    from benchmarks.zoo.zoo_run import run_models
+    from benchmarks.zoo.zoo_table import page as page_of
+    from benchmarks.zoo.zoo_table import print_models
+    from benchmarks.architectures import ARCHITECTURES
 
     wanted = [name for name in ARCHITECTURES if not model or any(part.lower() in name.lower() for part in model)]
     if not wanted:

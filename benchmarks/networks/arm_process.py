@@ -36,7 +36,7 @@ class Worker:
     def __init__(self, config: dict[str, Any]) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "keelnorm.bench.worker", json.dumps(config)],
+            [sys.executable, "-m", "benchmarks.networks.arm_worker", json.dumps(config)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from keelnorm.bench.network_table import eager_of
+from benchmarks.networks.network_table import eager_of
 from keelnorm.bench.results import NetworkRow, Row
-from keelnorm.bench.table import unusual
+from keelnorm.bench.result_table import unusual
 
 Plain = dict[str, Any]
 

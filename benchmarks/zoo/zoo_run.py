@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import keelnorm as kn
 from keelnorm.bench.machine import describe
-from keelnorm.bench.model_check import check
-from keelnorm.bench.model_zoo import ARCHITECTURES, Architecture
+from benchmarks.zoo.zoo_check import check
+from benchmarks.architectures import ARCHITECTURES, Architecture
 from keelnorm.bench.results import Machine
-from keelnorm.bench.run import bar, keep_threads
+from keelnorm.bench.layer_run import bar, keep_threads
 from keelnorm.measure import timing
 from keelnorm.surgery.observation.nested_tensors import tensors_in
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from keelnorm.bench.figures import network_sections, rate_figures, ratio_figures
-from keelnorm.bench.network_table import DEFAULT_ARM, eager_of
+from keelnorm.bench.result_figures import network_sections, rate_figures, ratio_figures
+from benchmarks.networks.network_table import DEFAULT_ARM, eager_of
 from keelnorm.bench.results import NetworkRow, Report, Row
-from keelnorm.bench.table import unusual
+from keelnorm.bench.result_table import unusual
 
 SUBJECT = "keelnorm"
 AGAINST = ("eager", "compile", "onednn", "relu", "copy")

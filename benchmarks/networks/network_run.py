@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.progress import Progress
 
-from keelnorm.bench.agreement import agreement
-from keelnorm.bench.arms import Arm, ArmError, Worker, workers
+from benchmarks.networks.agreement import agreement
+from benchmarks.networks.arm_process import Arm, ArmError, Worker, workers
 from keelnorm.bench.machine import describe
 from keelnorm.bench.results import NetworkRow, Report, Settings
-from keelnorm.bench.run import bar, keep_threads
+from keelnorm.bench.layer_run import bar, keep_threads
 from keelnorm.measure import timing
 
 MODES = ("inference", "training")  # in this order, so that the peak of inference is not that of training

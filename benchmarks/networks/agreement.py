@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from keelnorm.bench.check import WrongResultError
-from keelnorm.bench.fusing import use_keelnorm
-from keelnorm.bench.networks import batch_of, build, roundings
+from keelnorm.bench.correctness import WrongResultError
+from benchmarks.networks.fusing import use_keelnorm
+from benchmarks.networks.networks import batch_of, build, roundings
 
 #: A right network errs like eager does: it differs in the order of its roundings, which a deep network
 #: with gates amplifies alike. A layer that is wrongly wired is off by orders of magnitude more.

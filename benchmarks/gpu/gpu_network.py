@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import keelnorm as kn
-from keelnorm.bench.networks import batch_of, build, roundings
+from benchmarks.networks.networks import batch_of, build, roundings
 from keelnorm.bench.results import NetworkRow
 from keelnorm.measure.timing import ratio, spread, turns
 

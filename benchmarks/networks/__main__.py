@@ -6,7 +6,7 @@ import typer
 
 from keelnorm.bench.cases import LAYOUTS, PAGES
 from keelnorm.bench.command import Many, Out, leave, possible_pages, split
-from keelnorm.bench.networks import NETWORKS
+from benchmarks.networks.networks import NETWORKS
 from keelnorm.engine.optional_imports import lacking
 
 STEPS = ("training", "inference")
@@ -35,8 +35,8 @@ def networks_command(
     if words := lacking("bench", "pytorchcv"):
         typer.echo(f"the networks need {words}", err=True)
         raise typer.Exit(1)
-    from keelnorm.bench.network_run import run_networks
-    from keelnorm.bench.network_table import print_networks
+    from benchmarks.networks.network_run import run_networks
+    from benchmarks.networks.network_table import print_networks
     from keelnorm.bench.results import Settings
 
     asked = ["reused"] if reuse_memory else [",".join(PAGES) if pages == "both" else pages]

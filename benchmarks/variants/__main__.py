@@ -6,7 +6,7 @@ import typer
 
 from keelnorm.bench.cases import DTYPES, LAYOUTS, shapes
 from keelnorm.bench.command import Many, Out, leave, possible_pages, split
-from keelnorm.bench.variants import PLAIN, VARIANTS
+from benchmarks.variants.variant_layers import PLAIN, VARIANTS
 
 
 def variants_command(
@@ -31,8 +31,8 @@ def variants_command(
     status is 1.
     """
     from keelnorm.bench.results import Settings
-    from keelnorm.bench.variant_run import run_variants, selected
-    from keelnorm.bench.variant_table import print_variants
+    from benchmarks.variants.variant_run import run_variants, selected
+    from benchmarks.variants.variant_table import print_variants
 
     names = tuple(VARIANTS)
     settings = Settings(

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 import keelnorm as kn
-from keelnorm.bench.gpu_timing import Loop, by_turns
+from benchmarks.gpu.gpu_timing import Loop, by_turns
 from keelnorm.bench.results import Row
 from keelnorm.measure.timing import ratio, spread
 

@@ -15,7 +15,7 @@ import torch
 import keelnorm as kn
 from keelnorm.bench import gpu_check, gpu_network, gpu_run, gpu_sync
 from keelnorm.bench.cases import Case, Shape, least_bytes
-from keelnorm.bench.gpu_timing import Loop, by_turns
+from benchmarks.gpu.gpu_timing import Loop, by_turns
 from keelnorm.bench.peers import PEERS, Built, Peer
 from keelnorm.bench.results import Report
 from keelnorm.engine.kernels import triton

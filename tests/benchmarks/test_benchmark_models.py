@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from keelnorm.bench import model_run
 from keelnorm.bench.group import bench_app
 from keelnorm.bench.machine import describe
-from keelnorm.bench.model_patterns import count
-from keelnorm.bench.model_run import ModelReport, ModelRow
-from keelnorm.bench.model_table import page, print_models
+from benchmarks.zoo.fusible_patterns import count
+from benchmarks.zoo.zoo_run import ModelReport, ModelRow
+from benchmarks.zoo.zoo_table import page, print_models
 
 COUNTS = {
     "batch_norms": 4, "fusible": 4, "fused": 3, "foldable": 2, "folded": 3, "same_state": True,

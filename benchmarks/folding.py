@@ -30,7 +30,7 @@ def folding_command(
     from rich.console import Console
     from rich.table import Table
 
-    from keelnorm.bench.model_zoo import ARCHITECTURES
+    from benchmarks.architectures import ARCHITECTURES
     from keelnorm.measure import timing
 
     if network not in ARCHITECTURES:

@@ -23,7 +23,7 @@ def split(name: str, given: Many, legal: tuple[str, ...], default: tuple[str, ..
 
 def possible_pages(asked: list[str]) -> list[str]:
     """What can be had of the asked page settings; says what can't, and why."""
-    from keelnorm.bench.run import page_settings
+    from keelnorm.bench.layer_run import page_settings
     from keelnorm.memory import obstacle
 
     try:
@@ -103,8 +103,8 @@ def bench_command(
     """
     from keelnorm.bench.peers import DEFAULT_PEERS, PEERS
     from keelnorm.bench.results import Settings
-    from keelnorm.bench.run import run_bench, selected
-    from keelnorm.bench.table import print_report
+    from keelnorm.bench.layer_run import run_bench, selected
+    from keelnorm.bench.result_table import print_report
 
     asked = ["reused"] if reuse_memory else [",".join(PAGES) if pages == "both" else pages]
     names = split("peers", peers, tuple(PEERS), DEFAULT_PEERS)

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from keelnorm.bench.results import Report, VariantRow
 from keelnorm.bench.summary import geometric_mean
-from keelnorm.bench.variants import PLAIN
+from benchmarks.variants.variant_layers import PLAIN
 
 
 def print_variants(report: Report, console: Console | None = None) -> None:

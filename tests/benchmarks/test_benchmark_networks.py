@@ -12,14 +12,14 @@ from torch import nn
 import keelnorm as kn
 from keelnorm.bench import agreement as agreement_module
 from keelnorm.bench import arms, network_run
-from keelnorm.bench.agreement import agreement, judge
-from keelnorm.bench.check import WrongResultError
-from keelnorm.bench.network_run import run_networks
+from benchmarks.networks.agreement import agreement, judge
+from keelnorm.bench.correctness import WrongResultError
+from benchmarks.networks.network_run import run_networks
 from keelnorm.bench.results import Settings
 
 pytest.importorskip("pytorchcv", reason="the extra [bench] is not installed")
-from keelnorm.bench.fusing import fused_name, use_keelnorm
-from keelnorm.bench.networks import build
+from benchmarks.networks.fusing import fused_name, use_keelnorm
+from benchmarks.networks.networks import build
 
 
 def settings_of(**given):

@@ -7,7 +7,7 @@ import math
 from rich.console import Console
 from rich.table import Table
 
-from keelnorm.bench.model_run import ModelReport, ModelRow
+from benchmarks.zoo.zoo_run import ModelReport, ModelRow
 
 _COLUMNS = (
     "architecture", "batch norms", "fused / fusible", "folded / foldable", "error, converted", "error, folded",
@@ -22,7 +22,7 @@ The table is made by `make models`, which writes this page.
 
 - **fused / fusible**: calls of batch norms that ran as one kernel with an addition or an activation, counted in one
   call of the converted model after it has learned what follows each layer ([how](how_fusing_works.md)); and how many
-  could, counted in a run of the original by other code (`keelnorm.bench.model_patterns`).
+  could, counted in a run of the original by other code (`benchmarks.zoo.fusible_patterns`).
 - **folded / foldable**: batch norms folded; and how many lie behind a convolution or linear layer that nobody else
   reads, seen in the same way. More are folded where they lie behind a pooling or in front of a layer.
 - **error**: the largest difference of outputs, every gradient and running statistics, in training and in evaluation, in

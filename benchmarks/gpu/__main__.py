@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=450.0, help="after so many nothing new is begun")
     parser.add_argument("--quick", action="store_true", help="four shapes of twelve")
-    parser.add_argument("--network", default="ResNet-50", help="of keelnorm.bench.networks; none: leave it out")
+    parser.add_argument("--network", default="ResNet-50", help="of benchmarks.networks.networks; none: leave it out")
     parser.add_argument("--autotune", action="store_true", help="time tile sizes first")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()

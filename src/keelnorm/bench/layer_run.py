@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from keelnorm import memory
 from keelnorm.bench import summary
 from keelnorm.bench.cases import PAGES, Case, cases, least_bytes, shapes
-from keelnorm.bench.check import check, expect, gradient_inputs
+from keelnorm.bench.correctness import check, expect, gradient_inputs
 from keelnorm.bench.machine import describe
 from keelnorm.bench.peers import PEERS, Built, CannotError, Peer
 from keelnorm.bench.problem import Problem, make_problem

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import keelnorm as kn
-from keelnorm.bench.fusing import use_keelnorm
-from keelnorm.bench.networks import batch_of, build
+from benchmarks.networks.fusing import use_keelnorm
+from benchmarks.networks.networks import batch_of, build
 from keelnorm.measure.disturbance import peak_bytes
 
 

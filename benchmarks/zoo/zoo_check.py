@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import keelnorm as kn
-from keelnorm.bench.model_patterns import count
-from keelnorm.bench.model_zoo import Architecture
+from benchmarks.zoo.fusible_patterns import count
+from benchmarks.architectures import Architecture
 from keelnorm.engine.fusion import pending as fusion
 from keelnorm.engine.fusion.call import all_sizes_wait
 from keelnorm.engine.fusion.expectations import ATTRIBUTE

@@ -12,13 +12,13 @@ import torch
 
 from keelnorm import memory
 from keelnorm.bench.cases import Case, cases, shapes
-from keelnorm.bench.check import WrongResultError
+from keelnorm.bench.correctness import WrongResultError
 from keelnorm.bench.machine import describe
 from keelnorm.bench.peers import CannotError
 from keelnorm.bench.problem import Problem, make_problem
 from keelnorm.bench.results import Report, Settings, VariantRow
-from keelnorm.bench.run import attempt, bar, keep_threads
-from keelnorm.bench.variants import PLAIN, VARIANTS, Factory
+from keelnorm.bench.layer_run import attempt, bar, keep_threads
+from benchmarks.variants.variant_layers import PLAIN, VARIANTS, Factory
 from keelnorm.engine.error_messages import describe as describe_value
 from keelnorm.measure import timing
 
