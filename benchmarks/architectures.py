@@ -1,35 +1,36 @@
-"""The published architectures that operations on models are measured on, with random weights."""
+"""Published architectures with random weights: the models of all benchmarks and of some tests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-#: What takes the place of large images where only the result is looked at.
+from keelnorm.engine.optional_imports import missing_modules
+
+#: Small inputs, for checks that need only the result: by the usual size of an image or a volume.
 _SMALLER: dict[tuple[int, ...], tuple[int, ...]] = {
     (224, 224): (64, 64), (299, 299): (139, 139), (32,) * 3: (16,) * 3, (48,) * 3: (24,) * 3, (64,) * 3: (32,) * 3,
 }  # fmt: skip
-#: Windows of average pooling that pytorchcv's networks end with.
+#: Windows of the average pooling over the whole image that pytorchcv's networks end with.
 _WHOLE_IMAGE = (7, 8, 10)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One of them.
+    """A published architecture.
 
     Args:
-        name: Ours.
-        package: That has it.
+        name: Its name here.
+        package: The package that has it.
         make: Makes it, with random weights.
-        shape: Of one sample.
-        is_fixed: Whether it takes images of no other size.
+        shape: The shape of one sample.
+        is_fixed: Whether it takes images of this size only.
     """
 
     name: str
@@ -39,15 +40,15 @@ class Architecture:
     is_fixed: bool = False
 
     @property
-    def is_there(self) -> bool:
+    def is_installed(self) -> bool:
         """Whether its package is installed."""
-        return find_spec(self.package) is not None
+        return not missing_modules(self.package)
 
-    def build(self, small: bool = False) -> nn.Module:
-        """The network, equal at every call: dropout off, batch norms as after some training.
+    def build(self, *, any_size: bool = False) -> nn.Module:
+        """Build the network, equal at every call: dropout off, batch norms as after some training.
 
         Args:
-            small: Make it take the small images of :meth:`batch`: pooling at the end over whatever is left.
+            any_size: Make it take images of other sizes: the pooling at the end covers what is left of the image.
         """
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -57,21 +58,32 @@ class Architecture:
                     module.p = 0.0
                 if isinstance(module, _BatchNorm):
                     _train_a_little(module)
-            if small and self.name.startswith("VGG"):  # a billion bytes of weights for images of one size
+            if any_size and self.name.startswith("VGG"):  # its linear layers take one size only
                 model.output = nn.Sequential(
                     nn.Unflatten(1, (512, -1)), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(512, 1000)
                 )
-        if small and not self.is_fixed:
+        if any_size and not self.is_fixed:
             for path, module in list(model.named_modules()):
                 if isinstance(module, nn.AvgPool2d) and module.kernel_size in _WHOLE_IMAGE:
                     model.set_submodule(path, nn.AdaptiveAvgPool2d(1))
         return model
 
-    def batch(self, samples: int, dtype: torch.dtype = torch.float32, small: bool = False) -> Tensor:
-        """Inputs, equal at every call."""
-        channels, *size = self.shape
-        shape = (channels, *(_SMALLER.get(tuple(size), size) if small and not self.is_fixed else size))
+    def batch(self, samples: int, dtype: torch.dtype = torch.float32, *, size: Sequence[int] | None = None) -> Tensor:
+        """Draw inputs, equal at every call.
+
+        Args:
+            samples: How many.
+            dtype: Their dtype.
+            size: Of an image or a volume; None takes the usual one.
+        """
+        shape = (self.shape[0], *(self.shape[1:] if size is None else size))
         return torch.randn(samples, *shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    @property
+    def small_size(self) -> Sequence[int]:
+        """A smaller size of an image or a volume that the network takes, if there is one."""
+        size = self.shape[1:]
+        return size if self.is_fixed else _SMALLER.get(size, size)
 
 
 def _train_a_little(layer: _BatchNorm) -> None:
@@ -143,3 +155,10 @@ ARCHITECTURES: dict[str, Architecture] = {
                      (1, 48, 48, 48)),
     )
 }  # fmt: skip
+
+
+def require_packages(names: Iterable[str]) -> None:
+    """End the program, with what to install, if a package of these architectures is missing."""
+    packages = dict.fromkeys(ARCHITECTURES[name].package for name in names)
+    if missing := missing_modules(*packages):
+        raise SystemExit(f"the architectures need {', '.join(missing)}: pip install -r requirements/dev.txt")

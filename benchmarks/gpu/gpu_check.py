@@ -1,4 +1,4 @@
-"""The GPU kernels against float64 before anything is timed: shapes that take every path, and eager's error beside."""
+"""Compare the GPU kernels with float64 before anything is timed, on shapes that take every path."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
-from keelnorm.bench import check
+from keelnorm.bench import correctness
 from keelnorm.bench.cases import LAYOUTS, VARIANTS, Case, Shape
 from keelnorm.bench.peers import PEERS
 from keelnorm.bench.problem import make_problem
 
-#: A channel's values on chip, and walked over; few channels and many; one position; odd sizes.
+#: Channels that fit on the chip and that do not; few channels and many; one position; odd sizes.
 SHAPES = (
     (8, 16, 4, 4), (64, 128), (33, 257), (16, 32, 100), (5, 67, 7, 7), (3, 7, 1, 1), (4, 3, 130, 130), (32, 64, 28, 28),
     (2, 1100, 9, 9), (700, 6, 2),
@@ -21,7 +21,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass
 class Checked:
-    """How many cases are right, the messages of those that are not, and the errors, keelnorm's and eager's, in eps."""
+    """The number of right cases, the messages of wrong ones, and by dtype the largest errors (keelnorm, eager), eps."""
 
     right: int
     wrong: list[str]
@@ -36,16 +36,16 @@ def check_all(device: str, say: Callable[[str], None], shapes: tuple[tuple[int, 
         for layout in LAYOUTS if len(dims) == 4 else LAYOUTS[:1]:
             case = Case(shape, layout, variant, dtype=dtype)
             problem = make_problem(case, device)
-            expected = check.expect(problem, "training")
+            expected = correctness.expect(problem, "training")
             errors = {}
             for name in ("keelnorm", "eager"):
                 built = PEERS[name].build(problem)
                 assert built.norm is not None
                 built.norm.to(device)
                 try:
-                    errors[name] = check.check(problem, built, "training", expected)
+                    errors[name] = correctness.check(problem, built, "training", expected)
                     if name == "keelnorm":
-                        check.check(problem, built, "inference", check.expect(problem, "inference"))
+                        correctness.check(problem, built, "inference", correctness.expect(problem, "inference"))
                         found.right += 1
                 except (ValueError, RuntimeError, TypeError) as error:
                     if name == "keelnorm":

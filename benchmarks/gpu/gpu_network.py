@@ -1,11 +1,11 @@
-"""A whole training step of a network on a GPU: eager, torch.compile, and with keelnorm's layers; time and memory."""
+"""Time and memory of a whole training step on a GPU: eager, torch.compile, and converted by kn.convert."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import keelnorm as kn
-from benchmarks.networks.networks import batch_of, build, roundings
+from benchmarks.networks.network_cases import batch_of, build, roundings
 from keelnorm.bench.results import NetworkRow
-from keelnorm.measure.timing import ratio, spread, turns
+from keelnorm.measure.timing import by_turns, median_ratio, spread
 
 ARMS = ("eager", "keelnorm", "compile", "keelnorm compiled")
 WARM_UPS = 3
@@ -55,7 +55,7 @@ def trainer(arm: str, network: str, batch: int, size: int, device: str) -> Train
     if arm.startswith("keelnorm"):
         made, _ = kn.convert(made)
     optimizer = torch.optim.SGD(made.parameters(), lr=0.01, momentum=0.9)
-    images, labels = batch_of(batch, size)
+    images, labels = batch_of(network, batch, size)
     run = torch.compile(made) if arm in ("compile", "keelnorm compiled") else made
     images = images.to(device=device, memory_format=torch.channels_last)
     return Trainer(run, optimizer, images, labels.to(device), device)
@@ -64,7 +64,7 @@ def trainer(arm: str, network: str, batch: int, size: int, device: str) -> Train
 def run_network(
     network: str, batch: int, size: int, device: str, rounds: int, arms: Sequence[str] = ARMS
 ) -> list[NetworkRow]:
-    """Every arm's steps by turns. The first losses of all arms must agree with what eager's may be."""
+    """Time the steps of every arm by turns, if its first losses agree with eager's."""
     rows = {arm: NetworkRow(network, arm, arm, "channels_last", "fresh", "training", batch, size) for arm in arms}
     ready: dict[str, Trainer] = {}
     right: list[float] = []
@@ -73,7 +73,7 @@ def run_network(
         try:
             ready[arm] = trainer(arm, network, batch, size, device)
             losses[arm] = [ready[arm].step() for _ in range(WARM_UPS)]
-            with _memory(row, device):
+            with _record_memory(row, device):
                 ready[arm].step()
             if arm == "eager":
                 right = first_losses(network, batch, size, device)
@@ -83,13 +83,12 @@ def run_network(
             row.error = f"{type(error).__name__}: {error}"[:300]
         if row.error is not None:
             ready.pop(arm, None)
-    for order in turns(tuple(ready), rounds):
-        for arm in order:
-            rows[arm].samples_ms.append(round(ready[arm].timed(), 3))
-    for arm in ready:
+    taken = by_turns({arm: each.timed for arm, each in ready.items()}, rounds)
+    for arm, samples in taken.items():
         row = rows[arm]
+        row.samples_ms = [round(sample, 3) for sample in samples]
         row.step_ms, row.spread = statistics.median(row.samples_ms), spread(row.samples_ms)
-        row.ratios = {other: ratio(row.samples_ms, rows[other].samples_ms) for other in ready if other != arm}
+        row.ratios = {other: median_ratio(samples, taken[other]) for other in taken if other != arm}
     return list(rows.values())
 
 
@@ -104,10 +103,10 @@ def first_losses(network: str, batch: int, size: int, device: str) -> list[float
 
 
 def disagreement(losses: Sequence[float], right: Sequence[float]) -> str | None:
-    """Why the first loss is none that eager's could be, or a later one is no number; None where all is well.
+    """Say why the first loss cannot be eager's, or a later one is not finite; None if neither is so.
 
-    Eager's first losses for roundings of the images say how well the network is conditioned: one may lie outside their
-    range by its width, and by a rounding of the loss itself. Later losses drift apart by themselves.
+    Eager's first losses for roundings of the images show how well the network is conditioned: the loss may lie outside
+    their range by its width plus a rounding of the loss itself. Later losses drift apart in any case.
     """
     low, high = min(right), max(right)
     room = high - low + torch.finfo(torch.bfloat16).eps * abs(right[0])
@@ -117,20 +116,14 @@ def disagreement(losses: Sequence[float], right: Sequence[float]) -> str | None:
     return f"the first losses are {here}; eager's first is {low:.4f} to {high:.4f} for roundings of the images"
 
 
-class _memory(nullcontext[None]):  # noqa: N801 - reads as a verb
-    """Writes the most memory that was in use inside into the row, beyond what was there before."""
-
-    def __init__(self, row: NetworkRow, device: str) -> None:
-        super().__init__()
-        self._row, self._on_gpu = row, device == "cuda"
-
-    def __enter__(self) -> None:
-        if self._on_gpu:
-            torch.cuda.synchronize()
-            self._row.baseline_bytes = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-
-    def __exit__(self, *_: object) -> None:
-        if self._on_gpu:
-            assert self._row.baseline_bytes is not None
-            self._row.peak_bytes = torch.cuda.max_memory_allocated() - self._row.baseline_bytes
+@contextmanager
+def _record_memory(row: NetworkRow, device: str) -> Iterator[None]:
+    """Write the peak memory inside, beyond what was in use before, into the row."""
+    if device != "cuda":
+        yield
+        return
+    torch.cuda.synchronize()
+    row.baseline_bytes = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    yield
+    row.peak_bytes = torch.cuda.max_memory_allocated() - row.baseline_bytes

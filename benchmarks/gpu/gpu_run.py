@@ -11,14 +11,14 @@ from time import monotonic
 import torch
 from torch import Tensor
 
-from keelnorm.bench import check
+from benchmarks.gpu.gpu_timing import Loop, by_turns, copies_for
+from keelnorm.bench import correctness
 from keelnorm.bench.cases import Case, least_bytes
 from keelnorm.bench.definition import Quantity
-from benchmarks.gpu.gpu_timing import Loop, by_turns, copies_for
 from keelnorm.bench.peers import PEERS, Built, Peer
 from keelnorm.bench.problem import Problem, make_problem
-from keelnorm.bench.results import Row
-from keelnorm.measure.timing import ratio, spread
+from keelnorm.bench.results import Row, blank_row
+from keelnorm.measure.timing import median_ratio, spread
 
 PARTS = ("forward", "both")
 MODES = ("forward", "backward", "both")
@@ -87,24 +87,25 @@ def run_case(
     """Check every peer on the case, and time those that are right: a row for each peer and mode.
 
     Args:
-        case: shape, layout, variant and dtype; the gradient comes in x's format.
-        names: keys of `GPU_PEERS`.
+        case: Shape, layout, variant and dtype; the gradient has x's memory format.
+        names: Keys of `GPU_PEERS`.
         device: "cuda", or "cpu" for a trial without a GPU.
-        rounds: in which every peer takes its turn.
-        copies: sets of tensors that are rotated; None: as many as the cache wants.
+        rounds: Rounds in which every peer takes its turn.
+        copies: Sets of tensors that are rotated; None: enough to exceed the cache.
     """
     problem = make_problem(case, device)
     tensor_bytes = problem.x.numel() * problem.x.element_size()
     copies = copies or copies_for(tensor_bytes, device)
     problems = [problem, *(_twin(problem) for _ in range(copies - 1))]
-    expected = check.expect(problem, "training")
+    expected = correctness.expect(problem, "training")
     rows: list[Row] = []
     ready: dict[str, Prepared] = {}
     for name in names:
         try:
             ready[name] = _prepare(GPU_PEERS[name], problems, expected, device)
         except Exception as error:  # costs the numbers of this peer, not the run
-            rows += [_row(case, name, mode, error=f"{type(error).__name__}: {error}"[:300]) for mode in MODES]
+            words = f"{type(error).__name__}: {error}"[:300]
+            rows += [replace(blank_row(case, mode, name), error=words) for mode in MODES]
     times: dict[str, dict[str, list[float]]] = {name: {} for name in ready}
     for part in PARTS:
         loops = {name: each.loops[part] for name, each in ready.items() if part in each.loops}
@@ -135,8 +136,8 @@ def _prepare(what: GpuPeer, problems: Sequence[Problem], expected: dict[str, Qua
         built = peer.build(problems[0])
         if built.norm is not None:
             built.norm.to(device)
-        error = check.check(problems[0], built, "training", expected) if peer.is_batch_norm else None
-        _, inputs = check.gradient_inputs(problems[0], built)
+        error = correctness.check(problems[0], built, "training", expected) if peer.is_batch_norm else None
+        _, inputs = correctness.gradient_inputs(problems[0], built)
         vectors = [each for each in inputs if each is not problems[0].x and each is not problems[0].residual]
 
         def forward(number: int) -> None:
@@ -156,14 +157,10 @@ def _prepare(what: GpuPeer, problems: Sequence[Problem], expected: dict[str, Qua
     return Prepared(peer, loops, error)
 
 
-def _row(case: Case, name: str, mode: str, *, error: str | None = None) -> Row:
-    return Row(case.shape.suite, case.shape.name, case.layout, case.variant, mode, name, dtype=case.dtype, error=error)
-
-
 def _timed(
     case: Case, name: str, mode: str, tensor_bytes: int, own: Prepared, times: dict[str, dict[str, list[float]]]
 ) -> Row:
-    row = _row(case, name, mode)
+    row = blank_row(case, mode, name)
     found = times[name][mode]
     row.samples_us = [round(each, 3) for each in found]
     row.median_us, row.spread, row.error_eps = statistics.median(found), spread(found), own.error_eps
@@ -174,7 +171,7 @@ def _timed(
     row.gbps = row.least_bytes / row.median_us / 1e3
     for other, theirs in times.items():
         if other != name and mode in theirs:
-            row.ratios[other] = ratio(found, theirs[mode])
+            row.ratios[other] = median_ratio(found, theirs[mode])
     copied = times.get("copy", {}).get("forward")
     if copied is not None:
         row.copied_bytes = round(2 * tensor_bytes * statistics.median(found) / statistics.median(copied))
@@ -185,7 +182,7 @@ def _timed(
 def run_cases(
     cases: Iterable[Case], names: Sequence[str], *, device: str, rounds: int, until: float, say: Callable[[str], None]
 ) -> list[Row]:
-    """All cases, as far as the time goes; a case that is left out is said to be."""
+    """Run all cases until the time is up, and say how many were left out."""
     rows: list[Row] = []
     left_out = 0
     for case in cases:
@@ -196,12 +193,12 @@ def run_cases(
         rows += found
         say(line(case, found))
     if left_out:
-        say(f"not measured, since the time was up: {left_out} cases with {', '.join(names)}")
+        say(f"not measured because the time was up: {left_out} cases with {', '.join(names)}")
     return rows
 
 
 def line(case: Case, rows: Sequence[Row]) -> str:
-    """One case in a line: keelnorm's time, its part of the copy's rate, and how many times as long others take."""
+    """Summarize a case in a line: keelnorm's time, its part of the copy's rate, and the times of others over it."""
     own = next((row for row in rows if row.peer == "keelnorm" and row.mode == "both"), None)
     wrong = [f"{row.peer}: {row.error}" for row in rows if row.error and row.mode == "both"]
     if own is None or own.median_us is None:

@@ -15,7 +15,7 @@ from torch import nn
 import keelnorm as kn
 from benchmarks.gpu.gpu_timing import Loop, by_turns
 from keelnorm.bench.results import Row
-from keelnorm.measure.timing import ratio, spread
+from keelnorm.measure.timing import median_ratio, spread
 
 DIMS = (64, 256, 28, 28)
 LAYERS: dict[str, Callable[[int], nn.Module]] = {"keelnorm": kn.SyncBatchNorm, "eager": nn.SyncBatchNorm}
@@ -23,7 +23,7 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {"keelnorm": kn.SyncBatchNorm, "
 
 @contextmanager
 def one_process(device: str) -> Iterator[None]:
-    """A group of this process alone."""
+    """Inside, there is a process group of this process alone."""
     with tempfile.TemporaryDirectory() as folder:
         where = f"file://{os.path.join(folder, 'store')}"
         dist.init_process_group("nccl" if device == "cuda" else "gloo", where, rank=0, world_size=1)
@@ -34,7 +34,7 @@ def one_process(device: str) -> Iterator[None]:
 
 
 def run_sync(device: str, rounds: int, say: Callable[[str], None], dims: tuple[int, ...] = DIMS) -> list[Row]:
-    """Forward and backward of both layers. torch's runs on GPUs alone."""
+    """Time forward and backward of both layers; torch's layer runs on GPUs only."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     x = torch.randn(dims, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
     dy = torch.randn_like(x)
@@ -59,7 +59,9 @@ def run_sync(device: str, rounds: int, say: Callable[[str], None], dims: tuple[i
         if row.peer in times:
             row.samples_us = times[row.peer]
             row.median_us, row.spread = statistics.median(row.samples_us), spread(row.samples_us)
-            row.ratios = {other: ratio(row.samples_us, theirs) for other, theirs in times.items() if other != row.peer}
+            row.ratios = {
+                other: median_ratio(row.samples_us, theirs) for other, theirs in times.items() if other != row.peer
+            }
     if len(results) == 2 and not torch.allclose(results["keelnorm"].float(), results["eager"].float(), atol=0.05):
         rows[0].error, rows[0].median_us, rows[0].ratios = "dx differs from torch's", None, {}
     said = [row.error or row.skipped or f"{row.median_us:.0f} µs" for row in rows]

@@ -1,4 +1,4 @@
-"""Timing on a GPU: graphs of calls on rotating tensors, replayed by turns. On a CPU, for trial, by the clock."""
+"""Timing on a GPU: CUDA graphs of calls on rotating tensors, replayed by turns. On a CPU, for trial, by the clock."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from time import perf_counter
 
 import torch
 
-from keelnorm.measure.timing import turns
+from keelnorm.measure import timing
 
 Step = Callable[[int], None]
-"""A call on the tensors of this number."""
+"""A call on the set of tensors of this number."""
 WARM_UPS = 3
 MOST_COPIES = 8
 
 
 def copies_for(tensor_bytes: int, device: str) -> int:
-    """How many sets of tensors are rotated so that none is still in the cache when its turn comes again."""
+    """How many sets of tensors are rotated, so that none is still in the cache when its turn comes again."""
     if device == "cpu":
         return 2
     cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -24,7 +24,7 @@ def copies_for(tensor_bytes: int, device: str) -> int:
 
 
 class Loop:
-    """A step on every set of tensors in turn: one CUDA graph where it can be captured, else calls.
+    """A step on every set of tensors in turn: one CUDA graph if it can be captured, else calls.
 
     Args:
         step: What is timed.
@@ -74,8 +74,4 @@ class Loop:
 
 def by_turns(loops: dict[str, Loop], rounds: int) -> dict[str, list[float]]:
     """Microseconds of every loop in every round, in which each takes its turn."""
-    found: dict[str, list[float]] = {name: [] for name in loops}
-    for order in turns(tuple(loops), rounds):
-        for name in order:
-            found[name].append(loops[name].run())
-    return found
+    return timing.by_turns({name: loop.run for name, loop in loops.items()}, rounds)

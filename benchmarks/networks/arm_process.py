@@ -1,4 +1,4 @@
-"""The arms of a network's comparison, each a process that works only when it is told to."""
+"""The arms of a network's comparison, each in a process that runs a step when it is told to."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Whose layers, in which layout, with which setting of the allocator."""
+    """The layers, the layout, and the allocator's setting."""
 
     layers: str
     layout: str
@@ -22,21 +25,22 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """A label, and the key of ratios."""
+        """A label, and the key in `NetworkRow.ratios`."""
         return f"{self.layers} {self.layout} {self.pages}"
 
 
 class ArmError(RuntimeError):
-    """An arm's process has ended before its work did."""
+    """The process of an arm ended too early."""
 
 
 class Worker:
-    """A process that runs one arm's steps, see `worker`."""
+    """A process that runs the steps of one arm, see `arm_worker`."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.networks.arm_worker", json.dumps(config)],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -55,7 +59,7 @@ class Worker:
             self._process.stdin.write(mode + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # the answer says why
+            pass  # _answer says why
         answer = self._answer()
         return answer["seconds"], answer["peak_bytes"]
 
@@ -72,22 +76,24 @@ class Worker:
             status = self._process.wait()
             self._errors.seek(0)
             said = self._errors.read().decode(errors="replace").strip().splitlines()
-            raise ArmError(said[-1] if said else f"its process ended with status {status}, out of memory perhaps")
+            raise ArmError(
+                said[-1] if said else f"its process ended with status {status}; it may have run out of memory"
+            )
         answer: dict[str, Any] = json.loads(line)
         return answer
 
 
 @contextmanager
-def workers(arms: Sequence[Arm], settings: dict[str, Any]) -> Iterator[dict[str, Worker | str]]:
-    """A worker for each arm by its name, or why there is none; all end with the block."""
+def workers(arms: Sequence[Arm], settings: dict[str, Any]) -> Iterator[dict[str, Worker | ArmError]]:
+    """Start a worker for each arm; an arm whose process failed has the error instead. All end with the block."""
     with ExitStack() as stack:
-        found: dict[str, Worker | str] = {}
+        found: dict[str, Worker | ArmError] = {}
         for arm in arms:
             config = settings | {"layers": arm.layers, "layout": arm.layout, "pages": arm.pages}
             try:
                 worker = Worker(config)
             except ArmError as error:
-                found[arm.name] = str(error)
+                found[arm.name] = error
                 continue
             stack.callback(worker.close)
             found[arm.name] = worker

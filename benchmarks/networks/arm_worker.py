@@ -1,7 +1,7 @@
-"""One arm of a network in a process of its own: takes commands on stdin, answers on stdout, JSON lines.
+"""One arm of a network in a process of its own: reads modes from stdin, answers in JSON lines on stdout.
 
-A process for each arm makes its peak memory its own, and lets arms with different settings of the
-allocator, which belong to a whole process, take turns step by step.
+Each arm has a process because peak memory and the allocator's settings belong to a whole process; so the arms can take
+turns step by step.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ import torch
 from torch import nn
 
 import keelnorm as kn
-from benchmarks.networks.fusing import use_keelnorm
-from benchmarks.networks.networks import batch_of, build
+from benchmarks.networks.network_cases import batch_of, build
 from keelnorm.measure.disturbance import peak_bytes
 
 
 def serve(config: dict[str, Any]) -> None:
-    """Answer commands, the name of a mode each, until stdin ends."""
+    """Run one step for each mode that is read, until stdin ends."""
     if config["threads"] is not None:
         torch.set_num_threads(config["threads"])
     if config["pages"] == "reused" and not (reuse := kn.reuse_memory()).active:
         raise RuntimeError(reuse.reason)
     net = build(config["network"], config["size"])
-    images, labels = batch_of(config["batch"], config["size"])
+    images, labels = batch_of(config["network"], config["batch"], config["size"])
     if config["layers"] == "keelnorm":
-        use_keelnorm(net)
+        net, _ = kn.convert(net)
     if config["layout"] == "channels_last":
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = images.contiguous(memory_format=torch.channels_last)

@@ -1,24 +1,27 @@
-"""Run the networks' benchmark: compare results, then steps by turns, every arm in its own process."""
+"""Run the networks' benchmark: check the results, then time steps by turns, each arm in its own process."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from time import perf_counter
-from typing import Any
 
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from benchmarks.networks.agreement import agreement
 from benchmarks.networks.arm_process import Arm, ArmError, Worker, workers
-from keelnorm.bench.machine import describe
 from keelnorm.bench.results import NetworkRow, Report, Settings
-from keelnorm.bench.layer_run import bar, keep_threads
+from keelnorm.bench.session import Failure, attempt, progress_bar, threads
 from keelnorm.measure import timing
+from keelnorm.measure.machine import describe
 
-MODES = ("inference", "training")  # in this order, so that the peak of inference is not that of training
-WARM_UP = 5  # a network has tensors of many sizes: until memory is reused throughout
+MODES = ("inference", "training")  # inference first, so that its peak memory is not that of training
+WARM_UP = 5  # steps until memory is reused for tensors of all sizes
 CHECK_BATCH = 2
+Rows = dict[tuple[str, str], NetworkRow]
+"""By arm and mode."""
 
 
 def arms_of(settings: Settings) -> list[Arm]:
@@ -42,84 +45,65 @@ def run_networks(
     """Measure whole steps of the networks.
 
     Args:
-        settings: batch, layouts, pages, modes, rounds and threads are used.
-        networks: keys of `networks.NETWORKS`.
-        size: height and width of the images.
-        progress: show a bar on stderr.
-        check: tells keelnorm's error as a multiple of eager's, or raises.
+        settings: Batch, layouts, pages, modes, rounds and threads are used.
+        networks: Some of `network_cases.NETWORKS`.
+        size: Height and width of the images.
+        progress: Show a progress bar on the standard error stream.
+        check: Gives keelnorm's error as a multiple of eager's, or raises.
     """
     start = perf_counter()
     modes = [mode for mode in MODES if mode in settings.modes]
     arms = arms_of(settings)
     rows: list[NetworkRow] = []
-    with keep_threads(settings.threads), bar(progress) as shown:
-        machine = describe()
-        task = shown.add_task("", total=len(networks) * len(arms) * len(modes) * (settings.rounds + WARM_UP))
+    with threads(settings.threads), progress_bar(progress) as bar:
+        machine = describe(with_revision=True)
+        task = bar.add_task("", total=len(networks) * len(arms) * len(modes) * (settings.rounds + WARM_UP))
         for network in networks:
-            blank = {"network": network, "batch": settings.batch, "size": size}
             agreed = {}
             for layout in settings.layouts:
-                shown.update(task, description=f"{network} {layout}: comparing results with float64")
-                agreed[layout] = _agreed(check, network, size, layout)
-            rows += _run_network(blank, arms, modes, settings, shown, task, agreed)
+                bar.update(task, description=f"{network} {layout}: comparing results with float64")
+                agreed[layout] = attempt(partial(check, network, batch=CHECK_BATCH, size=size, layout=layout))
+            found = {
+                (arm.name, mode): _blank_row(network, arm, mode, settings.batch, size, agreed[arm.layout])
+                for arm in arms
+                for mode in modes
+            }
+            _run_network(found, arms, settings, bar, task)
+            rows += found.values()
     return Report(machine, settings, [], networks=rows, seconds=perf_counter() - start)
 
 
-def _agreed(check: Callable[..., float], network: str, size: int, layout: str) -> float | str:
-    try:
-        return check(network, batch=CHECK_BATCH, size=size, layout=layout)
-    except Exception as error:  # costs the numbers of this network, not the run
-        return f"{type(error).__name__}: {error}"
+def _blank_row(network: str, arm: Arm, mode: str, batch: int, size: int, agreed: float | Failure) -> NetworkRow:
+    """A row without a time; with its error if the results of its layers are wrong."""
+    row = NetworkRow(network, arm.name, arm.layers, arm.layout, arm.pages, mode, batch, size)
+    if arm.layers == "eager":
+        return row
+    return replace(row, error=agreed.error) if isinstance(agreed, Failure) else replace(row, agreement=agreed)
 
 
-def _run_network(
-    blank: dict[str, Any],
-    arms: Sequence[Arm],
-    modes: Sequence[str],
-    settings: Settings,
-    shown: Progress,
-    task: Any,
-    agreed: dict[str, float | str],
-) -> list[NetworkRow]:
-    """All arms of one network; the arms of a wrong one are not even started."""
-    wrong = {arm.name: str(agreed[arm.layout]) for arm in arms if arm.layers != "eager" and _failed(agreed, arm)}
-    right = [arm for arm in arms if arm.name not in wrong]
-    config = blank | {"threads": settings.threads}
-    rows: dict[tuple[str, str], NetworkRow] = {}
-    for arm in arms:
-        for mode in modes:
-            row = NetworkRow(arm=arm.name, layers=arm.layers, layout=arm.layout, pages=arm.pages, mode=mode, **blank)
-            if arm.layers != "eager" and arm.name not in wrong:
-                row.agreement = float(agreed[arm.layout])
-            row.error = wrong.get(arm.name)
-            rows[arm.name, mode] = row
-    shown.update(task, description=f"{blank['network']}: starting {len(right)} processes")
+def _run_network(rows: Rows, arms: Sequence[Arm], settings: Settings, bar: Progress, task: TaskID) -> None:
+    """Time all arms of one network; those with wrong results are not started."""
+    first = {name: row for (name, _), row in rows.items()}
+    right = [arm for arm in arms if first[arm.name].error is None]
+    row = first[arms[0].name]
+    bar.update(task, description=f"{row.network}: starting {len(right)} processes")
+    config = {"network": row.network, "batch": row.batch, "size": row.size, "threads": settings.threads}
     with workers(right, config) as found:
-        for mode in modes:
-            _take_turns(mode, {name: found[name] for name in found}, rows, settings.rounds, shown, task)
+        for mode in dict.fromkeys(mode for _, mode in rows):
+            _take_turns(mode, found, rows, settings.rounds, bar, task)
     for row in rows.values():
         _compare(row, list(rows.values()))
-    return list(rows.values())
-
-
-def _failed(agreed: dict[str, float | str], arm: Arm) -> bool:
-    return isinstance(agreed[arm.layout], str)
 
 
 def _take_turns(
-    mode: str,
-    found: dict[str, Worker | str],
-    rows: dict[tuple[str, str], NetworkRow],
-    rounds: int,
-    shown: Progress,
-    task: Any,
+    mode: str, found: Mapping[str, Worker | ArmError], rows: Rows, rounds: int, bar: Progress, task: TaskID
 ) -> None:
     """Every arm takes one step a round, in an order that rotates."""
     alive = {}
     for name, worker in found.items():
         row = rows[name, mode]
-        if isinstance(worker, str):
-            row.error = worker
+        if isinstance(worker, ArmError):
+            row.error = str(worker)
         elif row.error is None:
             row.baseline_bytes = worker.baseline_bytes
             alive[name] = worker
@@ -128,7 +112,7 @@ def _take_turns(
             row = rows[name, mode]
             if row.error is not None:
                 continue
-            shown.update(task, description=f"{row.network} {mode}: {name}")
+            bar.update(task, description=f"{row.network} {mode}: {name}")
             try:
                 seconds, row.peak_bytes = alive[name].step(mode)
             except ArmError as error:
@@ -137,7 +121,7 @@ def _take_turns(
                 continue
             if index >= WARM_UP:
                 row.samples_ms.append(round(seconds * 1000, 3))
-            shown.advance(task)
+            bar.advance(task)
     for name in alive:
         row = rows[name, mode]
         if row.error is not None:
@@ -150,4 +134,4 @@ def _take_turns(
 def _compare(row: NetworkRow, others: Sequence[NetworkRow]) -> None:
     for other in others:
         if other.mode == row.mode and other.arm != row.arm and row.step_ms and other.step_ms:
-            row.ratios[other.arm] = timing.ratio(row.samples_ms, other.samples_ms)
+            row.ratios[other.arm] = timing.median_ratio(row.samples_ms, other.samples_ms)

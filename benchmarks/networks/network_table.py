@@ -1,21 +1,17 @@
-"""The networks' results as a table."""
+"""The results of the networks' benchmark as a table."""
 
 from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
 
-from keelnorm.bench.results import NetworkRow, Report
-
-DEFAULT_ARM = "eager contiguous fresh"
+from keelnorm.bench.result_table import table_console
+from keelnorm.bench.results import DEFAULT_ARM, Report
 
 
 def print_networks(report: Report, console: Console | None = None) -> None:
-    """Print the steps of every arm, against the same with eager layers and against plain torch."""
-    if console is None:
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=150)
+    """Print the steps of every arm, against the same arm with eager layers and against plain torch."""
+    console = console or table_console(150)
     for row in report.networks:
         if row.error is not None:
             console.print(f"not measured: {row.network} {row.mode}, {row.arm}: {row.error}", style="red", markup=False)
@@ -37,18 +33,13 @@ def print_networks(report: Report, console: Console | None = None) -> None:
             row.layout,
             row.pages,
             *(["[red]error[/red]", ""] if row.step_ms is None else [f"{row.step_ms:.1f}", f"{row.spread or 0:.0%}"]),
-            _ratio(row, row.ratios.get(eager_of(row))),
-            _ratio(row, row.ratios.get(DEFAULT_ARM)),
+            _ratio(row.ratios.get(row.eager_arm)),
+            _ratio(row.ratios.get(DEFAULT_ARM)),
             peak,
         )
     console.print(table)
-    console.print("Peak is the most that the arm's own process had resident, interpreter and torch included.")
+    console.print("Peak is the most memory that the process of the arm had resident, with interpreter and torch.")
 
 
-def eager_of(row: NetworkRow) -> str:
-    """The arm that differs from a row's in the layers only."""
-    return f"eager {row.layout} {row.pages}"
-
-
-def _ratio(row: NetworkRow, value: float | None) -> str:
+def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""The variants whose cost is measured, each a line of a table."""
+"""The variants whose cost is measured, one line each."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 import keelnorm as kn
 
-#: What every other one is compared with.
+#: The variant that every other one is compared with.
 PLAIN = "BatchNorm"
 
 
 class Made(NamedTuple):
-    """A layer, whose parameters are trained, and the call of it that is timed."""
+    """A layer and the call of it that is timed."""
 
     layer: nn.Module
     call: Callable[[Tensor], Tensor]
@@ -31,7 +31,9 @@ def layer(
     """The factory of ``kind(channels, **keywords)``, called as ``layer(x, **arguments(x))``.
 
     Args:
-        arguments: What a call takes besides x; made once, so that it is not timed.
+        kind: The layer's class.
+        arguments: Makes what a call takes besides x; called once, so that it is not timed.
+        **keywords: Arguments of the layer.
     """
 
     def make(x: Tensor) -> Made:
@@ -42,8 +44,8 @@ def layer(
     return make
 
 
-def _most(x: Tensor) -> dict[str, Any]:
-    """A mask that leaves out the last eighth of each sample's positions, or of the samples where they have none."""
+def _mask_of_most(x: Tensor) -> dict[str, Any]:
+    """A mask that leaves out the last eighth of each sample's positions; without positions, of the samples."""
     counts = torch.ones(x.shape[0], *x.shape[2:], dtype=torch.bool, device=x.device)
     rows = counts.view(x.shape[0], -1) if x.dim() > 2 else counts.view(1, -1)
     rows[:, rows.shape[1] - rows.shape[1] // 8 :] = False
@@ -59,7 +61,7 @@ def _virtual(x: Tensor) -> Made:
 VARIANTS: dict[str, Factory] = {
     PLAIN: layer(kn.BatchNorm),
     "BatchNorm without running statistics": layer(kn.BatchNorm, track_running_stats=False),
-    "BatchNorm with a mask": layer(kn.BatchNorm, _most),
+    "BatchNorm with a mask": layer(kn.BatchNorm, _mask_of_most),
     "BatchNorm with weights": layer(kn.BatchNorm, lambda x: {"sample_weight": torch.ones(x.shape[0])}),
     "SyncBatchNorm alone": layer(kn.SyncBatchNorm),
     "GhostBatchNorm of 16": layer(kn.GhostBatchNorm, ghost_size=16),

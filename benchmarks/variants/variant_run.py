@@ -1,26 +1,24 @@
-"""Run the variants' benchmark: a training step of each, by turns with plain batch norm's on the same input."""
+"""Run the variants' benchmark: a training step of each, interleaved with plain batch norm on the same input."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from time import perf_counter
 
 import torch
 
+from benchmarks.variants.variant_layers import PLAIN, VARIANTS, Factory
 from keelnorm import memory
 from keelnorm.bench.cases import Case, cases, shapes
 from keelnorm.bench.correctness import WrongResultError
-from keelnorm.bench.machine import describe
-from keelnorm.bench.peers import CannotError
 from keelnorm.bench.problem import Problem, make_problem
 from keelnorm.bench.results import Report, Settings, VariantRow
-from keelnorm.bench.layer_run import attempt, bar, keep_threads
-from benchmarks.variants.variant_layers import PLAIN, VARIANTS, Factory
+from keelnorm.bench.session import Failure, allocator, attempt, progress_bar, threads
 from keelnorm.engine.error_messages import describe as describe_value
 from keelnorm.measure import timing
+from keelnorm.measure.machine import describe
 
 
 def selected(settings: Settings) -> list[Case]:
@@ -33,23 +31,22 @@ def run_variants(settings: Settings, *, variants: Mapping[str, Factory] = VARIAN
     """Measure forward and backward of each variant.
 
     Args:
-        settings: batch, shapes, layouts, dtypes, variants, rounds, min_time_ms, threads and the first of pages are
-            used; plain batch norm is measured whether it is among the variants or not.
-        variants: the factories that the names stand for.
-        progress: show a bar on stderr.
+        settings: Batch, shapes, layouts, dtypes, variants, rounds, min_time_ms, threads and the first of pages are
+            used. Plain batch norm is always measured.
+        variants: The factories by name.
+        progress: Show a progress bar on the standard error stream.
     """
     start = perf_counter()
     todo = selected(settings)
     names = [PLAIN, *(name for name in settings.variants if name != PLAIN)]
     rows: list[VariantRow] = []
-    reused = settings.pages[:1] == ["reused"]
-    with keep_threads(settings.threads), bar(progress) as shown, memory.reuse_memory() if reused else nullcontext():
-        machine = describe()
-        task = shown.add_task("", total=len(todo))
+    with threads(settings.threads), progress_bar(progress) as bar, allocator(settings.pages[0]):
+        machine = describe(with_revision=True)
+        task = bar.add_task("", total=len(todo))
         for case in todo:
-            shown.update(task, description=case.name)
+            bar.update(task, description=case.name)
             rows += run_case(case, {name: variants[name] for name in names}, settings)
-            shown.advance(task)
+            bar.advance(task)
     return Report(machine, settings, [], variants=rows, seconds=perf_counter() - start)
 
 
@@ -61,10 +58,8 @@ def run_case(case: Case, variants: Mapping[str, Factory], settings: Settings) ->
     for name, factory in variants.items():
         row = VariantRow(name, case.shape.suite, case.shape.name, case.layout, case.dtype, pages=settings.pages[0])
         found = attempt(partial(checked_sampler, problem, factory))
-        if isinstance(found, CannotError):
-            row.skipped = str(found)
-        elif isinstance(found, str):
-            row.error = found
+        if isinstance(found, Failure):
+            row.error, row.skipped = found.error, found.skipped
         else:
             samplers[name] = found
         rows.append(row)
@@ -81,7 +76,7 @@ def run_case(case: Case, variants: Mapping[str, Factory], settings: Settings) ->
 
 
 def checked_sampler(problem: Problem, factory: Factory) -> timing.Sampler:
-    """What times a variant's training step.
+    """Check a variant, and give what times its training step.
 
     Raises:
         WrongResultError: y or a gradient is not finite, or not of the right shape.
@@ -118,8 +113,8 @@ def _fill(row: VariantRow, measured: timing.Measured) -> None:
     row.disturbed = measured.disturbed
     if PLAIN in measured.samples:
         plain = measured.samples[PLAIN]
-        row.ratio = timing.ratio(times, _times(plain, "both"))
-        row.forward_ratio = timing.ratio(_times(samples, "forward"), _times(plain, "forward"))
+        row.ratio = timing.median_ratio(times, _times(plain, "both"))
+        row.forward_ratio = timing.median_ratio(_times(samples, "forward"), _times(plain, "forward"))
 
 
 def _times(samples: Sequence[timing.Sample], mode: str) -> list[float]:

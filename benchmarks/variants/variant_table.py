@@ -1,23 +1,21 @@
-"""The variants' results as tables."""
+"""The results of the variants' benchmark as tables."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from statistics import geometric_mean
 
 from rich.console import Console
 from rich.table import Table
 
-from keelnorm.bench.results import Report, VariantRow
-from keelnorm.bench.summary import geometric_mean
 from benchmarks.variants.variant_layers import PLAIN
+from keelnorm.bench.result_table import table_console
+from keelnorm.bench.results import Report, VariantRow
 
 
 def print_variants(report: Report, console: Console | None = None) -> None:
-    """Print what is wrong, then every step against plain batch norm's, and the means last."""
-    if console is None:
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=150)
+    """Print what is wrong, then every step against plain batch norm, and the means last."""
+    console = console or table_console(150)
     for row in report.variants:
         why = row.error or row.skipped
         if why is not None:
@@ -28,7 +26,7 @@ def print_variants(report: Report, console: Console | None = None) -> None:
 
 
 def _steps(report: Report) -> Table:
-    table = Table(title=f"Forward and backward in training; ratios are time / {PLAIN}'s time", title_style="bold")
+    table = Table(title=f"Forward and backward in training; ratios are time / time of {PLAIN}", title_style="bold")
     for name in ("shape", "layout", "dtype", "variant"):
         table.add_column(name, no_wrap=True)
     for name in ("ms", "spread", "ratio", "ratio, forward"):
@@ -48,7 +46,7 @@ def _steps(report: Report) -> Table:
 
 
 def _means(report: Report) -> Table:
-    """Geometric means over the shapes of a suite; none where a shape is missing."""
+    """Geometric means over the shapes of a suite; no mean where a shape has no number."""
     groups: defaultdict[str, defaultdict[str, list[float | None]]] = defaultdict(lambda: defaultdict(list))
     for row in report.variants:
         groups[row.variant][f"{row.suite}, {row.layout}, {row.dtype}"].append(row.ratio)

@@ -1,4 +1,4 @@
-"""What a run of a model shows of its batch norms' neighbours: counted apart from what converts and folds them."""
+"""Count the batch norms that could be fused or folded, without the code that fuses and folds."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ _ACTIVATIONS = {
     "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "silu", "gelu", "hardswish", "hardsigmoid",
     "sigmoid", "sigmoid_", "tanh", "tanh_", "mish", "softplus",
 }  # fmt: skip
-#: Ends of the names of modules that are activations, whatever functions they call.
-_OWN = ("swish", "sigmoid", "mish", "silu", "gelu", "relu", "relu6")
+#: Endings of the names of modules that are activations, whatever functions they call.
+_ENDINGS = ("swish", "sigmoid", "mish", "silu", "gelu", "relu", "relu6")
 _ADDITIONS = {"add", "add_", "iadd", "radd", "__add__", "__iadd__"}
 _PRODUCERS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"}
 
 
-def count(model: nn.Module, x: Any) -> tuple[int, int]:
-    """How many batch norms' calls an addition or an activation follows that could run with them, and how many have
-    a convolution or linear layer in front of them that nobody else reads.
+def count_patterns(model: nn.Module, x: Any) -> tuple[int, int]:
+    """Count fusible calls and foldable batch norms in one run of a model.
+
+    A call is fusible if an addition or an activation follows that alone reads its result. A batch norm is foldable if
+    it alone reads the result of a convolution or linear layer.
 
     Args:
-        model: In evaluation.
+        model: The model, in evaluation mode.
         x: Its argument.
     """
     trace = observe(model, (x,))
     calls = [call for call in trace.modules if isinstance(call.module, _BatchNorm)]
     outputs = {value for call in calls for value in call.outputs}
-    # One module under several names is left alone by folding.
+    # Folding leaves out a module that has several names.
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     additions: set[int] = set()
     fusible = foldable = 0
@@ -72,7 +74,7 @@ def _has_activation(trace: Trace, value: Value) -> bool:
     if len(insides) != 1 or (inside := insides.pop()) is None:
         return False
     kind = type(inside.module).__name__.lower()
-    return not list(inside.module.parameters()) and kind.endswith(_OWN) and kind != "prelu"
+    return not list(inside.module.parameters()) and kind.endswith(_ENDINGS) and kind != "prelu"
 
 
 def _only_reader(trace: Trace, value: Value, names: set[str]) -> FunctionCall | None:
@@ -83,7 +85,7 @@ def _only_reader(trace: Trace, value: Value, names: set[str]) -> FunctionCall | 
 
 
 def _readers(trace: Trace, value: Value) -> list[Call]:
-    """Who reads a value, apart from dropout, which in evaluation hands it on."""
+    """The calls that read a value, without dropout, which in evaluation is the identity."""
     return [reader for reader in trace.readers(value) if _name(reader) != "dropout"]
 
 

@@ -1,91 +1,117 @@
-"""Whether a converted and a folded model compute what the original does, in float64."""
+"""Compare a converted and a folded model with the original, in float64."""
 
 from __future__ import annotations
 
 import copy
 import re
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 import keelnorm as kn
-from benchmarks.zoo.fusible_patterns import count
 from benchmarks.architectures import Architecture
-from keelnorm.engine.fusion import pending as fusion
+from benchmarks.conversion import convert_and_learn
+from benchmarks.zoo.fusible_patterns import count_patterns
+from keelnorm.engine.fusion import pending
 from keelnorm.engine.fusion.call import all_sizes_wait
-from keelnorm.engine.fusion.expectations import ATTRIBUTE
 from keelnorm.surgery.observation.nested_tensors import tensors_in
 
-#: Gradients smaller than this part of the largest of the model are compared with that: those of a bias in front of a
-#: batch norm are 0 but for rounding.
+#: The error of a smaller gradient is relative to this part of the model's largest gradient: the gradient of a bias
+#: before a batch norm is 0 except for rounding.
 LEAST_GRADIENT = 1e-3
+#: The largest error of a right result, or this many times what rounding the input does to the original.
+MOST_ERROR = 1e-10
+TIMES_ROUNDING = 10.0
+
+
+@dataclass
+class ZooCheck:
+    """Counts and errors of one architecture.
+
+    Args:
+        batch_norms: Batch norms of the model.
+        fusible: Calls that could be fused, counted in a run of the original.
+        fused: Calls that were fused, counted in a run of the converted model.
+        foldable: Batch norms behind a layer they can be folded into, counted in a run of the original.
+        folded: Batch norms that were folded.
+        same_state: Whether the state_dicts of original and converted model have the same keys.
+        converted_error: The largest error of an output, a gradient or a running statistic, in training and in
+            evaluation, relative to the tensor's largest value.
+        rounding: That of the original itself, when its input changes by rounding errors.
+        folded_error: The largest error of the folded model's outputs.
+        left: The reasons for what was not fused.
+    """
+
+    batch_norms: int
+    fusible: int
+    fused: int
+    foldable: int
+    folded: int
+    same_state: bool
+    converted_error: float
+    rounding: float
+    folded_error: float
+    left: list[str]
+
+    @property
+    def is_right(self) -> bool:
+        """Whether all errors are rounding errors."""
+        allowed = max(MOST_ERROR, TIMES_ROUNDING * self.rounding)
+        return self.same_state and self.converted_error <= allowed and self.folded_error <= MOST_ERROR
 
 
 @all_sizes_wait()
-def check(one: Architecture, samples: int, small: bool = False) -> dict[str, Any]:
-    """Counts and errors of one architecture, with every result waiting for what follows, however small.
+def check_architecture(one: Architecture, samples: int, *, small: bool = False) -> ZooCheck:
+    """Count and compare one architecture, with every batch norm that can running fused, also on small tensors.
 
     Args:
-        samples: In the batch.
-        small: Whether images are small.
-
-    Returns:
-        batch_norms, fusible, fused, foldable, folded: numbers; ``fusible`` and ``foldable`` are seen from a run of the
-        original, ``fused`` from a run of the converted model. ``same_state``: whether the state_dicts have equal keys.
-        ``converted_error``: largest difference of an output, a gradient or running statistics, in training and in
-        evaluation, relative to the tensor's largest value. ``rounding``: that of the original itself, when its input
-        changes by roundings. ``folded_error``: of the output. ``left``: the reasons for what was not fused.
+        one: The architecture.
+        samples: Samples in the batch.
+        small: Whether to take small images.
     """
-    original = one.build(small).double()
-    x = one.batch(samples, torch.float64, small)
-    fusible, foldable = count(copy.deepcopy(original).eval(), x)
-    converted, report = kn.convert(copy.deepcopy(original))
+    original = one.build(any_size=small).double()
+    x = one.batch(samples, torch.float64, size=one.small_size if small else None)
+    fusible, foldable = count_patterns(copy.deepcopy(original).eval(), x)
+    converted, report = convert_and_learn(copy.deepcopy(original), x)
+    converted_error, rounding = _compare_converted(original, converted, x)
+    before = pending.completed
+    with torch.no_grad():
+        converted.eval()(x)
+    fused = pending.completed - before
+    fresh = one.build(any_size=small).double().eval()
+    folded, folding = kn.fold(fresh, x[:1], verify=False)
+    with torch.no_grad():
+        pairs = zip(tensors_in(folded(x)), tensors_in(fresh(x)), strict=True)
+        folded_error = max(_relative(a, b) for a, b in pairs)
+    return ZooCheck(
+        batch_norms=len(report.rows),
+        fusible=fusible,
+        fused=fused,
+        foldable=foldable,
+        folded=folding.summary["folded"],
+        same_state=list(converted.state_dict()) == list(original.state_dict()),
+        converted_error=converted_error,
+        rounding=rounding,
+        folded_error=folded_error,
+        left=sorted({_without_path(row["reason"]) for row in report.rows if row["reason"]}),
+    )
+
+
+def _compare_converted(original: nn.Module, converted: nn.Module, x: Tensor) -> tuple[float, float]:
+    """The error of a converted model, and that of the original when its input changes by rounding errors."""
     shaken = copy.deepcopy(original)
-    errors, rounding = [], []
     noise = torch.rand(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(2)) * 2**-52
-    _teach(converted, x)
+    errors, rounding = [], []
     for training in (True, False):
         moved = results(shaken.train(training), x * (1 + noise))
         found, wanted = (results(model.train(training), x) for model in (converted, original))
         errors.append(_difference(found, wanted))
         rounding.append(_difference(moved, wanted))
-    state = original.state_dict()
-    same_state = list(converted.state_dict()) == list(state)
-    errors.append(max((_relative(a, b) for a, b in _moments(converted.state_dict(), state)), default=0.0))
-    before = fusion.completed
-    with torch.no_grad():
-        converted.eval()(x)
-    fused = fusion.completed - before
-    fresh = one.build(small).double().eval()
-    folded, folding = kn.fold(fresh, x[:1], verify=False)
-    with torch.no_grad():
-        pairs = zip(tensors_in(folded(x)), tensors_in(fresh(x)), strict=True)
-        folded_error = max(_relative(a, b) for a, b in pairs)
-    return {
-        "batch_norms": len(report.rows),
-        "fusible": fusible,
-        "fused": fused,
-        "foldable": foldable,
-        "folded": folding.summary["folded"],
-        "same_state": same_state,
-        "converted_error": max(errors),
-        "rounding": max(rounding),
-        "folded_error": folded_error,
-        "left": sorted({_without_path(row["reason"]) for row in report.rows if row["reason"]}),
-    }
-
-
-def _teach(converted: nn.Module, x: Tensor) -> None:
-    """Let a converted model's layers learn what follows them, and change nothing else: a copy makes the calls."""
-    pupil = copy.deepcopy(converted)
-    with torch.no_grad():
-        for training in (True, False):
-            pupil.train(training)(x)
-    for layer, taught in zip(converted.modules(), pupil.modules(), strict=True):
-        if ATTRIBUTE in vars(taught):
-            vars(layer)[ATTRIBUTE] = vars(taught)[ATTRIBUTE]
+    pairs = _running_statistics(converted.state_dict(), original.state_dict())
+    errors.append(max((_relative(a, b) for a, b in pairs), default=0.0))
+    return max(errors), max(rounding)
 
 
 def _without_path(reason: str) -> str:
@@ -93,7 +119,7 @@ def _without_path(reason: str) -> str:
 
 
 def results(model: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Outputs and gradients, each with the value that its errors are relative to."""
+    """Outputs and gradients, each with the magnitude that its error is relative to."""
     outputs = [t for t in tensors_in(model(x)) if t.requires_grad]
     loss = sum((y.square().mean() for y in outputs), torch.zeros((), dtype=x.dtype))
     parameters = list(model.parameters())
@@ -111,7 +137,7 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-300))
 
 
-def _moments(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def _running_statistics(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     for name, value in wanted.items():
         if name.endswith(("running_mean", "running_var")):
             yield found[name], value

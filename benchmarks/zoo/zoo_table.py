@@ -1,13 +1,15 @@
-"""What was found of published architectures, as a table in a terminal and as a page."""
+"""The results of published architectures, as a table in a terminal and as the page docs/models.md."""
 
 from __future__ import annotations
 
-import math
+from statistics import geometric_mean
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.zoo.zoo_run import ModelReport, ModelRow
+from benchmarks.zoo.zoo_check import MOST_ERROR
+from benchmarks.zoo.zoo_run import ZooReport, ZooRow
+from keelnorm.bench.result_table import table_console
 
 _COLUMNS = (
     "architecture", "batch norms", "fused / fusible", "folded / foldable", "error, converted", "error, folded",
@@ -17,30 +19,28 @@ _COLUMNS = (
 _HEAD = """\
 # Published architectures
 
-What [convert](convert.md) and [fold](fold.md) make of architectures as people publish them, with random weights.
-The table is made by `make models`, which writes this page.
+What [convert](convert.md) and [fold](fold.md) do to published architectures with random weights.
+`make models` measures the table and writes this page.
 
 - **fused / fusible**: calls of batch norms that ran as one kernel with an addition or an activation, counted in one
   call of the converted model after it has learned what follows each layer ([how](how_fusing_works.md)); and how many
-  could, counted in a run of the original by other code (`benchmarks.zoo.fusible_patterns`).
-- **folded / foldable**: batch norms folded; and how many lie behind a convolution or linear layer that nobody else
-  reads, seen in the same way. More are folded where they lie behind a pooling or in front of a layer.
+  could be fused, counted in a run of the original by separate code (`benchmarks/zoo/fusible_patterns.py`).
+- **folded / foldable**: batch norms that were folded; and how many alone read the result of a convolution or linear
+  layer, counted in the same way. More are folded where they follow a pooling or precede a layer.
 - **error**: the largest difference of outputs, every gradient and running statistics, in training and in evaluation, in
-  float64, relative to each tensor's largest value (of gradients below a thousandth of the model's largest, to that).
-  Beside what is above 10⁻¹⁰ stands how far the original's own results move when its input changes by roundings.
+  float64, relative to each tensor's largest value (for gradients below a thousandth of the model's largest, to that).
+  Where it is above 10⁻¹⁰, the number in brackets is the change of the original's own results when its input changes by
+  rounding errors.
 - **inference, training**: times faster than the original (`torch.nn`, eager) at batch {samples}, float32, contiguous:
   medians of {rounds} interleaved rounds on {cpu}, {threads} threads, torch {torch}.
-  Ratios on your machine will differ. The same model, built twice, is up to 5 % faster or slower, by where its weights
-  come to lie in memory: so little says nothing about a single row, only about the mean of all.
+  Ratios on your machine will differ. The same model built twice differs in speed by up to 5 %, depending on where its
+  weights are in memory: a difference that small in one row means nothing, only the mean over all rows does.
 """
 
 
-def print_models(report: ModelReport, console: Console | None = None) -> None:
-    """One line for each; what is wrong last."""
-    if console is None:
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=160)
+def print_zoo(report: ZooReport, console: Console | None = None) -> None:
+    """Print a line for each architecture, and what is wrong last."""
+    console = console or table_console(160)
     table = Table(title="Published architectures, converted and folded", title_style="bold")
     for index, name in enumerate(_COLUMNS):
         table.add_column(name, justify="right" if index else "left")
@@ -53,8 +53,8 @@ def print_models(report: ModelReport, console: Console | None = None) -> None:
     console.print(_shares(report), markup=False)
 
 
-def page(report: ModelReport) -> str:
-    """The page docs/models.md."""
+def page(report: ZooReport) -> str:
+    """Write the page docs/models.md."""
     machine = report.machine
     lines = [
         _HEAD.format(
@@ -70,56 +70,54 @@ def page(report: ModelReport) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _cells(row: ModelRow) -> list[str]:
-    counts = row.counts
-    if not counts:
+def _cells(row: ZooRow) -> list[str]:
+    found = row.check
+    if found is None:
         return [row.name, *[""] * 8]
-    error = f"{counts['converted_error']:.0e}"
-    if counts["converted_error"] > 1e-10:
-        error += f" ({counts['rounding']:.0e})"
+    error = f"{found.converted_error:.0e}"
+    if found.converted_error > MOST_ERROR:
+        error += f" ({found.rounding:.0e})"
     return [
         row.name,
-        str(counts["batch_norms"]),
-        f"{counts['fused']} / {counts['fusible']}",
-        f"{counts['folded']} / {counts['foldable']}",
+        str(found.batch_norms),
+        f"{found.fused} / {found.fusible}",
+        f"{found.folded} / {found.foldable}",
         error,
-        f"{counts['folded_error']:.0e}",
+        f"{found.folded_error:.0e}",
         *("" if value is None else f"{value:.2f}"
           for value in (row.converted_inference, row.folded_inference, row.training)),
     ]  # fmt: skip
 
 
-def _shares(report: ModelReport) -> str:
-    found = [row.counts for row in report.rows if row.counts]
-    fused, fusible = (sum(counts[name] for counts in found) for name in ("fused", "fusible"))
-    foldable = sum(counts["foldable"] for counts in found)
-    folded = sum(min(counts["folded"], counts["foldable"]) for counts in found)
+def _shares(report: ZooReport) -> str:
+    found = [row.check for row in report.rows if row.check is not None]
+    fused, fusible = sum(one.fused for one in found), sum(one.fusible for one in found)
+    foldable = sum(one.foldable for one in found)
+    folded = sum(min(one.folded, one.foldable) for one in found)
     right = sum(row.is_right for row in report.rows)
     text = (
         f"{right} of {len(report.rows)} architectures are right. Of {fusible} fusible calls {fused} are fused "
         f"({100 * fused / max(1, fusible):.1f} %), of {foldable} foldable batch norms {folded} are folded "
         f"({100 * folded / max(1, foldable):.1f} %)."
     )
-    timed = [row for row in report.rows if row.training]
-    if timed:
-        means = [
-            math.exp(sum(math.log(value or 1) for value in values) / len(timed))
-            for values in zip(
-                *((row.converted_inference, row.folded_inference, row.training) for row in timed), strict=True
-            )
-        ]
+    means = [
+        f"{geometric_mean(values):.2f}"
+        for field in ("converted_inference", "folded_inference", "training")
+        if (values := [getattr(row, field) for row in report.rows if getattr(row, field) is not None])
+    ]
+    if len(means) == 3:
         text += (
-            f" Geometric means: inference {means[0]:.2f} times faster converted and {means[1]:.2f} folded, a training "
-            f"step {means[2]:.2f} converted."
+            f" Geometric means: inference {means[0]} times faster converted and {means[1]} folded, a training "
+            f"step {means[2]} converted."
         )
     return text
 
 
-def _reasons(report: ModelReport) -> list[str]:
-    """Why something that could be fused is not."""
-    lines = []
-    for row in report.rows:
-        counts = row.counts
-        if counts and (counts["fused"] < counts["fusible"] or counts["folded"] < counts["foldable"]):
-            lines += [f"- {row.name}: {'; '.join(counts['left']) or 'no reason is known'}"]
+def _reasons(report: ZooReport) -> list[str]:
+    """Why batch norms that could be fused or folded were not."""
+    lines = [
+        f"- {row.name}: {'; '.join(found.left) or 'no reason is known'}"
+        for row in report.rows
+        if (found := row.check) and (found.fused < found.fusible or found.folded < found.foldable)
+    ]
     return ["What is missing, and why:", "", *lines] if lines else []

@@ -13,13 +13,15 @@ import pytest
 import torch
 
 import keelnorm as kn
-from keelnorm.bench import gpu_check, gpu_network, gpu_run, gpu_sync
-from keelnorm.bench.cases import Case, Shape, least_bytes
+from benchmarks.gpu import gpu_check, gpu_network, gpu_run, gpu_sync
 from benchmarks.gpu.gpu_timing import Loop, by_turns
+from keelnorm.bench.cases import Case, Shape, least_bytes
 from keelnorm.bench.peers import PEERS, Built, Peer
 from keelnorm.bench.results import Report
 from keelnorm.engine.kernels import triton
 
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = [sys.executable, "-m", "benchmarks.gpu"]
 CASE = Case(Shape("small", (6, 5, 4, 4)), "channels_last", "bn_add_relu")
 
 
@@ -65,7 +67,7 @@ def test_what_the_time_did_not_suffice_for_is_said():
         [CASE, CASE], ("eager",), device="cpu", rounds=2, until=time.monotonic() - 1, say=said.append
     )
     assert rows == []
-    assert said == ["not measured, since the time was up: 2 cases with eager"]
+    assert said == ["not measured because the time was up: 2 cases with eager"]
 
 
 def test_loops_take_turns():
@@ -114,15 +116,14 @@ def test_synchronized_layers_on_one_process():
 
 @pytest.mark.skipif(triton.missing() is not None, reason=f"{triton.missing()}")
 def test_the_program_writes_a_report_that_the_page_draws(tmp_path):
-    program = Path(__file__).resolve().parents[2] / "bench" / "gpu.py"
     out = tmp_path / "gpu.json"
     asked = ["--device", "cpu", "--rounds", "2", "--seconds", "0", "--network", "none", "--out", str(out)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, str(program), *asked], capture_output=True, text=True, env=environment)
+    run = subprocess.run([*PROGRAM, *asked], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     assert "kernels triton" in run.stdout
     assert "0 wrong" in run.stdout
-    assert "not measured, since the time was up" in run.stdout
+    assert "not measured because the time was up" in run.stdout
     report = Report.from_json(out.read_text())
     assert report.machine.gpu == "interpreter"
     assert [row.suite for row in report.rows] == ["sync", "sync"]
@@ -131,8 +132,7 @@ def test_the_program_writes_a_report_that_the_page_draws(tmp_path):
 def test_without_a_gpu_it_says_what_to_do():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    program = Path(__file__).resolve().parents[2] / "bench" / "gpu.py"
-    run = subprocess.run([sys.executable, str(program)], capture_output=True, text=True)
+    run = subprocess.run(PROGRAM, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 2
     assert "torch finds no GPU here; --device cpu with TRITON_INTERPRET=1" in run.stderr
     assert kn.kernels.active("cuda") in ("triton", "reference")

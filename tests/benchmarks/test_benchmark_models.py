@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from support.bench_results import invoke
 from torch import nn
-from typer.testing import CliRunner
 
-from keelnorm.bench import model_run
-from keelnorm.bench.group import bench_app
-from keelnorm.bench.machine import describe
-from benchmarks.zoo.fusible_patterns import count
-from benchmarks.zoo.zoo_run import ModelReport, ModelRow
-from benchmarks.zoo.zoo_table import page, print_models
+from benchmarks import folding
+from benchmarks.zoo import __main__ as zoo
+from benchmarks.zoo import zoo_run
+from benchmarks.zoo.fusible_patterns import count_patterns
+from benchmarks.zoo.zoo_check import ZooCheck
+from benchmarks.zoo.zoo_run import ZooReport, ZooRow
+from benchmarks.zoo.zoo_table import page, print_zoo
+from keelnorm.measure.machine import describe
 
-COUNTS = {
-    "batch_norms": 4, "fusible": 4, "fused": 3, "foldable": 2, "folded": 3, "same_state": True,
-    "converted_error": 2e-13, "rounding": 1e-13, "folded_error": 1e-15,
-    "left": ["mean reads its result"],
-}  # fmt: skip
+CHECK = ZooCheck(
+    batch_norms=4, fusible=4, fused=3, foldable=2, folded=3, same_state=True,
+    converted_error=2e-13, rounding=1e-13, folded_error=1e-15,
+    left=["mean reads its result"],
+)  # fmt: skip
 
 
 class Net(nn.Module):
@@ -41,27 +44,27 @@ class Net(nn.Module):
 
 
 def test_patterns_are_counted():
-    assert count(Net().eval(), torch.randn(2, 3, 4, 4)) == (2, 3)
+    assert count_patterns(Net().eval(), torch.randn(2, 3, 4, 4)) == (2, 3)
 
 
 def test_what_is_right():
-    assert ModelRow("a", "b", COUNTS).is_right
-    assert ModelRow("a", "b", COUNTS | {"converted_error": 1e-9, "rounding": 2e-10}).is_right
-    assert not ModelRow("a", "b", COUNTS | {"converted_error": 1e-9}).is_right
-    assert not ModelRow("a", "b", COUNTS | {"folded_error": 1e-9}).is_right
-    assert not ModelRow("a", "b", COUNTS | {"same_state": False}).is_right
-    assert not ModelRow("a", "b").is_right
-    assert not ModelRow("a", "b", COUNTS, error="x").is_right
+    assert ZooRow("a", "b", CHECK).is_right
+    assert ZooRow("a", "b", replace(CHECK, converted_error=1e-9, rounding=2e-10)).is_right
+    assert not ZooRow("a", "b", replace(CHECK, converted_error=1e-9)).is_right
+    assert not ZooRow("a", "b", replace(CHECK, folded_error=1e-9)).is_right
+    assert not ZooRow("a", "b", replace(CHECK, same_state=False)).is_right
+    assert not ZooRow("a", "b").is_right
+    assert not ZooRow("a", "b", CHECK, error="x").is_right
 
 
 def a_report():
-    rows = [ModelRow("Net-1", "pytorchcv", COUNTS, 1.25, 1.5, 1.125), ModelRow("Net-2", "monai", error="KeyError: 3")]
-    return ModelReport(describe(), 4, 7, rows, 1.0)
+    rows = [ZooRow("Net-1", "pytorchcv", CHECK, 1.25, 1.5, 1.125), ZooRow("Net-2", "monai", error="KeyError: 3")]
+    return ZooReport(describe(), 4, 7, rows, 1.0)
 
 
 def test_table_and_page():
     console = Console(width=200, record=True)
-    print_models(a_report(), console)
+    print_zoo(a_report(), console)
     said = console.export_text()
     assert "3 / 4" in said
     assert "Net-2: KeyError: 3" in said
@@ -77,24 +80,24 @@ def test_the_command(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     pytest.importorskip("monai")
     out, made = tmp_path / "new" / "models.json", tmp_path / "models.md"
-    words = ["models", "--model", "conformer", "--rounds", "1", "--batch", "2", "--out", str(out), "--page", str(made)]
-    done = CliRunner().invoke(bench_app, words)
+    words = ["--model", "conformer", "--rounds", "1", "--batch", "2", "--out", str(out), "--page", str(made)]
+    done = invoke(zoo.main, *words)
     assert done.exit_code == 0, done.output
     (row,) = json.loads(out.read_text())["rows"]
-    assert row["counts"]["fused"] == row["counts"]["fusible"] == 4
+    assert row["check"]["fused"] == row["check"]["fusible"] == 4
     assert row["training"] > 0
     assert "Wav2Vec2-Conformer" in made.read_text()
-    monkeypatch.setattr(model_run, "check", lambda one, samples: COUNTS | {"folded_error": 1.0})
-    done = CliRunner().invoke(bench_app, ["models", "--model", "conformer", "--json"])
+    monkeypatch.setattr(zoo_run, "check_architecture", lambda one, samples: replace(CHECK, folded_error=1.0))
+    done = invoke(zoo.main, "--model", "conformer", "--json")
     assert done.exit_code == 1
     assert json.loads(done.stdout)["rows"][0]["training"] is None  # a wrong one is not timed
-    assert CliRunner().invoke(bench_app, ["models", "--model", "nothing like it"]).exit_code == 2
+    assert invoke(zoo.main, "--model", "nothing like it").exit_code == 2
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_folding_command():
     pytest.importorskip("pytorchcv")
-    words = ["folding", "--network", "ShuffleNetV2", "--batch", "1", "--rounds", "1", "--eager"]
-    done = CliRunner().invoke(bench_app, words)
+    words = ["--network", "ShuffleNetV2", "--batch", "1", "--rounds", "1", "--eager"]
+    done = invoke(folding.main, *words)
     assert done.exit_code == 0, done.output
     assert "torch.nn.utils.fusion" in done.stdout

@@ -7,34 +7,21 @@ from typing import ClassVar
 
 import pytest
 import torch
-from torch import nn
+from support.bench_results import settings_of
 
 import keelnorm as kn
-from keelnorm.bench import agreement as agreement_module
-from keelnorm.bench import arms, network_run
+from benchmarks.networks import agreement as agreement_module
+from benchmarks.networks import arm_process, network_run
 from benchmarks.networks.agreement import agreement, judge
-from keelnorm.bench.correctness import WrongResultError
 from benchmarks.networks.network_run import run_networks
-from keelnorm.bench.results import Settings
+from keelnorm.bench.correctness import WrongResultError
+from keelnorm.engine.fusion import pending
 
-pytest.importorskip("pytorchcv", reason="the extra [bench] is not installed")
-from benchmarks.networks.fusing import fused_name, use_keelnorm
-from benchmarks.networks.networks import build
+pytest.importorskip("pytorchcv")
 
 
-def settings_of(**given):
-    defaults = {
-        "batch": 2,
-        "layouts": ["contiguous"],
-        "variants": [],
-        "modes": ["training", "inference"],
-        "shapes": [],
-        "peers": [],
-        "rounds": 2,
-        "min_time_ms": 0.0,
-        "threads": 1,
-    }
-    return Settings(**(defaults | given))
+def settings():
+    return settings_of([], layouts=["contiguous"], modes=["training", "inference"], threads=1)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -46,38 +33,23 @@ def test_the_small_network_agrees(layout):
 def test_a_layer_that_is_wrong_is_found_in_the_small_network(monkeypatch, layout):
     """However much room the roundings leave: here eps of one layer is another."""
 
-    def wrong(net):
-        found = use_keelnorm(net)
+    right = agreement_module.convert_and_learn
+
+    def wrong(net, x):
+        found, report = right(net, x)
         [*_, last] = [module for module in found.modules() if isinstance(module, kn.BatchNorm2d)]
         last.eps = 0.1
-        return found
+        return found, report
 
-    monkeypatch.setattr(agreement_module, "use_keelnorm", wrong)
+    monkeypatch.setattr(agreement_module, "convert_and_learn", wrong)
     with pytest.raises(WrongResultError, match="is off by"):
         agreement("MobileNetV2", batch=2, size=64, layout=layout)
 
 
-def test_every_layer_is_replaced_with_the_same_parameters():
-    net = build("DenseNet-121", 32)
-    before = {name: value.data_ptr() for name, value in net.state_dict(keep_vars=True).items()}
-    use_keelnorm(net)
-    assert {name: value.data_ptr() for name, value in net.state_dict(keep_vars=True).items()} == before
-    kinds = {type(module) for module in net.modules()}
-    assert kn.BatchNorm2d in kinds
-    assert nn.BatchNorm2d not in kinds
-
-
-def test_relu_is_fused_in_resnet():
-    net = use_keelnorm(build("ResNet-50", 32)).eval()
-    called = []
-    for module in net.modules():
-        if isinstance(module, nn.ReLU):
-            module.register_forward_hook(lambda *_: called.append(1))
-    with torch.no_grad():
-        net(torch.randn(1, 3, 32, 32))
-    assert not called
-    assert fused_name(nn.ReLU()) == "relu"
-    assert fused_name(nn.Softshrink()) is None
+def test_what_is_compared_with_float64_runs_fused(monkeypatch):
+    before = pending.completed
+    agreement("MobileNetV2", batch=2, size=64, layout="contiguous")
+    assert pending.completed - before >= 2 * 46  # its fusible calls, in training and in inference
 
 
 def test_a_wrong_network_is_found():
@@ -111,7 +83,7 @@ class FakeWorker:
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(arms, "Worker", FakeWorker)
+    monkeypatch.setattr(arm_process, "Worker", FakeWorker)
     monkeypatch.setattr(FakeWorker, "log", [])
     return FakeWorker
 
@@ -121,7 +93,7 @@ def run(settings, **given):
 
 
 def test_arms_take_turns_and_inference_is_first(fake):
-    report = run(settings_of(), check=lambda *_, **__: 1.0)
+    report = run(settings(), check=lambda *_, **__: 1.0)
     steps = network_run.WARM_UP + 2
     assert fake.log[:4] == ["inference eager", "inference keelnorm", "inference keelnorm", "inference eager"]
     assert fake.log[2 * steps].startswith("training")
@@ -136,7 +108,7 @@ def test_a_wrong_network_is_not_timed(fake):
     def wrong(*_, **__):
         raise WrongResultError("output is off")
 
-    report = run(settings_of(), check=wrong)
+    report = run(settings(), check=wrong)
     assert report.failed
     for row in report.networks:
         assert (row.step_ms is None) == (row.layers == "keelnorm")
@@ -147,17 +119,17 @@ def test_a_wrong_network_is_not_timed(fake):
 def test_an_arm_that_ends_costs_its_own_rows(fake, monkeypatch):
     def step(self, mode):
         if self.name == "keelnorm":
-            raise arms.ArmError("out of memory")
+            raise arm_process.ArmError("out of memory")
         return 0.001, 1
 
     monkeypatch.setattr(FakeWorker, "step", step)
-    report = run(settings_of(), check=lambda *_, **__: 1.0)
+    report = run(settings(), check=lambda *_, **__: 1.0)
     assert {row.layers: bool(row.error) for row in report.networks} == {"keelnorm": True, "eager": False}
 
 
 def test_a_real_process_says_why_it_ends():
     config = {"network": "absent", "batch": 1, "size": 32, "threads": 1}
-    with arms.workers([arms.Arm("eager", "contiguous", "fresh")], config) as found:
+    with arm_process.workers([arm_process.Arm("eager", "contiguous", "fresh")], config) as found:
         (reason,) = found.values()
     assert "KeyError" in reason
 

@@ -4,20 +4,18 @@ import json
 
 import pytest
 import torch
+from support.bench_results import invoke, settings_of
 from torch import nn
-from typer.testing import CliRunner
 
 import keelnorm as kn
-from keelnorm.bench.compare import compare
-from keelnorm.bench.group import bench_app
-from keelnorm.bench.peers import CannotError
-from keelnorm.bench.results import Report
+from benchmarks.variants.__main__ import main
+from benchmarks.variants.variant_layers import PLAIN, VARIANTS, Made, layer
 from benchmarks.variants.variant_run import run_variants
 from benchmarks.variants.variant_table import print_variants
-from benchmarks.variants.variant_layers import PLAIN, VARIANTS, Made, layer
+from keelnorm.bench.compare import compare
+from keelnorm.bench.peers import CannotError
+from keelnorm.bench.results import Report
 from keelnorm.measure import timing
-
-from test_bench_run import settings_of  # isort: skip
 
 TINY = ("--shape", "8x16x4x4", "--rounds", "2", "--min-time", "0")
 
@@ -183,7 +181,7 @@ def test_json_there_and_back_and_compared(known_times):
 def test_command(tmp_path):
     out = tmp_path / "made" / "variants.json"
     names = [name for name in VARIANTS if name != PLAIN][:1]
-    done = CliRunner().invoke(bench_app, ["variants", *TINY, "--variant", *names, "--json", "--out", str(out)])
+    done = invoke(main, *TINY, "--variant", *names, "--json", "--out", str(out))
     assert done.exit_code == 0, done.output
     report = Report.from_json(done.stdout)
     assert {row.variant for row in report.variants} == {PLAIN, *names}
@@ -191,13 +189,13 @@ def test_command(tmp_path):
 
 
 def test_command_says_what_is_wrong(monkeypatch):
-    done = CliRunner().invoke(bench_app, ["variants", "--shape", "no such shape"])
+    done = invoke(main, "--shape", "no such shape")
     assert done.exit_code == 2
     assert "8x16x4x4" in done.output
-    done = CliRunner().invoke(bench_app, ["variants", "--variant", "no such variant"])
+    done = invoke(main, "--variant", "no such variant")
     assert done.exit_code == 2
     assert PLAIN in done.output
     monkeypatch.setitem(VARIANTS, PLAIN, computing(fail))
-    done = CliRunner().invoke(bench_app, ["variants", *TINY])
+    done = invoke(main, *TINY)
     assert done.exit_code == 1
     assert "out of luck" in done.output

@@ -1,10 +1,40 @@
-"""Results as a run would give them, without a run."""
+"""Settings of small benchmark runs, results without a run, and the commands called as functions."""
 
 from __future__ import annotations
 
-from keelnorm.bench.machine import describe
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
+
+from keelnorm.bench.cases import LAYOUTS, MODES, VARIANTS
 from keelnorm.bench.results import NetworkRow, Report, Row, Settings
 from keelnorm.bench.summary import means, totals
+from keelnorm.measure.machine import describe
+
+
+def settings_of(peers: list[str], **given: Any) -> Settings:
+    """Settings of a run on one small shape."""
+    defaults = {
+        "batch": 2,
+        "layouts": list(LAYOUTS),
+        "variants": list(VARIANTS),
+        "modes": list(MODES),
+        "shapes": ["8x16x4x4"],
+        "peers": peers,
+        "rounds": 2,
+        "min_time_ms": 0.0,
+    }
+    return Settings(**(defaults | given))
+
+
+def invoke(command: Callable[..., None], *words: str) -> Result:
+    """Run a command's function with words as on the command line."""
+    app = typer.Typer()
+    app.command()(command)
+    return CliRunner().invoke(app, words)
 
 
 def kernel_rows(pages: str = "fresh", factor: float = 1.0) -> list[Row]:

@@ -1,30 +1,24 @@
-"""Run the benchmark: check, time, collect."""
+"""Run the layers' benchmark: check every peer, then time those that are right."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
-from typing import TypeVar
-
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from keelnorm import memory
 from keelnorm.bench import summary
-from keelnorm.bench.cases import PAGES, Case, cases, least_bytes, shapes
+from keelnorm.bench.cases import Case, cases, least_bytes, shapes
 from keelnorm.bench.correctness import check, expect, gradient_inputs
-from keelnorm.bench.machine import describe
-from keelnorm.bench.peers import PEERS, Built, CannotError, Peer
+from keelnorm.bench.peers import PEERS, Built, Peer
 from keelnorm.bench.problem import Problem, make_problem
-from keelnorm.bench.results import Report, Row, Settings
+from keelnorm.bench.results import Report, Row, Settings, blank_row
+from keelnorm.bench.session import Failure, allocator, attempt, page_settings, progress_bar, threads
 from keelnorm.measure import timing
+from keelnorm.measure.machine import describe
 
-T = TypeVar("T")
 PHASES = {"training": ("forward", "backward", "both"), "inference": ("inference",)}
 
 
@@ -45,20 +39,20 @@ def run_bench(settings: Settings, *, peers: Mapping[str, Peer] = PEERS, progress
     """Measure what `settings` asks for.
 
     Args:
-        settings: the cases, the names of the peers, and the effort.
-        peers: the peers that the names stand for.
-        progress: show a bar on stderr.
+        settings: The cases, the names of the peers, and the effort.
+        peers: The peers by name.
+        progress: Show a progress bar on the standard error stream.
     """
     start = perf_counter()
     todo = selected(settings)
     chosen = [peers[name] for name in settings.peers]
     rows: list[Row] = []
-    with keep_threads(settings.threads), bar(progress) as shown:
-        machine = describe()
+    with threads(settings.threads), progress_bar(progress) as shown:
+        machine = describe(with_revision=True)
         passes = page_settings(settings.pages)
         task = shown.add_task("", total=len(todo) * len(passes))
         for pages in passes:
-            with _allocator(pages):
+            with allocator(pages):
                 for case in todo:
                     shown.update(task, description=f"{pages} pages: {case.name}")
                     rows += [replace(row, pages=pages) for row in run_case(case, chosen, settings)]
@@ -86,58 +80,26 @@ def run_case(case: Case, peers: Sequence[Peer], settings: Settings) -> list[Row]
     return rows
 
 
-def page_settings(asked: Sequence[str]) -> list[str]:
-    """What can be had of the asked settings, fresh first; see `cases.PAGES`.
-
-    Raises:
-        RuntimeError: nothing is left.
-    """
-    possible = [pages for pages in PAGES if pages in asked and (pages == "fresh" or memory.obstacle() is None)]
-    if not possible:
-        raise RuntimeError(f"memory cannot be reused here: {memory.obstacle()}")
-    return possible
-
-
-@contextmanager
-def _allocator(pages: str) -> Iterator[None]:
-    if pages == "reused":
-        with memory.reuse_memory():
-            yield
-    else:
-        yield
-
-
-def attempt(action: Callable[[], T]) -> T | str | CannotError:
-    """The action's result, or why there is none: a peer that fails costs its rows, not the run."""
-    try:
-        return action()
-    except CannotError as error:
-        return error
-    except Exception as error:
-        lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
 def _run_phase(
     problem: Problem,
     peers: Sequence[Peer],
-    attempts: Mapping[str, Built | str | CannotError],
+    attempts: Mapping[str, Built | Failure],
     phase: str,
     modes: Sequence[str],
     settings: Settings,
 ) -> list[Row]:
-    failures: dict[str, str | CannotError] = {}
+    failures: dict[str, Failure] = {}
     errors_eps: dict[str, float] = {}
     samplers: dict[str, timing.Sampler] = {}
     expected = expect(problem, phase)
     for peer in peers:
         built = attempts[peer.name]
-        if isinstance(built, (str, CannotError)):
+        if isinstance(built, Failure):
             failures[peer.name] = built
             continue
         if peer.is_batch_norm:
             error_eps = attempt(partial(check, problem, built, phase, expected))
-            if isinstance(error_eps, (str, CannotError)):
+            if isinstance(error_eps, Failure):
                 failures[peer.name] = error_eps
                 continue
             errors_eps[peer.name] = error_eps
@@ -154,15 +116,12 @@ def _run_phase(
         for peer in peers:
             if mode in ("backward", "both") and not peer.has_backward:
                 continue
-            row = _blank_row(problem.case, mode, peer)
-            failure = failures.get(peer.name)
-            if isinstance(failure, CannotError):
-                row.skipped = str(failure)
-            elif failure is not None:
-                row.error = failure
-            else:
+            row = blank_row(problem.case, mode, peer.name)
+            if peer.name in samplers:
                 row.error_eps = errors_eps.get(peer.name)
                 _fill(row, problem, peer, measured)
+            else:
+                row.error, row.skipped = failures[peer.name].error, failures[peer.name].skipped
             rows.append(row)
     return rows
 
@@ -179,13 +138,6 @@ def _sampler(problem: Problem, peer: Peer, built: Built, phase: str) -> timing.S
     return timing.training_sampler(lambda: call(x, residual), inputs, dy if peer.has_backward else None)
 
 
-def _blank_row(case: Case, mode: str, peer: Peer) -> Row:
-    shape = case.shape
-    return Row(
-        shape.suite, shape.name, case.layout, case.variant, mode, peer.name, gradient=case.gradient, dtype=case.dtype
-    )
-
-
 def _fill(row: Row, problem: Problem, peer: Peer, measured: timing.Measured) -> None:
     mode, x, samples = row.mode, problem.x, measured.samples
     times = [sample[mode] for sample in samples[peer.name]]
@@ -200,34 +152,11 @@ def _fill(row: Row, problem: Problem, peer: Peer, measured: timing.Measured) -> 
     row.gbps = row.least_bytes / median / 1e9
     for name, others in samples.items():
         if name != peer.name and mode in others[0]:
-            row.ratios[name] = timing.ratio(times, [sample[mode] for sample in others])
+            row.ratios[name] = timing.median_ratio(times, [sample[mode] for sample in others])
     if "copy" in samples:
-        # A copy has a forward only; its rate in the same rounds is the measure for every mode.
+        # A copy has only a forward; its rate in the same rounds is the measure for every mode.
         (copy_mode,) = samples["copy"][0]
         copies = [sample[copy_mode] for sample in samples["copy"]]
         copied = least_bytes(x.numel(), x.element_size(), "bn_relu", "inference")
-        row.copied_bytes = round(copied * timing.ratio(times, copies))
+        row.copied_bytes = round(copied * timing.median_ratio(times, copies))
         row.copy_fraction = row.least_bytes / row.copied_bytes
-
-
-@contextmanager
-def keep_threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        if count is not None:
-            torch.set_num_threads(count)
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def bar(enabled: bool) -> Progress:
-    return Progress(
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not enabled,
-    )

@@ -1,4 +1,4 @@
-"""A report as tables: errors, then every case, and last, where a terminal leaves the reader, the means."""
+"""A report as tables: errors first, then every case, and the means last, where a terminal leaves the reader."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from collections import defaultdict
 from rich.console import Console
 from rich.table import Table
 
-from keelnorm.bench.results import Mean, Report, Row
+from keelnorm.bench.results import Report, Row
 
-PLAIN_WIDTH = 190  # a pipe or a file has no width of its own
+
+def table_console(width: int) -> Console:
+    """A console for tables; in a pipe or a file, which has no width of its own, as wide as asked."""
+    console = Console()
+    return console if console.is_terminal else Console(width=width)
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Print a report; the shortest answer last, but errors before all."""
-    if console is None:
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=PLAIN_WIDTH)
+    """Print a report: errors first, the means last."""
+    console = console or table_console(190)
     machine = report.machine
     console.print(
         f"{machine.cpu}, {machine.threads} threads of {machine.cores} cores; "
@@ -28,14 +29,14 @@ def print_report(report: Report, console: Console | None = None) -> None:
     if report.disturbed > 0.05:
         console.print(
             f"[yellow]Other programs interfered in {report.disturbed:.0%} of the rounds; ~ marks rows where "
-            "it was most of them. --threads below the number of free cores suffers least.[/yellow]"
+            "it was most of them. Set --threads below the number of free cores.[/yellow]"
         )
     if report.errors:
         console.print(errors_table(report))
     if report.rows:
         console.print(rows_table(report))
     if any(report.is_fresh(row) for row in report.rows):
-        console.print("* with the cost of fresh pages: the allocator had to take the tensors from the system")
+        console.print("* includes the cost of fresh pages: the allocator took the tensors from the system")
     for peer, reason in dict.fromkeys((row.peer, row.skipped) for row in report.rows if row.skipped):
         console.print(f"empty for {peer}: {reason}", markup=False, highlight=False)
     if report.totals:
@@ -58,7 +59,7 @@ def errors_table(report: Report) -> Table:
 
 
 def _subjects(report: Report) -> list[str]:
-    """Whose means are shown: keelnorm's if it was measured, else everyone's but eager's."""
+    """The peers whose means are shown: keelnorm if it was measured, else all but eager."""
     names = list(dict.fromkeys(mean.peer for mean in report.means))
     return ["keelnorm"] if "keelnorm" in names else [n for n in names if n != "eager"] or names
 
@@ -90,7 +91,7 @@ def means_table(report: Report) -> Table:
             f"{mean.suite} ({mean.shapes})",
             mean.pages,
             mean.layout,
-            " ".join([mean.variant, *unusual(mean)]),
+            mean.label,
             mean.mode,
             mean.peer,
             *cells,
@@ -100,7 +101,7 @@ def means_table(report: Report) -> Table:
 
 
 def totals_table(report: Report) -> Table:
-    """The network's batch norms together."""
+    """The time of all batch norms of the network."""
     peers = list(dict.fromkeys(total.peer for total in report.totals))
     layers = report.totals[0].layers
     table = Table(
@@ -118,7 +119,7 @@ def totals_table(report: Report) -> Table:
 
 
 def rows_table(report: Report) -> Table:
-    """Every case: the peers' medians, then the first peer's ratio, rate and spread."""
+    """Every case: the medians of all peers, then ratio, rate and spread of keelnorm or the first peer."""
     peers = report.settings.peers
     subject = "keelnorm" if "keelnorm" in peers else peers[0]
     table = Table(title=f"Medians, µs; the last columns are {subject}'s", title_style="bold")
@@ -128,8 +129,7 @@ def rows_table(report: Report) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     lines: defaultdict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
     for row in report.rows:
-        variant = " ".join([row.variant, *unusual(row)])
-        lines[row.shape, row.pages, row.layout, variant, row.mode][row.peer] = row
+        lines[row.shape, row.pages, row.layout, row.label, row.mode][row.peer] = row
     previous = None
     for key, found in lines.items():
         if previous not in (None, key[:3]):
@@ -155,11 +155,6 @@ def _cell(report: Report, row: Row | None) -> str:
         return "[red]error[/red]"
     rough = "~" if row.disturbed and row.disturbed > 0.5 else ""
     return rough + _time(row.median_us) + ("*" if report.is_fresh(row) else " ")
-
-
-def unusual(one: Row | Mean) -> list[str]:
-    """What of a row or a mean is not as in most of them: the gradient's format, the dtype."""
-    return [value for value in (one.gradient, one.dtype) if value not in ("matching", "float32")]
 
 
 def _times(value: int | None, least: int | None) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from keelnorm.cli._shared import model_options
+from keelnorm.cli._shared.common_options import AsJson
 from keelnorm.cli._shared.failures import aside, told_in_one_line
 
 
@@ -29,7 +30,7 @@ def convert_command(
         typer.Option("--sync/--no-sync", help="Make them synchronized, or plain; else they stay as they are."),
     ] = None,
     out: model_options.Out = None,
-    as_json: model_options.AsJson = False,
+    as_json: AsJson = False,
     report_file: model_options.ReportFile = None,
     force: model_options.Force = False,
 ) -> None:

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from keelnorm.cli._shared.laboratory_options import AsJson, Fresh, Jobs, Page, Seeds, need
+from keelnorm.cli._shared.common_options import AsJson
+from keelnorm.cli._shared.failures import need
+from keelnorm.cli._shared.laboratory_options import Fresh, Jobs, Page, Seeds
 from keelnorm.cli._shared.laboratory_run import PACKAGES, measure
 
 

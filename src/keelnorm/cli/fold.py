@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from keelnorm.cli._shared import model_options
+from keelnorm.cli._shared.common_options import AsJson
 from keelnorm.cli._shared.failures import CommandError, aside, need, told_in_one_line
 
 
@@ -34,7 +35,7 @@ def fold_command(
             "is compared with it in onnxruntime.",
         ),
     ] = None,
-    as_json: model_options.AsJson = False,
+    as_json: AsJson = False,
     report_file: model_options.ReportFile = None,
     force: model_options.Force = False,
 ) -> None:
@@ -44,7 +45,8 @@ def fold_command(
     """
     from keelnorm.cli._shared.example_inputs import example_of
     from keelnorm.cli._shared.model_source import load_model
-    from keelnorm.cli._shared.output import Output, replacing
+    from keelnorm.cli._shared.output import Output
+    from keelnorm.engine.atomic_write import replacing
     from keelnorm.surgery import export_onnx, fold
 
     output = Output(as_json, report_file, out, force, (".safetensors", ".onnx"))

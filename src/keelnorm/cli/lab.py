@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 from rich.console import Console
 
-from keelnorm.cli._shared.laboratory_options import AsJson, Fresh, Jobs, Page, Seeds, fail, need
+from keelnorm.cli._shared.common_options import AsJson
+from keelnorm.cli._shared.failures import CommandError, need
+from keelnorm.cli._shared.laboratory_options import Fresh, Jobs, Page, Seeds
 from keelnorm.cli._shared.laboratory_run import PACKAGES, deliver, measure, opened
 
 if TYPE_CHECKING:
@@ -94,7 +96,7 @@ def run_command(
     try:
         around = on_cluster(cluster)
     except ClusterError as error:
-        raise fail(str(error)) from None
+        raise CommandError(str(error)) from None
     except (ValueError, ModuleNotFoundError) as error:
         raise typer.BadParameter(str(error), param_hint="--cluster") from None
     measure(order, out, jobs=jobs, fresh=fresh, as_json=as_json, around=around)
@@ -154,11 +156,11 @@ def _stored(names: list[str] | None, page: Path, plain: dict[str, object] | None
 
     selected = _chosen(names)
     if plain is None:
-        raise fail(
+        raise CommandError(
             f"{results_beside(page)} has no results of this version; `keelnorm lab run --out {page}` measures, and "
             "--out names another page"
         )
     try:
         return order_from(plain | {"claims": [claim.name for claim in selected]} if names else plain)
     except ValueError as error:
-        raise fail(f"{results_beside(page)}: {error}; `keelnorm lab run --out {page}` measures anew") from None
+        raise CommandError(f"{results_beside(page)}: {error}; `keelnorm lab run --out {page}` measures anew") from None

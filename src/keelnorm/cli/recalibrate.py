@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from keelnorm.cli._shared import model_options
+from keelnorm.cli._shared.common_options import AsJson
 from keelnorm.cli._shared.failures import aside, told_in_one_line
 
 
@@ -36,7 +37,7 @@ def recalibrate_command(
     ] = None,
     max_batches: Annotated[int | None, typer.Option(min=1, help="Use this many batches at most.")] = None,
     out: model_options.Out = None,
-    as_json: model_options.AsJson = False,
+    as_json: AsJson = False,
     report_file: model_options.ReportFile = None,
     force: model_options.Force = False,
 ) -> None:

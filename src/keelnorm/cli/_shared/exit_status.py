@@ -55,7 +55,7 @@ def ended_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt as stop:
         _end("stopped", status_of(stop))
     except OSError as error:
-        said = None if error.errno == errno.EPIPE else words(error)
+        said = None if error.errno == errno.EPIPE else describe_system_error(error)
         _give_up(sys.stdout)
         _end(said, 1)
     finally:
@@ -67,7 +67,7 @@ def status_of(stop: KeyboardInterrupt) -> int:
     return TERMINATED if isinstance(stop, Terminated) else STOPPED
 
 
-def words(error: OSError) -> str:
+def describe_system_error(error: OSError) -> str:
     """What an error of the system says, and of which file. Whoever writes a file names it; a stream has no name."""
     where = error.filename
     if where is None and error.errno in _OF_WRITING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
-from keelnorm.cli._shared.exit_status import status_of, words
-from keelnorm.cli._shared.laboratory_options import fail
+from keelnorm.cli._shared.exit_status import describe_system_error, status_of
+from keelnorm.cli._shared.failures import CommandError
 
 if TYPE_CHECKING:
     from keelnorm.lab.core.laboratory import Order
@@ -55,14 +55,14 @@ def measure(
         with around or nullcontext(), ProgressBar(Console(stderr=True)) as bar:
             document = run_order(order, store, jobs=jobs, listener=bar)
     except KeyboardInterrupt as stop:
-        raise fail(f"stopped; {kept}", status_of(stop)) from None
+        raise CommandError(f"stopped; {kept}", status_of(stop)) from None
     except OSError as error:
-        raise fail(f"{words(error)}; {kept}") from None
+        raise CommandError(f"{describe_system_error(error)}; {kept}") from None
     except ClusterError as error:
-        raise fail(f"{error}; {kept}") from None
+        raise CommandError(f"{error}; {kept}") from None
     deliver(document, page, store, as_json=as_json)
     if document["run"]["failed"]:
-        raise fail(f"{document['run']['failed']} of {document['run']['cells']} cells failed")
+        raise CommandError(f"{document['run']['failed']} of {document['run']['cells']} cells failed")
 
 
 def deliver(document: dict[str, Any], page: Path, store: Store, *, as_json: bool) -> None:

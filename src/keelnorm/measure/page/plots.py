@@ -176,7 +176,7 @@ def _layout(figure: Plain) -> dict[str, Any]:
         "hovermode": "y unified" if lying else "x unified",
         value_axis: _axis(figure["y"]),
         other_axis: _axis(figure["x"]),
-        "height": figure.get("height", 380),
+        "height": 380,
     }
     if figure["kind"] == "heatmap":
         layout |= {"yaxis": heatmap_axis([_text(each["label"]) for each in figure["series"]], figure["y"]["title"])}
@@ -184,7 +184,7 @@ def _layout(figure: Plain) -> dict[str, Any]:
         layout |= {"hovermode": "closest"}
     if lying:
         # Series that share no bar need no room beside each other.
-        mode = "overlay" if figure.get("apart") else "group"
+        mode = "overlay" if figure["overlaid"] else "group"
         layout |= {"boxmode": "group", "boxgap": 0.2} if figure["kind"] == "boxes" else {"barmode": mode, "bargap": 0.3}
         layout[other_axis] |= {"automargin": True, "autorange": "reversed", "type": "category"}
         layout[other_axis] |= {
@@ -202,7 +202,7 @@ def _layout(figure: Plain) -> dict[str, Any]:
 
 def _rows(figure: Plain) -> int:
     """Bars or boxes that lie below each other."""
-    return len(figure["x"]["categories"]) * (1 if figure.get("apart") else len(figure["series"]))
+    return len(figure["x"]["categories"]) * (1 if figure["overlaid"] else len(figure["series"]))
 
 
 def _axis(axis: Plain) -> dict[str, Any]:
