@@ -123,12 +123,15 @@ def _take_turns(
                 row.samples_ms.append(round(seconds * 1000, 3))
             bar.advance(task)
     for name in alive:
-        row = rows[name, mode]
-        if row.error is not None:
-            row.samples_ms, row.peak_bytes, row.baseline_bytes = [], None, None
-        elif row.samples_ms:
-            row.step_ms = statistics.median(row.samples_ms)
-            row.spread = timing.spread(row.samples_ms)
+        _summarize(rows[name, mode])
+
+
+def _summarize(row: NetworkRow) -> None:
+    if row.error is not None:
+        row.samples_ms, row.peak_bytes, row.baseline_bytes = [], None, None
+    elif row.samples_ms:
+        row.step_ms = statistics.median(row.samples_ms)
+        row.spread = timing.spread(row.samples_ms)
 
 
 def _compare(row: NetworkRow, others: Sequence[NetworkRow]) -> None:

@@ -1,4 +1,4 @@
-"""Correctness before speed: what a peer computes against the definition in float64."""
+"""Compare the results of a peer with the definition in float64, before it is timed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from keelnorm.bench.problem import EPS, MOMENTUM, Problem
 
 
 class WrongResultError(ValueError):
-    """A peer that claims batch normalization computes something else."""
+    """The results are not those of batch normalization."""
 
 
 def expect(problem: Problem, phase: str) -> dict[str, Quantity]:
-    """The right results of a phase: `training` or `inference`."""
+    """Compute the right results of a phase: `training` or `inference`."""
     relu = problem.case.activation == "relu"
     if phase == "inference":
         return definition.inference(problem.x.detach(), problem.residual, problem.state, eps=EPS, relu=relu)
@@ -36,9 +36,13 @@ def expect(problem: Problem, phase: str) -> dict[str, Quantity]:
 def allowed_eps(samples: int, dtype: torch.dtype = torch.float32) -> float:
     """The error a right peer may have, in units of the dtype's epsilon.
 
-    A plain sum of M terms in the working precision errs by a random walk of sqrt(M) roundings;
-    anything beyond that, and a few for the elementwise arithmetic, is a mistake and not rounding.
-    Half precision is worked in float32, and rounded once for each of batch norm, add and ReLU.
+    The rounding error of a plain sum of M terms in the working precision is a random walk of sqrt(M)
+    steps. An error beyond that, and a few roundings of the elementwise arithmetic, is a mistake. Half
+    precision is computed in float32 and rounded once for each of batch norm, add and ReLU.
+
+    Args:
+        samples: M, the samples per channel.
+        dtype: The dtype of the result.
     """
     working = 32.0 + math.sqrt(samples)
     if dtype.itemsize < 4:
@@ -47,7 +51,13 @@ def allowed_eps(samples: int, dtype: torch.dtype = torch.float32) -> float:
 
 
 def check(problem: Problem, built: Built, phase: str, expected: dict[str, Quantity]) -> float:
-    """Run one phase, compare everything it yields, and return the largest error.
+    """Run one phase, compare all its results, and return the largest error.
+
+    Args:
+        problem: The tensors.
+        built: The peer.
+        phase: `training` or `inference`.
+        expected: What `expect` gave.
 
     Returns:
         The error in units of the dtype's epsilon, relative to each result's magnitude.
@@ -65,7 +75,7 @@ def check(problem: Problem, built: Built, phase: str, expected: dict[str, Quanti
             wanted = f"{tuple(quantity.value.shape)} {dtype}"
             raise WrongResultError(f"{name} is {came}, should be {wanted}")
         limit = allowed_eps(problem.samples, dtype)
-        if name in ("dweight", "dbias"):  # torch rounds some of them to the dtype of x on their way
+        if name in ("dweight", "dbias"):  # torch rounds some of them to the dtype of x in between
             rounding = torch.finfo(problem.x.dtype).eps / torch.finfo(dtype).eps
             limit = max(limit, allowed_eps(problem.samples, problem.x.dtype) * rounding)
         error = _error_eps(actual, quantity)
@@ -78,7 +88,7 @@ def check(problem: Problem, built: Built, phase: str, expected: dict[str, Quanti
 def _run(problem: Problem, built: Built, phase: str) -> dict[str, Tensor]:
     norm = built.norm
     if norm is None:
-        raise TypeError("a peer that claims batch normalization must give its module")
+        raise TypeError("a peer with is_batch_norm must give its module")
     norm.load_state_dict(problem.state)
     norm.train(phase == "training")
     given = built.given or Given(problem.x, problem.residual, problem.dy)
@@ -103,7 +113,7 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def gradient_inputs(problem: Problem, built: Built) -> tuple[list[str], list[Tensor]]:
-    """What the backward is asked for: every input of the peer."""
+    """The inputs of a peer that its backward computes gradients for, with the names of the gradients."""
     given = built.given or Given(problem.x, problem.residual, problem.dy)
     pairs: list[tuple[str, Tensor]] = [("dx", given.x)]
     if built.norm is not None:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from keelnorm.bench.results import NetworkRow, Row
-from keelnorm.measure.document import Axis, Figure, Series
+from keelnorm.measure.page_parts import Axis, Figure, Series
 
 #: The modes that are drawn; the tables have them all.
 DRAWN = ("both", "inference")

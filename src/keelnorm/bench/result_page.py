@@ -9,7 +9,7 @@ from typing import Any
 
 from keelnorm.bench.result_figures import network_figures, network_label, rate_figures, ratio_figures, speed_figure
 from keelnorm.bench.results import DEFAULT_ARM, NetworkRow, Report, Row
-from keelnorm.measure.document import Section, Table
+from keelnorm.measure.page_parts import Section, Table
 
 SUBJECT = "keelnorm"
 AGAINST = ("eager", "compile", "onednn", "relu", "copy")

@@ -37,8 +37,12 @@ MAX_LOST = 0.02  # the part of a round's time that may be spent without a core
 def training_sampler(call: Callable[[], Tensor], inputs: Sequence[Tensor], dy: Tensor | None) -> Sampler:
     """Time training steps: forward, backward, and both from the same calls.
 
-    Each part pays for releasing what it allocated, so that `both` is the sum of the two. Without
-    `dy` there is a forward only.
+    Each part includes the time to release what it allocated, so that `both` is the sum of the two.
+
+    Args:
+        call: The forward.
+        inputs: The tensors whose gradients the backward computes.
+        dy: The gradient of the output; None times the forward only.
     """
 
     def run(repeats: int) -> Sample:
@@ -148,7 +152,7 @@ def calibrate(sampler: Sampler, min_seconds: float) -> int:
 
 @dataclass
 class Measured:
-    """One sample per peer and round, the page faults of a call in each, and the disturbed share.
+    """The samples of each peer, one per round, and the page faults of a call in each.
 
     `disturbed` is the share of rounds in which other programs interfered.
     """
@@ -192,7 +196,7 @@ def measure(samplers: Mapping[str, Sampler], *, rounds: int, min_seconds: float,
 class _Round:
     samples: dict[str, Sample]
     faults: dict[str, float]
-    lost: float  # time without a core, over all threads, as a part of the round's time
+    lost: float  # time of all threads without a core, as a part of the round's time
 
 
 def _round(order: Sequence[str], samplers: Mapping[str, Sampler], repeats: Mapping[str, int]) -> _Round:
@@ -210,7 +214,7 @@ def _round(order: Sequence[str], samplers: Mapping[str, Sampler], repeats: Mappi
 
 
 def spread(values: Sequence[float]) -> float:
-    """The distance between the quartiles as a part of the median."""
+    """The interquartile range as a part of the median."""
     if len(values) < 2:
         return 0.0
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")

@@ -1,5 +1,5 @@
-"""Figures and tables of claims; `keelnorm.measure.document` defines them."""
+"""Figures and tables of claims; `keelnorm.measure.page_parts` defines them."""
 
-from keelnorm.measure.document import Axis, Figure, Series, Table
+from keelnorm.measure.page_parts import Axis, Figure, Series, Table
 
 __all__ = ["Axis", "Figure", "Series", "Table"]
