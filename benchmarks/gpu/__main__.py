@@ -111,7 +111,7 @@ def _run_network(name: str, batch: int, size: int, rounds: int, say: Callable[[s
     rows = gpu_network.run_network(name, batch, size, "cuda", rounds)
     for row in rows:
         memory = "" if row.peak_bytes is None else f", {row.peak_bytes / 2**30:.2f} GiB at most"
-        say(f"{row.network}, {row.arm}: {row.error or f'{row.step_ms:.1f} ms a step{memory}'}")
+        say(f"{row.network}, {row.layers}: {row.error or f'{row.step_ms:.1f} ms a step{memory}'}")
     return rows
 
 

@@ -65,7 +65,8 @@ def run_network(
     network: str, batch: int, size: int, device: str, rounds: int, arms: Sequence[str] = ARMS
 ) -> list[NetworkRow]:
     """Time the steps of every arm by turns, if its first losses agree with eager's."""
-    rows = {arm: NetworkRow(network, arm, arm, "channels_last", "fresh", "training", batch, size) for arm in arms}
+    setting = "channels_last", "fresh"
+    rows = {arm: NetworkRow(network, " ".join((arm, *setting)), arm, *setting, "training", batch, size) for arm in arms}
     ready: dict[str, Trainer] = {}
     right: list[float] = []
     losses: dict[str, list[float]] = {}
@@ -88,7 +89,7 @@ def run_network(
         row = rows[arm]
         row.samples_ms = [round(sample, 3) for sample in samples]
         row.step_ms, row.spread = statistics.median(row.samples_ms), spread(row.samples_ms)
-        row.ratios = {other: median_ratio(samples, taken[other]) for other in taken if other != arm}
+        row.ratios = {rows[other].arm: median_ratio(samples, taken[other]) for other in taken if other != arm}
     return list(rows.values())
 
 

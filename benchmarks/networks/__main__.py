@@ -32,8 +32,8 @@ def main(
 ) -> None:
     """Time whole training steps and inference of real networks, as they are and converted by kn.convert.
 
-    Outputs, gradients and running statistics are first compared with float64. A wrong network gets no number, and the
-    exit status is 1.
+    Outputs, gradients and running statistics are first compared with float64.
+    A wrong network gets no number, and the exit status is 1.
     """
     names = choose("network", network, NETWORKS, NETWORKS)
     require_packages(names)

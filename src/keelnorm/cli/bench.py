@@ -27,8 +27,6 @@ from keelnorm.cli._shared.failures import CommandError, need
 if TYPE_CHECKING:
     from keelnorm.bench.results import Report
 
-ResultFile = typer.Argument(exists=True, dir_okay=False, help="A result that --out wrote.")
-
 
 class RunByDefault(TyperGroup):
     """A group that takes options without a command as those of `run`."""
@@ -112,8 +110,8 @@ def run_command(
 
 @bench_app.command("compare")
 def compare_command(
-    before: Annotated[Path, ResultFile],
-    after: Annotated[Path, ResultFile],
+    before: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The result to compare with.")],
+    after: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The result to judge.")],
     peer: Annotated[str, typer.Option(help="The peer whose rows are compared.")] = "keelnorm",
     different: Annotated[
         bool, typer.Option("--different", help="Compare although machine or settings differ, and say how.")
@@ -135,7 +133,9 @@ def compare_command(
 
 @bench_app.command("page")
 def page_command(
-    results: Annotated[list[Path], ResultFile],
+    results: Annotated[
+        list[Path], typer.Argument(exists=True, dir_okay=False, help="What the benchmarks wrote with --out.")
+    ],
     out: Annotated[Path, typer.Option(help="The page to write.", callback=page_path)] = Path("keelnorm-bench.html"),
 ) -> None:
     """Draw results of layers and networks on one HTML page that needs no network."""

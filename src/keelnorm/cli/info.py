@@ -1,4 +1,4 @@
-"""The command `keelnorm info`: what runs on this machine, and why."""
+"""The command `keelnorm info`: the kernels that run on this machine, and why."""
 
 from __future__ import annotations
 

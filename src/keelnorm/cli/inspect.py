@@ -28,9 +28,9 @@ def inspect_command(
     report_file: model_options.ReportFile = None,
     force: model_options.Force = False,
 ) -> None:
-    """List a model's batch norms: what they are, their running statistics and γ, and what stands beside them.
+    """List a model's batch norms: their kind, running statistics and γ, and neighbors.
 
-    With --input or --example it says too what comes before and after each, and which of them can be folded.
+    With --input or --example also what comes before and after each, and which can be fused or folded.
     """
     from keelnorm.cli._shared.example_inputs import example_of
     from keelnorm.cli._shared.inspection import inspect_model, without_constants

@@ -1,4 +1,4 @@
-"""What `keelnorm demo` and `keelnorm lab run` do alike: run an order with a progress bar, write the page, print."""
+"""Run an order of the laboratory with a progress bar, write its page and print it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from keelnorm.lab.core.store import Store
 
 PACKAGES = ("joblib", "sklearn", "scipy", "plotly", "jinja2")
-"""What the extra [lab] brings."""
+"""The packages of the extra [lab]."""
 
 
 def opened(page: Path, *, fresh: bool = False) -> Store:
-    """The results beside a page; what is wrong with them is said on the error stream."""
+    """Open the results beside a page, and print warnings about them on the standard error stream."""
     from keelnorm.lab.core.laboratory import results_beside
     from keelnorm.lab.core.store import Store
 
@@ -41,9 +41,15 @@ def measure(
     as_json: bool,
     around: AbstractContextManager[Any] | None = None,
 ) -> None:
-    """Run the order, write its page and print the document; exit status 1 when a cell failed.
+    """Run an order, write its page and print the document; exit status 1 when a cell failed.
 
-    `around` is entered for the run: a cluster, or the reuse of memory.
+    Args:
+        order: What to measure.
+        page: The file of the page.
+        jobs: Parallel processes; None: one per core.
+        fresh: Ignore stored results.
+        as_json: Print JSON.
+        around: A context manager that is entered for the run: a cluster, or the reuse of memory.
     """
     from keelnorm.lab.core.clusters import ClusterError
     from keelnorm.lab.core.laboratory import run_order
@@ -66,7 +72,7 @@ def measure(
 
 
 def deliver(document: dict[str, Any], page: Path, store: Store, *, as_json: bool) -> None:
-    """Write the page of a document, and print it in words or as JSON; where one of the two fails, still the other."""
+    """Write the page of a document, and print it as text or JSON; if one of the two fails, still do the other."""
     from keelnorm.measure.page.html import write_page
     from keelnorm.measure.page.terminal import show
 
