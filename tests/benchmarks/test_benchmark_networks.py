@@ -26,7 +26,9 @@ def settings():
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_small_network_agrees(layout):
+    before = pending.completed
     assert agreement("MobileNetV2", batch=2, size=64, layout=layout) <= 10
+    assert pending.completed - before >= 2 * 46  # its fusible calls ran fused, in training and in inference
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -44,12 +46,6 @@ def test_a_layer_that_is_wrong_is_found_in_the_small_network(monkeypatch, layout
     monkeypatch.setattr(agreement_module, "convert_and_learn", wrong)
     with pytest.raises(WrongResultError, match="is off by"):
         agreement("MobileNetV2", batch=2, size=64, layout=layout)
-
-
-def test_what_is_compared_with_float64_runs_fused(monkeypatch):
-    before = pending.completed
-    agreement("MobileNetV2", batch=2, size=64, layout="contiguous")
-    assert pending.completed - before >= 2 * 46  # its fusible calls, in training and in inference
 
 
 def test_a_wrong_network_is_found():
@@ -131,7 +127,7 @@ def test_a_real_process_says_why_it_ends():
     config = {"network": "absent", "batch": 1, "size": 32, "threads": 1}
     with arm_process.workers([arm_process.Arm("eager", "contiguous", "fresh")], config) as found:
         (reason,) = found.values()
-    assert "KeyError" in reason
+    assert "KeyError" in str(reason)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not tell a process's own peak")
