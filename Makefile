@@ -40,7 +40,7 @@ help:
 	@echo 'make test     run the tests'
 	@echo 'make fuzz     100,000 random programs through convert, 100,000 bad calls, 20,000 calls of the kernels: fresh seeds'
 	@echo 'make check    format, lint, types, layers of imports'
-	@echo 'make bench    time the layers and whole networks: tables, and bench-results/bench.html; what bench/gpu.py stored, too'
+	@echo 'make bench    time the layers and whole networks: tables, and bench-results/bench.html; and the pages of benchmarks/results'
 	@echo 'make claims   measure all claims in full form, alone on the machine: the pages in docs/claims; with DATA=FOLDER, which'
 	@echo '              holds MNIST and recordings, also those in docs/claims_on_more_data'
 	@echo 'make models   convert and fold published architectures: a table, and docs/models.md'
@@ -50,7 +50,7 @@ help:
 	@echo 'make format   format the sources, and mend what the linter can'
 	@echo 'make clean    remove what was built (the virtual environment stays)'
 	@echo
-	@echo 'ARGS="..." is passed on by demo, lab, claims, test, bench, native, sanitize and arm: make test ARGS="tests/docs -x"'
+	@echo 'ARGS="..." is passed on by demo, lab, claims, test, bench, models, native, sanitize and arm: make test ARGS="tests/docs -x"'
 	@echo 'PYTHON ($(PYTHON)), VENV ($(VENV)) and TORCH ($(TORCH)) can be set in the same way.'
 
 demo: $(VENV)/.built
@@ -79,21 +79,21 @@ fuzz: $(VENV)/.built
 		--dist worksteal -q tests/fusion/test_program_fuzz.py tests/nn/test_bad_calls.py tests/kernels/test_kernel_fuzz.py \
 		-k fresh $(ARGS)
 
-# The page is drawn also when a result was wrong, which it then says; ARGS goes to the layers' benchmark.
+# The page is drawn even if a result was wrong, and says so. ARGS goes to the benchmark of layers.
 bench: $(VENV)/.built
 	@status=0; \
-	$(BIN)/keelnorm bench run --batch 16 --pages both --rounds 3 --out bench-results/kernels.json $(ARGS) || status=1; \
-	$(BIN)/keelnorm bench networks --batch 8 --rounds 3 --out bench-results/networks.json || status=1; \
-	$(BIN)/keelnorm bench page bench-results/kernels.json bench-results/networks.json --out bench-results/bench.html \
+	$(BIN)/keelnorm bench run --batch 16 --pages both --rounds 3 --out bench-results/layers.json $(ARGS) || status=1; \
+	$(BIN)/python -m benchmarks.networks --batch 8 --rounds 3 --out bench-results/networks.json || status=1; \
+	$(BIN)/keelnorm bench page bench-results/layers.json bench-results/networks.json --out bench-results/bench.html \
 		|| status=1; \
-	for result in bench/results/gpu-*.json; do \
+	for result in benchmarks/results/gpu-*.json; do \
 		[ ! -e "$$result" ] || $(BIN)/keelnorm bench page "$$result" --out "bench-results/$$(basename "$$result" .json).html" \
 			|| status=1; \
 	done; \
 	exit $$status
 
 models: $(VENV)/.built
-	@$(BIN)/keelnorm bench models --out bench-results/models.json --page docs/models.md $(ARGS)
+	@$(BIN)/python -m benchmarks.zoo --out bench-results/models.json --page docs/models.md $(ARGS)
 
 # tests/native/build_driver.py says what is built, and how.
 native: $(VENV)/.installed
@@ -147,7 +147,7 @@ format: $(VENV)/.installed
 
 clean:
 	@rm -rf build dist src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
-	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 	@rm -f $(LIBRARY) $(WHY_NOT) $(VENV)/.built
 
 # ---- the virtual environment: one empty file in it for each step that is done

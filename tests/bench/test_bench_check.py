@@ -8,7 +8,7 @@ from torch import nn
 
 from keelnorm.bench import definition
 from keelnorm.bench.cases import LAYOUTS, VARIANTS, Case, Shape
-from keelnorm.bench.check import WrongResultError, check, expect
+from keelnorm.bench.correctness import WrongResultError, check, expect
 from keelnorm.bench.peers import PEERS, Built
 from keelnorm.bench.problem import EPS, MOMENTUM, make_problem
 

@@ -3,12 +3,12 @@
 import io
 
 import pytest
-from bench_results import kernel_rows, network_rows, report_of
 from rich.console import Console
+from support.bench_results import kernel_rows, network_rows, report_of
 from typer.testing import CliRunner
 
 from keelnorm.bench.compare import compare, differences, print_comparison
-from keelnorm.bench.group import bench_app
+from keelnorm.cli import app
 
 
 def test_losers_come_first():
@@ -63,11 +63,11 @@ def test_the_command_refuses_another_machine_unless_told(tmp_path):
     for name, report in (("a.json", before), ("b.json", after)):
         paths.append(str(tmp_path / name))
         (tmp_path / name).write_text(report.to_json())
-    refused = CliRunner().invoke(bench_app, ["compare", *paths])
+    refused = CliRunner().invoke(app, ["bench", "compare", *paths])
     assert refused.exit_code == 1
     assert "machine.cpu" in refused.output
-    assert CliRunner().invoke(bench_app, ["compare", *paths, "--different"]).exit_code == 0
-    assert CliRunner().invoke(bench_app, ["compare", paths[0], paths[0], "--json"]).exit_code == 0
+    assert CliRunner().invoke(app, ["bench", "compare", *paths, "--different"]).exit_code == 0
+    assert CliRunner().invoke(app, ["bench", "compare", paths[0], paths[0], "--json"]).exit_code == 0
     (tmp_path / "c.json").write_text("{}")
-    wrong = CliRunner().invoke(bench_app, ["compare", paths[0], str(tmp_path / "c.json")])
+    wrong = CliRunner().invoke(app, ["bench", "compare", paths[0], str(tmp_path / "c.json")])
     assert wrong.exit_code == 2

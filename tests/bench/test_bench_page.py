@@ -1,12 +1,12 @@
 """Results in, a page out: what loses is listed, what is data is escaped, and a browser finds nothing wrong."""
 
 import pytest
-from bench_results import kernel_rows, network_rows, report_of
 from support import browser
+from support.bench_results import kernel_rows, network_rows, report_of
 from typer.testing import CliRunner
 
-from keelnorm.bench.figures import against
-from keelnorm.bench.page import bench_document, losses
+from keelnorm.bench.result_figures import speed_figure
+from keelnorm.bench.result_page import bench_document, losses
 from keelnorm.cli import app
 from keelnorm.measure.page.html import page, write_page
 
@@ -25,13 +25,13 @@ def test_losers_are_listed_the_worst_first():
 
 
 def test_bars_that_lose_have_another_style():
-    figure = against("title", {"a": 2.0, "b": 0.5})
-    assert {series["style"]: series["y"] for series in figure["series"]} == {"keelnorm": [2.0], "none": [0.5]}
+    figure = speed_figure("title", {"a": 2.0, "b": 0.5})
+    assert {series.style: series.y for series in figure.series} == {"keelnorm": [2.0], "none": [0.5]}
 
 
 def test_the_page_has_all_parts(document):
     text = page(document, "bench.html")
-    for part in ("Where keelnorm loses", "2x128x7x7", "ResNet-50", "Where it ran", "times as fast", "Peak memory"):
+    for part in ("Where keelnorm is slower", "2x128x7x7", "ResNet-50", "Where it ran", "times as fast", "Peak memory"):
         assert part in text
 
 

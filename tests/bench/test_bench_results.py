@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console
 
 from keelnorm.bench.cases import RESNET50
-from keelnorm.bench.machine import describe
+from keelnorm.bench.result_table import print_report
 from keelnorm.bench.results import Report, Row, Settings
-from keelnorm.bench.summary import geometric_mean, means, totals
-from keelnorm.bench.table import print_report
+from keelnorm.bench.summary import means, totals
+from keelnorm.measure.machine import describe
 
 
 def row(shape="2x4x7x7", peer="keelnorm", **given):
@@ -47,13 +47,6 @@ def test_other_schema_is_refused():
     data = json.loads(report_of([row()]).to_json()) | {"schema": 99}
     with pytest.raises(ValueError, match="schema 2, got 99"):
         Report.from_json(json.dumps(data))
-
-
-def test_geometric_mean():
-    assert geometric_mean([2.0, 8.0]) == pytest.approx(4)
-    assert geometric_mean([0.25]) == pytest.approx(0.25)
-    with pytest.raises(ValueError, match="at least one"):
-        geometric_mean([])
 
 
 def test_means_over_shapes():

@@ -4,29 +4,13 @@ import json
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
+from support.bench_results import invoke, settings_of
 
 from keelnorm.bench.cases import LAYOUTS, MODES, VARIANTS
-from keelnorm.bench.command import bench_command
+from keelnorm.bench.layer_run import run_bench
 from keelnorm.bench.peers import PEERS, Built, Peer
-from keelnorm.bench.results import Report, Settings
-from keelnorm.bench.run import run_bench
-
-
-def settings_of(peers, **given):
-    defaults = {
-        "batch": 2,
-        "layouts": list(LAYOUTS),
-        "variants": list(VARIANTS),
-        "modes": list(MODES),
-        "shapes": ["8x16x4x4"],
-        "peers": peers,
-        "rounds": 2,
-        "min_time_ms": 0.0,
-    }
-    return Settings(**(defaults | given))
-
+from keelnorm.bench.results import Report
+from keelnorm.cli.bench import run_command
 
 EAGER = PEERS["eager"]
 
@@ -42,12 +26,6 @@ def build_absent(problem):
 
 WRONG = Peer("wrong", "batch norm that adds a little", build_wrong)
 ABSENT = Peer("absent", "cannot be built", build_absent)
-
-
-def invoke(*arguments):
-    app = typer.Typer()
-    app.command()(bench_command)
-    return CliRunner().invoke(app, arguments)
 
 
 def test_every_row_is_complete():
@@ -94,6 +72,7 @@ def test_threads_are_given_back():
 def test_command_prints_and_writes_json(tmp_path):
     out = tmp_path / "bench.json"
     done = invoke(
+        run_command,
         *["--shape", "8x16x4x4", "--variant", "bn", "--mode", "inference,forward", "--peers", "eager,copy"],
         *["--rounds", "1", "--min-time", "0", "--json", "--out", str(out)],
     )
@@ -107,6 +86,7 @@ def test_command_prints_and_writes_json(tmp_path):
 def test_command_fails_for_a_wrong_result(monkeypatch):
     monkeypatch.setitem(PEERS, "eager", Peer("eager", "wrong", build_wrong))
     done = invoke(
+        run_command,
         *["--shape", "8x16x4x4", "--variant", "bn_relu", "--mode", "inference", "--peers", "eager"],
         *["--rounds", "1", "--min-time", "0"],
     )
@@ -117,14 +97,14 @@ def test_command_fails_for_a_wrong_result(monkeypatch):
 
 @pytest.mark.parametrize("option", ["peers", "mode", "variant", "layout"])
 def test_unknown_values_name_the_legal_ones(option):
-    done = invoke(f"--{option}", "sideways")
+    done = invoke(run_command, f"--{option}", "sideways")
     assert done.exit_code == 2
     assert "sideways" in done.output
     assert "legal are" in done.output
 
 
 def test_no_shape_is_an_error():
-    done = invoke("--shape", "5x5")
+    done = invoke(run_command, "--shape", "5x5")
     assert done.exit_code == 2
     text = " ".join(done.output.replace("│", " ").split())
     assert "contains 5x5" in text
@@ -132,6 +112,6 @@ def test_no_shape_is_an_error():
 
 
 def test_help_names_every_peer():
-    text = " ".join(invoke("--help").output.replace("│", " ").split())
+    text = " ".join(invoke(run_command, "--help").output.replace("│", " ").split())
     assert all(name in text for name in PEERS)
     assert "--no-compile" in text

@@ -2,18 +2,18 @@
 
 import pytest
 import torch
+from support.bench_results import settings_of
 
 from keelnorm import memory
 from keelnorm.bench import definition
 from keelnorm.bench.cases import DTYPES, GRADIENTS, Case, Shape, cases, least_bytes
-from keelnorm.bench.check import check, expect
-from keelnorm.bench.machine import caches
+from keelnorm.bench.correctness import check, expect
+from keelnorm.bench.layer_run import run_bench
 from keelnorm.bench.peers import PEERS, CannotError
 from keelnorm.bench.problem import make_problem
-from keelnorm.bench.run import page_settings, run_bench
+from keelnorm.bench.session import page_settings
 from keelnorm.measure import timing
-
-from test_bench_run import settings_of  # isort: skip
+from keelnorm.measure.machine import caches
 
 
 @pytest.mark.parametrize("peer", ["keelnorm", "eager"])

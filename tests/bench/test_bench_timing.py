@@ -14,6 +14,27 @@ def test_turns_rotate():
     assert list(timing.turns((), 2)) == [(), ()]
 
 
+def test_samples_are_taken_by_turns_and_the_first_rounds_are_not_kept():
+    log = []
+
+    def sampler(name):
+        def take():
+            log.append(name)
+            return len(log)
+
+        return take
+
+    taken = timing.by_turns({name: sampler(name) for name in "ab"}, 2, discarded=1)
+    assert "".join(log) == "abbaab"
+    assert taken == {"a": [4, 5], "b": [3, 6]}
+
+
+def test_turns_end_with_the_budget_after_whole_cycles():
+    taken = timing.by_turns({"a": int, "b": int}, 9, at_least=3, budget=0.0)
+    assert [len(samples) for samples in taken.values()] == [4, 4]
+    assert timing.by_turns({}, 2) == {}
+
+
 def recorder(log, name, seconds=1.0):
     def run(repeats):
         log.append((name, repeats))
@@ -128,4 +149,4 @@ def test_statistics():
     assert timing.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
     assert timing.spread([1.0]) == 0
     # The machine slows down tenfold in the second round: the ratio does not notice.
-    assert timing.ratio([1.0, 10.0, 1.1], [2.0, 20.0, 2.2]) == pytest.approx(0.5)
+    assert timing.median_ratio([1.0, 10.0, 1.1], [2.0, 20.0, 2.2]) == pytest.approx(0.5)

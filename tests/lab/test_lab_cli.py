@@ -110,7 +110,7 @@ def test_being_stopped_says_how_to_go_on(fake, monkeypatch):
         (["--jobs", "0"], "--jobs"),
         (["speed"], "no claim is named 'speed'; there are 1 fakes"),
         (["--quick", "--full"], "choose one of --quick and --full"),
-        (["--out", "page.pdf"], "has to end in .html"),
+        (["--out", "page.pdf"], "must end in .html"),
         (["--out", "."], "is a directory"),
         (["--out", "file/page.html"], "nothing can be written"),
         (["--data-dir", "nowhere"], "nowhere"),
@@ -160,7 +160,7 @@ def test_version_and_help():
 def test_help_imports_nothing_heavy_of_its_own():
     code = (
         "import sys, keelnorm; before = set(sys.modules); import keelnorm.cli; "
-        "print([name for name in ('sklearn', 'joblib', 'plotly', 'scipy', 'jinja2', 'PIL', 'keelnorm.lab') "
+        "print([name for name in ('sklearn', 'joblib', 'plotly', 'scipy', 'jinja2', 'PIL', 'keelnorm.lab.claims') "
         "if name in set(sys.modules) - before])"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

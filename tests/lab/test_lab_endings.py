@@ -12,10 +12,9 @@ from support.fresh import Scenario, run_fresh
 from typer.testing import CliRunner
 
 from keelnorm import cli
-from keelnorm.cli._shared import exit_status, laboratory_options
+from keelnorm.cli._shared import exit_status
 from keelnorm.engine.atomic_write import write_text
 from keelnorm.lab.core import claim as claim_module
-from keelnorm.lab.core.plan import MOST_SEEDS
 from keelnorm.lab.core.store import Store
 from keelnorm.measure.page import html
 
@@ -179,10 +178,6 @@ def test_an_order_that_cannot_be_read_is_one_line(fake, tmp_path, order):
         assert result.exit_code == 1
         assert "what was asked for can't be read there" in said(result)
         assert "`keelnorm lab run --out keelnorm-lab.html` measures anew" in said(result)
-
-
-def test_the_most_seeds_are_the_same_for_the_command_and_for_what_is_stored():
-    assert laboratory_options.MOST_SEEDS == MOST_SEEDS
 
 
 def test_a_progress_bar_that_cannot_be_drawn_costs_the_bar_alone(fake):

@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result
 import keelnorm as kn
 from keelnorm.cli import app
 from keelnorm.cli._shared.inspection import run_twice
-from keelnorm.cli._shared.output import replacing
+from keelnorm.engine.atomic_write import replacing
 from keelnorm.surgery import Report
 
 runner = CliRunner()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from keelnorm.bench.model_check import check
-from keelnorm.bench.model_run import ModelRow
-from keelnorm.bench.model_zoo import ARCHITECTURES
+from benchmarks.architectures import ARCHITECTURES
+from benchmarks.zoo.zoo_check import check_architecture
 
 #: Calls of batch norms that an addition or an activation follows, counted in runs of the unconverted models.
 FUSIBLE = {
@@ -60,12 +59,11 @@ def test_there_are_enough():
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architecture(name):
     one = ARCHITECTURES[name]
-    if not one.is_there:
+    if not one.is_installed:
         pytest.skip(f"the package {one.package} is not installed")
-    counts = check(one, 2, small=True)
-    row = ModelRow(name, one.package, counts)
-    assert row.is_right, counts
-    assert counts["batch_norms"] > 0
-    assert counts["folded"] >= counts["foldable"]
-    assert counts["fusible"] == FUSIBLE[name]
-    assert counts["fused"] >= FUSIBLE[name], counts["left"]
+    found = check_architecture(one, 2, small=True)
+    assert found.is_right, found
+    assert found.batch_norms > 0
+    assert found.folded >= found.foldable
+    assert found.fusible == FUSIBLE[name]
+    assert found.fused >= FUSIBLE[name], found.left

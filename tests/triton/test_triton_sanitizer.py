@@ -12,7 +12,7 @@ import torch
 
 pytestmark = pytest.mark.triton
 
-PROGRAM = Path(__file__).resolve().parents[2] / "bench" / "gpu.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
@@ -22,8 +22,8 @@ def test_nothing_is_found(tmp_path, tool):
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
         pytest.skip("compute-sanitizer, which comes with NVIDIA's CUDA toolkit, is not installed")
-    checks = [str(PROGRAM), "--seconds", "0", "--network", "none", "--out", str(tmp_path / "none.json")]
+    checks = ["-m", "benchmarks.gpu", "--seconds", "0", "--network", "none", "--out", str(tmp_path / "none.json")]
     asked = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, *checks]
-    run = subprocess.run(asked, capture_output=True, text=True)
+    run = subprocess.run(asked, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stdout[-3000:]
     assert "0 errors" in run.stdout or "0 hazards" in run.stdout

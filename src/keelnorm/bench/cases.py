@@ -1,4 +1,4 @@
-"""What is measured: shapes, layouts, variants, modes, and the bytes each must move."""
+"""The cases that are measured: shapes, layouts, variants, modes, and the bytes each has to move."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ VARIANTS = ("bn", "bn_relu", "bn_add_relu")
 MODES = ("forward", "backward", "both", "inference")
 DTYPES = ("float32", "bfloat16")
 
-#: How the gradient arrives: in the input's memory format, in the other one, or as one value a plane
-#: expanded with strides of 0, as global average pooling sends it back.
+#: How the gradient arrives: in the input's memory format, in the other format, or as one value per plane
+#: expanded with strides of 0, as from global average pooling.
 GRADIENTS = ("matching", "other", "expanded")
 
-#: What the allocator does: as it is by default, which gives large tensors fresh pages, or under
-#: `keelnorm.reuse_memory`. Fresh comes first: the heap that reuse leaves would serve it too.
+#: The allocator's setting: its default, which gives large tensors fresh pages, or `keelnorm.reuse_memory`.
+#: Fresh is measured first, because reuse leaves a large heap behind.
 PAGES = ("fresh", "reused")
 
 #: ResNet-50 with 224x224 input and the stride in the 3x3 convolution: (C, H, W) of every distinct
 #: batch norm, and how many of the network's 53 layers have it, by what follows the layer. `bn`
-#: stands on the projection shortcut, `bn_add_relu` closes a block, `bn_relu` is all the rest.
+#: is on the projection shortcut, `bn_add_relu` closes a block, `bn_relu` is the rest.
 RESNET50: dict[tuple[int, ...], dict[str, int]] = {
     (64, 112, 112): {"bn_relu": 1},
     (64, 56, 56): {"bn_relu": 6},
@@ -38,7 +38,7 @@ RESNET50: dict[tuple[int, ...], dict[str, int]] = {
     (2048, 7, 7): {"bn": 1, "bn_add_relu": 3},
 }
 
-#: Where the cost of a call outweighs the cost of the data: (N, C, *S), the batch is part of it.
+#: Small shapes (N, C, *S), where the cost of a call outweighs the cost of the data; the batch is part of them.
 SMALL: tuple[tuple[int, ...], ...] = (
     (8, 16, 4, 4),
     (2, 64, 14, 14),
@@ -49,6 +49,11 @@ SMALL: tuple[tuple[int, ...], ...] = (
 #: `--quick`: a large, two middle and the small planes of ResNet-50, then the cost of a call.
 QUICK_RESNET50 = ((64, 56, 56), (512, 28, 28), (256, 14, 14), (2048, 7, 7))
 QUICK_SMALL = ((8, 16, 4, 4), (64, 128))
+
+
+def variant_label(variant: str, gradient: str, dtype: str) -> str:
+    """The variant, with the gradient's format and the dtype where they are not the usual ones."""
+    return " ".join([variant, *(one for one in (gradient, dtype) if one not in ("matching", "float32"))])
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """One problem that every peer solves; its modes are timed side by side."""
+    """One problem that every peer solves; its modes are timed in the same rounds."""
 
     shape: Shape
     layout: str
@@ -92,8 +97,7 @@ class Case:
     @property
     def name(self) -> str:
         """A label for progress and messages."""
-        unusual = [one for one in (self.gradient, self.dtype) if one not in ("matching", "float32")]
-        return " ".join((self.shape.name, self.layout, self.variant, *unusual))
+        return f"{self.shape.name} {self.layout} {variant_label(self.variant, self.gradient, self.dtype)}"
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -134,9 +138,9 @@ def cases(
     gradients: tuple[str, ...] = GRADIENTS[:1],
     dtypes: tuple[str, ...] = DTYPES[:1],
 ) -> Iterator[Case]:
-    """Every combination, the shape slowest, so that a shape's tensors are used while they exist.
+    """Every combination; the shape changes slowest, so that its tensors are drawn once.
 
-    Only four dimensions have another memory format, and only planes can be expanded.
+    Only four-dimensional shapes have a second memory format and planes that can be expanded.
     """
     for shape in listed:
         for layout in (one for one in shape.layouts if one in layouts):
@@ -148,10 +152,17 @@ def cases(
 def least_bytes(elements: int, itemsize: int, variant: str, mode: str, gradient: str = "matching") -> int:
     """The bytes no implementation can avoid, each tensor read or written once.
 
-    The statistics' pass over x is not counted: a channel's block can stay in cache between the two
-    passes. The sign of BN + ReLU follows from x and the channel's scale and shift; with a residual
-    it does not, so that variant stores one bit for an element. Channel vectors are not counted, nor
-    is a gradient with one value a plane.
+    The pass over x for the statistics is not counted: a channel's block can stay in cache between
+    the two passes. The sign of BN + ReLU follows from x and the channel's scale and shift; with a
+    residual it does not, so that variant stores one bit per element. Channel vectors are not
+    counted, nor is a gradient with one value per plane.
+
+    Args:
+        elements: Elements of x.
+        itemsize: Bytes of an element.
+        variant: One of `VARIANTS`.
+        mode: One of `MODES`.
+        gradient: One of `GRADIENTS`.
     """
     tensor = elements * itemsize
     residual = variant == "bn_add_relu"

@@ -1,21 +1,35 @@
-"""Two results against each other, row by row: what a change of the code has made faster and slower."""
+"""Compare two results row by row: what a change of the code has made faster and slower."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
+from statistics import geometric_mean
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
+from keelnorm.bench.result_table import table_console
 from keelnorm.bench.results import Report
-from keelnorm.bench.summary import geometric_mean
 
-#: What has to be equal for two times to be comparable. Versions and revisions are what one compares.
+#: What has to be equal for two times to be comparable; versions and revisions may differ.
 MACHINE = ("cpu", "cores", "threads", "system", "torch", "torch_capability", "allocator", "environment")
 SETTINGS = ("batch", "rounds", "min_time_ms", "threads")
-Key = tuple[str, ...]
+
+
+class Key(NamedTuple):
+    """What is the same in two rows that are compared."""
+
+    suite: str
+    shape: str
+    layout: str
+    variant: str
+    mode: str
+    gradient: str
+    dtype: str
+    pages: str
 
 
 @dataclass(frozen=True)
@@ -28,7 +42,7 @@ class Change:
 
     @property
     def ratio(self) -> float:
-        """Below 1: it has become faster."""
+        """Below 1, it has become faster."""
         return self.after_ms / self.before_ms
 
 
@@ -40,7 +54,7 @@ class Comparison:
     revisions: tuple[str | None, str | None]
     unlike: list[str]
     changes: list[Change]
-    means: dict[Key, float] = field(default_factory=dict)
+    means: dict[tuple[str, ...], float] = field(default_factory=dict)
     only_before: list[Key] = field(default_factory=list)
     only_after: list[Key] = field(default_factory=list)
 
@@ -74,10 +88,10 @@ def compare(before: Report, after: Report, peer: str = "keelnorm") -> Comparison
     if not shared:
         raise ValueError(f"the results share no row of {peer!r} that has a number in both")
     changes = sorted((Change(key, first[key], second[key]) for key in shared), key=lambda one: -one.ratio)
-    groups: defaultdict[Key, list[float]] = defaultdict(list)
+    groups: defaultdict[tuple[str, ...], list[float]] = defaultdict(list)
     for change in changes:
-        suite, _, layout, variant, mode, _, _, pages = change.key
-        groups[suite, variant, mode, layout, pages].append(change.ratio)
+        key = change.key
+        groups[key.suite, key.variant, key.mode, key.layout, key.pages].append(change.ratio)
     return Comparison(
         peer=peer,
         revisions=(before.machine.revision, after.machine.revision),
@@ -90,41 +104,29 @@ def compare(before: Report, after: Report, peer: str = "keelnorm") -> Comparison
 
 
 def _times(report: Report, peer: str) -> dict[Key, float]:
-    times: dict[Key, float] = {
-        (r.suite, r.shape, r.layout, r.variant, r.mode, r.gradient, r.dtype, r.pages): r.median_us / 1000
+    times = {
+        Key(r.suite, r.shape, r.layout, r.variant, r.mode, r.gradient, r.dtype, r.pages): r.median_us / 1000
         for r in report.rows
         if r.peer == peer and r.median_us is not None
     }
     for n in report.networks:
         if n.layers == peer and n.step_ms is not None:
-            key = (
-                n.network,
-                f"batch {n.batch}, {n.size}²",
-                n.layout,
-                "network",
-                n.mode,
-                "matching",
-                "float32",
-                n.pages,
-            )
-            times[key] = n.step_ms
+            size = f"batch {n.batch}, {n.size}²"
+            times[Key(n.network, size, n.layout, "network", n.mode, "matching", "float32", n.pages)] = n.step_ms
     for v in report.variants:
         if peer == "keelnorm" and v.median_us is not None:
-            variant_key = ("variants", v.shape, v.layout, v.variant, "both", "matching", v.dtype, v.pages)
-            times[variant_key] = v.median_us / 1000
+            key = Key("variants", v.shape, v.layout, v.variant, "both", "matching", v.dtype, v.pages)
+            times[key] = v.median_us / 1000
     return times
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Print what differs between the two, every row with the losers first, and the means last."""
-    if console is None:
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=150)
+    """Print what differs between the two, every row with the slowest first, and the means last."""
+    console = console or table_console(150)
     for line in comparison.unlike:
         console.print(f"not the same: {line}", style="yellow", markup=False, highlight=False)
     table = Table(title=f"{comparison.peer}: time after / time before (above 1: slower)", title_style="bold")
-    for name in ("suite", "shape", "layout", "variant", "mode", "gradient", "dtype", "pages"):
+    for name in Key._fields:
         table.add_column(name, no_wrap=True)
     for name in ("before, ms", "after, ms", "ratio"):
         table.add_column(name, justify="right")

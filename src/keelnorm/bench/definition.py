@@ -1,4 +1,4 @@
-"""Batch normalization by its definition, in float64 and plain tensor arithmetic.
+"""The definition of batch normalization, in float64 and plain tensor arithmetic.
 
 Source: S. Ioffe, C. Szegedy, 2015, arXiv:1502.03167, algorithm 1 and the gradients of section 3.
 """
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 4 << 20  # 32 MB a float64 tensor: channels are independent, so take a few at once
+BLOCK_ELEMENTS = 4 << 20  # 32 MB per float64 tensor; channels are independent, so they are computed in blocks
 KINK = 1e-4
 
-#: A sum is rounded before a residual is added, by up to half a unit of a value that may be 8 here.
+#: In bfloat16 a value of up to 8 is rounded before a residual is added, by up to half a unit in the last place.
 KINKS = {torch.bfloat16: 0.04}
 
 
@@ -23,9 +23,9 @@ KINKS = {torch.bfloat16: 0.04}
 class Quantity:
     """An expected tensor, and per channel the magnitude that its rounding error is relative to.
 
-    That is the largest of the terms an element is computed from, or the sum of absolute terms of a
-    sum. Where x is centred the mean is a term: the nearer a channel is to a constant, the less of
-    its precision is left.
+    The magnitude is the largest term an element is computed from, or for a sum the sum of its
+    absolute terms. Where x is centered, the mean is a term: the smaller the variance of a channel
+    relative to its mean, the less precision is left.
     """
 
     value: Tensor
@@ -70,10 +70,10 @@ def _part(tensor: Tensor | None, block: slice) -> Tensor | None:
 
 @torch.no_grad()
 def clear_kink(x: Tensor, residual: Tensor | None, dy: Tensor, state: Mapping[str, Tensor], eps: float) -> None:
-    """Zero dy where the activation's input is next to zero.
+    """Zero dy where the activation's input is close to zero.
 
-    There, rounding decides whether a gradient passes, and neither answer is wrong; with no gradient
-    to pass, every result is defined.
+    There, rounding decides whether a gradient passes, and both answers are right. With a gradient of
+    zero, every result is defined.
     """
     for block in _blocks(x):
         part = x[:, block]
@@ -84,13 +84,13 @@ def clear_kink(x: Tensor, residual: Tensor | None, dy: Tensor, state: Mapping[st
 
 @torch.no_grad()
 def leave_kink(x: Tensor, residual: Tensor | None, state: Mapping[str, Tensor], eps: float) -> None:
-    """Move the activation's inputs that are next to zero away from it, where dy can't be zeroed.
+    """Move the activation's inputs away from zero, where dy cannot be set to zero.
 
-    Through the residual if there is one, else through x, which moves the moments a little: so again,
-    until none is left.
+    Changes the residual if there is one, else x. Changing x moves the moments a little, so this is
+    repeated until no input is close to zero.
 
     Raises:
-        ValueError: some stay there.
+        ValueError: Some inputs stay close to zero.
     """
     kink = KINKS.get(x.dtype, KINK)
     for block in _blocks(x):
@@ -148,7 +148,7 @@ def training(
 ) -> dict[str, Quantity]:
     """Expected y, gradients and running statistics of one training step.
 
-    Tensors of the size of x are rounded once, to its dtype, to be kept; all else stays float64.
+    Tensors of the size of x are rounded once, to its dtype; all others stay float64.
     """
     samples = x.numel() // x.shape[1]
     kept = {name: torch.empty_like(x) for name in ("y", "dx")}

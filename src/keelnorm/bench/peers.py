@@ -1,4 +1,4 @@
-"""Who is measured. A peer is a name, a sentence and a function that builds its call."""
+"""The peers that are measured: each is a name, a sentence and a function that builds its call."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Call = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class CannotError(Exception):
-    """A peer that does not do a case, with the reason; unlike a wrong result this is no failure."""
+    """A peer does not do a case; unlike a wrong result this is not a failure."""
 
 
 class Given(NamedTuple):
-    """What a call and its backward are given."""
+    """The tensors of a call and its backward."""
 
     x: Tensor
     residual: Tensor | None
@@ -31,7 +31,7 @@ class Given(NamedTuple):
 class Built:
     """A peer ready to run: `call(x, residual) -> y`, and the module whose state it uses.
 
-    `given` stands for the problem's tensors where a peer needs them in a form of its own.
+    `given` replaces the problem's tensors for a peer that needs them in another form.
     """
 
     call: Call
@@ -41,10 +41,10 @@ class Built:
 
 @dataclass(frozen=True)
 class Peer:
-    """One line of the comparison.
+    """One implementation that is compared.
 
-    `is_batch_norm` claims the results of batch normalization, and is held to it. The others show a
-    limit: `limit_of` names the variant whose bytes they move.
+    The results of a peer with `is_batch_norm` are checked. The others show a limit: `limit_of` names the variant that
+    moves the same bytes.
     """
 
     name: str
@@ -65,7 +65,7 @@ def _torch_norm(problem: Problem) -> nn.Module:
 
 
 def _compose(case: Case, norm: nn.Module) -> Call:
-    """A batch norm and what follows it, as written in a ResNet."""
+    """A batch norm and what follows it, as a ResNet writes it."""
     relu = nn.ReLU(inplace=True)
 
     def bn(x: Tensor, _: Tensor | None) -> Tensor:
@@ -88,7 +88,7 @@ def _eager(problem: Problem) -> Built:
 
 
 def _compiled(problem: Problem) -> Built:
-    # Every case is its own program: without a reset the limit on recompilation ends in eager mode.
+    # Every case is a program of its own: without a reset, torch falls back to eager at its recompilation limit.
     torch._dynamo.reset()
     norm = _torch_norm(problem)
     return Built(torch.compile(_compose(problem.case, norm), dynamic=False), norm)

@@ -1,4 +1,4 @@
-"""The tensors of a case: the same values for every peer, in every layout."""
+"""The tensors of a case: the same values for every peer and in every layout."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def _draw(shape: Shape, device: str) -> tuple[Tensor, Tensor, Tensor, dict[str, 
 
 
 def _gradient(case: Case, dy: Tensor, formats: tuple[torch.memory_format, torch.memory_format]) -> Tensor:
-    """dy as it arrives; `formats` are the input's and the other one."""
+    """Lay out dy as it arrives; `formats` are the input's memory format and the other one."""
     if case.gradient == "expanded":
         return dy[:, :, :1, :1].clone().expand_as(dy)
     return dy.clone(memory_format=formats[case.gradient == "other"])
 
 
 def make_problem(case: Case, device: str = "cpu") -> Problem:
-    """Draw a case's tensors; equal for every layout of a shape, and for every run on a kind of device."""
+    """Draw a case's tensors: equal for every layout of a shape, and for every run on a kind of device."""
     x, residual, dy, state = _draw(case.shape, device)
     formats = (torch.contiguous_format, torch.channels_last)
     if case.layout == "channels_last":

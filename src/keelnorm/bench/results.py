@@ -1,4 +1,4 @@
-"""What a run yields, as plain data: to JSON and back without loss."""
+"""The results of a run as plain data, to JSON and back without loss."""
 
 from __future__ import annotations
 
@@ -6,41 +6,18 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from keelnorm.bench.cases import Case, variant_label
+from keelnorm.measure.machine import Machine
 from keelnorm.measure.plain_data import read
 
 SCHEMA = 2
-
-
-@dataclass
-class Machine:
-    """Where a run took place; `environment` holds the variables that change memory and threads.
-
-    `caches` are bytes by level, of the whole machine; `revision` is git's, with `+` for changes on it.
-    """
-
-    cpu: str
-    cores: int
-    threads: int
-    system: str
-    python: str
-    torch: str
-    torch_capability: str
-    keelnorm: str
-    keelnorm_kernels: str
-    load_average: float | None
-    page_bytes: int
-    torch_build: str = ""
-    caches: dict[str, int] = field(default_factory=dict)
-    memory_bytes: int | None = None
-    allocator: str = ""
-    revision: str | None = None
-    gpu: str = ""
-    environment: dict[str, str] = field(default_factory=dict)
+#: The arm of a network that plain torch is: the default layout and the default allocator.
+DEFAULT_ARM = "eager contiguous fresh"
 
 
 @dataclass
 class Settings:
-    """What was asked for."""
+    """What a run was asked to measure."""
 
     batch: int
     layouts: list[str]
@@ -61,12 +38,12 @@ class Settings:
 class Row:
     """One peer on one case in one mode.
 
-    `ratios` holds this peer's time over each other's: below 1, this one is faster.
-    `spread` is the quartiles' distance over the median, `disturbed` the share of rounds in which
+    `ratios` holds this peer's time over each other peer's: below 1, this peer is faster.
+    `spread` is the interquartile range over the median, `disturbed` the share of rounds in which
     other programs interfered, `page_faults` a count for one whole call (forward and backward, in
-    training). A row with `error` has no number; one with `skipped` has none either, since its peer
-    does not do such a case. `copied_bytes` is what the copy moves in the same time: against
-    `least_bytes` it says how many bytes the time is worth.
+    training). A row with `error` or `skipped` has no number: a mistake was found, or the peer does
+    not do such a case. `copied_bytes` is what the copy moves in the same time; `least_bytes` is
+    what the operation has to move at least.
     """
 
     suite: str
@@ -93,6 +70,25 @@ class Row:
     ratios: dict[str, float] = field(default_factory=dict)
     samples_us: list[float] = field(default_factory=list)
 
+    @property
+    def label(self) -> str:
+        """The variant, with the gradient's format and the dtype where they are not the usual ones."""
+        return variant_label(self.variant, self.gradient, self.dtype)
+
+
+def blank_row(case: Case, mode: str, peer: str) -> Row:
+    """A row of a case without a number."""
+    return Row(
+        suite=case.shape.suite,
+        shape=case.shape.name,
+        layout=case.layout,
+        variant=case.variant,
+        mode=mode,
+        peer=peer,
+        gradient=case.gradient,
+        dtype=case.dtype,
+    )
+
 
 @dataclass
 class Mean:
@@ -110,10 +106,15 @@ class Mean:
     dtype: str = "float32"
     pages: str = "fresh"
 
+    @property
+    def label(self) -> str:
+        """As `Row.label`."""
+        return variant_label(self.variant, self.gradient, self.dtype)
+
 
 @dataclass
 class Total:
-    """The time of all of a network's batch norms, each with what follows it there."""
+    """The time of all batch norms of a network, each with the operations that follow it there."""
 
     network: str
     layout: str
@@ -129,8 +130,8 @@ class NetworkRow:
     """One arm of a network: whole steps, in a process of its own.
 
     `step_ms` is the median, `peak_bytes` the most memory that the process had resident up to then,
-    and `baseline_bytes` what it had before the first step. `agreement` is the largest error against
-    float64 as a multiple of eager's. A row with `error` has no number.
+    and `baseline_bytes` what it had before the first step. `agreement` is the error against float64
+    as a multiple of eager's. A row with `error` has no number.
     """
 
     network: str
@@ -149,6 +150,11 @@ class NetworkRow:
     baseline_bytes: int | None = None
     ratios: dict[str, float] = field(default_factory=dict)
     samples_ms: list[float] = field(default_factory=list)
+
+    @property
+    def eager_arm(self) -> str:
+        """The arm that differs from this one only in the layers."""
+        return f"eager {self.layout} {self.pages}"
 
 
 @dataclass
@@ -191,10 +197,7 @@ class Report:
     variants: list[VariantRow] = field(default_factory=list)
 
     def is_fresh(self, row: Row) -> bool:
-        """Whether a call's tensors came as fresh pages, for a good part at least.
-
-        One page in four of a tensor of the size of x is enough.
-        """
+        """Whether a call's tensors came largely as fresh pages: at least one page in four of a tensor of x's size."""
         if not row.page_faults or not row.tensor_bytes:
             return False
         return row.page_faults * self.machine.page_bytes > row.tensor_bytes / 4

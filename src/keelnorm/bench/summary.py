@@ -1,27 +1,20 @@
-"""From rows to the few numbers that are read first."""
+"""The few numbers that are read first: geometric means over shapes, and totals of a network."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from statistics import geometric_mean
 
 from keelnorm.bench.cases import RESNET50
 from keelnorm.bench.results import Mean, Row, Total
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    """exp of the mean logarithm: the mean for ratios, indifferent to which side is below."""
-    if not values:
-        raise ValueError("a geometric mean needs at least one value, got none")
-    return math.exp(math.fsum(map(math.log, values)) / len(values))
-
-
 def means(rows: Iterable[Row], peers: Sequence[str]) -> list[Mean]:
     """Geometric means over each suite's shapes, for the given peers.
 
-    A mean is left out when one of its shapes has no number: over fewer shapes it would be another
-    number under the same name.
+    A mean is left out when one of its shapes has no number: a mean over fewer shapes is not comparable.
     """
     groups: defaultdict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
@@ -54,7 +47,7 @@ def means(rows: Iterable[Row], peers: Sequence[str]) -> list[Mean]:
 
 
 def totals(rows: Iterable[Row], peers: Sequence[str]) -> list[Total]:
-    """What all 53 batch norms of ResNet-50 take; left out unless every one has been measured."""
+    """The time of all 53 batch norms of ResNet-50; left out unless every one was measured."""
     uses = {
         ("x".join(map(str, plane)), variant): count
         for plane, variants in RESNET50.items()

@@ -1,8 +1,7 @@
-"""The command line. What a command needs is imported when it runs, so that `--help` answers soon."""
+"""The command line. A command imports what it needs when it runs, so that `--help` is quick."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from keelnorm.engine.optional_imports import lacking
@@ -10,10 +9,9 @@ from keelnorm.engine.optional_imports import lacking
 try:
     import typer
 
-    from keelnorm.bench.group import bench_app, read_report
-    from keelnorm.cli._shared.debug_option import OPTION, Commands
+    from keelnorm.cli._shared.command_group import OPTION, Commands
     from keelnorm.cli._shared.exit_status import ended_in_one_line
-    from keelnorm.cli._shared.laboratory_options import fail, need, page_path
+    from keelnorm.cli.bench import bench_app
     from keelnorm.cli.convert import convert_command
     from keelnorm.cli.demo import demo_command
     from keelnorm.cli.fold import fold_command
@@ -37,7 +35,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The console entry."""
+    """Run the command line: the console entry point."""
     with ended_in_one_line():
         app(prog_name="keelnorm")
 
@@ -57,30 +55,10 @@ def _common(
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
     debug: Annotated[
-        bool, typer.Option(OPTION, help="After an error print its traceback; may stand behind a command too.")
+        bool, typer.Option(OPTION, help="Print the traceback of an error; accepted after a command too.")
     ] = False,
 ) -> None:
     pass
-
-
-@bench_app.command("page")
-def bench_page(
-    results: Annotated[
-        list[Path], typer.Argument(exists=True, dir_okay=False, help="What the benchmarks wrote with --out.")
-    ],
-    out: Annotated[Path, typer.Option(help="The page to write.", callback=page_path)] = Path("keelnorm-bench.html"),
-) -> None:
-    """Draw results of kernels and networks on one HTML page that needs no network."""
-    need("bench", "plotly", "jinja2")
-    from keelnorm.bench.page import bench_document
-    from keelnorm.measure.page.html import write_page
-
-    try:
-        document = bench_document([read_report(path) for path in results])
-    except ValueError as error:
-        raise fail(str(error)) from None
-    write_page(document, out, template="bench.html")
-    typer.echo(str(out))
 
 
 app.command("demo")(demo_command)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from keelnorm.cli._shared import model_options
+from keelnorm.cli._shared.common_options import AsJson
 from keelnorm.cli._shared.failures import aside, told_in_one_line
 
 
@@ -22,21 +23,21 @@ def convert_command(
     where: model_options.Where = None,
     fuse: Annotated[
         bool,
-        typer.Option("--fuse/--no-fuse", help="Whether batch norms run with the addition and activation behind them."),
+        typer.Option("--fuse/--no-fuse", help="Run batch norms fused with the addition and activation after them."),
     ] = True,
     sync: Annotated[
         bool | None,
-        typer.Option("--sync/--no-sync", help="Make them synchronized, or plain; else they stay as they are."),
+        typer.Option("--sync/--no-sync", help="Make them synchronized, or not; by default they stay as they are."),
     ] = None,
     out: model_options.Out = None,
-    as_json: model_options.AsJson = False,
+    as_json: AsJson = False,
     report_file: model_options.ReportFile = None,
     force: model_options.Force = False,
 ) -> None:
-    """Show what kn.convert does to a model: which batch norms it takes, what they run with, and why others don't.
+    """Show what kn.convert does to a model: what it converts, what runs fused, and why others do not.
 
-    What a batch norm runs with is known once the model has run: --input or --example gives an example for that. The
-    state_dict is the same after it; --out writes that, to be loaded before kn.convert or after.
+    What a batch norm runs with is known once the model has run: give --input or --example.
+    The state_dict does not change; --out writes it, to be loaded before or after kn.convert.
     """
     from keelnorm.cli._shared.example_inputs import example_of
     from keelnorm.cli._shared.inspection import run_twice

@@ -1,4 +1,4 @@
-"""`keelnorm demo`: a few claims in quick size."""
+"""The command `keelnorm demo`: a few claims in quick form."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from keelnorm.cli._shared.laboratory_options import AsJson, Fresh, Jobs, Page, Seeds, need
+from keelnorm.cli._shared.common_options import AsJson
+from keelnorm.cli._shared.failures import need
+from keelnorm.cli._shared.laboratory_options import Fresh, Jobs, Page, Seeds
 from keelnorm.cli._shared.laboratory_run import PACKAGES, measure
 
 
@@ -18,14 +20,14 @@ def demo_command(
     jobs: Jobs = None,
     fresh: Fresh = False,
     reuse_memory: Annotated[
-        bool, typer.Option("--reuse-memory", help="Keep the memory of freed tensors, in this process alone.")
+        bool, typer.Option("--reuse-memory", help="Keep the memory of freed tensors, in this process only.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show on real data what batch normalization does: a few of the laboratory's claims in their quick form.
+    """Show on real data what batch normalization does: a few of the laboratory's claims.
 
-    Trains small networks on scikit-learn's handwritten digits, prints a verdict for each claim, and writes one HTML
-    page with interactive plots that needs no network. `keelnorm lab run` measures all claims.
+    Trains small networks on scikit-learn's handwritten digits and prints a verdict for each claim.
+    Writes one HTML page with interactive plots that needs no network. `keelnorm lab run` measures all claims.
     """
     need("lab", *PACKAGES)
     from keelnorm.lab.core.claim import chosen

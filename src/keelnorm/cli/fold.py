@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from keelnorm.cli._shared import model_options
+from keelnorm.cli._shared.common_options import AsJson
 from keelnorm.cli._shared.failures import CommandError, aside, need, told_in_one_line
 
 
@@ -23,28 +24,30 @@ def fold_command(
     example_file: model_options.Example = None,
     where: model_options.Where = None,
     tolerance: Annotated[
-        float | None, typer.Option(min=0.0, help="A layer that would differ by more, relative to its output, is left.")
+        float | None,
+        typer.Option(min=0.0, help="Leave out a layer whose output would change by more, relatively."),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
             "--out",
             metavar="FILE",
-            help="Write the folded model: its state_dict to a .safetensors file, or all of it to an .onnx file, which "
-            "is compared with it in onnxruntime.",
+            help="Write the folded model: its state_dict as .safetensors, or all of it as .onnx, which is then checked "
+            "in onnxruntime.",
         ),
     ] = None,
-    as_json: model_options.AsJson = False,
+    as_json: AsJson = False,
     report_file: model_options.ReportFile = None,
     force: model_options.Force = False,
 ) -> None:
-    """Fold a model's batch norms into the layers beside them, for inference, and check each.
+    """Fold a model's batch norms into neighboring layers, for inference, and check each.
 
-    The model is put in evaluation mode, and run on the example that --input or --example gives.
+    The model is put in evaluation mode and run on the example of --input or --example.
     """
     from keelnorm.cli._shared.example_inputs import example_of
     from keelnorm.cli._shared.model_source import load_model
-    from keelnorm.cli._shared.output import Output, replacing
+    from keelnorm.cli._shared.output import Output
+    from keelnorm.engine.atomic_write import replacing
     from keelnorm.surgery import export_onnx, fold
 
     output = Output(as_json, report_file, out, force, (".safetensors", ".onnx"))

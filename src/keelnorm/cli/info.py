@@ -1,33 +1,34 @@
-"""The command `keelnorm info`: what runs on this machine, and why."""
+"""The command `keelnorm info`: the kernels that run on this machine, and why."""
 
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
+from keelnorm.cli._shared.common_options import AsJson
+
 
 def gather() -> dict[str, Any]:
-    """Versions, machine, and every choice of kernels with what speaks for or against it."""
+    """Versions, machine, and every set of kernels with whether it runs here, and why."""
     import torch
 
-    import keelnorm
     from keelnorm import memory
     from keelnorm.engine.kernels import registry
-    from keelnorm.measure import machine
+    from keelnorm.measure.machine import describe
 
+    machine = describe()
     return {
-        "keelnorm": keelnorm.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": machine.cpu_model(),
-        "system": machine.system(),
-        "cores": machine.cores(),
-        "threads": torch.get_num_threads(),
-        "active": registry.active(),
+        "keelnorm": machine.keelnorm,
+        "torch": machine.torch,
+        "python": machine.python,
+        "processor": machine.cpu,
+        "system": machine.system,
+        "cores": machine.cores,
+        "threads": machine.threads,
+        "active": machine.keelnorm_kernels,
         "chosen_by": registry.chosen_by(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "active_on_gpus": registry.active("cuda"),
@@ -43,7 +44,7 @@ def _on_gpus(facts: dict[str, Any]) -> str:
     return f"{takes} on {', '.join(facts['gpus'])} runs on {facts['active_on_gpus']}."
 
 
-def info_command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, no table.")] = False) -> None:
+def info_command(as_json: AsJson = False) -> None:
     """List the kernels that run on this machine, the one in use, and why."""
     facts = gather()
     if as_json:

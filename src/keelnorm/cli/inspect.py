@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from keelnorm.cli._shared import model_options
+from keelnorm.cli._shared.common_options import AsJson
 from keelnorm.cli._shared.failures import aside, told_in_one_line
 
 
@@ -23,13 +24,13 @@ def inspect_command(
     evaluation: Annotated[
         bool, typer.Option("--eval/--train", help="The mode in which the model is run on --input or --example.")
     ] = True,
-    as_json: model_options.AsJson = False,
+    as_json: AsJson = False,
     report_file: model_options.ReportFile = None,
     force: model_options.Force = False,
 ) -> None:
-    """List a model's batch norms: what they are, their running statistics and γ, and what stands beside them.
+    """List a model's batch norms: their kind, running statistics and γ, and neighbors.
 
-    With --input or --example it says too what comes before and after each, and which of them can be folded.
+    With --input or --example also what comes before and after each, and which can be fused or folded.
     """
     from keelnorm.cli._shared.example_inputs import example_of
     from keelnorm.cli._shared.inspection import inspect_model, without_constants

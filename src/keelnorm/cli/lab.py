@@ -1,4 +1,4 @@
-"""`keelnorm lab`: the claims about batch normalization, measured."""
+"""The command `keelnorm lab`: measure claims about batch normalization."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 import typer
 from rich.console import Console
 
-from keelnorm.cli._shared.laboratory_options import AsJson, Fresh, Jobs, Page, Seeds, fail, need
+from keelnorm.cli._shared.common_options import AsJson
+from keelnorm.cli._shared.failures import CommandError, need
+from keelnorm.cli._shared.laboratory_options import Fresh, Jobs, Page, Seeds
 from keelnorm.cli._shared.laboratory_run import PACKAGES, deliver, measure, opened
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from keelnorm.lab.core.laboratory import Order
 
 lab_app = typer.Typer(
-    help="Measure what is said about batch normalization: claims, verdicts with intervals, one page.",
+    help="Measure claims about batch normalization: verdicts with intervals, and a page.",
     no_args_is_help=True,
 )
 
@@ -29,7 +31,7 @@ PAGE = Path("keelnorm-lab.html")
 
 @lab_app.command("list")
 def list_command(as_json: AsJson = False) -> None:
-    """List the claims: number, name, what is said, the data each can use."""
+    """List the claims: number, name, statement, and the data each can use."""
     need("lab", *PACKAGES)
     from keelnorm.lab.core.claim import claims
     from keelnorm.measure.page.terminal import show_claims
@@ -55,14 +57,14 @@ def run_command(
     names: Names = None,
     quick: Annotated[bool, typer.Option("--quick", help="A first look at each claim; the default.")] = False,
     full: Annotated[
-        bool, typer.Option("--full", help="More seeds, finer grids, longer training: what the page is meant for.")
+        bool, typer.Option("--full", help="More seeds, finer grids, longer training: for numbers to rely on.")
     ] = False,
     seeds: Seeds = None,
     data_dir: Annotated[
         Path | None,
         typer.Option(
-            help="A folder with data of yours: MNIST's IDX files, class folders of images, WAV files of spoken words. "
-            "Claims that can use them do so, beside what is bundled."
+            help="A folder with your data: MNIST's IDX files, class folders of images, WAV files of spoken words. "
+            "Claims that can use them do so, in addition to the bundled data."
         ),
     ] = None,
     out: Page = PAGE,
@@ -76,8 +78,7 @@ def run_command(
 ) -> None:
     """Measure claims on this machine, print a verdict for each, and write a page that needs no network.
 
-    Results are stored as they come. A run that was stopped, or killed, goes on where it was when the same command is
-    given again.
+    Results are stored as they come. A run that was stopped or killed continues when the same command is given again.
     """
     need("lab", *PACKAGES)
     from keelnorm.lab.core.clusters import ClusterError
@@ -94,7 +95,7 @@ def run_command(
     try:
         around = on_cluster(cluster)
     except ClusterError as error:
-        raise fail(str(error)) from None
+        raise CommandError(str(error)) from None
     except (ValueError, ModuleNotFoundError) as error:
         raise typer.BadParameter(str(error), param_hint="--cluster") from None
     measure(order, out, jobs=jobs, fresh=fresh, as_json=as_json, around=around)
@@ -102,7 +103,7 @@ def run_command(
 
 @lab_app.command("report")
 def report_command(names: Names = None, out: Page = PAGE, as_json: AsJson = False) -> None:
-    """Write the page again from what is stored beside it; nothing is measured."""
+    """Write the page again from the results stored beside it; nothing is measured."""
     need("lab", *PACKAGES)
     from keelnorm.lab.core.laboratory import report_order
 
@@ -112,7 +113,7 @@ def report_command(names: Names = None, out: Page = PAGE, as_json: AsJson = Fals
 
 @lab_app.command("show")
 def show_command(names: Names = None, out: Page = PAGE, as_json: AsJson = False) -> None:
-    """Print claims with findings, tables, set-up and sources, from what is stored beside the page."""
+    """Print claims with findings, tables, setup and sources, from the results stored beside the page."""
     need("lab", *PACKAGES)
     from keelnorm.lab.core.laboratory import report_order
     from keelnorm.measure.page.terminal import show_section
@@ -149,16 +150,16 @@ def _chosen(names: list[str] | None) -> list[Claim]:
 
 
 def _stored(names: list[str] | None, page: Path, plain: dict[str, object] | None) -> Order:
-    """What the last run beside this page was asked for, or of that the claims of these names."""
+    """The order of the last run beside this page, or its part for claims of these names."""
     from keelnorm.lab.core.laboratory import order_from, results_beside
 
     selected = _chosen(names)
     if plain is None:
-        raise fail(
+        raise CommandError(
             f"{results_beside(page)} has no results of this version; `keelnorm lab run --out {page}` measures, and "
             "--out names another page"
         )
     try:
         return order_from(plain | {"claims": [claim.name for claim in selected]} if names else plain)
     except ValueError as error:
-        raise fail(f"{results_beside(page)}: {error}; `keelnorm lab run --out {page}` measures anew") from None
+        raise CommandError(f"{results_beside(page)}: {error}; `keelnorm lab run --out {page}` measures anew") from None

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from keelnorm.cli._shared import model_options
+from keelnorm.cli._shared.common_options import AsJson
 from keelnorm.cli._shared.failures import aside, told_in_one_line
 
 
@@ -27,20 +28,22 @@ def recalibrate_command(
     key: model_options.Key = None,
     prefix: model_options.Prefix = None,
     where: model_options.Where = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Inputs of a file that are run at once.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size for inputs from a file.")] = 64,
     sequential: Annotated[
-        bool, typer.Option("--sequential", help="One layer after the other, each on what the new ones before it give.")
+        bool,
+        typer.Option("--sequential", help="Recalibrate one layer after the other, in order."),
     ] = False,
     tolerance: Annotated[
-        float | None, typer.Option(min=0.0, help="Stop when the moments are known this well; else all data is used.")
+        float | None,
+        typer.Option(min=0.0, help="Stop when the statistics are this accurate; by default use all data."),
     ] = None,
-    max_batches: Annotated[int | None, typer.Option(min=1, help="Use this many batches at most.")] = None,
+    max_batches: Annotated[int | None, typer.Option(min=1, help="Use at most this many batches.")] = None,
     out: model_options.Out = None,
-    as_json: model_options.AsJson = False,
+    as_json: AsJson = False,
     report_file: model_options.ReportFile = None,
     force: model_options.Force = False,
 ) -> None:
-    """Compute a model's running statistics anew from data, and show how far off they were."""
+    """Compute a model's running statistics again from data, and show how far off they were."""
     from keelnorm import surgery
     from keelnorm.cli._shared.example_inputs import batches_of
     from keelnorm.cli._shared.model_source import load_model

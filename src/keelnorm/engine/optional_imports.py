@@ -21,13 +21,18 @@ def lacking(extra: str, *modules: str) -> str | None:
     The command names the packages, not ``keelnorm[extra]``: it works however keelnorm was installed, from a folder, a
     wheel or an index.
     """
-    missing = [module for module in modules if find_spec(module) is None]
+    missing = missing_modules(*modules)
     if not missing:
         return None
     wanted = required_by(extra)
     wanted = [one for one in wanted if not _is_installed(one)] or wanted
     words = wanted or [_PACKAGES.get(module, module) for module in missing]
     return f"{', '.join(missing)}: {' '.join([_installer(), *map(quote, words)])}"
+
+
+def missing_modules(*modules: str) -> list[str]:
+    """Those of the modules that are not installed."""
+    return [module for module in modules if find_spec(module) is None]
 
 
 def required_by(extra: str) -> list[str]:

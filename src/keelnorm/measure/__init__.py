@@ -1,1 +1,1 @@
-"""What the laboratory and the benchmarks share: facts about the machine, timing, statistics, and pages."""
+"""Facts about the machine, timing, statistics and pages, for the laboratory and the benchmarks."""

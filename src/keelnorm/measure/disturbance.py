@@ -1,12 +1,12 @@
-"""What disturbs a measurement: other programs on the cores, and memory that arrives fresh.
+"""Detect what disturbs a measurement: other programs on the cores, and fresh memory pages.
 
-A parallel loop ends when its last thread does. Once another program takes one of the cores, every
-loop waits a turn of the scheduler, several milliseconds, whatever it computes: such samples say
-nothing about the code, so they have to be known.
+A parallel loop ends when its last thread does. When another program takes one of the cores, every
+loop waits several milliseconds for the scheduler, whatever it computes. Such samples say nothing
+about the code.
 
 A large tensor that the allocator takes from the system and returns at every call costs a page fault
-for every page of it, which can take longer than the arithmetic. Whether that happens depends on
-what the process has allocated before, so that has to be known too.
+per page, which can take longer than the arithmetic. Whether that happens depends on what the
+process has allocated before.
 """
 
 from __future__ import annotations
@@ -24,27 +24,26 @@ STATUS = Path("/proc/self/status")
 
 
 def run_delay() -> float | None:
-    """Seconds that this process's threads were ready to run and had no core; None if unknown."""
+    """Seconds that threads of this process were ready to run but had no core; None if unknown."""
     total_ns = 0
     try:
         for task in TASKS.iterdir():
             # Fields: time on a core, time waiting for one (both ns), turns.
             total_ns += int((task / "schedstat").read_text(encoding="ascii").split()[1])
-    except (OSError, IndexError, ValueError):  # not Linux, or a thread that has just ended
+    except (OSError, IndexError, ValueError):  # not Linux, or a thread has just ended
         return None
     return total_ns / 1e9
 
 
 def page_faults() -> int:
-    """Pages that this process has had to be given so far; 0 where that is not counted."""
+    """Page faults of this process so far; 0 where they are not counted."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource else 0
 
 
 def peak_bytes() -> int | None:
     """The most memory that this process has had resident so far; None if unknown.
 
-    Not `ru_maxrss` where it can be helped: on Linux a process starts with that of the one it was
-    started from.
+    `ru_maxrss` is not used on Linux, where a process inherits it from its parent.
     """
     try:
         for line in STATUS.read_text(encoding="ascii").splitlines():
@@ -55,4 +54,4 @@ def peak_bytes() -> int | None:
     if resource is None or sys.platform == "linux":
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) * (1 if sys.platform == "darwin" else 1024)  # kilobytes, but on macOS
+    return int(peak) * (1 if sys.platform == "darwin" else 1024)  # kilobytes, except on macOS

@@ -1,4 +1,4 @@
-"""Plain data, as JSON gives it, into the dataclasses that it was made from; whatever the file holds."""
+"""Read plain data, as JSON gives it, into dataclasses, and check every type."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 def read(kind: Any, value: Any, where: str = "it") -> Any:
-    """The value as one of this kind: a dataclass, a list, a dict, a union, or a plain type.
+    """Read a value as a dataclass, a list, a dict, a union, or a plain type.
+
+    Args:
+        kind: The type.
+        value: Plain data.
+        where: The name of the value in error messages.
 
     Raises:
-        ValueError: it is none; says where.
+        ValueError: The value has another type; the message says where.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if is_dataclass(kind):

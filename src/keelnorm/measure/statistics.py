@@ -1,7 +1,7 @@
 """Means, differences and ratios over seeds, each with its 95 % t-interval.
 
-Seeds are the unit: a seed draws the split, the initialization and the order of the samples, and all
-arms of a seed share them. So two arms are compared seed by seed, which removes what they share.
+A seed draws the split, the initialization and the order of the samples, and all arms of a seed share
+them. Two arms are therefore compared seed by seed, which removes the variation they share.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ def mean(values: Sequence[float]) -> Interval:
     """The mean over seeds with its t-interval: mean -/+ t(n - 1) s / sqrt(n)."""
     n = len(values)
     if n == 0:
-        raise ValueError("a mean needs at least one value, and there is none")
-    centre = math.fsum(values) / n
+        raise ValueError("a mean needs at least one value, got none")
+    center = math.fsum(values) / n
     if n == 1:
-        return Interval(centre, -math.inf, math.inf, 1)
+        return Interval(center, -math.inf, math.inf, 1)
     from scipy.special import stdtrit
 
-    variance = math.fsum((value - centre) ** 2 for value in values) / (n - 1)
+    variance = math.fsum((value - center) ** 2 for value in values) / (n - 1)
     half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * math.sqrt(variance / n)
-    return Interval(centre, centre - half, centre + half, n)
+    return Interval(center, center - half, center + half, n)
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> Interval:
@@ -71,7 +71,7 @@ def ratio(first: Sequence[float], second: Sequence[float]) -> Interval:
 
 
 def _exp(value: float) -> float:
-    """The exponential, infinite where a float can't hold it."""
+    """The exponential, or infinity where it overflows."""
     return math.inf if value > 700 else math.exp(value)
 
 
@@ -80,11 +80,11 @@ Bound = Literal["exact", "at least", "at most", "unknown"]
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times fewer steps an arm needs than the baseline.
+    """Steps of the baseline over steps of an arm, to reach a target.
 
-    A run that never reaches the target needs more steps than it was given: its true number is censored
-    at the horizon. Dropping such runs would favour the arm that fails, so they count at the horizon,
-    and `bound` says what the ratio then is.
+    A run that never reaches the target is censored at the horizon: it would need more steps than it
+    was given. Dropping such runs would favor the arm that fails, so they count with the horizon, and
+    `bound` says whether the ratio is then exact or a bound.
     """
 
     ratio: Interval
@@ -105,7 +105,11 @@ def speedup(
 ) -> Speedup:
     """Steps of the baseline over steps of the arm, paired by seed; None is "not reached".
 
-    `horizon` is how long the baseline was trained, and the arm too where `own_horizon` does not say otherwise.
+    Args:
+        steps: Steps of the arm by seed.
+        baseline: Steps of the baseline by seed.
+        horizon: How many steps the baseline was trained.
+        own_horizon: How many steps the arm was trained; None: as many.
     """
     own_horizon = horizon if own_horizon is None else own_horizon
     late, late_baseline = steps.count(None), baseline.count(None)
@@ -127,7 +131,7 @@ def speedup(
 
 
 def first_crossing(x: Sequence[float], y: Sequence[float], target: float) -> float | None:
-    """Where y first reaches the target, linear between the points; None where it never does."""
+    """The x at which y first reaches the target, with linear interpolation; None if it never does."""
     for index, value in enumerate(y):
         if value < target:
             continue

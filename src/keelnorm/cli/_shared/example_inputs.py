@@ -1,4 +1,4 @@
-"""What a model is run on: random numbers of a shape, or arrays in a file."""
+"""The inputs a model is run on: random numbers of a shape, or arrays in a file."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8
 
 
 def example_of(model: nn.Module, inputs: list[str] | None, file: Path | None) -> Any:
-    """The example that --input or --example names; None for neither.
+    """Make the example that --input or --example describes, on the model's device; None for neither.
 
-    It is on the model's device. Floating-point numbers have its dtype, unless --input says another.
+    Floating-point numbers have the model's dtype, unless --input names another.
 
     Raises:
-        CommandError: Both are given, or what is given is none.
+        CommandError: Both are given, or one is not valid.
     """
     if inputs and file:
         raise CommandError("--input and --example exclude each other")
@@ -39,10 +39,10 @@ def example_of(model: nn.Module, inputs: list[str] | None, file: Path | None) ->
 
 
 def batches_of(model: nn.Module, data: str, batch_size: int) -> Iterable[Any]:
-    """The batches that --data names: a file's one array, cut along N, or what a callable returns.
+    """Make the batches that --data names: the array of a file, split along N, or what a callable returns.
 
     Raises:
-        CommandError: There is no such file or callable, or it has something else.
+        CommandError: The file or callable does not exist, or gives something else.
     """
     if ":" in data and not Path(data).exists():
         found = find(data)
@@ -82,7 +82,7 @@ def _random(model: nn.Module, text: str, generator: torch.Generator) -> Tensor:
 
 
 def _read_arrays(path: Path) -> dict[str, Tensor]:
-    """The arrays of a .npy file, named like the file, or of a .npz file; nothing is unpickled."""
+    """Read the arrays of a .npz file, or of a .npy file under the file's name; nothing is unpickled."""
     try:
         content = np.load(path, allow_pickle=False)
         arrays = {path.stem: content} if isinstance(content, np.ndarray) else dict(content)
@@ -99,10 +99,10 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def _in_dtype(model: nn.Module, tensor: Tensor) -> Tensor:
-    """In the model's dtype, if both are floating-point: numpy's default is another than torch's."""
+    """Convert a floating-point tensor to the model's dtype, because numpy's default differs from torch's."""
     return tensor.to(_dtype_of(model)) if tensor.is_floating_point() else tensor
 
 
 def _beside(model: nn.Module, tensor: Tensor) -> Tensor:
-    """On the device of the model."""
+    """Move a tensor to the device of the model."""
     return next((tensor.to(value.device) for value in model.parameters()), tensor)

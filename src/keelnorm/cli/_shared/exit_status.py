@@ -1,4 +1,4 @@
-"""How every command ends, whatever stands in its way: one line on the error stream, and an exit status."""
+"""How the process of a command ends: interrupts and system errors give one line and an exit status."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from types import FrameType
 from typing import NoReturn, TextIO
 
 STOPPED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
-"""Exit statuses as those of a process that the signal has ended."""
+"""The exit statuses of a process that these signals ended."""
 
 _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 _SUBSTITUTES = {"✓": "+", "✗": "x", "×": "x", "−": "-", "–": "-", "…": "...", "≤": "<=", "≥": ">=", "±": "+-"}
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came; all is as after Ctrl-C."""
+    """SIGTERM was received; handled like Ctrl-C."""
 
 
 @contextmanager
 def ended_in_one_line() -> Iterator[None]:
     """Run a command inside.
 
-    Characters that the terminal lacks are replaced; SIGTERM ends the command as Ctrl-C does; an error of the system,
-    such as a full disk, is one line that says where it arose.
+    Characters that the terminal cannot show are replaced. SIGTERM ends the command as Ctrl-C does. A system error, such
+    as a full disk, is reported in one line with the name of the file.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # neither a caller's, nor none
+        if isinstance(stream, TextIOWrapper):  # not a stream of the caller, and not None
             stream.reconfigure(errors="keelnorm.substitute")
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -41,7 +41,7 @@ def ended_in_one_line() -> Iterator[None]:
             yield
             _flush()
         except SystemExit as leave:
-            # typer takes the interrupts that no command has taken, and says nothing.
+            # typer catches interrupts that no command has caught, and prints nothing.
             stop = getattr(leave.__context__, "__cause__", None)
             if isinstance(stop, KeyboardInterrupt):
                 _end("stopped", status_of(stop))
@@ -50,12 +50,12 @@ def ended_in_one_line() -> Iterator[None]:
             except OSError:
                 if not leave.code:
                     raise
-                _give_up(sys.stdout)  # what is wrong has been said
+                _give_up(sys.stdout)  # the error was printed already
             raise
     except KeyboardInterrupt as stop:
         _end("stopped", status_of(stop))
     except OSError as error:
-        said = None if error.errno == errno.EPIPE else words(error)
+        said = None if error.errno == errno.EPIPE else describe_system_error(error)
         _give_up(sys.stdout)
         _end(said, 1)
     finally:
@@ -67,8 +67,8 @@ def status_of(stop: KeyboardInterrupt) -> int:
     return TERMINATED if isinstance(stop, Terminated) else STOPPED
 
 
-def words(error: OSError) -> str:
-    """What an error of the system says, and of which file. Whoever writes a file names it; a stream has no name."""
+def describe_system_error(error: OSError) -> str:
+    """The message of a system error with the name of its file; standard output has no file name."""
     where = error.filename
     if where is None and error.errno in _OF_WRITING:
         where = "standard output"
@@ -90,7 +90,7 @@ def _flush() -> None:
 
 
 def _give_up(stream: TextIO | None) -> None:
-    """What is left in the stream's buffer can't be written; Python would try again at its end."""
+    """Discard what is left in the buffer of a stream: Python would try to write it again at exit."""
     with suppress(AttributeError, OSError, ValueError):
         assert stream is not None
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -101,7 +101,7 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _substitute(error: UnicodeError) -> tuple[str, int]:
-    """What stands for characters that the stream's encoding lacks: a like one, else a question mark."""
+    """Replace characters that the encoding of the stream lacks by similar ones, else by question marks."""
     assert isinstance(error, UnicodeEncodeError)
     there = error.object[error.start : error.end]
     return "".join(_SUBSTITUTES.get(each) or _plain(each) for each in there), error.end

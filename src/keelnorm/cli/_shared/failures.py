@@ -1,4 +1,4 @@
-"""How a command ends when something is wrong: one line on the standard error stream, and exit status 1."""
+"""How a command fails: it raises a `CommandError`, which becomes one line on the standard error stream."""
 
 from __future__ import annotations
 
@@ -9,26 +9,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
-import typer
-
 from keelnorm.engine.optional_imports import lacking
 
 
 class CommandError(Exception):
-    """What was asked, what came, and what is legal."""
+    """Ends a command; the message says what was asked, what came, and what is legal.
+
+    Args:
+        message: One line.
+        status: The exit status.
+    """
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 def one_line(error: BaseException) -> str:
-    """The kind of an error, what it says, and where in the user's code it arose."""
+    """Name an error's type, its message, and the line of the user's code where it arose."""
     said, place = " ".join(str(error).split()), _place(error)
     words = f"{type(error).__name__}: {said}" if said else type(error).__name__
     return f"{words} ({place})" if place else words
 
 
 def _place(error: BaseException) -> str | None:
-    """The innermost line that is neither Python's, torch's nor keelnorm's, for want of others an installed package's.
+    """The innermost line of the user's code, or of an installed package if there is none.
 
-    None for a model that is made of torch's layers alone.
+    None where all code is Python's, torch's or keelnorm's.
     """
     import torch
 
@@ -51,24 +58,24 @@ def _place(error: BaseException) -> str | None:
 
 @contextmanager
 def told_in_one_line(command: str) -> Iterator[None]:
-    """Whatever goes wrong inside is said in one line, and ends the command."""
+    """Turn every error inside into a `CommandError`: the code of a model may raise anything."""
     try:
         yield
-    except Exception as error:  # a model's own code raises anything
+    except CommandError:
+        raise
+    except Exception as error:
         said = " ".join(str(error).split())
-        plain = isinstance(error, CommandError) or said.startswith(f"{command}: ")
-        typer.echo(said if plain else one_line(error), err=True)
-        raise typer.Exit(1) from None
+        raise CommandError(said if said.startswith(f"{command}: ") else one_line(error)) from error
 
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """What a model's code prints goes to the standard error stream: the other one is for the report alone."""
+    """Send what a model's code prints to the standard error stream; standard output is for the report alone."""
     with redirect_stdout(sys.stderr):
         yield
 
 
 def need(extra: str, *modules: str) -> None:
-    """Raise, saying what to install, when a package that is needed is missing."""
+    """Raise, with what to install, when a package that the command needs is missing."""
     if words := lacking(extra, *modules):
-        raise CommandError(f"this needs {words}")
+        raise CommandError(f"this command needs {words}")

@@ -1,4 +1,4 @@
-"""What there is to know about the batch norms of a model, in a report."""
+"""Report what is known about the batch norms of a model."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from keelnorm.surgery.observation.nested_tensors import call_of
 from keelnorm.surgery.observation.observe import observe, preserved
 from keelnorm.surgery.target_layers import chosen
 
-#: A channel with a smaller |γ| is counted as dead: what it gives is β.
+#: A channel with a smaller |γ| is counted as dead: its output is β.
 DEAD = 1e-6
 
 
 class Range(NamedTuple):
-    """The least and the largest of some numbers; in JSON a list of both."""
+    """The minimum and the maximum of some numbers; in JSON a list of both."""
 
     least: float
     largest: float
@@ -38,14 +38,14 @@ class Range(NamedTuple):
 
 
 def inspect_model(model: nn.Module, example: Any, *, where: Where = None, evaluation: bool = True) -> Report:
-    """A row for each batch norm.
+    """Report a row for each batch norm.
 
     Args:
-        model: Any module. Its modes change; all else is as before.
-        example: As in ``kn.fold``; None leaves out what only a run tells: what is beside a batch norm, what it runs
-            with after ``kn.convert``, and whether it can be folded.
+        model: Any module. Its training modes change, and nothing else.
+        example: As in ``kn.fold``. Without it the report lacks what only a run can show: the neighbors of a batch norm,
+            what it runs with after ``kn.convert``, and whether it can be folded.
         where: Which batch norms; None for all.
-        evaluation: The mode of that run.
+        evaluation: Whether that run is in evaluation mode.
     """
     layers = chosen("inspect", model, where)
     held = {path: is_frozen(layer) or frozen(layer)[""].statistics for path, layer in layers.items()}
@@ -74,9 +74,9 @@ def inspect_model(model: nn.Module, example: Any, *, where: Where = None, evalua
 
 
 def run_twice(model: nn.Module, example: Any) -> list[str]:
-    """Run a converted model so that its layers learn what follows them: twice in evaluation, and twice in training.
+    """Run a converted model twice in evaluation and twice in training, so that its layers learn what follows them.
 
-    Buffers, modes and random generators are as before after it.
+    Buffers, modes and random generators are restored.
 
     Returns:
         A note if the model does not run in training on the example, as with a single value per channel.
@@ -94,7 +94,7 @@ def run_twice(model: nn.Module, example: Any) -> list[str]:
             with preserved(model, (args, kwargs)):
                 for _ in range(2):
                     model.train()(*args, **kwargs)
-        except Exception as error:  # whatever a model's code raises
+        except Exception as error:  # the code of a model may raise anything
             return [f"The model was run in evaluation alone; in training it raised {one_line(error)}"]
         return []
     finally:
@@ -103,7 +103,7 @@ def run_twice(model: nn.Module, example: Any) -> list[str]:
 
 
 def without_constants(report: Report) -> Report:
-    """The report for a terminal: what is the same in every row stands below the table."""
+    """The report for a terminal: values that are equal in every row are printed below the table."""
     same = {
         name: report.rows[0][name]
         for name in ("kind", "eps", "momentum", "mode", "moments", "batches")
@@ -115,7 +115,7 @@ def without_constants(report: Report) -> Report:
 
 
 def _converted(model: nn.Module, example: Any, where: Where, notes: list[str]) -> Report:
-    """The report of a converted copy that has run."""
+    """The report of a converted copy after a run."""
     converted, report = convert(copy.deepcopy(model), where=where)
     notes += run_twice(converted, example)
     return report
@@ -167,7 +167,7 @@ def _range(values: Tensor | None) -> Range | None:
 
 
 def _numbers(values: Any) -> Tensor | None:
-    """A tensor that has some, which those of lazy layers and on the meta device have not."""
+    """The tensor if it has values; tensors of lazy layers and on the meta device have none."""
     if not isinstance(values, Tensor) or is_lazy(values) or values.is_meta or not values.numel():
         return None
     return values.detach()
@@ -186,15 +186,15 @@ def _neighbours(trace: Trace, layer: _BatchNorm) -> dict[str, Any]:
 
 
 def _named(call: Call) -> str:
-    """A layer that has no modules in it by its name, else the function that its code calls."""
+    """The name of a layer without submodules, else of the function that its code calls."""
     layer = call if isinstance(call, ModuleCall) else call.inside
     return str(layer if layer is not None and layer.path and not any(layer.module.children()) else call)
 
 
 def _tried(column: str, operation: Callable[[], Report], notes: list[str]) -> Report | None:
-    """An operation's report; None, and a note, for a model that it can't be done to."""
+    """The report of an operation; None, and a note, if it fails on this model."""
     try:
         return operation()
-    except Exception as error:  # whatever a model's code raises when it is copied or run
+    except Exception as error:  # the code of a model may raise anything
         notes.append(f"Not known what it {column}: {one_line(error)}")
         return None

@@ -1,4 +1,4 @@
-"""What `keelnorm demo` and `keelnorm lab run` do alike: run an order with a progress bar, write the page, print."""
+"""Run an order of the laboratory with a progress bar, write its page and print it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
-from keelnorm.cli._shared.exit_status import status_of, words
-from keelnorm.cli._shared.laboratory_options import fail
+from keelnorm.cli._shared.exit_status import describe_system_error, status_of
+from keelnorm.cli._shared.failures import CommandError
 
 if TYPE_CHECKING:
     from keelnorm.lab.core.laboratory import Order
     from keelnorm.lab.core.store import Store
 
 PACKAGES = ("joblib", "sklearn", "scipy", "plotly", "jinja2")
-"""What the extra [lab] brings."""
+"""The packages of the extra [lab]."""
 
 
 def opened(page: Path, *, fresh: bool = False) -> Store:
-    """The results beside a page; what is wrong with them is said on the error stream."""
+    """Open the results beside a page, and print warnings about them on the standard error stream."""
     from keelnorm.lab.core.laboratory import results_beside
     from keelnorm.lab.core.store import Store
 
@@ -41,9 +41,15 @@ def measure(
     as_json: bool,
     around: AbstractContextManager[Any] | None = None,
 ) -> None:
-    """Run the order, write its page and print the document; exit status 1 when a cell failed.
+    """Run an order, write its page and print the document; exit status 1 when a cell failed.
 
-    `around` is entered for the run: a cluster, or the reuse of memory.
+    Args:
+        order: What to measure.
+        page: The file of the page.
+        jobs: Parallel processes; None: one per core.
+        fresh: Ignore stored results.
+        as_json: Print JSON.
+        around: A context manager that is entered for the run: a cluster, or the reuse of memory.
     """
     from keelnorm.lab.core.clusters import ClusterError
     from keelnorm.lab.core.laboratory import run_order
@@ -55,18 +61,18 @@ def measure(
         with around or nullcontext(), ProgressBar(Console(stderr=True)) as bar:
             document = run_order(order, store, jobs=jobs, listener=bar)
     except KeyboardInterrupt as stop:
-        raise fail(f"stopped; {kept}", status_of(stop)) from None
+        raise CommandError(f"stopped; {kept}", status_of(stop)) from None
     except OSError as error:
-        raise fail(f"{words(error)}; {kept}") from None
+        raise CommandError(f"{describe_system_error(error)}; {kept}") from None
     except ClusterError as error:
-        raise fail(f"{error}; {kept}") from None
+        raise CommandError(f"{error}; {kept}") from None
     deliver(document, page, store, as_json=as_json)
     if document["run"]["failed"]:
-        raise fail(f"{document['run']['failed']} of {document['run']['cells']} cells failed")
+        raise CommandError(f"{document['run']['failed']} of {document['run']['cells']} cells failed")
 
 
 def deliver(document: dict[str, Any], page: Path, store: Store, *, as_json: bool) -> None:
-    """Write the page of a document, and print it in words or as JSON; where one of the two fails, still the other."""
+    """Write the page of a document, and print it as text or JSON; if one of the two fails, still do the other."""
     from keelnorm.measure.page.html import write_page
     from keelnorm.measure.page.terminal import show
 

@@ -1,4 +1,4 @@
-"""Arguments and options that the commands share."""
+"""Arguments and options that the commands on models share."""
 
 from __future__ import annotations
 
@@ -62,7 +62,6 @@ Where: TypeAlias = Annotated[
 Out: TypeAlias = Annotated[
     Path | None, typer.Option("--out", metavar="FILE", help="Write the state_dict to this .safetensors file.")
 ]
-AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")]
 ReportFile: TypeAlias = Annotated[
     Path | None, typer.Option("--report", metavar="FILE", help="Write the report as JSON to this file too.")
 ]

@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 def load_model(
     name: str, arguments: str | None, weights: Path | None, key: str | None = None, prefix: str | None = None
 ) -> tuple[nn.Module, list[str]]:
-    """The model, on the CPU where its code puts it nowhere else, with its weights; and notes on those.
+    """Load the model of a command, with its weights; gives notes on where the weights were found.
 
     Args:
-        name: ``package.module:callable``, or a module that is there already.
+        name: ``package.module:callable``, or ``package.module:model`` for a model that exists.
         arguments: The callable's keywords, in JSON.
         weights: A file with its state_dict.
-        key, prefix: Where that is in the file, and what its keys begin with.
+        key: The name of the state_dict in the file.
+        prefix: The prefix of the keys to take.
 
     Raises:
-        CommandError: There is no such thing, it is no model, or the weights don't fit.
+        CommandError: The name is not found, gives no model, or the weights don't fit.
     """
     from torch import nn
 
@@ -51,14 +52,14 @@ def load_model(
 
 
 def find(name: str) -> Any:
-    """What `package.module:attribute` is, imported; looked for in what is installed, then in the current directory."""
+    """Import `package.module:attribute`: from what is installed, then from the current directory."""
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise CommandError(f"expected package.module:callable, such as torchvision.models:resnet50; got {name!r}")
     if os.sep in module_name or Path(module_name).is_file():
         raise CommandError(f"{name}: a module is meant, not its file: {_as_module(Path(module_name), attribute)}")
     if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)  # last, so that no file in it stands for an installed package
+        sys.path.append(here)  # last, so that no file in it hides an installed package
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -81,7 +82,7 @@ def find(name: str) -> Any:
 
 
 def _as_module(path: Path, attribute: str) -> str:
-    """What to write in a file's place."""
+    """The name of a file's module, to be written in place of its path."""
     path, here = Path(os.path.abspath(path)).with_suffix(""), Path.cwd()
     if path.is_relative_to(here):
         return f"{'.'.join(path.relative_to(here).parts)}:{attribute}"
@@ -89,7 +90,7 @@ def _as_module(path: Path, attribute: str) -> str:
 
 
 def _check_not_hidden(name: str, module_name: str) -> None:
-    """Raise where the current directory has such a module too, and another one was found first."""
+    """Raise if the current directory has a module of this name too, and another one was found first."""
     root = module_name.partition(".")[0]
     here, file = Path.cwd(), getattr(sys.modules[root], "__file__", None)
     for own in (here / f"{root}.py", here / root / "__init__.py"):
@@ -101,7 +102,7 @@ def _check_not_hidden(name: str, module_name: str) -> None:
 
 
 def call(name: str, found: Any, keywords: dict[str, Any]) -> Any:
-    """Call what was found; what goes wrong in it is said with its name."""
+    """Call what was found; its errors are reported with its name."""
     if not callable(found):
         raise CommandError(f"{name} must be a callable; it is {described(found)}")
     try:
@@ -124,7 +125,7 @@ def _keywords(text: str | None) -> dict[str, Any]:
 
 
 def described(value: Any) -> str:
-    """What a value is, in a few words."""
+    """Describe a value in a few words."""
     from keelnorm.engine.error_messages import describe
 
     said = " ".join(describe(value).split())

@@ -1,13 +1,10 @@
-"""What a command leaves: the report, on the terminal and in a file, and the model's file."""
+"""The results of a command on a model: the report, on the terminal and in a file, and the model's file."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from keelnorm.cli._shared.failures import CommandError
+from keelnorm.engine.atomic_write import replacing, write_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Output:
-    """Where results go. Checked when it is made, before anything else is done.
+    """Where results go; checked when it is created, before anything else is done.
 
     Args:
         as_json: Print the report as JSON.
@@ -56,7 +54,7 @@ class Output:
                 raise CommandError(f"nothing can be written to {path.parent}; it must be a directory that is there")
 
     def save(self, model: nn.Module, report: Report) -> None:
-        """Write the model's state_dict, where that was asked for, and note it."""
+        """Write the model's state_dict, if asked for, and add a note."""
         if self.out is not None:
             from keelnorm.cli._shared.weights_file import save_state_dict
 
@@ -65,11 +63,10 @@ class Output:
             report.notes.append(f"The state_dict was written to {self.out}.")
 
     def tell(self, report: Report, shown: Report | None = None) -> None:
-        """Write and print the report; as a table, ``shown`` in its place if there is one."""
+        """Write and print the report; ``shown`` is printed as the table in its place, if given."""
         text = json.dumps(_plain(report.to_dict()), allow_nan=False)
         if self.report is not None:
-            with replacing(self.report) as temporary:
-                temporary.write_text(text + "\n", encoding="utf-8")
+            write_text(self.report, text + "\n")
         if self.as_json:
             typer.echo(text)
             return
@@ -82,17 +79,8 @@ class Output:
             typer.echo(str(shown or report))
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to; the file gets its real name when it is complete, and after an error nothing is left."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        temporary = Path(folder) / path.name
-        yield temporary
-        os.replace(temporary, path)
-
-
 def _plain(value: Any) -> Any:
-    """JSON has no number for what is not finite: null."""
+    """The value with None for numbers that are not finite, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

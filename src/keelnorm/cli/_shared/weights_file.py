@@ -1,4 +1,4 @@
-"""A state_dict from a file, without unpickling anything but tensors, and to a file."""
+"""Read a state_dict from a file, unpickling only tensors, and write one."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from torch.nn.parameter import is_lazy
 
 from keelnorm.cli._shared.failures import CommandError, need, one_line
 
-#: Where checkpoints keep the state_dict, and what wrappers put before its keys.
+#: The usual keys of the state_dict in a checkpoint, and the prefixes that wrappers add to its own keys.
 _HOLDERS = ("model_state_dict", "state_dict", "model", "ema", "net")
 _PREFIXES = {"module.": "DistributedDataParallel's", "_orig_mod.": "torch.compile's", "model.": "A trainer's"}
 
 
 def load_weights(model: nn.Module, path: Path, key: str | None = None, prefix: str | None = None) -> list[str]:
-    """Load a file's state_dict into a model, all of it; gives notes on how it was found.
+    """Load all of a file's state_dict into a model; gives notes on where it was found.
 
     Args:
-        key: What it is called in the file; a dot leads into what is there. None: one of the usual names.
-        prefix: Only keys that begin with it are taken, without it. None: what wrappers put before all keys.
+        model: The model.
+        path: A .safetensors file, or a file of torch.save.
+        key: The key of the state_dict in the file, with dots for nested ones; None tries the usual names.
+        prefix: Take only keys with this prefix, and remove it; None removes the usual prefixes of wrappers.
 
     Raises:
-        CommandError: The file is not of tensors alone, or does not fit the model.
+        CommandError: The file holds more than tensors, or does not fit the model.
     """
     content = read_tensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
     state, notes = _state_in(content, path, key)
@@ -42,7 +44,7 @@ def load_weights(model: nn.Module, path: Path, key: str | None = None, prefix: s
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a .safetensors file."""
+    """Read the tensors of a .safetensors file."""
     need("cli", "safetensors")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -70,7 +72,7 @@ def _read_checkpoint(path: Path) -> Any:
     _check_exists(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on pickles of a kind that are refused below
+            warnings.simplefilter("ignore")  # about pickles that are refused below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CommandError(
@@ -82,7 +84,7 @@ def _read_checkpoint(path: Path) -> Any:
 
 
 def _state_in(content: Any, path: Path, key: str | None) -> tuple[Mapping[str, Any], list[str]]:
-    """The state_dict that a file has by itself, or under a key."""
+    """The state_dict that is the whole content of a file, or under a key of it."""
     held = [one for one, value in content.items() if _is_state(value) and value] if isinstance(content, Mapping) else []
     usual = [one for one in _HOLDERS if one in held]
     if key is None and len(usual) > 1:
@@ -108,7 +110,7 @@ def _state_in(content: Any, path: Path, key: str | None) -> tuple[Mapping[str, A
 
 
 def _under(content: Any, key: str) -> Any:
-    """What a file has under a key, or under its parts, one in the other; None for nothing."""
+    """The value under a key, or under nested keys joined by dots; None if there is none."""
     if not isinstance(content, Mapping):
         return None
     first, dot, rest = key.partition(".")
@@ -118,7 +120,7 @@ def _under(content: Any, key: str) -> Any:
 def _without_prefix(
     state: Mapping[str, Any], path: Path, model: nn.Module, prefix: str | None
 ) -> tuple[Mapping[str, Any], list[str]]:
-    """The state_dict with what stands before its keys taken off, and a note."""
+    """The state_dict without the prefix of its keys, and notes."""
     if prefix is not None:
         left = [key for key in state if not key.startswith(prefix)]
         if len(left) == len(state):
@@ -145,7 +147,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _misfit(model: nn.Module, state: Mapping[str, Any]) -> str:
-    """What is wrong with a state_dict for the model."""
+    """Say why a state_dict does not fit the model."""
     own = model.state_dict()
     shapes = [
         f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}"

@@ -161,7 +161,7 @@ def read(plan: Plan, results: Results) -> Reading:
         notes=[
             "In the fully connected networks a batch norm's values fit into a cache, and its time is that of calls, "
             "of which keelnorm's layer makes no "
-            "fewer; `keelnorm bench` and `keelnorm bench models` time large layers "
+            "fewer; `keelnorm bench` and `make models` time large layers "
             "and published architectures.",
         ],
     )

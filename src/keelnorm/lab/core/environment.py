@@ -11,12 +11,14 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from keelnorm.measure.machine import describe as describe_machine
+
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn")
 
 #: Files and folders of the package that can't change a measured number: a stored result stays good when they change.
 NOT_MEASURED = (
     "bench/", "cli/", "engine/atomic_write.py", "lab/claims/", "lab/reading/", "lab/training/learning_rates.py",
-    "measure/page/", "measure/plain_data.py", "measure/statistics.py",
+    "measure/page_parts.py", "measure/page/", "measure/plain_data.py", "measure/statistics.py",
     "lab/core/claim.py", "lab/core/clusters.py", "lab/core/environment.py", "lab/core/laboratory.py",
     "lab/core/parallel.py", "lab/core/plan.py", "lab/core/progress.py", "lab/core/runner.py", "lab/core/store.py",
 )  # fmt: skip
@@ -32,17 +34,14 @@ def version(package: str) -> str:
 
 @cache
 def _description() -> tuple[tuple[str, str], ...]:
-    import keelnorm
-    from keelnorm.engine.kernels import registry
-    from keelnorm.measure import machine
-
+    machine = describe_machine()
     facts = {
-        "processor": machine.cpu_model(),
-        "cores": str(machine.cores()),
+        "processor": machine.cpu,
+        "cores": str(machine.cores),
         "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
+        "python": machine.python,
     }
-    facts |= {"keelnorm": keelnorm.__version__, "keelnorm's kernels": registry.active()}
+    facts |= {"keelnorm": machine.keelnorm, "keelnorm's kernels": machine.keelnorm_kernels}
     facts |= {package: version(package) for package in PACKAGES}
     return tuple(facts.items())
 

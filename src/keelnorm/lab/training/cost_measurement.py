@@ -17,7 +17,8 @@ from keelnorm.lab.core.plan import Plan
 from keelnorm.lab.core.seeds import seed_from
 from keelnorm.lab.core.threads import one_thread
 from keelnorm.lab.data import images
-from keelnorm.lab.training.step_times import disagreement, median_ratio, stepper, take_turns
+from keelnorm.lab.training.step_times import disagreement, stepper, take_turns
+from keelnorm.measure.timing import median_ratio
 
 RATE = 0.05
 CHECKED_STEPS = 5

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from keelnorm.measure import timing
 
 SLOT_SECONDS = 0.004
 """An arm's turn takes at least this long: far above the clock's resolution and a call's jitter."""
@@ -39,28 +40,8 @@ def disagreement(first: Callable[[], Tensor], second: Callable[[], Tensor], step
 def take_turns(steps: Mapping[str, Callable[[], Tensor]], budget: float) -> dict[str, list[float]]:
     """Seconds a step of each arm, a round at a time, until the budget is spent."""
     for step in steps.values():
-        _seconds(step, 2)
-    quickest = min(_seconds(step, 3) for step in steps.values())
+        timing.seconds_per_call(step, 2)
+    quickest = min(timing.seconds_per_call(step, 3) for step in steps.values())
     repeats = max(1, round(SLOT_SECONDS / quickest))
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    end = time.perf_counter() + budget
-    for turn in range(ROUNDS[1]):
-        first = turn % len(names)
-        if turn >= ROUNDS[0] and first == 0 and time.perf_counter() > end:
-            break
-        for name in names[first:] + names[:first]:
-            taken[name].append(_seconds(steps[name], repeats))
-    return taken
-
-
-def _seconds(step: Callable[[], Tensor], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    return (time.perf_counter() - start) / repeats
-
-
-def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
-    """The median over rounds of one arm's time over the other's."""
-    return statistics.median(a / b for a, b in zip(first, second, strict=True))
+    samplers = {name: partial(timing.seconds_per_call, step, repeats) for name, step in steps.items()}
+    return timing.by_turns(samplers, ROUNDS[1], at_least=ROUNDS[0], budget=budget)

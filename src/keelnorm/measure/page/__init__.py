@@ -1,5 +1,5 @@
-"""Draws a document of results: a page that needs no network, and a table for the terminal.
+"""Draw a document of results: an HTML page that needs no network, and tables for the terminal.
 
-A document is plain data, as `keelnorm.lab.reading.document` makes it and `--json` prints it. This package knows
-its shape and nothing of how its numbers came about.
+A document is plain data. Its sections are those of `keelnorm.measure.page_parts`; the laboratory adds verdicts to them.
+This package knows its structure, not how its numbers were measured.
 """

@@ -1,4 +1,4 @@
-"""Heat maps: numbers in cells, so that no colour is needed to read them."""
+"""Heat maps with numbers in their cells, so that they can be read without color."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 
 def heatmap(figure: Mapping[str, Any]) -> dict[str, Any]:
-    """The one trace of a heat map: a row for each series, from the bottom up."""
+    """The trace of a heat map: one row per series, from the bottom up."""
     value = figure["value"] or {"title": "", "scale": "linear", "limits": None}
     rows = [list(series["y"]) for series in figure["series"]]
     logarithmic = value["scale"] == "log"
-    coloured = [[_coloured(cell, logarithmic) for cell in row] for row in rows]
+    colored = [[_colored(cell, logarithmic) for cell in row] for row in rows]
     trace: dict[str, Any] = {
         "type": "heatmap",
         "x": _columns(figure),
         "y": list(range(len(rows))),
-        "z": coloured,
+        "z": colored,
         "text": [["-" if cell is None else f"{cell:.3g}" for cell in row] for row in rows],
         "texttemplate": "%{text}",
         "hovertemplate": "%{text}<extra></extra>",
@@ -26,23 +26,23 @@ def heatmap(figure: Mapping[str, Any]) -> dict[str, Any]:
         "ygap": 2,
         "colorbar": {"title": {"text": html.escape(value["title"], quote=False), "side": "right"}, "thickness": 12},
         "showscale": not logarithmic,
-        "meta": {"colour": "keelnorm", "role": "heatmap"},
+        "meta": {"color": "keelnorm", "role": "heatmap"},
     }
     if value["limits"] is not None:
         low, high = value["limits"]
-        trace |= {"zmin": _coloured(low, logarithmic), "zmax": _coloured(high, logarithmic)}
+        trace |= {"zmin": _colored(low, logarithmic), "zmax": _colored(high, logarithmic)}
     return trace
 
 
 def _columns(figure: Mapping[str, Any]) -> list[str]:
-    """The names along x: the axis' categories, or the numbers of the first row."""
+    """The names along x: the categories of the axis, or the numbers of the first row."""
     categories = figure["x"]["categories"]
     positions = figure["series"][0]["x"]
     names = [f"{x:g}" for x in positions] if categories is None else [categories[int(x)] for x in positions]
     return [html.escape(name, quote=False) for name in names]
 
 
-def _coloured(cell: float | None, logarithmic: bool) -> float | None:
+def _colored(cell: float | None, logarithmic: bool) -> float | None:
     if cell is None or (logarithmic and cell <= 0):
         return None
     return math.log10(cell) if logarithmic else cell

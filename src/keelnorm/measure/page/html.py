@@ -1,4 +1,4 @@
-"""One HTML file that shows a document and loads nothing: Plotly, styles and figures are in it."""
+"""One HTML file that shows a document and loads nothing: it contains Plotly, styles and figures."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ _HERE = Path(__file__).parent
 
 
 def page(document: Mapping[str, Any], template: str = "page.html") -> str:
-    """The page of a document. Every text of it is escaped, whatever it holds.
+    """Render the page of a document; all its text is escaped.
 
-    `template` is one of the pages beside this file: `page.html` of the demo, `bench.html` of the benchmark.
+    Args:
+        document: Plain data.
+        template: A file beside this one: `page.html` of the laboratory, or `bench.html` of the benchmarks.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -36,7 +38,7 @@ def page(document: Mapping[str, Any], template: str = "page.html") -> str:
     return environment.get_template(template).render(
         document=document,
         figures=figures,
-        # Our own files, not data: they go in as they are.
+        # Our own files, not data: they are not escaped.
         plotly=Markup(get_plotlyjs()),
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup((_HERE / "page.js").read_text(encoding="utf-8")),
@@ -44,5 +46,5 @@ def page(document: Mapping[str, Any], template: str = "page.html") -> str:
 
 
 def write_page(document: Mapping[str, Any], path: Path, template: str = "page.html") -> None:
-    """Write the page whole or not at all: a reader never meets half a file."""
+    """Write the page of a document to a file, whole or not at all."""
     write_text(path, page(document, template))

@@ -1,7 +1,7 @@
-"""How each arm is drawn, the same all over a page.
+"""The style in which each arm is drawn on the whole page.
 
-Arms differ in dash, width, marker and pattern too, so that no colour is needed to tell them apart. torch.nn is a broad
-pale line, because what should coincide with it is drawn on top of it. Colours are names of the style sheet's variables.
+Arms also differ in dash, width, marker and pattern, so that they can be told apart without color. torch.nn is a broad
+pale line, because lines that should coincide with it are drawn on top. Colors are names of the style sheet's variables.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 
-def _look(colour: str, dash: str, symbol: str, pattern: str, width: float = 2.5) -> dict[str, Any]:
-    return {"colour": colour, "dash": dash, "symbol": symbol, "pattern": pattern, "width": width}
+def _look(color: str, dash: str, symbol: str, pattern: str, width: float = 2.5) -> dict[str, Any]:
+    return {"color": color, "dash": dash, "symbol": symbol, "pattern": pattern, "width": width}
 
 
 LOOKS: dict[str, dict[str, Any]] = {
@@ -35,10 +35,10 @@ LOOKS: dict[str, dict[str, Any]] = {
 
 
 def look(style: str) -> dict[str, Any]:
-    """Colour, dash, width, marker and pattern of an arm.
+    """Color, dash, width, marker and pattern of an arm.
 
     Raises:
-        KeyError: when the arm has no look of its own; says which have.
+        KeyError: The arm has no style; the message lists those that have.
     """
     try:
         return LOOKS[style]

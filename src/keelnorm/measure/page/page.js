@@ -4,7 +4,7 @@
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
 
-  const colour = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
+  const color = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
 
   const withAlpha = (hex, alpha) => {
     const [r, g, b] = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
@@ -12,23 +12,23 @@
   };
 
   const paintTrace = (trace) => {
-    const own = colour(trace.meta.colour);
+    const own = color(trace.meta.color);
     if (trace.meta.role === "band") {
       return { ...trace, fillcolor: withAlpha(own, 0.16) };
     }
     if (trace.meta.role === "bar") {
-      const pattern = { ...trace.marker.pattern, fgcolor: colour("paper"), fgopacity: 0.7 };
+      const pattern = { ...trace.marker.pattern, fgcolor: color("paper"), fgopacity: 0.7 };
       return {
         ...trace,
         marker: { ...trace.marker, color: own, pattern },
-        error_x: trace.error_x && { ...trace.error_x, color: colour("ink"), thickness: 1.5 },
+        error_x: trace.error_x && { ...trace.error_x, color: color("ink"), thickness: 1.5 },
       };
     }
     if (trace.meta.role === "heatmap") {
       return {
         ...trace,
-        colorscale: [[0, colour("low")], [1, colour("high")]],
-        colorbar: { ...trace.colorbar, outlinecolor: colour("rule") },
+        colorscale: [[0, color("low")], [1, color("high")]],
+        colorbar: { ...trace.colorbar, outlinecolor: color("rule") },
       };
     }
     if (trace.meta.role === "box") {
@@ -48,27 +48,27 @@
 
   const paintAxis = (axis) => ({
     ...axis,
-    gridcolor: colour("grid"),
-    linecolor: colour("rule"),
-    tickcolor: colour("rule"),
+    gridcolor: color("grid"),
+    linecolor: color("rule"),
+    tickcolor: color("rule"),
   });
 
   const paintLayout = (layout) => ({
     ...layout,
     paper_bgcolor: "rgba(0, 0, 0, 0)",
     plot_bgcolor: "rgba(0, 0, 0, 0)",
-    font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("ink") },
-    hoverlabel: { bgcolor: colour("raised"), bordercolor: colour("rule"), font: { color: colour("ink") } },
-    modebar: { bgcolor: "rgba(0, 0, 0, 0)", color: colour("muted"), activecolor: colour("ink") },
+    font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: color("ink") },
+    hoverlabel: { bgcolor: color("raised"), bordercolor: color("rule"), font: { color: color("ink") } },
+    modebar: { bgcolor: "rgba(0, 0, 0, 0)", color: color("muted"), activecolor: color("ink") },
     xaxis: paintAxis(layout.xaxis),
     yaxis: paintAxis(layout.yaxis),
     shapes: (layout.shapes || []).map((shape) => ({
       ...shape,
-      line: { ...shape.line, color: colour("muted") },
+      line: { ...shape.line, color: color("muted") },
     })),
     annotations: (layout.annotations || []).map((note) => ({
       ...note,
-      font: { color: colour("muted"), size: 11 },
+      font: { color: color("muted"), size: 11 },
     })),
   });
 

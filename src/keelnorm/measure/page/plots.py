@@ -1,4 +1,4 @@
-"""Figures as Plotly takes them, without colours: these the page puts in, by the theme it is seen in."""
+"""Figures for Plotly, without colors: the page adds these by its light or dark theme."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from keelnorm.measure.page.looks import look
 Plain = Mapping[str, Any]
 
 MARKED = 20
-"""Up to so many points of a curve are marked."""
+"""The points of a curve are marked if there are at most this many."""
 
 
 def plotly_figure(figure: Plain) -> dict[str, Any]:
-    """A figure's traces and layout. Each trace's `meta` tells the page which colour it takes."""
+    """The traces and the layout of a figure. The `meta` of a trace names its color."""
     if figure["kind"] == "heatmap":
         return {"data": [heatmap(figure)], "layout": _layout(figure)}
     draw = {"bars": _bars, "boxes": _boxes, "lines": _lines}[figure["kind"]]
@@ -28,12 +28,12 @@ def plotly_figure(figure: Plain) -> dict[str, Any]:
 
 
 def _text(text: str) -> str:
-    """Plotly reads a subset of HTML in every text: what is data must stay text."""
+    """Escape a text, because Plotly reads a subset of HTML in every text."""
     return html.escape(text, quote=False)
 
 
 def _lines(figure: Plain, series: Plain, style: Plain) -> list[dict[str, Any]]:
-    colour = style["colour"]
+    color = style["color"]
     faint = bool(series["faint"])
     traces: list[dict[str, Any]] = []
     if series["low"] is not None:
@@ -50,7 +50,7 @@ def _lines(figure: Plain, series: Plain, style: Plain) -> list[dict[str, Any]]:
                     "hoverinfo": "skip",
                     "showlegend": False,
                     "legendgroup": _text(series["label"]),
-                    "meta": {"colour": colour, "role": "band"},
+                    "meta": {"color": color, "role": "band"},
                 }
             )
     mode = "lines+markers" if len(series["x"]) <= MARKED and not faint else "lines"
@@ -69,7 +69,7 @@ def _lines(figure: Plain, series: Plain, style: Plain) -> list[dict[str, Any]]:
             "marker": {"symbol": style["symbol"], "size": 9 if style["width"] > 5 else 7},
             "customdata": _hover(series),
             "hovertemplate": "%{customdata}",
-            "meta": {"colour": colour, "role": "line"},
+            "meta": {"color": color, "role": "line"},
         }
     )
     return traces
@@ -78,7 +78,7 @@ def _lines(figure: Plain, series: Plain, style: Plain) -> list[dict[str, Any]]:
 def _whole_parts(
     series: Plain,
 ) -> list[tuple[list[float], list[float], list[float]]]:
-    """The stretches of a band without a gap, as (x, low, high)."""
+    """The parts of a band between gaps, as (x, low, high)."""
     parts: list[tuple[list[float], list[float], list[float]]] = []
     open_part = False
     for x, low, high in zip(series["x"], series["low"], series["high"], strict=True):
@@ -109,7 +109,7 @@ def _hover(series: Plain) -> list[str]:
 
 
 def _bars(figure: Plain, series: Plain, style: Plain) -> list[dict[str, Any]]:
-    """Bars lie down: the names of what is compared are long, and phones are narrow."""
+    """Horizontal bars: names are long, and phones are narrow."""
     names = [_broken(figure["x"]["categories"][int(x)]) for x in series["x"]]
     trace: dict[str, Any] = {
         "type": "bar",
@@ -120,7 +120,7 @@ def _bars(figure: Plain, series: Plain, style: Plain) -> list[dict[str, Any]]:
         "marker": {"pattern": {"shape": style["pattern"], "fillmode": "overlay", "size": 6}},
         "customdata": _hover(series),
         "hovertemplate": "%{customdata}",
-        "meta": {"colour": style["colour"], "role": "bar"},
+        "meta": {"color": style["color"], "role": "bar"},
     }
     if series["low"] is not None:
         ends = list(zip(series["y"], series["low"], series["high"], strict=True))
@@ -134,7 +134,7 @@ def _bars(figure: Plain, series: Plain, style: Plain) -> list[dict[str, Any]]:
 
 
 def _boxes(figure: Plain, series: Plain, style: Plain) -> list[dict[str, Any]]:
-    """A box a category over the seeds, lying down like the bars, with every seed as a point."""
+    """Horizontal boxes, one per category, with every seed as a point."""
     return [
         {
             "type": "box",
@@ -148,7 +148,7 @@ def _boxes(figure: Plain, series: Plain, style: Plain) -> list[dict[str, Any]]:
             "marker": {"symbol": style["symbol"], "size": 5},
             "line": {"width": 1.5},
             "hovertemplate": "%{x:.4g}",
-            "meta": {"colour": style["colour"], "role": "box"},
+            "meta": {"color": style["color"], "role": "box"},
         }
     ]
 
@@ -176,15 +176,15 @@ def _layout(figure: Plain) -> dict[str, Any]:
         "hovermode": "y unified" if lying else "x unified",
         value_axis: _axis(figure["y"]),
         other_axis: _axis(figure["x"]),
-        "height": figure.get("height", 380),
+        "height": 380,
     }
     if figure["kind"] == "heatmap":
         layout |= {"yaxis": heatmap_axis([_text(each["label"]) for each in figure["series"]], figure["y"]["title"])}
         layout["xaxis"] |= {"type": "category"}
         layout |= {"hovermode": "closest"}
     if lying:
-        # Series that share no bar need no room beside each other.
-        mode = "overlay" if figure.get("apart") else "group"
+        # Series that have no category in common need no room beside each other.
+        mode = "overlay" if figure["overlaid"] else "group"
         layout |= {"boxmode": "group", "boxgap": 0.2} if figure["kind"] == "boxes" else {"barmode": mode, "bargap": 0.3}
         layout[other_axis] |= {"automargin": True, "autorange": "reversed", "type": "category"}
         layout[other_axis] |= {
@@ -201,8 +201,8 @@ def _layout(figure: Plain) -> dict[str, Any]:
 
 
 def _rows(figure: Plain) -> int:
-    """Bars or boxes that lie below each other."""
-    return len(figure["x"]["categories"]) * (1 if figure.get("apart") else len(figure["series"]))
+    """The number of bars or boxes that are drawn below each other."""
+    return len(figure["x"]["categories"]) * (1 if figure["overlaid"] else len(figure["series"]))
 
 
 def _axis(axis: Plain) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A laboratory's document in a terminal: verdicts first, then where there is more."""
+"""Print a laboratory's document in a terminal: verdicts first, then where the files are."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIGNS = {"supports": "✓", "contradicts": "✗", "not resolved": "?"}
 
 
 def show(document: Plain, console: Console) -> None:
-    """Print each claim's verdict and the effects that decide, then what failed, then where there is more."""
+    """Print each claim's verdict, the effects that decide it and its failures, then the run and its files."""
     console.print(Text(document["title"], style="bold"))
     for section in document["sections"]:
         console.print()
@@ -44,7 +44,7 @@ def show(document: Plain, console: Console) -> None:
 
 
 def show_section(section: Plain, console: Console) -> None:
-    """Print all of a claim but its plots."""
+    """Print a claim without its plots."""
     _head(section, console)
     console.print(Padding(Text(section["answer"]), (0, 0, 0, 5)))
     _failures(section, console)

@@ -1,0 +1,1 @@
+"""The GPU kernels: checked against float64, then timed."""

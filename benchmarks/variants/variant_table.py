@@ -1,0 +1,72 @@
+"""The results of the variants' benchmark as tables."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from statistics import geometric_mean
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.variants.variant_layers import PLAIN
+from keelnorm.bench.result_table import table_console
+from keelnorm.bench.results import Report, VariantRow
+
+
+def print_variants(report: Report, console: Console | None = None) -> None:
+    """Print what is wrong, then every step against plain batch norm, and the means last."""
+    console = console or table_console(150)
+    for row in report.variants:
+        why = row.error or row.skipped
+        if why is not None:
+            style = "red" if row.error else ""
+            console.print(f"not measured: {row.variant}, {_case(row)}: {why}", style=style, markup=False)
+    console.print(_steps(report))
+    console.print(_means(report))
+
+
+def _steps(report: Report) -> Table:
+    table = Table(title=f"Forward and backward in training; ratios are time / time of {PLAIN}", title_style="bold")
+    for name in ("shape", "layout", "dtype", "variant"):
+        table.add_column(name, no_wrap=True)
+    for name in ("ms", "spread", "ratio", "ratio, forward"):
+        table.add_column(name, justify="right")
+    previous = None
+    for row in report.variants:
+        if previous not in (None, _case(row)):
+            table.add_section()
+        previous = _case(row)
+        numbers = ["", "", "", ""]
+        if row.median_us is not None:
+            mark = "~" if (row.disturbed or 0) > 0.5 else ""
+            numbers = [f"{mark}{row.median_us / 1000:.4g}", f"{row.spread or 0:.0%}"]
+            numbers += [_ratio(row.ratio), _ratio(row.forward_ratio)]
+        table.add_row(row.shape, row.layout, row.dtype, row.variant, *numbers)
+    return table
+
+
+def _means(report: Report) -> Table:
+    """Geometric means over the shapes of a suite; no mean where a shape has no number."""
+    groups: defaultdict[str, defaultdict[str, list[float | None]]] = defaultdict(lambda: defaultdict(list))
+    for row in report.variants:
+        groups[row.variant][f"{row.suite}, {row.layout}, {row.dtype}"].append(row.ratio)
+    columns = list(dict.fromkeys(column for found in groups.values() for column in found))
+    table = Table(title="Geometric means of the ratios", title_style="bold")
+    table.add_column("variant", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for variant, found in groups.items():
+        cells = []
+        for column in columns:
+            known = [ratio for ratio in found[column] if ratio is not None]
+            cells.append(_ratio(geometric_mean(known) if len(known) == len(found[column]) > 0 else None))
+        table.add_row(variant, *cells)
+    return table
+
+
+def _case(row: VariantRow) -> str:
+    return f"{row.shape} {row.layout} {row.dtype}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
