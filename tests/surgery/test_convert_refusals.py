@@ -65,7 +65,7 @@ class Own(nn.BatchNorm2d):
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
-        (Own(3), "whose own forward or state"),
+        (Own(3), "which may have a forward or state"),
         (nn.utils.parametrizations.weight_norm(nn.BatchNorm1d(3), dim=None), "ParametrizedBatchNorm1d"),
     ],
     ids=["subclass", "parametrized"],
@@ -285,7 +285,7 @@ def test_a_check_of_the_input_still_raises():
 def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
     model = a_net()
     before = [(type(m), dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
-    add_scope, calls = module_of_convert.__globals__["add_scope"], []
+    add_scope, calls = module_of_convert.add_scope, []
 
     def fail(module):
         calls.append(module)
@@ -293,7 +293,7 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
             raise RuntimeError("injected")
         add_scope(module)
 
-    monkeypatch.setitem(module_of_convert.__globals__, "add_scope", fail)
+    monkeypatch.setattr(module_of_convert, "add_scope", fail)
     with pytest.raises(RuntimeError, match="injected"):
         kn.convert(model)
     for module, (kind, attributes, buffers) in zip(model.modules(), before, strict=True):

@@ -130,7 +130,7 @@ REFUSED = {
     "pre-hook": (lambda: unusual(lambda m: nn.utils.weight_norm(m.conv)), "also seen by a hook of 'conv'"),
     "parametrized": (
         lambda: unusual(lambda m: nn.utils.parametrizations.spectral_norm(m.conv).eval()),
-        "'conv' has a parametrization (torch.nn.utils.parametrize.remove_parametrizations takes it away)",
+        "'conv' has a parametrization (torch.nn.utils.parametrize.remove_parametrizations removes it)",
     ),
     "norm parametrized": (
         lambda: unusual(lambda m: nn.utils.parametrizations.weight_norm(m.norm, dim=None)), "has a parametrization"
@@ -138,7 +138,7 @@ REFUSED = {
     "centred": (lambda: unusual(lambda m: kn.nn.center_weights(m.conv)), "has a parametrization"),
     "own forward": (lambda: Model(conv=OwnForward(3, 3, 3)), "has a forward of its own (OwnForward)"),
     "own convolution": (lambda: Model(conv=OwnConvolution(3, 3, 3)), "has a forward of its own (OwnConvolution)"),
-    "own norm": (lambda: Model(norm=OwnNorm(3)), "is a OwnNorm, whose evaluation may be more than batch norm"),
+    "own norm": (lambda: Model(norm=OwnNorm(3)), "is a OwnNorm, which may compute more than batch norm"),
     "norm's forward is set": (lambda: unusual(set_norm_forward), "has a forward of its own"),
     "never called": (lambda: Model(lambda m, x: m.conv(x)), "was not called on the example"),
     "after an addition": (lambda: Model(lambda m, x: F.relu(m.norm(m.conv(x) + x))), "its input comes from add"),

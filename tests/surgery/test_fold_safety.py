@@ -48,7 +48,7 @@ def test_the_model_must_be_in_evaluation():
 
 def test_other_arguments():
     check_raises(Model(), TypeError, "example must be a tensor", example=[X])
-    check_raises(Model(), ValueError, "tolerance is None or a number", tolerance=-1)
+    check_raises(Model(), ValueError, "tolerance must be None or a number", tolerance=-1)
     check_raises(Model(), ValueError, "matches no batch norm", where="nothing")
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         kn.fold("model", X)
@@ -110,7 +110,7 @@ def test_a_forward_that_asks_the_batch_norm():
     def asks(m, x):
         return m.head(F.relu(m.norm(m.conv(x)) * m.norm.num_features))
 
-    match = r"does not run on the example \(AttributeError: 'Identity' .*'num_features'\); the model is as it was"
+    match = r"does not run on the example \(AttributeError: 'Identity' .*'num_features'\); the model is as before"
     check_raises(Model(asks), RuntimeError, match)
     check_raises(Model(asks), RuntimeError, match, verify=False)
 
@@ -128,13 +128,15 @@ def test_a_reader_that_cannot_be_seen():
             z = y * 2
         return F.relu(m.norm(y)) + z
 
-    check_raises(Model(hidden), RuntimeError, "the model is as it was")
+    check_raises(Model(hidden), RuntimeError, "the model is as before")
     _, report = kn.fold(Model(hidden), X, verify=False)  # says so, and leaves the decision to the caller
     assert report.summary["difference"] > 0.01
 
 
 def test_a_model_that_gives_another_output_each_time():
-    check_raises(Model(lambda m, x: m.head(F.relu(m.norm(m.conv(x)))) * m.calls), RuntimeError, "the same output twice")
+    check_raises(
+        Model(lambda m, x: m.head(F.relu(m.norm(m.conv(x)))) * m.calls), RuntimeError, "another output each time"
+    )
 
 
 def test_graph_modules_and_wrappers():
@@ -163,7 +165,7 @@ def test_a_model_that_does_not_run_in_float64():
     new, report = kn.fold(model, X)
     assert report.summary["folded"] == 1
     assert "float64" not in report.summary
-    assert report.notes[0].startswith("Not compared in float64, in which the model does not run: RuntimeError: ")
+    assert report.notes[0].startswith("Not compared in float64, where the model does not run: RuntimeError: ")
     assert relative(output(new, X), output(model, X)) < 1e-6
 
 
@@ -189,7 +191,7 @@ def test_integers_in_the_output():
         return y, y.mul(1e9).long()  # what rounding changes
 
     _, report = kn.fold(Model(decides), X)
-    assert report.notes == ["Integers or booleans in the output changed on the example, as rounding can make them."]
+    assert report.notes == ["Integers or booleans in the output changed on the example, as rounding can cause."]
 
 
 def test_an_output_in_which_nothing_can_be_compared():

@@ -198,7 +198,7 @@ def changed(key, value):
         (changed("steps", torch.tensor([7])), 4, ValueError, "each of the 2 clients"),
         (changed("steps", torch.tensor([7])), [4, 0], ValueError, "client 1 must be finite and positive"),
         (changed("steps", torch.tensor([7])), [-1, 4], ValueError, "client 0 must be finite and positive"),
-        (changed("steps", torch.tensor([7])), [4, 0.5], ValueError, "client 1.*from 1 on"),
+        (changed("steps", torch.tensor([7])), [4, 0.5], ValueError, "client 1.*at least 1"),
         (changed("steps", torch.tensor([7])), [4, torch.inf], ValueError, "client 1 must be finite"),
         (changed("steps", torch.tensor([7])), [4, [4]], ValueError, "each of the 2 batch norms; got 1"),
         (changed("steps", torch.tensor([7])), [4, "many"], TypeError, "client 1 must be numbers"),

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import keelnorm as kn
 from keelnorm.surgery.observation.nested_tensors import call_of, map_tensors, tensors_in
-from keelnorm.surgery.observation.observe import observe, preserved
+from keelnorm.surgery.observation.observe import observe
+from keelnorm.surgery.snapshot import preserved
 
 
 class Runs(nn.Module):

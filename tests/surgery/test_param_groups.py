@@ -113,5 +113,5 @@ def test_errors():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         kn.param_groups([nn.Linear(2, 2)], 0.1)
     for wrong in (-1, float("nan"), float("inf"), "much", None, True):
-        with pytest.raises(ValueError, match="weight_decay must be a finite number from 0 on"):
+        with pytest.raises(ValueError, match="weight_decay must be a finite number of at least 0"):
             kn.param_groups(nn.Linear(2, 2), wrong)

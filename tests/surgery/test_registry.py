@@ -123,7 +123,7 @@ def test_frozen_layers(kinds, name):
     assert_same(pickle.loads(pickle.dumps(model)), twin, calls=1)
     model.load_state_dict({**twin.state_dict(), "1.num_batches_tracked": torch.tensor(3)})
     _, report = kn.recalibrate(model, [X])
-    assert [row["reason"] for row in report.rows] == [f"is a {kind.__name__}, whose moments are fixed"] * 2
+    assert [row["reason"] for row in report.rows] == [f"is a {kind.__name__}, whose statistics are fixed"] * 2
     kn.to_torch(model)
     assert type(model[1]) is kind
 
@@ -155,7 +155,7 @@ def test_a_layer_with_an_activation_folds_into_the_layer_before_it_only(kinds):
     model = net(kind(3), kind(3))
     del model[0]
     folded, report = kn.fold(model.eval(), X)
-    assert "calls drop, act behind the normalization" in report.rows[0]["reason"]
+    assert "calls drop, act after the normalization" in report.rows[0]["reason"]
     assert [row["into"] for row in report.rows] == ["", "1"]
     twice = nn.Sequential(nn.Conv2d(3, 3, 1), kind(3), kind(3)).double().eval()
     folded, report = kn.fold(twice, X)  # an activation lies between the two
@@ -344,11 +344,11 @@ def test_scripts_are_refused_with_the_way_out(kinds):
     [
         (nn.BatchNorm2d, {}, ValueError, "torch.nn's or keelnorm's own class"),
         (kn.GhostBatchNorm, {}, ValueError, "torch.nn's or keelnorm's own class"),
-        (nn.Linear, {}, ValueError, "derived from no batch norm of torch.nn"),
+        (nn.Linear, {}, ValueError, "must be derived from a batch norm of torch.nn"),
         (Named(3), {}, TypeError, "kind must be a class"),
         ("Named", {}, TypeError, "kind must be a class"),
-        (Behind, {"then": "last"}, TypeError, "then is a list of names"),
-        (Behind, {"then": [nn.Tanh()]}, TypeError, "then is a list of names"),
+        (Behind, {"then": "last"}, TypeError, "then must be a list of names"),
+        (Behind, {"then": [nn.Tanh()]}, TypeError, "then must be a list of names"),
     ],
 )
 def test_what_can_not_be_registered(kind, keywords, error, words):

@@ -204,10 +204,7 @@ def _may_wait() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-        or _others(torch_module._global_forward_hooks)
-        or _others(torch_module._global_forward_pre_hooks)
+        or has_global_hooks()
     ):
         return False
     return torch._C._len_torch_function_stack() == 0 or all(
@@ -222,6 +219,16 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or (module._forward_hooks and _others(module._forward_hooks))
         or (module._forward_pre_hooks and _others(module._forward_pre_hooks))
+    )
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks of all modules, besides those that open a scope."""
+    return bool(
+        torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+        or _others(torch_module._global_forward_hooks)
+        or _others(torch_module._global_forward_pre_hooks)
     )
 
 
