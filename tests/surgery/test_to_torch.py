@@ -121,8 +121,8 @@ class Own(kn.BatchNorm2d):
     [
         (lambda: kn.GhostBatchNorm(3, 2), "1, a kn.GhostBatchNorm, has no counterpart"),
         (lambda: kn.BatchRenorm(3), "1, a kn.BatchRenorm, has no counterpart"),
-        (lambda: kn.SplitBatchNorm(3), "1, a kn.SplitBatchNorm, has no counterpart in torch.nn. Put"),
-        (lambda: kn.BatchNormLSTM(3, 4), "1, a kn.BatchNormLSTM, has no counterpart in torch.nn. Put"),
+        (lambda: kn.SplitBatchNorm(3), "1, a kn.SplitBatchNorm, has no counterpart in torch.nn. Replace"),
+        (lambda: kn.BatchNormLSTM(3, 4), "1, a kn.BatchNormLSTM, has no counterpart in torch.nn. Replace"),
         (lambda: kn.WhiteningBatchNorm(3), "1, a kn.WhiteningBatchNorm, has no counterpart"),
         (lambda: kn.BatchNorm(3), "1, a kn.BatchNorm, takes inputs of any rank"),
         (lambda: Own(3), "1, a Own, is a class of its own"),

@@ -29,11 +29,7 @@ def batch_norms_in(what: str, model: nn.Module, where: Where = None) -> dict[str
 
 
 def refuse_sharded(what: str, model: nn.Module) -> None:
-    """Raise if a part of a model is sharded: its parameters are pieces that are replaced after each forward.
-
-    Raises:
-        TypeError: A module is sharded by FSDP.
-    """
+    """Raise if a part of a model is sharded: its parameters are pieces that are replaced after each forward."""
     for path, module in model.named_modules():
         if any(kind.__name__ in _SHARDED and kind.__module__.startswith("torch.") for kind in type(module).__mro__):
             raise TypeError(

@@ -17,12 +17,7 @@ Counts: TypeAlias = float | Sequence[float]
 
 
 def check_states(states: list[Mapping[str, Any]]) -> None:
-    """Raise unless there is a client, and all have the same keys, shapes and kinds of values.
-
-    Raises:
-        TypeError: A client's is no state_dict.
-        ValueError: There is no client, or keys, shapes or kinds differ.
-    """
+    """Raise unless there is a client, and all have the same keys, shapes and kinds of values."""
     if not states:
         raise ValueError(f"{WHAT}: needs the state_dict of at least one client; got none")
     for client, state in enumerate(states):
@@ -47,18 +42,7 @@ def check_states(states: list[Mapping[str, Any]]) -> None:
 
 
 def per_norm(counts: Sequence[Counts], clients: int, norms: int, least: int) -> list[list[float]]:
-    """A table of counts with a row for each client and a column for each batch norm.
-
-    Args:
-        counts: As given to merge_statistics.
-        clients: The number of clients.
-        norms: The number of batch norms; 0 gives one column.
-        least: The smallest legal count where there are batch norms.
-
-    Raises:
-        TypeError: A count is no number.
-        ValueError: There are too many or too few counts, or one is too small or not finite.
-    """
+    """Make a table of counts with a row for each client and a column for each batch norm, or one column for none."""
     counts = counts.tolist() if isinstance(counts, Tensor | np.ndarray) else counts
     if not isinstance(counts, Sequence) or isinstance(counts, str) or len(counts) != clients:
         raise ValueError(f"{WHAT}: counts needs an entry for each of the {clients} clients; got {describe(counts)}")

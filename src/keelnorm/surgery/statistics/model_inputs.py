@@ -44,12 +44,7 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
 
 
 def check_loader(what: str, loader: Any, passes: int) -> None:
-    """Raise unless the loader gives batches, for as many passes as needed.
-
-    Raises:
-        TypeError: The loader is no iterable of batches.
-        ValueError: It can be iterated over only once, and several passes are needed.
-    """
+    """Raise unless the loader gives batches, for as many passes as needed."""
     if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
         raise TypeError(
             f"{what}: loader must be an iterable of batches; got {describe(loader)}. For a single batch, pass [batch]"
