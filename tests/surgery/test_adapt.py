@@ -1,4 +1,4 @@
-"""Adapted statistics against the papers' formulas, entropy that falls, and the way back."""
+"""Adapted statistics follow the papers' formulas, entropy falls, and adaptation can be undone."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_formula(prior):
 
 
 def test_sequential_adaptation():
-    """The second layer's target moments are those behind the first one's blend."""
+    """The second layer's target statistics are taken with the first layer already adapted."""
     source, model = a_net(), a_net()
     model, _ = kn.adapt(model, [DATA], prior=8, sequential=True)
     x = source[0](DATA)

@@ -1,4 +1,4 @@
-"""Batch norms from Keras and Flax and back, against their formulas written out in numpy."""
+"""Import from and export to Keras and Flax, compared with their formulas in numpy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIDES = pytest.mark.parametrize(
 
 @st.composite
 def layers(draw):
-    """A layer's four vectors, by torch's order, some of the first two missing."""
+    """A layer's four vectors in torch's order; weight and bias may be missing."""
     dtype = draw(st.sampled_from([np.float32, np.float64, np.float16]))
     channels = draw(st.integers(1, 5))
     width = np.dtype(dtype).itemsize * 8
@@ -33,7 +33,7 @@ def layers(draw):
 
 
 def packed(theirs, values, path=()):
-    """The vectors of one layer as the library has them, nested under a path."""
+    """The vectors of one layer under the library's names, nested under a path."""
     named = {name: value for name, value in zip(theirs, values, strict=True) if value is not None}
 
     def nest(tree):
@@ -136,7 +136,7 @@ def test_whole_models(read, write, theirs, form):
     weights = write(source)
     if form != "given":
         weights = {name.replace("/", form): value for name, value in flat(weights).items()}
-    # Other layers may be among them, and are passed over.
+    # Other layers are ignored.
     extra = {"params/0/kernel": np.ones((1, 1)), "params/ln/scale": np.ones(2), "cache/0/mean": np.ones(1)}
     weights |= extra if theirs is FLAX and form != "given" else {}
     weights |= {"0/kernel": np.ones((1, 1)), "ln/gamma": np.ones(2)} if theirs is KERAS else {}

@@ -1,4 +1,4 @@
-"""Whatever goes wrong, the model is as it was; and what would be another model is an error."""
+"""After any error the model is as before, and a fold that would change the model is an error."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Model(nn.Module):
 
 
 def check_raises(model, error, match, *, example=X, **keywords):
-    """Folding raises, on a copy and in place, and the model is bit for bit as it was."""
+    """Check that folding raises, on a copy and in place, and leaves the model as before, bit for bit."""
     before, state = bits(model), torch.get_rng_state()
     for inplace in (False, True):
         with pytest.raises(error, match=match):
@@ -124,12 +124,12 @@ def test_a_batch_norm_in_a_list():
 def test_a_reader_that_cannot_be_seen():
     def hidden(m, x):
         y = m.conv(x)
-        with torch._C.DisableTorchFunction(), _disable_current_modes():  # as a kernel that is no operator of torch
+        with torch._C.DisableTorchFunction(), _disable_current_modes():  # like a kernel that is no operator of torch
             z = y * 2
         return F.relu(m.norm(y)) + z
 
     check_raises(Model(hidden), RuntimeError, "the model is as before")
-    _, report = kn.fold(Model(hidden), X, verify=False)  # says so, and leaves the decision to the caller
+    _, report = kn.fold(Model(hidden), X, verify=False)  # the report shows the difference
     assert report.summary["difference"] > 0.01
 
 
@@ -188,7 +188,7 @@ def test_random_numbers_are_the_same_in_every_run():
 def test_integers_in_the_output():
     def decides(m, x):
         y = F.relu(m.norm(m.conv(x)))
-        return y, y.mul(1e9).long()  # what rounding changes
+        return y, y.mul(1e9).long()  # rounding changes this
 
     _, report = kn.fold(Model(decides), X)
     assert report.notes == ["Integers or booleans in the output changed on the example, as rounding can cause."]
@@ -237,7 +237,7 @@ def test_a_model_without_batch_norms():
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_converted_model(inplace):
-    """Its calls are taken apart again, in what is folded; and put back where folding fails."""
+    """Folding undoes the conversion; if it fails, the model is converted as before."""
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()).eval()
     x = torch.randn(2, 3, 6, 6)
     expected = model(x)

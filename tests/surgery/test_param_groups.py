@@ -11,7 +11,7 @@ import keelnorm as kn
 
 
 def names(model, **options):
-    """The paths with decay, and those without."""
+    """The paths with weight decay, and those without."""
     groups = kn.param_groups(model, 0.1, **options)
     found = {group["weight_decay"]: group["param_names"] for group in groups}
     return found.get(0.1, []), found.get(0.0, [])

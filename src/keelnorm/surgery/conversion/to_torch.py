@@ -73,8 +73,7 @@ def to_torch(model: Model) -> tuple[Model, Report]:
             "before"
         )
     was = {path: name_of(type(module)) for path, module in found.items()}
-    with all_or_nothing(model.modules()):
-        make_plain("to_torch", model)
+    make_plain("to_torch", model)
     rows = [
         {"path": path, "was": was[path], "is": name_of(type(module)), "note": _note(module)}
         for path, module in found.items()
@@ -96,16 +95,17 @@ def make_plain(what: str, model: nn.Module) -> None:
         for module in model.modules()
         if isinstance(module, fx.GraphModule)
     ]
-    undo_conversion(model)
-    for module in model.modules():
-        plain = _PLAIN.get(type(module))
-        if plain is not None:
-            module.__class__ = plain
-            stop_counting(module)
-            vars(module).pop(layers.SyncBatchNorm.CAME_FROM, None)
-    for module, graph in graphs:
-        if graph is not None:
-            module.graph = graph
+    with all_or_nothing(model.modules()):
+        undo_conversion(model)
+        for module in model.modules():
+            plain = _PLAIN.get(type(module))
+            if plain is not None:
+                module.__class__ = plain
+                stop_counting(module)
+                vars(module).pop(layers.SyncBatchNorm.CAME_FROM, None)
+        for module, graph in graphs:
+            if graph is not None:
+                module.graph = graph
 
 
 def _refusal(module: nn.Module) -> str | None:

@@ -103,16 +103,18 @@ def fold(
     model = model if inplace else copy.deepcopy(model)
     with all_or_nothing(model.modules()):
         undo_conversion(model)  # calls that convert has fused hide which layers are neighbours
-        return _fold(model, args, kwargs, verify, tolerance, batch_norms_in("fold", model, where))
+        norms = batch_norms_in("fold", model, where)
+        return _fold(model, args, kwargs, norms, verify=verify, tolerance=tolerance)
 
 
 def _fold(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    norms: dict[str, Any],
+    *,
     verify: bool,
     tolerance: float | None,
-    norms: dict[str, Any],
 ) -> tuple[nn.Module, Report]:
     with uncompiled():
         trace = observe(model, args, kwargs)

@@ -102,7 +102,7 @@ def export_onnx(
         if dynamic_shapes:
             _check_dynamic(dynamic_shapes, args, kwargs, given, file)
         others = map_tensors(_other_values, args), map_tensors(_other_values, kwargs)
-        found = [_difference(prepared, a, k, file, bool(in_training)) for a, k in ((args, kwargs), others)]
+        found = [_difference(prepared, a, k, file, as_written=bool(in_training)) for a, k in ((args, kwargs), others)]
         if not max(found) <= tolerance:
             raise RuntimeError(
                 f"export_onnx: onnxruntime's output differs by {max(found):.2g} of its largest value, more than the "
@@ -186,14 +186,17 @@ def _other_values(value: Tensor) -> Tensor:
     return value.flatten()[torch.randperm(value.numel(), generator=generator)].view(value.shape)
 
 
-def _difference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path, as_written: bool) -> float:
+def _difference(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: Path, *, as_written: bool
+) -> float:
+    """How far the file's outputs differ from the model's; ``as_written`` disables onnxruntime's optimizations."""
     with torch.no_grad():
         expected = [tensor.cpu() for tensor in tensors_in(model(*args, **kwargs))]
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    return difference(expected, _run(path, given, tensors_in((args, kwargs)), as_written))
+    return difference(expected, _run(path, given, tensors_in((args, kwargs)), as_written=as_written))
 
 
-def _run(path: Path, given: dict[str, Any], inputs: list[Tensor], as_written: bool) -> list[Tensor]:
+def _run(path: Path, given: dict[str, Any], inputs: list[Tensor], *, as_written: bool) -> list[Tensor]:
     """Run the file in onnxruntime and return its outputs."""
     import onnxruntime
 

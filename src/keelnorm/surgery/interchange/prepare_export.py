@@ -15,7 +15,6 @@ from keelnorm.surgery.conversion.counterparts import name_of
 from keelnorm.surgery.conversion.to_torch import make_plain
 from keelnorm.surgery.known_layers import is_frozen
 from keelnorm.surgery.report import Report
-from keelnorm.surgery.snapshot import all_or_nothing
 from keelnorm.surgery.target_layers import batch_norms_in, notes_on, refuse_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -69,8 +68,7 @@ def prepare_export(
         model = copy.deepcopy(model)
     layers = batch_norms_in("prepare_export", model)
     was = {path: name_of(type(layer)) for path, layer in layers.items()}
-    with all_or_nothing(model.modules()):
-        make_plain("prepare_export", model)
+    make_plain("prepare_export", model)
     rows: list[dict[str, Any]] = [
         {"path": path, "was": was[path], "is": name_of(type(layer)), "note": notes[path]}
         for path, layer in layers.items()
