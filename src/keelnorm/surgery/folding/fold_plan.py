@@ -25,8 +25,8 @@ from keelnorm.surgery.folding.foldable_layers import Layers, is_transposed, pads
 from keelnorm.surgery.known_layers import modules_after
 from keelnorm.surgery.observation.call_record import Call, ModuleCall, Trace
 
-#: Where the layer is that a batch norm is folded into.
-Where: TypeAlias = Literal["before", "after"]
+#: On which side of the batch norm the layer is that it is folded into.
+Side: TypeAlias = Literal["before", "after"]
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Planner:
     def _place(self, path: str, norm: _BatchNorm) -> dict[str, Any]:
         """Fold into the layer before, else into the layer after; return the changes of the report's row."""
         call, reasons = self._trace.calls_of(norm)[0], []
-        sides: tuple[Where, Where] = ("before", "after")
+        sides: tuple[Side, Side] = ("before", "after")
         for where in sides:
             try:
                 site = self._site(norm, call, where)
@@ -90,14 +90,14 @@ class Planner:
             return {"into": site.call.path, "where": where, "difference": difference}
         return {"reason": "; ".join(reasons)}
 
-    def _site(self, norm: _BatchNorm, call: ModuleCall, where: Where) -> Site:
+    def _site(self, norm: _BatchNorm, call: ModuleCall, where: Side) -> Site:
         if where == "before":
             return site_before(self._trace, call, self._gone)
         if _calls_more(norm):
             raise CannotFoldError(f"calls {', '.join(modules_after(norm)._modules)} after the normalization")
         return site_after(self._trace, call)
 
-    def _fold(self, norm: _BatchNorm, call: ModuleCall, site: Site, where: Where) -> float:
+    def _fold(self, norm: _BatchNorm, call: ModuleCall, site: Site, where: Side) -> float:
         """Plan the fold of one pair, and return the difference that it makes.
 
         Raises:
@@ -151,7 +151,7 @@ def _calls_more(norm: _BatchNorm) -> bool:
     return type(modules_after(norm)) is not nn.Identity
 
 
-def _pair_refusal(module: nn.Module, affine: Affine, where: Where) -> str | None:
+def _pair_refusal(module: nn.Module, affine: Affine, where: Side) -> str | None:
     """Why this batch norm can't be folded into a layer that could take others; None if it can."""
     weight = module.weight
     assert isinstance(weight, Tensor)
