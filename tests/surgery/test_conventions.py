@@ -166,7 +166,7 @@ def test_a_count_for_each_layer():
     np.testing.assert_allclose(weights["2/0/moving_variance"], source[2][0].running_var.numpy() * 0.8, rtol=1e-6)
     back = kn.from_keras(weights, count={"1": 2, "2.0": 5})
     torch.testing.assert_close(back["2.0.running_var"], source[2][0].running_var)
-    with pytest.raises(ValueError, match=r"no entry for '2\.0'"):
+    with pytest.raises(ValueError, match=r"an entry for '2\.0'"):
         kn.from_keras(weights, count={"1": 2})
 
 

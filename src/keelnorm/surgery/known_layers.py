@@ -23,7 +23,7 @@ class Known(NamedTuple):
     then_optional: bool = False
 
 
-#: The attribute in which a class that kn.convert derives from a known class keeps the latter.
+#: The attribute of a class made by kn.convert that holds the known class it is derived from.
 ORIGIN = "_registered"
 _known: dict[type[nn.Module], Known] = {}
 _ACT = ("drop", "act")

@@ -70,7 +70,7 @@ def param_groups(
     ]
     for path, parameter in model.named_parameters():
         if torch.nn.parameter.is_lazy(parameter):
-            raise ValueError(f"{what}: {path!r} has no shape yet; run the lazy model on a batch first")
+            raise ValueError(f"{what}: {path!r} has no shape yet; run the lazy model once first")
         if parameter.requires_grad:
             module, name = _owner(model, path)
             decays = norm if _is_norm(module) else bias or "bias" not in name.split("_")

@@ -25,7 +25,7 @@ from keelnorm.surgery.folding.foldable_layers import Layers, is_transposed, pads
 from keelnorm.surgery.known_layers import modules_after
 from keelnorm.surgery.observation.call_record import Call, ModuleCall, Trace
 
-#: On which side of the batch norm the layer is that it is folded into.
+#: The side of a batch norm on which the layer is that it is folded into.
 Side: TypeAlias = Literal["before", "after"]
 
 

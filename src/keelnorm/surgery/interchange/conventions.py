@@ -188,7 +188,7 @@ def _array(value: Tensor) -> np.ndarray:
 def _count(what: str, path: str, count: Count) -> float | None:
     if isinstance(count, Mapping):
         if path not in count:
-            raise ValueError(f"{what}: count has no entry for {named(path)!r}; it has {sorted(count)}")
+            raise ValueError(f"{what}: count must have an entry for {named(path)!r}; got {sorted(count)}")
         count = count[path]
     if count is not None and not (isinstance(count, int | float) and 1 < count < float("inf")):
         raise ValueError(

@@ -16,7 +16,14 @@ from keelnorm.engine.error_messages import describe
 from keelnorm.functional import moments as moments_of
 from keelnorm.surgery.report import Report
 from keelnorm.surgery.snapshot import all_or_nothing, copy_values, in_evaluation, put_back
-from keelnorm.surgery.statistics.collect import PooledInput, in_one_pass, layer_by_layer, reason_to_leave
+from keelnorm.surgery.statistics.collect import (
+    PooledInput,
+    check_finite,
+    in_one_pass,
+    layer_by_layer,
+    name_of,
+    reason_to_leave,
+)
 from keelnorm.surgery.statistics.entropy import MakeOptimizer, minimize_entropy
 from keelnorm.surgery.statistics.model_inputs import Forward, check_loader, passes_over, run_batch
 from keelnorm.surgery.statistics.recalibrate import BUFFERS, drift
@@ -210,23 +217,15 @@ def _check(loader: Any, prior: Any, mode: Any, entropy: bool) -> None:
 
 def _set_blended(layer: _BatchNorm, pooled: PooledInput, prior: float) -> None:
     """Set a layer's running statistics to the source's, blended with those of its inputs."""
-    name_of_layer = f"a {type(layer).__name__}"
     if pooled.samples == 0:
-        raise ValueError(f"adapt: {name_of_layer} got no values; use where= to leave layers out")
-    moments = pooled.moments
-    if not bool((moments.mean.isfinite() & moments.m2.isfinite()).all()):
-        raise RuntimeError(f"adapt: the input of {name_of_layer} is not finite; the model is as before")
-    source = vars(layer)[_SOURCE]
+        raise ValueError(f"adapt: {name_of(layer)} got no values; use where= to leave layers out")
+    moments, source = pooled.moments, vars(layer)[_SOURCE]
     var = torch.where(moments.count <= 1, torch.zeros_like(moments.m2), moments.var_unbiased)
     new = {
         name: blended(source[name].to(target.device), target, prior, pooled.samples).to(source[name].dtype)
         for name, target in (("running_mean", moments.mean), ("running_var", var))
     }
-    if not all(bool(values.isfinite().all()) for values in new.values()):
-        raise RuntimeError(
-            f"adapt: the moments of {name_of_layer} are too large for its buffers of {source['running_var'].dtype}; "
-            "the model is as before"
-        )
+    check_finite("adapt", layer, moments, *new.values())
     put_back(layer, new)
 
 

@@ -40,6 +40,25 @@ def reason_to_leave(layer: _BatchNorm) -> str | None:
     return None
 
 
+def name_of(layer: _BatchNorm) -> str:
+    """A layer in the words of an error."""
+    return f"a {type(layer).__name__} of {layer.num_features} channels"
+
+
+def check_finite(what: str, layer: _BatchNorm, moments: Moments, *new: Tensor) -> None:
+    """Raise unless the moments of a layer's inputs are finite, and its new running statistics in their dtype too."""
+    if not bool((moments.mean.isfinite() & moments.m2.isfinite()).all()):
+        raise RuntimeError(
+            f"{what}: the input of {name_of(layer)} is not finite; the model is as before. Leave out batches with "
+            "NaN or infinite values"
+        )
+    if not all(bool(values.isfinite().all()) for values in new):
+        raise RuntimeError(
+            f"{what}: the moments of {name_of(layer)} are too large for its buffers of {new[-1].dtype}; the model is "
+            "as before. Make the buffers float32"
+        )
+
+
 @dataclass
 class PooledInput:
     """The inputs of one layer so far.

@@ -15,7 +15,14 @@ from keelnorm.control.run_uncompiled import uncompiled
 from keelnorm.engine.error_messages import describe
 from keelnorm.surgery.report import Report
 from keelnorm.surgery.snapshot import all_or_nothing, copy_values, in_evaluation
-from keelnorm.surgery.statistics.collect import PooledInput, in_one_pass, layer_by_layer, reason_to_leave
+from keelnorm.surgery.statistics.collect import (
+    PooledInput,
+    check_finite,
+    in_one_pass,
+    layer_by_layer,
+    name_of,
+    reason_to_leave,
+)
 from keelnorm.surgery.statistics.model_inputs import Forward, check_loader, passes_over, run_batch
 from keelnorm.surgery.target_layers import batch_norms_in, notes_on
 
@@ -96,9 +103,9 @@ def recalibrate(
         arXiv:2211.08403.
     """
     layers = batch_norms_in("recalibrate", model, where)
-    for name, value, legal in (("tolerance", tolerance, 0.0), ("max_batches", max_batches, 1)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= legal):
-            raise ValueError(f"recalibrate: {name} must be None or a number of at least {legal}; got {describe(value)}")
+    is_number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
+    if tolerance is not None and not (is_number and tolerance >= 0):
+        raise ValueError(f"recalibrate: tolerance must be None or a number of at least 0; got {describe(tolerance)}")
     left = {path: reason_to_leave(layer) for path, layer in layers.items()}
     targets = {path: layer for path, layer in layers.items() if left[path] is None}
     passes = len(targets) if sequential else 1
@@ -133,26 +140,16 @@ def set_statistics(layer: _BatchNorm, pooled: PooledInput) -> None:
     count = float(moments.count.min())
     if count < 2:
         raise ValueError(
-            f"recalibrate: {_what(layer)} got {count:g} values per channel; every layer needs two or more. Use where= "
-            "to leave layers out that the data does not reach"
+            f"recalibrate: {name_of(layer)} got {count:g} values per channel; every layer needs two or more. Use "
+            "where= to leave layers out that the data does not reach"
         )
-    if not bool((moments.mean.isfinite() & moments.m2.isfinite()).all()):
-        raise RuntimeError(f"recalibrate: the input of {_what(layer)} is not finite; the model is as before")
     assert layer.running_mean is not None and layer.running_var is not None
     mean, var = moments.mean.to(layer.running_mean.dtype), moments.var_unbiased.to(layer.running_var.dtype)
-    if not bool((mean.isfinite() & var.isfinite()).all()):
-        raise RuntimeError(
-            f"recalibrate: the moments of {_what(layer)} are too large for its buffers of {var.dtype}; the model is as "
-            "before"
-        )
+    check_finite("recalibrate", layer, moments, mean, var)
     layer.running_mean.copy_(mean)
     layer.running_var.copy_(var)
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.fill_(pooled.batches)
-
-
-def _what(layer: _BatchNorm) -> str:
-    return f"a {type(layer).__name__} of {layer.num_features} channels"
 
 
 def drift(mean: Tensor, var: Tensor, old_mean: Tensor, old_var: Tensor) -> dict[str, float]:
