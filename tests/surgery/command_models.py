@@ -1,4 +1,4 @@
-"""What the commands are run on: copied to the current directory, as `nets`."""
+"""Models for the commands' tests: copied to the current directory as `nets`."""
 
 import torch
 from torch import nn

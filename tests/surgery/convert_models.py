@@ -1,4 +1,4 @@
-"""Small models whose forwards fuse in every way that convert knows, some that do not, and some that are hard."""
+"""Small models for convert: some whose layers fuse, some whose layers do not, and some hard cases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class OneLayer(nn.Module):
-    """conv, bn, and what a function makes of the output and the input."""
+    """A convolution, a batch norm, and a function of the output and the input."""
 
     def __init__(self, then, layer=None):
         super().__init__()
@@ -73,7 +73,7 @@ UNFUSED = {
 
 
 class Swish(nn.Module):
-    """An activation of someone's own."""
+    """A user's own activation."""
 
     def forward(self, x):
         return x * torch.sigmoid(x)
@@ -90,7 +90,7 @@ class NotSwish(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block whose second batch norm ends a Sequential, as its shortcut's does."""
+    """A residual block in which both batch norms before the addition are the last layers of a Sequential."""
 
     def __init__(self, channels=4, down=False):
         super().__init__()
@@ -182,7 +182,7 @@ class Checkpointing(_Hard):
 
 
 class Checked(nn.Module):
-    """Looks at its input before it does anything."""
+    """A model that checks its input first."""
 
     def __init__(self):
         super().__init__()

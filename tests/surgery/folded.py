@@ -1,4 +1,4 @@
-"""Models to fold, and the comparison with the unfolded one in float64."""
+"""Helpers for folding: random models, and the comparison of a folded model with the unfolded one in float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def randomize(model: nn.Module) -> nn.Module:
-    """The model in evaluation, with running statistics and affine parameters as training might leave them."""
+    """Put the model in evaluation, with random running statistics and affine parameters."""
     for layer in model.modules():
         if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
             layer.running_mean.uniform_(-0.5, 0.5)
@@ -45,7 +45,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def bits(model: nn.Module) -> dict[str, Any]:
-    """All of a model that folding could change: its tree, the identity of its parts, and the values of its tensors."""
+    """Everything that folding could change in a model: its tree, the identity of its parts, and its tensors' values."""
     found: dict[str, Any] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         found[path] = (id(module), type(module), module.training, list(module._modules))
@@ -58,7 +58,7 @@ def bits(model: nn.Module) -> dict[str, Any]:
 
 
 def check_folds(model: nn.Module, *args: Tensor, into: dict[str, tuple[str, str]] | None = None) -> kn.Report:
-    """Fold a float64 model: its output stays, and it has no batch norm left; or those alone that ``into`` lacks."""
+    """Check that a float64 model folds into the layers ``into``, and that its output stays."""
     expected, before = output(copy.deepcopy(model), *args), bits(model)
     new, report = kn.fold(model, args)
     assert bits(model) == before
@@ -78,7 +78,7 @@ def check_folds(model: nn.Module, *args: Tensor, into: dict[str, tuple[str, str]
 
 
 def reason(model: nn.Module, *args: Any, path: str | None = None) -> str:
-    """Why a batch norm is left; the model and its outputs are as they were."""
+    """The reason why a batch norm is left, after checking that the model and its outputs stay."""
     expected = output(model, *args)
     before = bits(model)
     new, report = kn.fold(model, args)

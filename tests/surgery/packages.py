@@ -1,4 +1,4 @@
-"""Stand-ins for layers of packages that the tests do without: written for the tests, from what those layers compute."""
+"""Stand-ins for layers of packages that are not installed, written from what those layers compute."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
-    """As timm's: normalization, dropout and activation in one module, whose state_dict is a batch norm's."""
+    """timm's layer: normalization, dropout and activation in one module, with a batch norm's state_dict."""
 
     def __init__(self, num_features, eps=1e-5, apply_act=True, act_layer=nn.ReLU, inplace=True, drop_layer=None):
         super().__init__(num_features, eps)
@@ -25,7 +25,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
 
 class SyncBatchNormAct(nn.SyncBatchNorm):
-    """As timm's, which its own conversion gives ``drop`` and ``act``."""
+    """timm's synchronized layer, to which timm's own conversion adds ``drop`` and ``act``."""
 
     def forward(self, x):
         x = super().forward(x)
@@ -35,7 +35,7 @@ class SyncBatchNormAct(nn.SyncBatchNorm):
 
 
 class FixedByFormula(nn.Module):
-    """As torchvision's: buffers alone, and a product and a sum, whose types mix as tensors' do."""
+    """torchvision's layer: buffers only, and a product and a sum with torch's type promotion."""
 
     def __init__(self, num_features, eps=1e-5):
         super().__init__()
@@ -57,7 +57,7 @@ class FixedByFormula(nn.Module):
 
 
 class FixedByFunction(FixedByFormula):
-    """As detectron2's: torch's function in evaluation."""
+    """detectron2's layer: torch's function in evaluation."""
 
     def forward(self, x):
         return F.batch_norm(
@@ -66,7 +66,7 @@ class FixedByFunction(FixedByFormula):
 
 
 class FixedAct(FixedByFormula):
-    """As timm's."""
+    """timm's frozen layer."""
 
     def __init__(self, num_features, eps=1e-5, act_layer=nn.ReLU):
         super().__init__(num_features, eps)
@@ -87,7 +87,7 @@ CLASSES = {
 
 
 def load(monkeypatch):
-    """Modules of the packages' names with classes of theirs; gives the classes."""
+    """Make modules with the packages' names that have the stand-ins, and return these."""
     made = {}
     for (module, name), kind in CLASSES.items():
         parts = module.split(".")

@@ -1,4 +1,4 @@
-"""Adapted statistics against the papers' formulas, entropy that falls, and the way back."""
+"""Adapted statistics follow the papers' formulas, entropy falls, and adaptation can be undone."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_formula(prior):
 
 
 def test_sequential_adaptation():
-    """The second layer's target moments are those behind the first one's blend."""
+    """The second layer's target statistics are taken with the first layer already adapted."""
     source, model = a_net(), a_net()
     model, _ = kn.adapt(model, [DATA], prior=8, sequential=True)
     x = source[0](DATA)
@@ -188,11 +188,11 @@ def test_an_exception_leaves_the_model_as_it_was(entropy):
 def test_errors():
     model = a_net()
     for arguments, options, kind, words in (
-        ((model, [DATA]), {"prior": -1}, ValueError, "prior is a number of samples"),
+        ((model, [DATA]), {"prior": -1}, ValueError, "prior must be a number of samples"),
         ((model, [DATA]), {"mode": "online"}, ValueError, "mode must be"),
         ((model, [DATA]), {"mode": "batch"}, ValueError, "takes no loader"),
         ((model,), {}, TypeError, "loader must be an iterable"),
-        ((model, []), {}, ValueError, "was given no values"),
+        ((model, []), {}, ValueError, "got no values"),
         ((model, iter([DATA])), {"entropy": True}, ValueError, "start again"),
         ((model[:2], [DATA]), {"entropy": True, "forward": lambda m, b: m(b).mean()}, TypeError, "needs logits"),
         ((nn.BatchNorm1d(3, affine=False), [torch.randn(4, 3)]), {"entropy": True}, ValueError, "have none"),

@@ -1,4 +1,4 @@
-"""Converted models compute what they did, with one kernel for what follows a batch norm, and stay what they were."""
+"""Converted models compute the same, with fused kernels, and keep their parameters, hooks and names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from keelnorm.engine.fusion import pending as fusion
 
 
 def trained(model):
-    """The model with parameters and running statistics that are not those of the beginning."""
+    """Give the model random parameters and running statistics."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -36,7 +36,7 @@ def outcome(model, x, training):
 
 
 def assert_same_outcomes(model, original, x, tolerance=1e-10, runs=3):
-    """In several runs of each mode; gives how many kernels were fused in each run: in training, in evaluation."""
+    """Compare several runs in each mode; return the number of fused kernels per run in training, and in evaluation."""
     fused = {True: [], False: []}
     for training in (True, False):
         for _ in range(runs):
@@ -54,7 +54,7 @@ def assert_same_outcomes(model, original, x, tolerance=1e-10, runs=3):
 
 
 def fused_in(model, x):
-    """How many kernels compute a batch norm with what follows it, in one call without gradients."""
+    """The number of fused kernels in one call without gradients."""
     before = fusion.completed
     with torch.no_grad():
         model(x)
@@ -116,7 +116,7 @@ def test_activation_modules(activation, name):
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_dropout_between(p):
-    """It is passed over where it does nothing: always, or in evaluation."""
+    """A module that does nothing, always or in evaluation, does not prevent fusing."""
     original = trained(nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(p), nn.ReLU()).double())
     model, _ = kn.convert(copy.deepcopy(original))
     x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
@@ -133,7 +133,7 @@ def test_dropout_between(p):
             torch.testing.assert_close(model(x), wanted)
         assert fusion.completed - before == count
     assert fused_in(model.eval(), x) == 1
-    model[1].p = original.eval()[1].p = 0.25  # which does nothing in evaluation
+    model[1].p = original.eval()[1].p = 0.25  # does nothing in evaluation
     assert fused_in(model, x) == 1
     model[1].train(), original[1].train()  # evaluation, with dropout as in training
     state = torch.get_rng_state()
@@ -252,7 +252,7 @@ def test_sync():
 @pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm3d, kn.BatchNorm2d, kn.BatchNorm])
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_a_synchronized_layer_is_again_what_it_was(kind, by_hand):
-    """Also where kn.SyncBatchNorm's own function made it; nothing says so where torch.nn's did."""
+    """A layer made by kn.SyncBatchNorm's conversion gets its class back; of torch.nn's conversion nothing is known."""
     model = nn.Sequential(kind(3))
     model = kn.SyncBatchNorm.convert_sync_batchnorm(model) if by_hand else kn.convert(model, sync=True)[0]
     assert type(model[0]) is kn.SyncBatchNorm
@@ -268,14 +268,14 @@ def test_lazy_layers_and_a_layer_alone():
     assert model(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4)
     assert type(model[0]) is kn.BatchNorm2d
     kn.revert(model)
-    assert type(model[0]) is nn.BatchNorm2d  # which torch.nn's lazy one has become
+    assert type(model[0]) is nn.BatchNorm2d  # the class that torch.nn's lazy layer becomes
     layer, report = kn.convert(nn.BatchNorm1d(3))
     assert type(layer) is kn.BatchNorm1d
     assert report.rows[0]["path"] == ""
 
 
 def test_a_part_called_alone():
-    """Within a child's own call results wait too; what it returns is a plain tensor, and so is a bare layer's."""
+    """Results wait inside the call of a child too; a child and a single layer return plain tensors."""
     original = trained(a_net().double())
     model, _ = kn.convert(copy.deepcopy(original))
     x = torch.randn(4, 4, 5, 5, dtype=torch.float64)

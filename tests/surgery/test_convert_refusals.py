@@ -1,4 +1,4 @@
-"""Forwards that no recording can stand for fuse and stay right; what convert leaves alone, it says."""
+"""Forwards that can't be recorded fuse and stay right; the report says which layers are left."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ X = torch.randn(4, 3, 8, 8)
 
 @pytest.mark.parametrize("kind", HARD, ids=lambda kind: kind.__name__)
 def test_hard_forwards_run_as_they_are(kind):
-    """With the same side effects, the same random numbers, and fused."""
+    """The same side effects and random numbers as before, and fused."""
     original = trained(kind().double())
     model, report = kn.convert(copy.deepcopy(original))
     x = X.double()
@@ -65,7 +65,7 @@ class Own(nn.BatchNorm2d):
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
-        (Own(3), "whose own forward or state"),
+        (Own(3), "which may have a forward or state"),
         (nn.utils.parametrizations.weight_norm(nn.BatchNorm1d(3), dim=None), "ParametrizedBatchNorm1d"),
     ],
     ids=["subclass", "parametrized"],
@@ -179,7 +179,7 @@ def test_an_input_that_changes_before_the_addition():
 
 
 class TestAfterwards:
-    """Whatever is done to a converted model, it computes what the plain one would."""
+    """A converted model that is changed computes what the plain one computes."""
 
     @staticmethod
     def both(change, x=X, fused=0):
@@ -187,12 +187,12 @@ class TestAfterwards:
         model, _ = kn.convert(copy.deepcopy(plain))
         assert [fused_in(model, x) for _ in range(2)] == [0, 5]
         change(plain), change(model)
-        for _ in range(4):  # the layers learn anew
+        for _ in range(4):  # the layers learn again
             torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
         assert fused_in(model, x) == fused
 
     def test_an_activation_is_replaced(self):
-        self.both(lambda m: setattr(m[3], "act", nn.Tanh()), fused=5)  # the addition still is
+        self.both(lambda m: setattr(m[3], "act", nn.Tanh()), fused=5)  # the addition is still fused
 
     def test_a_batch_norm_is_replaced(self):
         self.both(lambda m: m[3].body.__setitem__(4, nn.BatchNorm2d(4).eval()), fused=4)
@@ -285,7 +285,7 @@ def test_a_check_of_the_input_still_raises():
 def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
     model = a_net()
     before = [(type(m), dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
-    add_scope, calls = module_of_convert.__globals__["add_scope"], []
+    add_scope, calls = module_of_convert.add_scope, []
 
     def fail(module):
         calls.append(module)
@@ -293,7 +293,7 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
             raise RuntimeError("injected")
         add_scope(module)
 
-    monkeypatch.setitem(module_of_convert.__globals__, "add_scope", fail)
+    monkeypatch.setattr(module_of_convert, "add_scope", fail)
     with pytest.raises(RuntimeError, match="injected"):
         kn.convert(model)
     for module, (kind, attributes, buffers) in zip(model.modules(), before, strict=True):
@@ -312,7 +312,7 @@ def test_wrong_arguments():
 
 @pytest.mark.parametrize("operation", [kn.convert, kn.revert, kn.prepare_export, lambda state: kn.fold(state, X)])
 def test_a_state_dict_is_said_to_be_one(operation):
-    """In a line, not with all its numbers."""
+    """The error is one line, without the values of the tensors."""
     state = nn.Sequential(*(nn.Conv2d(3, 40, 3) for _ in range(9))).state_dict()
     with pytest.raises(TypeError, match=r"got an OrderedDict of 18 entries\. A state_dict has no layers") as raised:
         operation(state)

@@ -1,4 +1,4 @@
-"""Converted models in the hands of others: copy, pickle, compile, export, fx, DDP, SWA, functional calls."""
+"""Converted models with other tools: copy, pickle, compile, export, fx, DDP, SWA, functional calls."""
 
 from __future__ import annotations
 

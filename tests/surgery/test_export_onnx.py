@@ -1,4 +1,4 @@
-"""ONNX files against the model, by onnxruntime."""
+"""ONNX files in onnxruntime give the model's outputs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_dynamic_shapes(tmp_path):
 
 
 def test_training_mode(tmp_path):
-    """The batch's moments normalize; a frozen layer and dropout are in evaluation; the model is as it was."""
+    """Batch norms use the batch; a frozen layer and dropout are in evaluation; the model is unchanged."""
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Flatten(),
         nn.Linear(64, 5), kn.BatchNorm1d(5),
@@ -152,7 +152,7 @@ def test_a_difference_leaves_no_file(tmp_path, monkeypatch):
     model = nn.Sequential(nn.BatchNorm2d(3)).eval()
     (tmp_path / "m.onnx").write_text("what was there")
     plain = onnx_export._run
-    monkeypatch.setattr(onnx_export, "_run", lambda *args: [y + 1 for y in plain(*args)])
+    monkeypatch.setattr(onnx_export, "_run", lambda *args, **more: [y + 1 for y in plain(*args, **more)])
     with pytest.raises(RuntimeError, match="more than the tolerance"):
         kn.export_onnx(model, X, tmp_path / "m.onnx")
     assert (tmp_path / "m.onnx").read_text() == "what was there"

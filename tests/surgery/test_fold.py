@@ -1,4 +1,4 @@
-"""Each kind of layer takes a batch norm in, before and after it: the float64 model's output stays the same."""
+"""A batch norm folds into each kind of layer, before and after it; the float64 model's output stays."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _one_thread():
 
 @st.composite
 def layers(draw, kind: str, transposed: bool | None = None) -> tuple[nn.Module, torch.Tensor]:
-    """A layer of a kind with random arguments, and an input for it."""
+    """A layer of one kind with random arguments, and an input for it."""
     make, dims = LAYERS[kind]
     groups = draw(st.integers(1, 3)) if dims else 1
     depthwise = draw(st.booleans()) if dims else False

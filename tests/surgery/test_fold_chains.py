@@ -1,4 +1,4 @@
-"""What may lie between a batch norm and the layer that takes it in, and what may not."""
+"""Which operations may lie between a batch norm and the layer that it is folded into."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ X = (2, C, 8, 6)
 
 
 class Between(nn.Module):
-    """conv, something, batch norm; or batch norm, something, conv."""
+    """A convolution, an operation and a batch norm; or in the opposite order."""
 
     def __init__(self, first: nn.Module, between, last: nn.Module) -> None:
         super().__init__()

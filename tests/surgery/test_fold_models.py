@@ -1,4 +1,4 @@
-"""Published architectures: which of their batch norms fold, which do not and why, and that the output stays."""
+"""Published architectures: which batch norms fold, why others do not, and that the output stays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _one_thread():
 
 
 def check(model, *args, folded: int, left: int):
-    """Folds a float64 model exactly, and a float32 one up to rounding; gives the reasons."""
+    """Fold a float64 model exactly and a float32 one up to rounding; return the reasons of layers that are left."""
     randomize(model)
     x = [each.float() for each in args]
     before, expected = bits(model), output(copy.deepcopy(model).double(), *args)

@@ -1,4 +1,4 @@
-"""What is not folded says why, and stays as it was."""
+"""Batch norms that can't be folded stay unchanged, and the report gives the reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=to
 
 
 class Model(nn.Module):
-    """conv and norm; the forward is given, and is conv, norm and ReLU by default."""
+    """A convolution and a batch norm with a given forward; by default both and a ReLU."""
 
     def __init__(self, forward=None, conv=None, norm=None, **modules):
         super().__init__()
@@ -30,7 +30,7 @@ class Model(nn.Module):
 
 
 def unusual(change, **modules):
-    """A model with something changed in it."""
+    """A model with one change."""
     model = Model(**modules)
     change(model)
     return model
@@ -130,7 +130,7 @@ REFUSED = {
     "pre-hook": (lambda: unusual(lambda m: nn.utils.weight_norm(m.conv)), "also seen by a hook of 'conv'"),
     "parametrized": (
         lambda: unusual(lambda m: nn.utils.parametrizations.spectral_norm(m.conv).eval()),
-        "'conv' has a parametrization (torch.nn.utils.parametrize.remove_parametrizations takes it away)",
+        "'conv' has a parametrization (torch.nn.utils.parametrize.remove_parametrizations removes it)",
     ),
     "norm parametrized": (
         lambda: unusual(lambda m: nn.utils.parametrizations.weight_norm(m.norm, dim=None)), "has a parametrization"
@@ -138,7 +138,7 @@ REFUSED = {
     "centred": (lambda: unusual(lambda m: kn.nn.center_weights(m.conv)), "has a parametrization"),
     "own forward": (lambda: Model(conv=OwnForward(3, 3, 3)), "has a forward of its own (OwnForward)"),
     "own convolution": (lambda: Model(conv=OwnConvolution(3, 3, 3)), "has a forward of its own (OwnConvolution)"),
-    "own norm": (lambda: Model(norm=OwnNorm(3)), "is a OwnNorm, whose evaluation may be more than batch norm"),
+    "own norm": (lambda: Model(norm=OwnNorm(3)), "is a OwnNorm, which may compute more than batch norm"),
     "norm's forward is set": (lambda: unusual(set_norm_forward), "has a forward of its own"),
     "never called": (lambda: Model(lambda m, x: m.conv(x)), "was not called on the example"),
     "after an addition": (lambda: Model(lambda m, x: F.relu(m.norm(m.conv(x) + x))), "its input comes from add"),
@@ -173,7 +173,7 @@ REFUSED = {
 def changed_later(m, x, part=None):
     x = x * 2
     y = m.norm(x)
-    (x if part is None else x[part]).relu_()  # an Identity in the place of the batch norm would hand on this x
+    (x if part is None else x[part]).relu_()  # an Identity in place of the batch norm would return this x
     return m.conv(y) + x
 
 
@@ -198,7 +198,7 @@ def test_refused(name):
     model = make()
     if name in ("of a recurrence", "groups of a norm"):
         model.double()
-    if name in ("NaN", "negative", "NaN in the weight", "in training"):  # its outputs are not to be compared
+    if name in ("NaN", "negative", "NaN in the weight", "in training"):  # its outputs can't be compared
         before = bits(model)
         _, report = kn.fold(model, X, verify=False)
         assert bits(model) == before
@@ -261,7 +261,9 @@ def test_a_lazy_layer_that_has_not_run():
 def test_a_difference_that_is_too_large():
     model, x = Model(conv=nn.Conv2d(3, 3, 3, bias=False)).float(), X.float() + 1e5
     with torch.no_grad():
-        model.norm.running_mean.copy_(model.conv(x).mean((0, 2, 3)))  # large against the deviation: digits cancel
+        model.norm.running_mean.copy_(
+            model.conv(x).mean((0, 2, 3))
+        )  # much larger than the standard deviation: digits cancel
     _, report = kn.fold(model, x)
     assert "Conv2d 'conv' would differ by" in report.rows[0]["reason"]
     assert "of its largest output, more than 1.9e-06" in report.rows[0]["reason"]

@@ -1,4 +1,4 @@
-"""Whatever goes wrong, the model is as it was; and what would be another model is an error."""
+"""After any error the model is as before, and a fold that would change the model is an error."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Model(nn.Module):
 
 
 def check_raises(model, error, match, *, example=X, **keywords):
-    """Folding raises, on a copy and in place, and the model is bit for bit as it was."""
+    """Check that folding raises, on a copy and in place, and leaves the model as before, bit for bit."""
     before, state = bits(model), torch.get_rng_state()
     for inplace in (False, True):
         with pytest.raises(error, match=match):
@@ -48,7 +48,7 @@ def test_the_model_must_be_in_evaluation():
 
 def test_other_arguments():
     check_raises(Model(), TypeError, "example must be a tensor", example=[X])
-    check_raises(Model(), ValueError, "tolerance is None or a number", tolerance=-1)
+    check_raises(Model(), ValueError, "tolerance must be None or a number", tolerance=-1)
     check_raises(Model(), ValueError, "matches no batch norm", where="nothing")
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         kn.fold("model", X)
@@ -110,7 +110,7 @@ def test_a_forward_that_asks_the_batch_norm():
     def asks(m, x):
         return m.head(F.relu(m.norm(m.conv(x)) * m.norm.num_features))
 
-    match = r"does not run on the example \(AttributeError: 'Identity' .*'num_features'\); the model is as it was"
+    match = r"does not run on the example \(AttributeError: 'Identity' .*'num_features'\); the model is as before"
     check_raises(Model(asks), RuntimeError, match)
     check_raises(Model(asks), RuntimeError, match, verify=False)
 
@@ -124,17 +124,19 @@ def test_a_batch_norm_in_a_list():
 def test_a_reader_that_cannot_be_seen():
     def hidden(m, x):
         y = m.conv(x)
-        with torch._C.DisableTorchFunction(), _disable_current_modes():  # as a kernel that is no operator of torch
+        with torch._C.DisableTorchFunction(), _disable_current_modes():  # like a kernel that is no operator of torch
             z = y * 2
         return F.relu(m.norm(y)) + z
 
-    check_raises(Model(hidden), RuntimeError, "the model is as it was")
-    _, report = kn.fold(Model(hidden), X, verify=False)  # says so, and leaves the decision to the caller
+    check_raises(Model(hidden), RuntimeError, "the model is as before")
+    _, report = kn.fold(Model(hidden), X, verify=False)  # the report shows the difference
     assert report.summary["difference"] > 0.01
 
 
 def test_a_model_that_gives_another_output_each_time():
-    check_raises(Model(lambda m, x: m.head(F.relu(m.norm(m.conv(x)))) * m.calls), RuntimeError, "the same output twice")
+    check_raises(
+        Model(lambda m, x: m.head(F.relu(m.norm(m.conv(x)))) * m.calls), RuntimeError, "another output each time"
+    )
 
 
 def test_graph_modules_and_wrappers():
@@ -163,7 +165,7 @@ def test_a_model_that_does_not_run_in_float64():
     new, report = kn.fold(model, X)
     assert report.summary["folded"] == 1
     assert "float64" not in report.summary
-    assert report.notes[0].startswith("Not compared in float64, in which the model does not run: RuntimeError: ")
+    assert report.notes[0].startswith("Not compared in float64, where the model does not run: RuntimeError: ")
     assert relative(output(new, X), output(model, X)) < 1e-6
 
 
@@ -186,10 +188,10 @@ def test_random_numbers_are_the_same_in_every_run():
 def test_integers_in_the_output():
     def decides(m, x):
         y = F.relu(m.norm(m.conv(x)))
-        return y, y.mul(1e9).long()  # what rounding changes
+        return y, y.mul(1e9).long()  # rounding changes this
 
     _, report = kn.fold(Model(decides), X)
-    assert report.notes == ["Integers or booleans in the output changed on the example, as rounding can make them."]
+    assert report.notes == ["Integers or booleans in the output changed on the example, as rounding can cause."]
 
 
 def test_an_output_in_which_nothing_can_be_compared():
@@ -235,7 +237,7 @@ def test_a_model_without_batch_norms():
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_converted_model(inplace):
-    """Its calls are taken apart again, in what is folded; and put back where folding fails."""
+    """Folding undoes the conversion; if it fails, the model is converted as before."""
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()).eval()
     x = torch.randn(2, 3, 6, 6)
     expected = model(x)

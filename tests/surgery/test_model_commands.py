@@ -1,4 +1,4 @@
-"""The commands that work on a model, run as a user would, on a module in the current directory."""
+"""The commands on models, run like a user's, on a module in the current directory."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*words: str) -> Result:
-    """A command that ends well."""
+    """Run a command that succeeds."""
     result = runner.invoke(app, words)
     assert result.exit_code == 0, result.output
     return result
 
 
 def refused(*words: str) -> str:
-    """What a command says that ends with an error: one line, and nothing on the other stream."""
+    """The one line that a failing command prints on stderr, with nothing on stdout."""
     result = runner.invoke(app, words)
     assert result.exit_code == 1, result.output
     assert result.stdout == ""
@@ -64,7 +64,7 @@ def report_of(*words: str) -> dict[str, Any]:
 
 
 def trained(classes: int = 4) -> nn.Module:
-    """The module's network, with weights and moments of its own."""
+    """The module's network, with random weights and statistics."""
     from nets import small  # type: ignore[import-not-found]
 
     model: nn.Module = small(classes)
@@ -252,7 +252,7 @@ def test_a_wrong_onnx_file_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     from keelnorm.surgery.interchange import onnx_export
 
     monkeypatch.setattr(onnx_export, "_write", lambda model, args, kwargs, path, *others: path.write_text("half"))
-    monkeypatch.setattr(onnx_export, "_run", lambda *args: [torch.ones(2, 4)])
+    monkeypatch.setattr(onnx_export, "_run", lambda *_, **__: [torch.ones(2, 4)])
     said = refused("fold", "nets:small", "--input", "2,3,8,8", "--out", "f.onnx")
     assert "onnxruntime's output differs by" in said
     assert [path.name for path in Path().iterdir()] == ["nets.py"]

@@ -1,4 +1,4 @@
-"""Published architectures, converted and folded: right in float64, and every call that can be fused is."""
+"""Published architectures, converted and folded: right in float64, with every possible call fused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the observation of a run says of who makes and who reads each tensor."""
+"""The record of a run: which calls make and read each tensor."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import keelnorm as kn
 from keelnorm.surgery.observation.nested_tensors import call_of, map_tensors, tensors_in
-from keelnorm.surgery.observation.observe import observe, preserved
+from keelnorm.surgery.observation.observe import observe
+from keelnorm.surgery.snapshot import preserved
 
 
 class Runs(nn.Module):
-    """A model whose forward is a function of itself and its input."""
+    """A model whose forward is a given function."""
 
     def __init__(self, forward, **modules):
         super().__init__()
@@ -31,7 +32,7 @@ class Runs(nn.Module):
 
 
 def readers(forward, **modules):
-    """What is said to read the output of ``first``, and who else has it."""
+    """The recorded readers of the output of ``first``, and its holders."""
     model = Runs(forward, first=nn.Linear(4, 4), **modules).eval()
     trace = observe(model, (torch.randn(2, 4),))
     [call] = trace.calls_of(model.first)

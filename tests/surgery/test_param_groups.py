@@ -11,7 +11,7 @@ import keelnorm as kn
 
 
 def names(model, **options):
-    """The paths with decay, and those without."""
+    """The paths with weight decay, and those without."""
     groups = kn.param_groups(model, 0.1, **options)
     found = {group["weight_decay"]: group["param_names"] for group in groups}
     return found.get(0.1, []), found.get(0.0, [])
@@ -113,5 +113,5 @@ def test_errors():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         kn.param_groups([nn.Linear(2, 2)], 0.1)
     for wrong in (-1, float("nan"), float("inf"), "much", None, True):
-        with pytest.raises(ValueError, match="weight_decay must be a finite number from 0 on"):
+        with pytest.raises(ValueError, match="weight_decay must be a finite number of at least 0"):
             kn.param_groups(nn.Linear(2, 2), wrong)

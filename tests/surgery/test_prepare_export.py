@@ -1,4 +1,4 @@
-"""Models made ready for exporters, and what the exporters make of them."""
+"""Models made ready for exporters, and the exporters' results."""
 
 from __future__ import annotations
 

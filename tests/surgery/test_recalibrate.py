@@ -1,4 +1,4 @@
-"""Running statistics against one float64 pass of plain torch over all of the data."""
+"""Running statistics equal one float64 pass of plain torch over all data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def moments(x):
 
 
 def inputs_in_evaluation(model, data):
-    """What goes into every batch norm, in one pass of the network in evaluation."""
+    """The inputs of all batch norms in one pass of the network in evaluation."""
     found = {}
     handles = [
         layer.register_forward_pre_hook(lambda _, args, path=path: found.__setitem__(path, args[0]))
@@ -62,7 +62,7 @@ def test_sequential_is_exact(kind):
 
 
 def test_one_pass_normalizes_with_the_batch():
-    """By hand: batch norms in training, the rest in evaluation, and the moments of all batches pooled."""
+    """Computed by hand: batch norms in training, all else in evaluation, the moments of all batches pooled."""
     data = torch.randn(40, 3, 9, 9, dtype=torch.float64)
     batches = [data[:8], data[8:30], data[30:]]
     plain = a_net()
@@ -195,7 +195,7 @@ def test_a_tolerance_stops_early():
     batches = [torch.randn(64, 3) * 2 + 1 for _ in range(400)]
     _, report = kn.recalibrate(nn.Sequential(nn.BatchNorm1d(3)), batches, tolerance=0.02)
     taken = report.summary["batches"]
-    assert 20 < taken < 400  # 1/√n deviations, and √(2/n) of the variance
+    assert 20 < taken < 400  # standard errors 1/√n of the mean and √(2/n) of the variance
     assert report.rows[0]["standard error"] <= 0.02
     rows = torch.cat(batches[:taken]).double()
     weights, means = 64 / len(rows), torch.stack([b.double().mean(0) for b in batches[:taken]])
@@ -210,9 +210,9 @@ def test_errors():
     before = copy.deepcopy(model.state_dict())
     for arguments, kind, words in (
         ((3, [data]), TypeError, "model must be"),
-        ((model, data), TypeError, r"One batch: \[batch\]"),
+        ((model, data), TypeError, r"pass \[batch\]"),
         ((model, [3]), TypeError, "a batch must be a tensor"),
-        ((model, []), ValueError, "was given 0 values"),
+        ((model, []), ValueError, "got 0 values"),
         ((model, [torch.full((4, 3), torch.nan)]), RuntimeError, "is not finite"),
     ):
         with pytest.raises(kind, match=words):
@@ -243,7 +243,7 @@ def test_moments_that_the_buffers_can_not_hold():
 
 
 def test_two_thousand_images():
-    """A ResNet's moments over 2,000 real images are those of one float64 pass, to 1e-5."""
+    """A ResNet's statistics over 2,000 real images equal those of one float64 pass, to 1e-5."""
     sklearn = pytest.importorskip("sklearn.datasets")
     get_model = pytest.importorskip("pytorchcv.model_provider").get_model
     images = torch.tensor(sklearn.load_digits().images, dtype=torch.float32)[:, None] / 16

@@ -1,4 +1,4 @@
-"""Recalibration over ranks: real processes, each with its part of the data, against one with all of it."""
+"""Recalibration in several processes, each with part of the data, equals one process with all of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers of other packages and of users: known by their exact class, converted, folded, recalibrated, given back."""
+"""Layers of other packages and of users: known by exact class, converted, folded, recalibrated and reverted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def forget(monkeypatch):
 
 
 def net(*layers):
-    """Convolutions with these layers behind them, in float64, with numbers in everything."""
+    """Convolutions followed by these layers, in float64, with random parameters and statistics."""
     torch.manual_seed(0)
     parts = [part for layer in layers for part in (nn.Conv2d(3, 3, 3, padding=1), layer)]
     model = nn.Sequential(*parts, nn.Conv2d(3, 2, 1)).double()
@@ -72,7 +72,7 @@ def assert_same(model, twin, x=X, calls=3):
 
 
 def test_batch_norm_with_dropout_and_activation(kinds):
-    """Dropout between the two, with the same random numbers; the layer is still one of its class."""
+    """With dropout between, and the same random numbers; the layer is still an instance of its class."""
     for name, drop, model in act_nets(kinds):
         twin = copy.deepcopy(model)
         model, report = kn.convert(model)
@@ -98,7 +98,7 @@ FROZEN = ["torchvision FrozenBatchNorm2d", "detectron2 FrozenBatchNorm2d", "timm
 
 @pytest.mark.parametrize("name", FROZEN)
 def test_frozen_layers(kinds, name):
-    """Fixed in training too, no batch norms of torch.nn, and of their own class as before."""
+    """Frozen layers stay fixed in training, are not derived from torch.nn's, and keep their class."""
     kind = kinds[name]
     model = net(kind(3, eps=1e-3), kind(3))
     twin = copy.deepcopy(model)
@@ -123,7 +123,7 @@ def test_frozen_layers(kinds, name):
     assert_same(pickle.loads(pickle.dumps(model)), twin, calls=1)
     model.load_state_dict({**twin.state_dict(), "1.num_batches_tracked": torch.tensor(3)})
     _, report = kn.recalibrate(model, [X])
-    assert [row["reason"] for row in report.rows] == [f"is a {kind.__name__}, whose moments are fixed"] * 2
+    assert [row["reason"] for row in report.rows] == [f"is a {kind.__name__}, whose statistics are fixed"] * 2
     kn.to_torch(model)
     assert type(model[1]) is kind
 
@@ -155,10 +155,10 @@ def test_a_layer_with_an_activation_folds_into_the_layer_before_it_only(kinds):
     model = net(kind(3), kind(3))
     del model[0]
     folded, report = kn.fold(model.eval(), X)
-    assert "calls drop, act behind the normalization" in report.rows[0]["reason"]
+    assert "calls drop, act after the normalization" in report.rows[0]["reason"]
     assert [row["into"] for row in report.rows] == ["", "1"]
     twice = nn.Sequential(nn.Conv2d(3, 3, 1), kind(3), kind(3)).double().eval()
-    folded, report = kn.fold(twice, X)  # an activation lies between the two
+    folded, report = kn.fold(twice, X)  # an activation is between the two
     assert [row["into"] for row in report.rows] == ["0", ""]
     torch.testing.assert_close(folded(X), twice(X))
 
@@ -199,13 +199,13 @@ def test_exports_and_graphs(kinds):
 
 def test_synchronized_ones(kinds):
     layer = kinds["timm SyncBatchNormAct"](3)
-    layer.act = nn.ReLU()  # and no drop
+    layer.act = nn.ReLU()  # without drop
     model = net(layer).eval()
     expected = model(X)
     model, report = kn.convert(model)
     assert isinstance(model[1], kn.SyncBatchNorm)
     torch.testing.assert_close(model(X), expected)
-    assert model.train()(X).isfinite().all()  # which torch's does not do on the CPU
+    assert model.train()(X).isfinite().all()  # torch's layer does not run on the CPU
     kn.revert(model)
     assert type(model[1]) is kinds["timm SyncBatchNormAct"]
     for sync, kind in ((False, "timm SyncBatchNormAct"), (True, "timm BatchNormAct2d")):
@@ -215,7 +215,7 @@ def test_synchronized_ones(kinds):
 
 
 def test_state_from_and_for_elsewhere(kinds):
-    """Fixed moments are no data's, so they are not pooled; they are written like any others."""
+    """Fixed statistics are not pooled; they are exported like others."""
     model = net(kinds["torchvision FrozenBatchNorm2d"](3), nn.BatchNorm2d(3))
     merged, report = kn.merge_statistics([model.state_dict()] * 2, [8, 8])
     assert [row["path"] for row in report.rows] == ["1", "3"]
@@ -225,7 +225,7 @@ def test_state_from_and_for_elsewhere(kinds):
 
 
 def test_nothing_is_imported_and_other_classes_of_the_same_name_are_not_taken(monkeypatch):
-    """A class is known if it is what its module has under its name."""
+    """A class is known only if its module has it under its name."""
     made = packages.load(monkeypatch)
     other = type("BatchNormAct2d", (packages.BatchNormAct2d,), {"__module__": "timm.layers.norm_act", "forward": None})
     assert known_layers.known(made["timm BatchNormAct2d"]) is not None
@@ -307,7 +307,7 @@ def test_registered_layers_are_called_as_before():
 
 
 def test_what_is_registered_and_not_there_is_a_reason():
-    """A name that is not right would leave an activation out."""
+    """With a wrong name an activation would be left out."""
     x = torch.randn(9, 3)
     for then, change, words in (
         (["lats"], lambda layer: None, "has no 'lats', which is registered for its class (Behind)"),
@@ -323,7 +323,7 @@ def test_what_is_registered_and_not_there_is_a_reason():
         model, report = kn.fold(model, x)
         assert words in report.rows[0]["reason"]
         torch.testing.assert_close(model(x), expected)
-    kn.surgery.register(Behind, then=["last"])  # said anew, it holds from then on
+    kn.surgery.register(Behind, then=["last"])  # registering again replaces the entry
     layer = Behind(3).eval()
     torch.testing.assert_close(kn.convert(copy.deepcopy(layer))[0](x), layer(x))
     layer.last = None
@@ -344,11 +344,11 @@ def test_scripts_are_refused_with_the_way_out(kinds):
     [
         (nn.BatchNorm2d, {}, ValueError, "torch.nn's or keelnorm's own class"),
         (kn.GhostBatchNorm, {}, ValueError, "torch.nn's or keelnorm's own class"),
-        (nn.Linear, {}, ValueError, "derived from no batch norm of torch.nn"),
+        (nn.Linear, {}, ValueError, "must be derived from a batch norm of torch.nn"),
         (Named(3), {}, TypeError, "kind must be a class"),
         ("Named", {}, TypeError, "kind must be a class"),
-        (Behind, {"then": "last"}, TypeError, "then is a list of names"),
-        (Behind, {"then": [nn.Tanh()]}, TypeError, "then is a list of names"),
+        (Behind, {"then": "last"}, TypeError, "then must be a list of names"),
+        (Behind, {"then": [nn.Tanh()]}, TypeError, "then must be a list of names"),
     ],
 )
 def test_what_can_not_be_registered(kind, keywords, error, words):
@@ -361,7 +361,7 @@ def test_what_can_not_be_registered(kind, keywords, error, words):
 
 
 class DenseLayer(nn.Module):
-    """As torchvision's DenseNet has it: one tensor, or a list of them."""
+    """A layer that accepts one tensor or a list of them, as in torchvision's DenseNet."""
 
     def __init__(self, channels):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Models with keelnorm's layers, made torch.nn's: what is kept, what is refused, and the tools that take the result."""
+"""Models with keelnorm's layers become torch.nn's: what is kept, what is refused, and which tools accept the result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ X = torch.randn(4, 3, 8, 8)
 
 
 def built():
-    """A model of keelnorm's layers, trained a little."""
+    """A model of keelnorm's layers after a few training steps."""
     torch.manual_seed(0)
     model = kn.Sequential(nn.Conv2d(3, 4, 3), kn.BatchNorm2d(4, eps=1e-3, momentum=None), nn.ReLU(), nn.Conv2d(4, 5, 3))
     model.append(nn.Sequential(kn.BatchNorm2d(5, affine=False), nn.Flatten(), kn.BatchNorm1d(80), nn.Linear(80, 2)))
@@ -121,8 +121,8 @@ class Own(kn.BatchNorm2d):
     [
         (lambda: kn.GhostBatchNorm(3, 2), "1, a kn.GhostBatchNorm, has no counterpart"),
         (lambda: kn.BatchRenorm(3), "1, a kn.BatchRenorm, has no counterpart"),
-        (lambda: kn.SplitBatchNorm(3), "1, a kn.SplitBatchNorm, has no counterpart in torch.nn. Put"),
-        (lambda: kn.BatchNormLSTM(3, 4), "1, a kn.BatchNormLSTM, has no counterpart in torch.nn. Put"),
+        (lambda: kn.SplitBatchNorm(3), "1, a kn.SplitBatchNorm, has no counterpart in torch.nn. Replace"),
+        (lambda: kn.BatchNormLSTM(3, 4), "1, a kn.BatchNormLSTM, has no counterpart in torch.nn. Replace"),
         (lambda: kn.WhiteningBatchNorm(3), "1, a kn.WhiteningBatchNorm, has no counterpart"),
         (lambda: kn.BatchNorm(3), "1, a kn.BatchNorm, takes inputs of any rank"),
         (lambda: Own(3), "1, a Own, is a class of its own"),
@@ -194,7 +194,7 @@ def test_graphs_with_masks_are_refused():
 
 
 def test_torch_jit_script():
-    """Its error sends people to to_torch, which is true."""
+    """The error of torch.jit.script names to_torch, which works."""
     model = built().eval()
     expected = model(X)
     with warnings.catch_warnings():
@@ -233,7 +233,7 @@ def test_fx_quantization():
 
 
 def test_validators_by_exact_class():
-    """As Opacus registers them: a table of types."""
+    """A table of exact types, as Opacus has."""
     table = {nn.BatchNorm1d: "not allowed", nn.BatchNorm2d: "not allowed", nn.SyncBatchNorm: "not allowed"}
     model = built()
     assert not [path for path, module in model.named_modules() if type(module) in table]

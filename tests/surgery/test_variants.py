@@ -1,4 +1,4 @@
-"""Every layer of keelnorm under every operation on running statistics: done rightly, or refused by name."""
+"""Each operation on running statistics is right for each layer of keelnorm, or refuses it by name."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Net(nn.Module):
 
 
 def net(name, calls=2):
-    """Trained a little."""
+    """After a few training steps."""
     model = Net(name)
     for i in range(calls):
         model(X + i)
@@ -177,7 +177,7 @@ def test_what_is_not_ready_says_so():
 
 @variants
 def test_a_state_dict_can_be_saved_and_loaded(name, tmp_path):
-    """What a layer says of its moments stands beside its version."""
+    """The state_dict's metadata say which statistics a layer keeps."""
     model = net(name)
     torch.save(model.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
@@ -193,7 +193,7 @@ class Own(kn.GhostBatchNorm):
 
 
 class Inherits(kn.GhostBatchNorm):
-    """Only another constructor."""
+    """A subclass with another constructor only."""
 
     def __init__(self, num_features):
         super().__init__(num_features, 8)

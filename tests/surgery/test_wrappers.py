@@ -1,4 +1,4 @@
-"""Models in the wrappers of others: compiled in all ways, DDP, averaged, sharded, scripted."""
+"""Models in wrappers: compiled in all ways, DDP, averaged, sharded, scripted."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def fresh():
 
 
 def run(way):
-    """A compiled model that has run, in both modes; its layer's state is as it was."""
+    """A compiled model that has run in both modes, with the layer's state unchanged."""
     model = way(net())
     state = copy.deepcopy(model.state_dict())
     with torch.no_grad():
@@ -186,7 +186,7 @@ OPERATIONS = {
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_scripted_models_are_refused(name):
-    """Their batch norms are none of torch.nn's, so that nothing would be found and nothing done."""
+    """The batch norms of a ScriptModule are not torch.nn's, so none would be found."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         models = torch.jit.script(net().eval()), torch.jit.trace(net().eval(), X)

@@ -1,4 +1,4 @@
-"""Which batch norms of a model are meant."""
+"""Select batch norms of a model by the patterns, paths or functions that users pass as ``where``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which classes of batch norms besides torch.nn's and keelnorm's are known, and what they compute."""
+"""The registry of other packages' batch norm classes: which are known, and what their layers compute."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
 
-from keelnorm.control.layer_selection import named
 from keelnorm.engine.error_messages import describe
 
 Kind = TypeVar("Kind", bound=type[nn.Module])
@@ -22,36 +19,36 @@ class Known(NamedTuple):
 
     then: tuple[str, ...] = ()
     frozen: bool = False
-    #: Whether a layer may lack what ``then`` names.
-    lacking: bool = False
+    #: Whether a layer may lack the modules that ``then`` names.
+    then_optional: bool = False
 
 
-#: Where a class that kn.convert makes for the layers of a known one has that one.
+#: The attribute of a class made by kn.convert that holds the known class it is derived from.
 ORIGIN = "_registered"
 _known: dict[type[nn.Module], Known] = {}
 _ACT = ("drop", "act")
-#: Other packages' classes, by their module. They are looked for in those that are loaded; nothing is imported for it.
+#: Other packages' classes, by module. Only modules that are loaded are looked at; nothing is imported.
 _PACKAGES: dict[str, dict[str, Known]] = {
     "torchvision.ops.misc": {"FrozenBatchNorm2d": Known(frozen=True)},
     "detectron2.layers.batch_norm": {"FrozenBatchNorm2d": Known(frozen=True)},
     "timm.layers.norm_act": {
         "BatchNormAct2d": Known(_ACT),
-        "SyncBatchNormAct": Known(_ACT, lacking=True),
+        "SyncBatchNormAct": Known(_ACT, then_optional=True),
         "FrozenBatchNorm2d": Known(frozen=True),
         "FrozenBatchNormAct2d": Known(_ACT, frozen=True),
     },
 }
-#: What a class that only says how it is made does not define.
+#: A class that defines one of these changes what its base computes; one that defines only a constructor does not.
 _COMPUTING = frozenset(
     ("forward", "__call__", "compute", "normalize_batch", "normalize_running", "normalization", "uses_batch")
 )
 
 
 def register(kind: Kind, *, then: Sequence[str] = (), frozen: bool = False) -> Kind:
-    """Say what the layers of a class of batch norms compute, so that ``kn.convert``, ``kn.fold`` and others take them.
+    """Register what a class of batch norms computes, so that ``kn.convert``, ``kn.fold`` and others accept its layers.
 
-    A layer whose class is exactly ``kind`` computes what the batch norm of ``torch.nn`` does that ``kind`` is derived
-    from, with its state and options, and then what its own modules do that ``then`` names:
+    A layer whose class is exactly ``kind`` computes the batch norm of ``torch.nn`` that ``kind`` is derived from, with
+    the same state and options, and then calls those of its own modules that ``then`` names:
 
         y = then_n(… then_1(bn(x)))
 
@@ -60,16 +57,16 @@ def register(kind: Kind, *, then: Sequence[str] = (), frozen: bool = False) -> K
 
     Args:
         kind: The class, derived from a batch norm of ``torch.nn``, or any module if ``frozen``.
-        then: Attributes of its layers, modules or None, in the order in which they are called.
-        frozen: The layer normalizes with ``running_mean`` and ``running_var`` in training too. These, ``weight`` and
-            ``bias`` are tensors of shape (C,), and ``eps`` is a number.
+        then: Names of attributes, each a module or None, in the order in which they are called.
+        frozen: Whether the layer normalizes with ``running_mean`` and ``running_var`` in training too. These,
+            ``weight`` and ``bias`` are then tensors of shape (C,), and ``eps`` is a number.
 
     Returns:
-        ``kind``: for a class without ``then``, ``@kn.surgery.register`` above it does.
+        ``kind``, so that ``@kn.surgery.register`` can decorate a class without ``then``.
 
     Raises:
-        TypeError, ValueError: ``kind`` is no such class, or is ``torch.nn``'s or keelnorm's own; ``then`` is no list of
-            names.
+        TypeError: ``kind`` is no class of modules, or ``then`` is no list of names.
+        ValueError: ``kind`` is ``torch.nn``'s or keelnorm's own, or is not derived from a batch norm of ``torch.nn``.
 
     Example:
         >>> import keelnorm as kn
@@ -81,44 +78,46 @@ def register(kind: Kind, *, then: Sequence[str] = (), frozen: bool = False) -> K
     if not isinstance(kind, type) or not issubclass(kind, nn.Module):
         raise TypeError(f"register: kind must be a class of torch.nn.Module; got {describe(kind)}")
     if _is_own(kind):
-        raise ValueError(f"register: {kind.__name__} is torch.nn's or keelnorm's own class, and known")
+        raise ValueError(
+            f"register: {kind.__name__} is torch.nn's or keelnorm's own class, which needs no registration"
+        )
     if not frozen and not issubclass(kind, _BatchNorm):
         raise ValueError(
-            f"register: {kind.__name__} is derived from no batch norm of torch.nn, so that nothing says what it "
-            "computes; one that normalizes with fixed moments is frozen=True"
+            f"register: {kind.__name__} must be derived from a batch norm of torch.nn, which says what it computes. If "
+            "it normalizes with fixed statistics in training too, pass frozen=True"
         )
     if isinstance(then, str) or not all(isinstance(name, str) for name in then):
-        raise TypeError(f"register: then is a list of names of modules; got {describe(then)}")
+        raise TypeError(f"register: then must be a list of names of modules; got {describe(then)}")
     _known[kind] = Known(tuple(then), bool(frozen))
     return kind
 
 
 def known(kind: type[Any]) -> Known | None:
-    """What is known of exactly this class; None for nothing, and for torch.nn's and keelnorm's own."""
+    """What is registered for exactly this class; None for nothing, and for torch.nn's and keelnorm's own."""
     kind = vars(kind).get(ORIGIN, kind)
     found = _known.get(kind)
     if found is None:
         found = _PACKAGES.get(kind.__module__, {}).get(kind.__name__)
         if found is not None and getattr(sys.modules.get(kind.__module__), kind.__name__, None) is not kind:
-            return None  # of the same name, and something else
+            return None  # another class of the same name
     return found
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch norm: of torch.nn's kind, or known."""
+    """Whether a module is a batch norm: derived from torch.nn's, or of a known class."""
     return isinstance(module, _BatchNorm) or known(type(module)) is not None
 
 
 def is_frozen(layer: nn.Module) -> bool:
-    """Whether a layer is of a class that normalizes with fixed moments, always."""
+    """Whether a layer's class always normalizes with fixed statistics."""
     found = known(type(layer))
     return found is not None and found.frozen
 
 
 def computes_as(kind: type[Any]) -> type[Any] | None:
-    """The class of torch.nn, of keelnorm or known, itself or derived from, that says what a class computes.
+    """The nearest class in the MRO that is torch.nn's, keelnorm's or known, if it computes the same.
 
-    None where the class, or one between, has computations of its own.
+    None if the class, or one between the two, changes what is computed.
     """
     for base in kind.__mro__:
         if _is_own(base) or known(base) is not None:
@@ -128,20 +127,20 @@ def computes_as(kind: type[Any]) -> type[Any] | None:
     return None
 
 
-def misfit(layer: nn.Module) -> str | None:
-    """Why a layer is not what is known of its class, in words that follow its path; None if it is."""
+def registration_mismatch(layer: nn.Module) -> str | None:
+    """Why a layer does not have the modules that are registered for its class; None if it does."""
     base = computes_as(type(layer))
     found = None if base is None else known(base)
     for name in found.then if found else ():
-        if not (hasattr(layer, name) or (found and found.lacking)):
+        if not (hasattr(layer, name) or (found and found.then_optional)):
             return f"has no {name!r}, which is registered for its class ({type(layer).__name__})"
         if not isinstance(getattr(layer, name, None), nn.Module | None):
-            return f"has a {name!r} that is no module, which is registered for its class ({type(layer).__name__})"
+            return f"has a {name!r} that is no module, as is registered for its class ({type(layer).__name__})"
     return None
 
 
-def rest_of(layer: nn.Module) -> nn.Module:
-    """What a layer does behind the batch norm: its own modules, by their names; an Identity for nothing."""
+def modules_after(layer: nn.Module) -> nn.Module:
+    """The modules that a registered layer calls after normalizing, as one module; an Identity for none."""
     base = computes_as(type(layer))
     found = None if base is None else known(base)
     parts = {name: part for name in (found.then if found else ()) if (part := layer._modules.get(name)) is not None}
@@ -151,31 +150,6 @@ def rest_of(layer: nn.Module) -> nn.Module:
     for name, part in parts.items():
         rest.add_module(name, part)
     return rest
-
-
-def notes_on(model: nn.Module) -> list[str]:
-    """What in a model can't be seen, or is not known, in sentences for a report."""
-    scripted: list[str] = []
-    unknown: dict[type[nn.Module], list[str]] = {}
-    for path, module in model.named_modules():
-        path = named(path)
-        if isinstance(module, torch.jit.ScriptModule):
-            if not any(path.startswith(f"{outer}.") for outer in scripted):
-                scripted.append(path)
-        elif _keeps_moments(module) and (not is_norm(module) or computes_as(type(module)) is None):
-            unknown.setdefault(type(module), []).append(path)
-    notes = [f"{path} is a ScriptModule: batch norms inside are not seen." for path in scripted]
-    for kind, paths in unknown.items():
-        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-        notes.append(
-            f"{', '.join(paths[:3])}{more}: {kind.__module__}.{kind.__qualname__} is not known, and may "
-            f"compute more than a batch norm; kn.surgery.register({kind.__name__}, ...) says what it does."
-        )
-    return notes
-
-
-def _keeps_moments(module: nn.Module) -> bool:
-    return {"running_mean", "running_var"} <= module._buffers.keys() and not isinstance(module, _InstanceNorm)
 
 
 def _is_own(kind: type[Any]) -> bool:

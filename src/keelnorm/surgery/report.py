@@ -1,4 +1,4 @@
-"""What an operation on a model did: one row for each layer, and a few words for all of it."""
+"""The report of an operation on a model: a row for each layer, and a summary."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """The second result of every operation on a model; prints as a table.
+    """What an operation on a model did; prints as a table.
 
     Args:
-        operation: Which one, such as "convert".
-        summary: What holds for the whole model: names and plain values.
-        rows: One for each layer that was looked at, in the model's order; ``row["path"]`` says which. All rows have the
-            same names. None is an empty cell.
-        notes: Sentences for whoever reads the table.
+        operation: The operation's name, such as "convert".
+        summary: Facts about the whole model, as names and plain values.
+        rows: One for each layer that was looked at, in the model's order; ``row["path"]`` is its path. All rows have
+            the same names. None is an empty cell.
+        notes: Sentences below the table.
 
     Example:
         >>> report = Report("fold", {"folded": 1}, [{"path": "bn", "into": "conv", "difference": 3e-08}])
@@ -38,12 +38,12 @@ class Report:
 
     @property
     def columns(self) -> list[str]:
-        """The rows' names, but those that are empty in every row."""
+        """The names of the columns that are not empty in every row."""
         names = list(self.rows[0]) if self.rows else []
         return [name for name in names if any(row[name] not in (None, "") for row in self.rows)]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it in dicts, lists and plain values, for json."""
+        """The report as dicts, lists and plain values, for JSON."""
         return {
             "operation": self.operation,
             "summary": dict(self.summary),

@@ -1,4 +1,4 @@
-"""Which parameters weight decay is for."""
+"""Parameter groups for an optimizer: with weight decay and without."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from keelnorm.engine.error_messages import describe
+from keelnorm.engine.error_messages import check_module, describe
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-#: Class names of normalizations that are no subclass of torch's, as LlamaRMSNorm and LayerNorm2d.
+#: Class names of normalizations that are not derived from torch's, such as LlamaRMSNorm and LayerNorm2d.
 _NAMED_NORM = re.compile(r"Norm(\dd)?$")
 
 
 def param_groups(
     model: nn.Module, weight_decay: float, *, norm: bool = False, bias: bool = False
 ) -> list[dict[str, Any]]:
-    """The parameters in two groups for an optimizer: with weight decay, and without.
+    """Split the parameters into two groups for an optimizer: with weight decay and without.
 
-    Without are γ and β of normalizations, and biases. What lies before a batch norm has no scale of its own, so decay
-    of its weights changes the effective step size; decay of γ and β pulls the function itself towards zero.
+    γ and β of normalizations and all biases go without. The scale of a layer before a batch norm does not matter, so
+    decay of its weights changes only the effective step size; decay of γ and β pulls the function itself towards zero.
 
-    A normalization is a batch, instance, layer, group or RMS norm of ``torch.nn``, a subclass of one (all of keelnorm's
-    layers), or a module whose class name ends with ``Norm``, ``Norm1d``, ``Norm2d`` or ``Norm3d``; its own parameters
-    are meant, parametrized ones too, not its children's. A bias is a parameter with the word "bias" in its name:
-    ``bias``, ``bias_ih_l0``, ``in_proj_bias``.
+    A normalization is a batch, instance, layer, group or RMS norm of ``torch.nn``, a subclass of one (as all of
+    keelnorm's layers are), or a module whose class name ends with ``Norm``, ``Norm1d``, ``Norm2d`` or ``Norm3d``. Its
+    own parameters count, parametrized ones included, and not its children's. A bias is a parameter with the word "bias"
+    in its name: ``bias``, ``bias_ih_l0``, ``in_proj_bias``.
 
     Args:
-        model: Any module, wrapped ones (``DistributedDataParallel``, ``torch.compile``) included.
-        weight_decay: Of the first group, a number from 0 on; the second has 0.
+        model: Any module, also wrapped (``DistributedDataParallel``, ``torch.compile``).
+        weight_decay: Weight decay of the first group, a finite number of at least 0; the second has 0.
         norm: Whether γ and β of normalizations decay too.
         bias: Whether all other biases decay too.
 
     Returns:
         One or two dicts, with "params", "param_names" (their paths, which optimizers keep in their state_dict) and
-        "weight_decay"; an empty group is left out. Every parameter that requires a gradient is in one of them, once, by
-        its first path, in the model's order.
+        "weight_decay"; an empty group is left out. Each parameter that requires a gradient is in one of them, once,
+        under its first path, in the model's order.
 
     Differs:
         A group that is added to the optimizer later needs names as well, as torch demands: ``[("path", parameter)]``.
@@ -61,17 +61,16 @@ def param_groups(
         arXiv:1812.01187, section 3.1 ("No bias decay").
     """
     what = "param_groups"
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{what}: model must be a torch.nn.Module; got {describe(model)}")
+    check_module(what, model)
     is_number = isinstance(weight_decay, int | float) and not isinstance(weight_decay, bool)
     if not is_number or not 0 <= weight_decay < math.inf:
-        raise ValueError(f"{what}: weight_decay must be a finite number from 0 on; got {describe(weight_decay)}")
+        raise ValueError(f"{what}: weight_decay must be a finite number of at least 0; got {describe(weight_decay)}")
     groups: list[dict[str, Any]] = [
         {"params": [], "param_names": [], "weight_decay": decay} for decay in (weight_decay, 0.0)
     ]
     for path, parameter in model.named_parameters():
         if torch.nn.parameter.is_lazy(parameter):
-            raise ValueError(f"{what}: {path!r} has no shape yet; give the lazy model a batch first, then ask again")
+            raise ValueError(f"{what}: {path!r} has no shape yet; run the lazy model once first")
         if parameter.requires_grad:
             module, name = _owner(model, path)
             decays = norm if _is_norm(module) else bias or "bias" not in name.split("_")
@@ -82,7 +81,7 @@ def param_groups(
 
 
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that computes with a parameter, and the name that it has there, also where it is parametrized."""
+    """The module that uses a parameter, and the parameter's name there, also if it is parametrized."""
     owner, parametrized, rest = f".{path}".rpartition(".parametrizations.")
     if parametrized:
         return model.get_submodule(owner.removeprefix(".")), rest.partition(".")[0]

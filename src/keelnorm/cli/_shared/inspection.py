@@ -17,11 +17,12 @@ from keelnorm.control.freezing import frozen
 from keelnorm.control.layer_selection import Where
 from keelnorm.surgery import Report, convert, fold
 from keelnorm.surgery.folding.foldable_layers import channels_of
-from keelnorm.surgery.known_layers import is_frozen, notes_on
+from keelnorm.surgery.known_layers import is_frozen
 from keelnorm.surgery.observation.call_record import Call, ModuleCall, Trace
 from keelnorm.surgery.observation.nested_tensors import call_of
-from keelnorm.surgery.observation.observe import observe, preserved
-from keelnorm.surgery.target_layers import chosen
+from keelnorm.surgery.observation.observe import observe
+from keelnorm.surgery.snapshot import preserved
+from keelnorm.surgery.target_layers import batch_norms_in, notes_on
 
 #: A channel with a smaller |γ| is counted as dead: its output is β.
 DEAD = 1e-6
@@ -47,7 +48,7 @@ def inspect_model(model: nn.Module, example: Any, *, where: Where = None, evalua
         where: Which batch norms; None for all.
         evaluation: Whether that run is in evaluation mode.
     """
-    layers = chosen("inspect", model, where)
+    layers = batch_norms_in("inspect", model, where)
     held = {path: is_frozen(layer) or frozen(layer)[""].statistics for path, layer in layers.items()}
     rows = {path: _facts(path, layer, held[path]) for path, layer in layers.items()}
     notes = notes_on(model)

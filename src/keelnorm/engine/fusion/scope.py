@@ -210,8 +210,7 @@ def _may_wait() -> bool:
         or torch.is_inference_mode_enabled()  # which counts no changes in place
         or dispatch_mode_count() > 0
         or transforms_active()
-        or global_backward_hooks()
-        or _others(global_forward_hooks())
+        or has_global_hooks()
     ):
         return False
     return function_mode_count() == 0 or all(isinstance(mode, DeviceContext) for mode in function_modes())
@@ -225,6 +224,11 @@ def has_hooks(module: nn.Module) -> bool:
         or (module._forward_hooks and _others(module._forward_hooks.values()))
         or (module._forward_pre_hooks and _others(module._forward_pre_hooks.values()))
     )
+
+
+def has_global_hooks() -> bool:
+    """Return whether there are hooks of all modules, besides those that open a scope."""
+    return global_backward_hooks() or _others(global_forward_hooks())
 
 
 def _others(hooks: Iterable[Any]) -> bool:

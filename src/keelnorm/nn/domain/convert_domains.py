@@ -9,6 +9,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.engine.error_messages import check_module
+from keelnorm.nn._shared.replace_layers import replace_layers
 from keelnorm.nn._shared.rows import options_of
 from keelnorm.nn.domain.domain_batch_norm import Domain, DomainBatchNorm
 
@@ -82,8 +83,4 @@ def convert_domains(
             new[module] = DomainBatchNorm.from_batch_norm(module, domains, share_affine=share_affine)
     if not new:
         raise ValueError(f"convert_domains: the {type(model).__name__} has no batch normalization to convert")
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in new:
-                setattr(parent, name, new[child])
-    return new.get(model, model)
+    return replace_layers(model, new)

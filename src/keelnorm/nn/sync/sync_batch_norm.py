@@ -22,6 +22,7 @@ from keelnorm.engine.preflight import Step, agree
 from keelnorm.engine.torch_internals import is_transformed
 from keelnorm.functional import Options, check_layer_call, moments
 from keelnorm.moments import Moments, Weighting
+from keelnorm.nn._shared.replace_layers import replace_layers
 from keelnorm.nn._shared.skipped_updates import CountsSkipped
 from keelnorm.nn._shared.variant import Variant, normalize
 from keelnorm.nn.batch_norm import FusedBatchNorm, policy_repr
@@ -238,16 +239,12 @@ class SyncBatchNorm(Variant):
                 is changed.
         """
         check_module("convert_sync_batchnorm", module)
-        new = {
+        new: dict[torch.nn.Module, torch.nn.Module] = {
             layer: cls._from(layer, name, process_group)
             for name, layer in module.named_modules()
             if isinstance(layer, _BatchNorm)
         }
-        for parent in list(module.modules()):
-            for name, child in parent._modules.items():
-                if child in new:
-                    parent._modules[name] = new[child]
-        return new.get(module, module)  # type: ignore[call-overload, no-any-return]
+        return replace_layers(module, new)
 
     @classmethod
     def _from(cls, layer: _BatchNorm, name: str, process_group: ProcessGroup | None) -> SyncBatchNorm:

@@ -1,1 +1,1 @@
-"""Replacing a model's batch norms: torch's by this package's, and back."""
+"""Replacing a model's batch norms: torch.nn's by keelnorm's, and back."""

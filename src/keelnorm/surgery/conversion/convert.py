@@ -1,9 +1,8 @@
-"""Keelnorm's batch norms in a model of someone else's, and back."""
+"""Convert a model's batch norms to keelnorm's, and back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any, TypeVar, overload
 
 from torch import nn
@@ -12,14 +11,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from keelnorm.control.layer_selection import Where
 from keelnorm.engine.activations import NONE
 from keelnorm.engine.fusion.expectations import ATTRIBUTE, Memory
-from keelnorm.engine.fusion.scope import add_scope, has_scope, remove_scope
+from keelnorm.engine.fusion.scope import add_scope, remove_scope
 from keelnorm.nn._shared.variant import Variant
 from keelnorm.nn.batch_norm import FusedBatchNorm
-from keelnorm.surgery.conversion.counterparts import ALREADY, change_back, change_class, is_changed, name_of, target_of
+from keelnorm.surgery.conversion.counterparts import (
+    Target,
+    change_back,
+    change_class,
+    is_changed,
+    name_of,
+    target_of,
+)
 from keelnorm.surgery.conversion.foreign_layers import Registered
-from keelnorm.surgery.known_layers import is_norm, notes_on
+from keelnorm.surgery.known_layers import is_norm
 from keelnorm.surgery.report import Report
-from keelnorm.surgery.target_layers import chosen
+from keelnorm.surgery.snapshot import all_or_nothing
+from keelnorm.surgery.target_layers import batch_norms_in, notes_on
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,39 +39,40 @@ def convert(
     where: Where = None,
     process_group: Any = None,
 ) -> tuple[Model, Report]:
-    """Make every batch norm of a model keelnorm's, in place, and let it run with the addition and activation behind it.
+    """Convert a model's batch norms to keelnorm's, in place, and fuse each with the operations that follow it.
 
-    A layer changes its class and stays the same object: parameters (an optimizer that has them keeps working), buffers,
-    mode, hooks, name and state_dict keys are what they were. The model's own code runs on every call, unchanged. With
-    ``fuse``, a layer learns from its first call what is done with its result: an activation, an addition, or both. From
-    then on its result waits for that, and one kernel computes all of it. Whatever else is done with the result, by
-    whatever code, sees what ``torch.nn``'s layers would have computed; the statistics are taken when the layer is
-    called. Nothing waits outside a call of ``model`` or of one of its children that has layers in it.
+    A layer changes its class and stays the same object: its parameters (an optimizer keeps working), buffers, mode,
+    hooks, name and state_dict keys stay. The model's own code runs on every call, unchanged. With ``fuse``, a layer
+    learns from its first call what is done with its result: an activation, an addition, or both. From then on its
+    result waits for that operation, and one kernel computes all of it. Any other code that uses the result sees what
+    ``torch.nn``'s layer would have computed. Statistics are taken when the layer is called. Results wait only inside a
+    call of ``model``, or of one of its children that contains layers.
 
     Args:
-        model: Any module, a batch norm included. It is changed.
-        fuse: Whether results may wait for what follows; else layers change their class alone.
-        sync: True makes all layers ``kn.SyncBatchNorm``, False makes synchronized ones plain; None keeps what they are.
+        model: Any module, also a batch norm itself. It is changed.
+        fuse: Whether results may wait for the operation that follows; if not, only classes change.
+        sync: True makes all layers ``kn.SyncBatchNorm``, False makes synchronized layers plain; None changes neither.
         where: A pattern for the layers' paths (``"layer1.*"``), a module's path, or several; None for all. The results
-            of others never wait.
-        process_group: Of the synchronized layers; None keeps theirs, or means all ranks.
+            of other layers never wait.
+        process_group: The group of the synchronized layers; None keeps theirs, or takes all ranks.
 
     Returns:
-        The model itself, and a report: a row for each batch norm, with its class before and after, what runs together
-        with it, and why nothing does, where that is so. The report follows the model: what runs together shows in it
-        once the model has been called in a mode, and is done from the second call on.
+        The model itself, and a report with a row for each batch norm: its class before and after, what runs together
+        with it, or the reason why nothing does. The report follows the model: once the model has been called in a mode,
+        it shows what runs together from the second call on.
 
     State:
         ``skipped_updates`` is added to the layers; it is in no state_dict. :func:`revert` undoes all of it.
 
     Differs:
-        While a result waits it is a ``torch.Tensor`` of a subclass: code in the model that asks for
-        ``type(y) is torch.Tensor`` right behind a batch norm sees that. ``fuse=False`` or ``where`` avoid it.
+        While a result waits it is of a subclass of ``torch.Tensor``. Code in the model that checks
+        ``type(y) is torch.Tensor`` right after a batch norm notices that; ``fuse=False`` or ``where`` avoids it.
 
     Raises:
-        TypeError, ValueError: ``model`` is no module, or a pattern matches no layer. The model is then as before.
-        RuntimeError: from a call of the model, if a layer's input is changed in place before a waiting result is used,
-            which in all calls before was not so; the next call computes that result at once.
+        TypeError: ``model`` is no module. It is then as before, as after any error.
+        ValueError: A pattern matches no layer.
+        RuntimeError: From a later call of the model: a layer's input was changed in place before the waiting result was
+            used, which had not happened in earlier calls. The next call computes that result at once.
 
     Example:
         >>> import torch
@@ -74,31 +82,31 @@ def convert(
         >>> type(model[1]).__module__, report.rows[0]["runs with"]
         ('keelnorm.nn.batch_norm', 'relu')
     """
-    changes = {path: _Change(layer, target_of(layer, sync)) for path, layer in chosen("convert", model, where).items()}
-    with ExitStack() as undo:
+    found = batch_norms_in("convert", model, where)
+    changes = {path: _Change(layer, target_of(layer, sync)) for path, layer in found.items()}
+    with all_or_nothing(model.modules()):
         for change in changes.values():
             layer = change.layer
-            undo.callback(restore, layer, layer.__class__, dict(vars(layer)), dict(layer._buffers))
-            if isinstance(change.target, type):
-                change_class(layer, change.target, process_group)
+            if change.target.kind is not None:
+                change_class(layer, change.target.kind, process_group)
             if not fuse:
                 vars(layer).pop(ATTRIBUTE, None)
             elif isinstance(layer, FusedBatchNorm | Variant | Registered):
                 vars(layer).setdefault(ATTRIBUTE, Memory())
         for module in _callers(model) if fuse else ():
-            if not has_scope(module):
-                undo.callback(remove_scope, module)
-                add_scope(module)
-        undo.pop_all()
-    live = _Rows(changes)
-    return model, Report("convert", _Summary(changes, live), live, notes_on(model))
+            add_scope(module)
+    rows = _Rows(changes)
+    return model, Report("convert", _Summary(changes, rows), rows, notes_on(model))
 
 
 def revert(model: Model) -> tuple[Model, Report]:
-    """Undo :func:`convert`: layers have their classes again, and no result waits any more.
+    """Undo :func:`convert`: give layers their former classes, and let no result wait.
 
-    What training and loading have changed since, stays: parameters and buffers are the same objects. Keelnorm's layers
-    that were not converted stay too. Works on copies and on loaded models.
+    Parameters and buffers are the same objects, so what was trained or loaded since stays. Keelnorm's layers that were
+    not converted stay too. Works on copies and on loaded models.
+
+    Args:
+        model: A model that was converted, or any other.
 
     Returns:
         The model itself, and a report with a row for each layer that was changed back.
@@ -112,32 +120,27 @@ def revert(model: Model) -> tuple[Model, Report]:
         >>> type(model[0]) is nn.BatchNorm1d
         True
     """
-    layers = chosen("revert", model)
+    layers = batch_norms_in("revert", model)
     kinds = {path: name_of(type(layer)) for path, layer in layers.items() if is_changed(layer)}
-    with ExitStack() as undo:
-        take_back(model, undo)
-        undo.pop_all()
+    with all_or_nothing(model.modules()):
+        undo_conversion(model)
     rows = [{"path": path, "was": was, "is": name_of(type(layers[path]))} for path, was in kinds.items()]
     return model, Report("revert", {"layers": len(rows)}, rows)
 
 
-def take_back(model: nn.Module, undo: ExitStack) -> None:
-    """Undo what convert did to a model, in a way that ``undo`` undoes."""
+def undo_conversion(model: nn.Module) -> None:
+    """Undo what convert did to a model."""
     for module in model.modules():
-        if is_changed(module) or ATTRIBUTE in vars(module):
-            undo.callback(restore, module, module.__class__, dict(vars(module)), dict(module._buffers))
-            vars(module).pop(ATTRIBUTE, None)
-            if is_changed(module):
-                change_back(module)
-        if has_scope(module):
-            undo.callback(add_scope, module)
-            remove_scope(module)
+        vars(module).pop(ATTRIBUTE, None)
+        if is_changed(module):
+            change_back(module)
+        remove_scope(module)
 
 
 def _callers(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules within whose calls results may wait: the model, and those of its children that have layers inside.
+    """The modules inside whose calls results may wait: the model, and its children that contain layers.
 
-    The latter for those who call parts of a model by themselves, as trainers do.
+    The children are included because trainers may call parts of a model on their own.
     """
     for module in (model, *model.children()):
         if not is_norm(module) and any(ATTRIBUTE in vars(part) for part in module.modules()):
@@ -145,36 +148,27 @@ def _callers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class _Change:
-    """What became of one layer."""
+    """What was done to one layer."""
 
-    def __init__(self, layer: _BatchNorm, target: type[nn.Module] | str) -> None:
+    def __init__(self, layer: _BatchNorm, target: Target) -> None:
         self.layer, self.target = layer, target
         self.was = name_of(type(layer))
 
-    @property
-    def memory(self) -> Memory | None:
-        return vars(self.layer).get(ATTRIBUTE)
-
-    @property
-    def refusal(self) -> str | None:
-        """Why the layer was left alone."""
-        return self.target if isinstance(self.target, str) and self.target != ALREADY else None
-
     def row(self, path: str) -> dict[str, Any]:
-        memory = self.memory
+        """The report's row, as the layer is now."""
+        memory: Memory | None = vars(self.layer).get(ATTRIBUTE)
         return {
             "path": path,
             "was": self.was,
             "is": name_of(type(self.layer)),
             "runs with": _words(memory) if memory else None,
-            "reason": self.refusal or (memory.reason() if memory else None),
+            "reason": self.target.refusal or (memory.reason() if memory else None),
         }
 
 
-# A report that follows the model: what runs together is known when it has run.
-
-
 class _Rows(Sequence[dict[str, Any]]):
+    """The rows of a report that follows the model: which operations are fused is known after its first calls."""
+
     def __init__(self, changes: Mapping[str, _Change]) -> None:
         self._changes = changes
 
@@ -190,12 +184,14 @@ class _Rows(Sequence[dict[str, Any]]):
 
 
 class _Summary(Mapping[str, Any]):
+    """The summary of a report that follows the model."""
+
     def __init__(self, changes: Mapping[str, _Change], rows: _Rows) -> None:
         self._values: dict[str, Callable[[], int]] = {
             "batch norms": lambda: len(changes),
-            "converted": lambda: sum(isinstance(change.target, type) for change in changes.values()),
+            "converted": lambda: sum(change.target.kind is not None for change in changes.values()),
             "fused": lambda: sum(row["runs with"] is not None for row in rows),
-            "left with a reason": lambda: sum(change.refusal is not None for change in changes.values()),
+            "left with a reason": lambda: sum(change.target.refusal is not None for change in changes.values()),
         }
 
     def __len__(self) -> int:
@@ -209,17 +205,9 @@ class _Summary(Mapping[str, Any]):
 
 
 def _words(memory: Memory) -> str | None:
-    """What runs together with a layer: "relu", "addition and relu"; None where nothing does."""
+    """The operations fused with a layer, such as "relu" or "addition and relu"; None for none."""
     found = [
         ["addition"] * kernel.residual + [kernel.activation.name] * (kernel.activation.code != NONE.code)
         for kernel in memory.kernels()
     ]
     return " or ".join(dict.fromkeys(" and ".join(parts) for parts in found)) or None
-
-
-def restore(layer: nn.Module, kind: type, attributes: dict[str, Any], buffers: dict[str, Any]) -> None:
-    layer.__class__ = kind
-    vars(layer).clear()
-    vars(layer).update(attributes)
-    layer._buffers.clear()
-    layer._buffers.update(buffers)

@@ -1,10 +1,11 @@
-"""Which of keelnorm's layers stands in for which batch norm, and how a layer changes its class in place.
+"""The class that each batch norm gets when it is converted, and the change of a layer's class in place.
 
-The layer stays the same object: parameters, buffers, hooks, mode, name and every reference to it are what they were.
+The layer stays the same object: its parameters, buffers, hooks, mode and name, and all references to it, stay.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -13,10 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from keelnorm import nn as layers
 from keelnorm.nn._shared.skipped_updates import CountsSkipped
 from keelnorm.surgery.conversion.foreign_layers import Registered, twin_of
-from keelnorm.surgery.known_layers import known, misfit
+from keelnorm.surgery.known_layers import known, registration_mismatch
 
-#: Why a layer of ours keeps its class.
-ALREADY = "is keelnorm's already"
 #: torch.nn's classes and their drop-ins.
 TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: layers.BatchNorm1d,
@@ -27,52 +26,68 @@ TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LazyBatchNorm2d: layers.LazyBatchNorm2d,
     nn.LazyBatchNorm3d: layers.LazyBatchNorm3d,
 }
-#: And back.
+#: The drop-ins and torch.nn's classes.
 PLAIN: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours in TWINS.items()}
 _DROP_INS = (*TWINS, layers.BatchNorm, layers.BatchNorm1d, layers.BatchNorm2d, layers.BatchNorm3d, layers.SyncBatchNorm)
 _SYNC = (nn.SyncBatchNorm, layers.SyncBatchNorm)
-#: Where a converted layer remembers what it was.
+#: The attribute in which a converted layer keeps what it was.
 _WAS = "_converted_from"
 
 
-def target_of(layer: _BatchNorm, sync: bool | None) -> type[nn.Module] | str:
-    """The class that a layer gets, or why it keeps its own.
+@dataclass(frozen=True)
+class Target:
+    """What a conversion does with a layer's class.
 
     Args:
+        kind: The class that the layer gets; None if it keeps its own.
+        refusal: Why the layer can't be converted, in words that follow its path; None if it can, or need not be.
+    """
+
+    kind: type[nn.Module] | None = None
+    refusal: str | None = None
+
+
+def target_of(layer: _BatchNorm, sync: bool | None) -> Target:
+    """Decide which class a layer gets.
+
+    Args:
+        layer: Any batch norm.
         sync: Whether layers are to be synchronized; None leaves that as it is.
     """
     kind: Any = type(layer)
     registered = known(kind)
     if isinstance(layer, CountsSkipped | Registered) and kind not in _DROP_INS and (sync is None or registered is None):
-        return ALREADY
+        return Target()
     if kind not in _DROP_INS and registered is None:
-        return (
-            f"is a {kind.__name__}, whose own forward or state an keelnorm layer would not have. If it has neither, or "
-            f"only modules that it calls behind the batch norm, kn.surgery.register({kind.__name__}, ...) says so"
+        return Target(
+            refusal=f"is a {kind.__name__}, which may have a forward or state of its own that would be lost. If it has "
+            f"none, or only calls modules after the batch norm, kn.surgery.register({kind.__name__}, ...) says so"
         )
     if any(name in layer.__dict__ for name in ("forward", "__call__")):
-        return "has a forward of its own"
+        return Target(refusal="has a forward of its own")
     if nn.utils.parametrize.is_parametrized(layer):
-        return "is parametrized"
+        return Target(refusal="is parametrized")
     if registered is not None:
-        if (reason := misfit(layer)) is not None:
-            return reason
+        if (mismatch := registration_mismatch(layer)) is not None:
+            return Target(refusal=mismatch)
         if sync is not None and not registered.frozen and sync != issubclass(kind, _SYNC):
-            return f"is a {kind.__name__}, which only its own package can {'' if sync else 'un'}synchronize"
-        return ALREADY if isinstance(layer, Registered) else twin_of(kind)
-    lazy = isinstance(layer, nn.modules.lazy.LazyModuleMixin)
+            verb = "synchronize" if sync else "unsynchronize"
+            return Target(refusal=f"is a {kind.__name__}, which only its own package can {verb}")
+        return Target() if isinstance(layer, Registered) else Target(twin_of(kind))
     if sync is True and kind not in _SYNC:
-        return "does not know its channels yet: run the model once first" if lazy else layers.SyncBatchNorm
+        if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+            return Target(refusal="does not know its channels yet: run the model once first")
+        return Target(layers.SyncBatchNorm)
     if sync is False and kind in _SYNC:
         was: Any = layer.__dict__.get(_WAS, (None,))[0] or layer.__dict__.get(layers.SyncBatchNorm.CAME_FROM)
-        if was is None or was in _SYNC:  # nothing says for which rank it was
-            return layers.BatchNorm
-        return TWINS.get(was) or was  # type: ignore[no-any-return]
-    return TWINS.get(kind) or ALREADY
+        if was is None or was in _SYNC:  # the rank of its inputs is unknown
+            return Target(layers.BatchNorm)
+        return Target(TWINS.get(was) or was)
+    return Target(TWINS.get(kind))
 
 
 def change_class(layer: _BatchNorm, kind: type[nn.Module], process_group: Any) -> None:
-    """Make a layer one of another class; :func:`change_back` undoes it."""
+    """Change a layer's class in place; :func:`change_back` undoes it."""
     attributes = layer.__dict__
     counted, grouped = "_updates" in attributes, "process_group" in attributes
     group = attributes.get("process_group")
@@ -85,22 +100,24 @@ def change_class(layer: _BatchNorm, kind: type[nn.Module], process_group: Any) -
 
 
 def is_changed(layer: nn.Module) -> bool:
+    """Whether :func:`change_class` has changed the layer's class."""
     return _WAS in layer.__dict__
 
 
 def class_before(layer: nn.Module) -> type[nn.Module]:
-    """The class that a layer has, or had before :func:`change_class`."""
+    """The class that a layer had before :func:`change_class`, or has if it was not changed."""
     return layer.__dict__[_WAS][0] if is_changed(layer) else type(layer)  # type: ignore[no-any-return]
 
 
 def name_of(kind: type) -> str:
-    """A class as reports say it."""
+    """The name of a class in reports."""
     if issubclass(kind, Registered):
         return f"{kind.__name__} (keelnorm)"
     return f"kn.{kind.__name__}" if kind.__module__.partition(".")[0] == "keelnorm" else kind.__name__
 
 
 def change_back(layer: nn.Module) -> None:
+    """Undo :func:`change_class`."""
     kind, counted, group = layer.__dict__.pop(_WAS)
     if issubclass(kind, nn.modules.lazy.LazyModuleMixin) and not isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         kind = kind.cls_to_become  # it has learned its channels since
@@ -113,5 +130,5 @@ def change_back(layer: nn.Module) -> None:
 
 
 def stop_counting(layer: nn.Module) -> None:
-    """Take away what :class:`CountsSkipped` adds to a layer."""
+    """Remove the counts that :class:`CountsSkipped` adds to a layer."""
     layer.__dict__.pop("_updates", None)

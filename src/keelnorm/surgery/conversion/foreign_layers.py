@@ -1,6 +1,6 @@
-"""What convert makes of the layers of other packages' classes: their own class, with the batch norm on our kernels.
+"""The classes that convert gives to layers of other packages: theirs, with the batch norm on keelnorm's kernels.
 
-Such a class is derived from ours and from theirs, so that isinstance, attributes and whatever else theirs has stay.
+Such a class is derived from ours and from theirs, so that ``isinstance``, attributes and methods of theirs stay.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from keelnorm.nn.batch_norm import FusedBatchNorm, fx_node
 from keelnorm.surgery.known_layers import ORIGIN, Known, known
 
 passes_by(__file__)
-#: What a class that is derived from one of torch.nn's is derived from here.
+#: The base that replaces each of torch.nn's.
 _OURS: dict[type[_BatchNorm], type[_BatchNorm]] = {
     nn.BatchNorm1d: layers.BatchNorm1d,
     nn.BatchNorm2d: layers.BatchNorm2d,
@@ -29,13 +29,14 @@ _OURS: dict[type[_BatchNorm], type[_BatchNorm]] = {
 
 
 class Registered(nn.Module):
-    """A layer of a known class: the batch norm of its next base, and then its own modules."""
+    """A layer of a known class: the batch norm of its next base class, then its own modules."""
 
     _registered: type[nn.Module]
     _then: tuple[str, ...]
 
     def forward(self, x: Any = None, *, input: Any = None) -> Tensor:
-        x = input if x is None else x  # torch.nn's name for it
+        """Normalize x, which torch.nn calls ``input``, and call the layer's own modules on the result."""
+        x = input if x is None else x
         if not isinstance(x, Tensor):
             node = fx_node(self, x, None, Options())
             if node is not None:
@@ -50,12 +51,12 @@ class Registered(nn.Module):
         return y  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # As any object, but for the class, which can't be found by its name.
+        # The default, but for the class, which can't be found by its name.
         return _empty, (self._registered,), *super().__reduce_ex__(max(int(protocol), 2))[2:]
 
 
 class Frozen(nn.Module):
-    """The batch norm of a layer with fixed moments; it is none of torch.nn's, which tools would train."""
+    """The batch norm of a layer with fixed statistics; not derived from torch.nn's, which tools would train."""
 
     _ranks = (4,)
     too_few = "error"
@@ -65,7 +66,7 @@ class Frozen(nn.Module):
     __prepare_scriptable__ = FusedBatchNorm.__prepare_scriptable__
 
     def fits(self, x: Tensor) -> bool:
-        """Whether the result is what the class's own code computes: types mix in each package's own way."""
+        """Whether ours gives the same result: where dtypes differ, each package's own code promotes in its own way."""
         if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
             return False
         mean, var, *affine = (getattr(self, name) for name in ("running_mean", "running_var", "weight", "bias"))
@@ -80,7 +81,11 @@ class Frozen(nn.Module):
 
 
 def twin_of(kind: Any) -> type[nn.Module]:
-    """The class that the layers of a known one get."""
+    """The class that layers of a known class get.
+
+    Raises:
+        TypeError: The class is not known in this process, as when a pickle is loaded.
+    """
     found = known(kind)
     if found is None:
         raise TypeError(f"{kind.__qualname__} is not known here; call kn.surgery.register({kind.__name__}, ...) first")
@@ -95,6 +100,6 @@ def _twin(kind: Any, found: Known) -> type[nn.Module]:
 
 
 def _empty(kind: Any) -> nn.Module:
-    """A layer without attributes, which a copy or pickle sets."""
+    """A layer without attributes, for copies and pickles to fill."""
     twin = twin_of(kind)
     return twin.__new__(twin)

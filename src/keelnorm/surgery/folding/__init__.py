@@ -1,1 +1,1 @@
-"""Folding batch norms into the layers beside them."""
+"""Folding batch norms into the layers next to them."""

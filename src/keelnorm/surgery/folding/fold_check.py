@@ -1,4 +1,4 @@
-"""How far the folded is from the unfolded: layer by layer, and for the whole model."""
+"""Check a fold: how far the outputs of a folded layer or model differ from the unfolded one's."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from keelnorm.surgery.folding.fold_sites import Site, again
+from keelnorm.surgery.folding.fold_sites import Site, run_again
 from keelnorm.surgery.folding.fold_weights import Weights
-from keelnorm.surgery.known_layers import rest_of
+from keelnorm.surgery.known_layers import modules_after
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """The largest difference of a layer, relative to the largest value of its output, that is taken for rounding.
+    """The largest difference of a layer, relative to the largest value of its output, that counts as rounding.
 
-    A weight that is rounded to nearest is off by eps/2 of itself, so an output by at most eps/2 · Σ|w·x|. 16·eps lets
-    that sum be 32 times the output's largest value: beyond, digits are lost by cancellation, as in a channel whose mean
-    is very large against its deviation.
+    A weight rounded to nearest is off by at most eps/2 of itself, and an output by at most eps/2 · Σ|w·x|. 16·eps
+    allows that sum to be 32 times the output's largest value. If it is larger, digits cancel, as in a channel whose
+    mean is much larger than its standard deviation.
     """
     return 1e-10 if dtype == torch.float64 else 16 * torch.finfo(dtype).eps
 
@@ -31,31 +31,32 @@ def layer_difference(
 
     Args:
         norm: The batch norm.
-        site: The layer that takes it in.
-        x: What enters the first of the two.
-        before, after: The layer's weights without and with the batch norm, the latter as they are rounded.
+        site: The layer that it is folded into.
+        x: The input of the first of the two.
+        before: The layer's weights without the batch norm.
+        after: The layer's weights with the batch norm folded in, rounded.
         is_producer: Whether the layer comes first.
     """
     old, new = _twin(site, before), _twin(site, after)
     normalize = copy.deepcopy(norm).double()
-    behind = copy.deepcopy(rest_of(norm)).double()
-    rest = site.call.args[1:], site.call.kwargs
-    kwargs = {name: value for name, value in rest[1].items() if name != "input"}
+    after_norm = copy.deepcopy(modules_after(norm)).double()
+    args = site.call.args[1:]
+    kwargs = {name: value for name, value in site.call.kwargs.items() if name != "input"}
     x = x.detach().double()
     with torch.no_grad():
         if is_producer:
-            expected = normalize(along(site, old(x, *rest[0], **kwargs)))
-            found = behind(along(site, new(x, *rest[0], **kwargs)))
+            expected = normalize(run_between(site, old(x, *args, **kwargs)))
+            found = after_norm(run_between(site, new(x, *args, **kwargs)))
         else:
-            expected = old(along(site, normalize(x)))
-            found = new(along(site, x))
+            expected = old(run_between(site, normalize(x)))
+            found = new(run_between(site, x))
     return difference([expected], [found])
 
 
 def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     """The largest difference between floating-point tensors, each relative to its largest finite value.
 
-    What is NaN or infinite in both in the same way does not differ; what is in one of them makes it infinite.
+    Values that are NaN, or the same infinity, in both do not differ; in one alone they make the difference infinite.
     """
     largest = 0.0
     for a, b in zip(expected, found, strict=True):
@@ -69,8 +70,8 @@ def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
         if bool(same.all()):
             continue
         scale = torch.where(a.isfinite(), a, 0).abs().max()
-        off = torch.where(same, 0, (a - b).abs()).max() / scale
-        largest = max(largest, float(off.nan_to_num(nan=torch.inf)))
+        relative = torch.where(same, 0, (a - b).abs()).max() / scale
+        largest = max(largest, float(relative.nan_to_num(nan=torch.inf)))
     return largest
 
 
@@ -82,7 +83,8 @@ def _twin(site: Site, weights: Weights) -> nn.Module:
     return twin
 
 
-def along(site: Site, x: Tensor) -> Tensor:
+def run_between(site: Site, x: Tensor) -> Tensor:
+    """Run the functions between the batch norm and the layer on x."""
     for call in site.chain:
-        x = again(call, x)
+        x = run_again(call, x)
     return x

@@ -1,17 +1,17 @@
-"""What folding will do to a model: decided, computed and checked layer by layer before anything is changed."""
+"""Plan a whole model's fold: decide, compute and check each pair before anything is changed; then apply the plan."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from keelnorm.surgery.folding.fold_check import along, layer_difference, tolerance_of
-from keelnorm.surgery.folding.fold_sites import Site, site_after, site_before
+from keelnorm.nn._shared.replace_layers import replace_layers
+from keelnorm.surgery.folding.fold_check import layer_difference, run_between, tolerance_of
+from keelnorm.surgery.folding.fold_sites import CannotFoldError, Site, site_after, site_before
 from keelnorm.surgery.folding.fold_weights import (
     Affine,
     Weights,
@@ -22,18 +22,21 @@ from keelnorm.surgery.folding.fold_weights import (
     weights_of,
 )
 from keelnorm.surgery.folding.foldable_layers import Layers, is_transposed, pads_with_zeros
-from keelnorm.surgery.known_layers import rest_of
+from keelnorm.surgery.known_layers import modules_after
 from keelnorm.surgery.observation.call_record import Call, ModuleCall, Trace
+
+#: The side of a batch norm on which the layer is that it is folded into.
+Side: TypeAlias = Literal["before", "after"]
 
 
 @dataclass
 class Plan:
-    """Which weights a model will get, and which batch norms will be gone; by path.
+    """Which weights a model will get, and which batch norms will be removed.
 
     Args:
-        weights: In float64.
-        gone: The batch norms.
-        rows: The report's, by the batch norm's path.
+        weights: The new weights in float64, by the path of the layer.
+        gone: The paths of the batch norms that are removed.
+        rows: The report's rows, by the batch norm's path.
     """
 
     weights: dict[str, Weights] = field(default_factory=dict)
@@ -42,12 +45,12 @@ class Plan:
 
 
 class Planner:
-    """Makes the plan.
+    """Plans the fold of one model.
 
     Args:
         model: The model.
         trace: Its run on the example.
-        tolerance: The largest difference of a layer; None for the one of its weight's dtype.
+        tolerance: The largest difference of a layer; None for that of its weight's dtype.
     """
 
     def __init__(self, model: nn.Module, trace: Trace, tolerance: float | None) -> None:
@@ -56,11 +59,11 @@ class Planner:
         self._layers = Layers(model, trace)
         self._tolerance = tolerance
         self._gone: set[Call] = set()
-        #: What enters layers before which a batch norm is gone.
+        #: The inputs of layers that the batch norm before them is folded into.
         self._inputs: dict[ModuleCall, Tensor] = {}
 
     def run(self, norms: dict[str, _BatchNorm]) -> Plan:
-        """Plan for these batch norms, in the order in which they ran."""
+        """Plan the fold of these batch norms, in the order in which they ran."""
         ran = {call.module: i for i, call in enumerate(self._trace.modules)}
         for path, norm in sorted(norms.items(), key=lambda item: ran.get(item[1], -1)):
             row = {"path": path, "kind": type(norm).__name__, "into": "", "where": "", "difference": None, "reason": ""}
@@ -71,32 +74,39 @@ class Planner:
         return self.plan
 
     def _place(self, path: str, norm: _BatchNorm) -> dict[str, Any]:
-        """Fold into the layer before, else into the one after; the row's changes."""
+        """Fold into the layer before, else into the layer after; return the changes of the report's row."""
         call, reasons = self._trace.calls_of(norm)[0], []
-        ends = type(rest_of(norm)) is nn.Identity
-        for where in ("before", "after"):
-            if where == "after" and not ends:
-                reasons.append(f"calls {', '.join(rest_of(norm)._modules)} behind the normalization")
+        sides: tuple[Side, Side] = ("before", "after")
+        for where in sides:
+            try:
+                site = self._site(norm, call, where)
+                difference = self._fold(norm, call, site, where)
+            except CannotFoldError as reason:
+                reasons.append(str(reason))
                 continue
-            site = site_before(self._trace, call, self._gone) if where == "before" else site_after(self._trace, call)
-            if isinstance(site, str):
-                reasons.append(site)
-                continue
-            found = self._fold(norm, call, site, where)
-            if isinstance(found, float):
-                if ends:
-                    self._gone.add(call)
-                self.plan.gone.append(path)
-                return {"into": site.call.path, "where": where, "difference": found}
-            reasons.append(f"{site.call} {found}")
+            if not _calls_more(norm):
+                self._gone.add(call)
+            self.plan.gone.append(path)
+            return {"into": site.call.path, "where": where, "difference": difference}
         return {"reason": "; ".join(reasons)}
 
-    def _fold(self, norm: _BatchNorm, call: ModuleCall, site: Site, where: str) -> float | str:
-        """The difference that it makes; or in words why it is not done."""
+    def _site(self, norm: _BatchNorm, call: ModuleCall, where: Side) -> Site:
+        if where == "before":
+            return site_before(self._trace, call, self._gone)
+        if _calls_more(norm):
+            raise CannotFoldError(f"calls {', '.join(modules_after(norm)._modules)} after the normalization")
+        return site_after(self._trace, call)
+
+    def _fold(self, norm: _BatchNorm, call: ModuleCall, site: Site, where: Side) -> float:
+        """Plan the fold of one pair, and return the difference that it makes.
+
+        Raises:
+            CannotFoldError: The fold would be wrong.
+        """
         module, affine = site.call.module, affine_of(norm)
-        refusal = self._layers.linear_refusal(module) or _misfit(module, norm, affine, where)
+        refusal = self._layers.linear_refusal(module) or _pair_refusal(module, affine, where)
         if refusal:
-            return refusal
+            raise CannotFoldError(f"{site.call} {refusal}")
         dtype = module.weight.dtype
         assert isinstance(dtype, torch.dtype)
         before = self.plan.weights.get(site.call.path) or weights_of(module)
@@ -104,32 +114,30 @@ class Planner:
         after = absorb(module, before, affine)
         first = site.call if where == "before" else call
         x = self._inputs.get(first, _first(first))
-        off = layer_difference(norm, site, x, before, rounded(after, dtype), is_producer=where == "before")
+        difference = layer_difference(norm, site, x, before, rounded(after, dtype), is_producer=where == "before")
         limit = tolerance_of(dtype) if self._tolerance is None else self._tolerance
-        if not off <= limit:
-            return f"would differ by {off:.2g} of its largest output, more than {limit:.2g}"
+        if not difference <= limit:
+            raise CannotFoldError(
+                f"{site.call} would differ by {difference:.2g} of its largest output, more than {limit:.2g}"
+            )
         self.plan.weights[site.call.path] = after
         if where == "after":
-            self._inputs[site.call] = along(site, x)
-        return off
+            self._inputs[site.call] = run_between(site, x)
+        return difference
 
 
-def apply_plan(model: nn.Module, plan: Plan, undo: ExitStack) -> None:
-    """Change the model; ``undo`` takes what puts it back."""
+def apply_plan(model: nn.Module, plan: Plan) -> None:
+    """Give the model its new weights, and remove the batch norms that are folded."""
     for path, new in plan.weights.items():
         parameters = model.get_submodule(path)._parameters
-        undo.callback(parameters.update, dict(parameters))
         weight, bias = parameters["weight"], parameters["bias"]
         assert weight is not None
         parameters["weight"] = nn.Parameter(torch.empty_like(weight).copy_(new.weight), weight.requires_grad)
         if new.bias is not None:
             trains = (weight if bias is None else bias).requires_grad
             parameters["bias"] = nn.Parameter(new.bias.to(weight.dtype), trains)
-    for path in plan.gone:
-        parent, _, name = path.rpartition(".")
-        modules = model.get_submodule(parent)._modules
-        undo.callback(modules.update, {name: modules[name]})
-        modules[name] = rest_of(modules[name])  # type: ignore[arg-type]
+    norms = [model.get_submodule(path) for path in plan.gone]
+    replace_layers(model, {norm: modules_after(norm) for norm in norms})
 
 
 def _first(call: ModuleCall) -> Tensor:
@@ -138,15 +146,20 @@ def _first(call: ModuleCall) -> Tensor:
     return x
 
 
-def _misfit(module: nn.Module, norm: _BatchNorm, affine: Affine, where: str) -> str | None:
-    """Why a layer can't take this batch norm in."""
+def _calls_more(norm: _BatchNorm) -> bool:
+    """Whether a batch norm's layer calls modules after the normalization."""
+    return type(modules_after(norm)) is not nn.Identity
+
+
+def _pair_refusal(module: nn.Module, affine: Affine, where: Side) -> str | None:
+    """Why this batch norm can't be folded into a layer that could take others; None if it can."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     if weight.device != affine.scale.device:
         return f"is on {weight.device}, the batch norm on {affine.scale.device}"
     if where == "after" and bool(affine.shift.any()):
         if is_transposed(module):
-            return "is transposed, and not every output gets every term of the shift"
+            return "is transposed, so not every output gets every term of the shift"
         if pads_with_zeros(module):
-            return "pads with zeros, which would have to be shifted"
+            return "pads with zeros, which would have to be shifted too"
     return None

@@ -1,4 +1,4 @@
-"""The arithmetic of folding: what becomes of a weight and a bias, in float64."""
+"""Compute the new weight and bias of a layer that a batch norm is folded into, in float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from keelnorm.surgery.folding.foldable_layers import is_transposed
 
 
 class Affine(NamedTuple):
-    """What a batch norm is in evaluation: x·scale + shift per channel; float64, shape (C,)."""
+    """A batch norm in evaluation: x·scale + shift per channel, both float64 of shape (C,)."""
 
     scale: Tensor
     shift: Tensor
@@ -26,7 +26,7 @@ class Weights(NamedTuple):
 
 
 def affine_of(layer: _BatchNorm) -> Affine:
-    """scale = γ / √(running_var + eps), shift = β − running_mean · scale."""
+    """Compute scale = γ / √(running_var + eps) and shift = β − running_mean · scale."""
     assert layer.running_mean is not None and layer.running_var is not None
     scale = (layer.running_var.detach().double() + layer.eps).rsqrt()
     if layer.weight is not None:
@@ -38,19 +38,20 @@ def affine_of(layer: _BatchNorm) -> Affine:
 
 
 def weights_of(module: nn.Module) -> Weights:
+    """The weight and bias that a layer has, in float64."""
     weight, bias = module._parameters["weight"], module._parameters["bias"]
     assert weight is not None
     return Weights(weight.detach().double(), None if bias is None else bias.detach().double())
 
 
 def absorb_following(module: nn.Module, weights: Weights, affine: Affine) -> Weights:
-    """The weights of a layer that does a batch norm *after* it too.
+    """The weights of a layer with the batch norm *after* it folded in.
 
-    (Wx + b)·scale + shift = (scale·W)x + (b·scale + shift), each output channel with its own scale.
+    (Wx + b)·scale + shift = (scale·W)x + (b·scale + shift), with a scale for each output channel.
     """
     grouped, shape = _by_groups(module, weights.weight), weights.weight.shape
     groups, kernel = grouped.shape[0], [1] * (grouped.dim() - 3)
-    # (groups, in, out, *kernel) for transposed ones, (groups, out, in, *kernel) for the others
+    # (groups, in, out, *kernel) for transposed convolutions, (groups, out, in, *kernel) otherwise
     spread = (groups, 1, -1, *kernel) if is_transposed(module) else (groups, -1, 1, *kernel)
     weight = (grouped * affine.scale.view(spread)).reshape(shape)
     bias = affine.shift if weights.bias is None else weights.bias * affine.scale + affine.shift
@@ -58,10 +59,10 @@ def absorb_following(module: nn.Module, weights: Weights, affine: Affine) -> Wei
 
 
 def absorb_preceding(module: nn.Module, weights: Weights, affine: Affine) -> Weights:
-    """The weights of a layer that does a batch norm *before* it too.
+    """The weights of a layer with the batch norm *before* it folded in.
 
-    W(x·scale + shift) + b = (W·scale)x + (b + W·shift), each input channel with its own scale; exact only where no
-    position outside the input is taken for 0, unless the shift is 0.
+    W(x·scale + shift) + b = (W·scale)x + (b + W·shift), with a scale for each input channel; exact only if the layer
+    does not pad with zeros, or the shift is 0.
     """
     grouped, shape = _by_groups(module, weights.weight), weights.weight.shape
     groups, kernel = grouped.shape[0], [1] * (grouped.dim() - 3)
@@ -69,26 +70,26 @@ def absorb_preceding(module: nn.Module, weights: Weights, affine: Affine) -> Wei
     weight = (grouped * affine.scale.view(spread)).reshape(shape)
     if not bool(affine.shift.any()):
         return Weights(weight, weights.bias)
-    shift = (grouped * affine.shift.view(spread)).flatten(2).sum(2).flatten()  # of each output channel
+    shift = (grouped * affine.shift.view(spread)).flatten(2).sum(2).flatten()  # one per output channel
     return Weights(weight, shift if weights.bias is None else weights.bias + shift)
 
 
 def channels(module: nn.Module) -> tuple[int, int]:
-    """How many channels a layer takes, and makes."""
+    """The number of a layer's input channels, and of its output channels."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     return module.in_channels, module.out_channels  # type: ignore[return-value]
 
 
 def rounded(weights: Weights, dtype: torch.dtype) -> Weights:
-    """The weights as the layer will have them."""
+    """The weights rounded to the layer's dtype."""
     return Weights(weights.weight.to(dtype), None if weights.bias is None else weights.bias.to(dtype))
 
 
 def _by_groups(module: nn.Module, weight: Tensor) -> Tensor:
-    """The weight with a first dimension more, that of the groups, whose channels come one after the other.
+    """The weight with the groups as an additional first dimension.
 
-    torch.nn's are (out, in / groups, *kernel), and (in, out / groups, *kernel) where transposed.
+    torch.nn's weights are (out, in / groups, *kernel), and (in, out / groups, *kernel) if transposed.
     """
     groups = getattr(module, "groups", 1)
     return weight.view(groups, weight.shape[0] // groups, *weight.shape[1:])

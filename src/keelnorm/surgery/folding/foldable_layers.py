@@ -1,4 +1,4 @@
-"""Which layers folding can take: batch norms that evaluate as such, and plain convolutions and linear layers."""
+"""Decide which single layers may be folded: plain batch norms, and plain convolutions and linear layers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from keelnorm.nn._shared.variant import Variant
-from keelnorm.surgery.known_layers import computes_as, is_frozen, is_norm, misfit
+from keelnorm.surgery.known_layers import computes_as, is_frozen, is_norm, registration_mismatch
 from keelnorm.surgery.observation.call_record import ModuleCall, Trace, Value
-from keelnorm.surgery.observation.observe import has_hooks
+from keelnorm.surgery.observation.observe import runs_hooks
 
-#: What takes a batch norm in.
+#: Layers that a batch norm can be folded into.
 LINEAR: tuple[type[nn.Module], ...] = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear
 )  # fmt: skip
@@ -24,11 +24,11 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Layers:
-    """The layers of one model, of which one run was observed.
+    """The layers of one model, and one run of it.
 
     Args:
         model: The model.
-        trace: The run.
+        trace: The record of the run.
     """
 
     def __init__(self, model: nn.Module, trace: Trace) -> None:
@@ -41,37 +41,37 @@ class Layers:
         )
 
     def norm_refusal(self, layer: _BatchNorm) -> str | None:
-        """Why a batch norm can't be taken out, seen by itself; None where it can."""
+        """Why a batch norm can't be folded, whatever its neighbours are; None if it can."""
         if self.paths[layer] == [""]:
             return "is the model itself"
         kind = type(layer)
         if computes_as(kind) is None:
             return (
-                f"is a {kind.__name__}, whose evaluation may be more than batch norm by running statistics; "
-                f"kn.surgery.register({kind.__name__}, ...) says what it is"
+                f"is a {kind.__name__}, which may compute more than batch norm by running statistics; "
+                f"kn.surgery.register({kind.__name__}, ...) says what it computes"
             )
-        if (reason := misfit(layer)) is not None:
-            return reason
+        if (mismatch := registration_mismatch(layer)) is not None:
+            return mismatch
         if isinstance(layer, Variant) and layer.own_evaluation is not None:
             return f"is a {kind.__name__}, which evaluates {layer.own_evaluation}"
         if layer.training and not is_frozen(layer):
             return "is in training mode; call its eval()"
         if layer.running_mean is None or layer.running_var is None:
             return "has no running statistics (track_running_stats=False)"
-        return self._refusal(layer) or _unfit(layer) or self._call_refusal(layer)
+        return self._refusal(layer) or _bad_values(layer) or self._call_refusal(layer)
 
     def linear_refusal(self, module: nn.Module) -> str | None:
-        """Why a layer can't take a batch norm in, seen by itself; None where it can."""
-        return self._refusal(module) or _unfit_weight(module)
+        """Why no batch norm can be folded into a layer, whichever it is; None if one can."""
+        return self._refusal(module) or _bad_weight(module)
 
     def _refusal(self, module: nn.Module) -> str | None:
         calls = self.trace.calls_of(module)
         if not calls:
             return "was not called on the example"
         if is_parametrized(module):
-            return "has a parametrization (torch.nn.utils.parametrize.remove_parametrizations takes it away)"
-        if has_hooks(module):
-            return "has hooks (weight_norm and spectral_norm of torch.nn.utils are such)"
+            return "has a parametrization (torch.nn.utils.parametrize.remove_parametrizations removes it)"
+        if runs_hooks(module):
+            return "has hooks (weight_norm and spectral_norm of torch.nn.utils add some)"
         if "forward" in vars(module) or not (is_norm(module) or _is_plain_linear(module)):
             return f"has a forward of its own ({type(module).__name__})"
         if module._modules and isinstance(module, LINEAR):
@@ -103,17 +103,17 @@ class Layers:
 
 
 def is_whole(module: nn.Module) -> bool:
-    """Whether a module is looked at as a whole, and not by the functions that it calls."""
+    """Whether folding looks at the module's call as one, and not at the functions that it calls."""
     return isinstance(module, _ConvNd | nn.Linear) or is_norm(module)
 
 
 def channels_of(layer: nn.Module) -> int:
-    """How many channels a batch norm has; those of other packages do not all say it."""
+    """How many channels a batch norm has; not all classes of other packages have ``num_features``."""
     return len(layer.running_mean) if is_frozen(layer) else layer.num_features  # type: ignore[arg-type, return-value]
 
 
 def input_of(call: ModuleCall) -> torch.Tensor | None:
-    """The tensor that a layer's call is about, where there is no other argument."""
+    """The only argument of a layer's call; None if there are others, or it is no tensor."""
     given = [*call.args, *call.kwargs.values()]
     legal = len(given) == 1 and set(call.kwargs) <= {"input"} and isinstance(given[0], torch.Tensor)
     return given[0] if legal else None
@@ -135,11 +135,11 @@ def _is_plain_linear(module: nn.Module) -> bool:
     )
 
 
-def _unfit(layer: _BatchNorm) -> str | None:
-    """What is wrong with a batch norm's numbers."""
+def _bad_values(layer: _BatchNorm) -> str | None:
+    """What is wrong with a batch norm's statistics and parameters; None for nothing."""
     named = {name: getattr(layer, name) for name in ("running_mean", "running_var", "weight", "bias")}
-    there = {name: value for name, value in named.items() if value is not None}
-    for name, value in there.items():
+    present = {name: value for name, value in named.items() if value is not None}
+    for name, value in present.items():
         if is_lazy(value):
             return f"is lazy and has no {name} yet"
         if tuple(value.shape) != (channels_of(layer),):
@@ -148,14 +148,15 @@ def _unfit(layer: _BatchNorm) -> str | None:
             return f"has a {name} without data (on the meta device)"
         if not bool(value.isfinite().all()):
             return f"has a {name} that is not finite"
-    if bool((there["running_var"].double() + layer.eps <= 0).any()):
+    if bool((present["running_var"].double() + layer.eps <= 0).any()):
         return "has a running_var that is not positive with eps added"
-    if len({value.device for value in there.values()}) > 1:
+    if len({value.device for value in present.values()}) > 1:
         return "has its parameters and buffers on several devices"
     return None
 
 
-def _unfit_weight(module: nn.Module) -> str | None:
+def _bad_weight(module: nn.Module) -> str | None:
+    """What is wrong with the parameters of a convolution or linear layer; None for nothing."""
     weight = module._parameters.get("weight")
     if type(weight) is not nn.Parameter or weight.layout != torch.strided:
         return "has a weight that is no plain parameter"
@@ -167,11 +168,12 @@ def _unfit_weight(module: nn.Module) -> str | None:
 
 
 def is_transposed(module: nn.Module) -> bool:
+    """Whether the layer is a transposed convolution."""
     return isinstance(module, _ConvTransposeNd)
 
 
 def pads_with_zeros(module: nn.Module) -> bool:
-    """Whether the layer takes zeros for what lies outside its input."""
+    """Whether the layer pads its input with zeros."""
     if isinstance(module, nn.Linear):
         return False
     assert isinstance(module, _ConvNd)

@@ -1,1 +1,1 @@
-"""Batch norms in other libraries and formats: ONNX, Keras, Flax, exporters."""
+"""Exchanging batch norms with other libraries and formats: ONNX, Keras, Flax, exporters."""

@@ -1,4 +1,4 @@
-"""Batch norms as other libraries name and keep them, in plain dicts of arrays."""
+"""Read and write batch norms as other libraries keep them, in plain dicts of arrays."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from keelnorm.control.layer_selection import named
 from keelnorm.engine.error_messages import describe
 from keelnorm.nn.batch_norm import BatchNorm
-from keelnorm.surgery.target_layers import chosen
+from keelnorm.surgery.target_layers import batch_norms_in
 
-#: Values per channel of a training batch: for all layers, or for each by its path.
+#: The number of values per channel in a training batch: one for all layers, or one for each path.
 Count: TypeAlias = float | Mapping[str, float] | None
-#: Torch's names, in the state_dict's order.
+#: torch's names, in the state_dict's order.
 OURS = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True)
 class Convention:
-    """How a library keeps a batch norm.
+    """How a library names the entries of a batch norm.
 
     Args:
-        name: The library's.
-        theirs: Its names for torch's ``OURS``.
+        name: The library's name.
+        theirs: Its names for the entries ``OURS``.
     """
 
     name: str
@@ -36,15 +36,21 @@ class Convention:
 
     @property
     def moments(self) -> set[str]:
-        """The names that tell a batch norm from any other layer, which may have a scale and a bias too."""
+        """The names that only batch norms have; other layers may have a scale and a bias too."""
         return set(self.theirs[2:])
 
     def read(self, what: str, path: str, values: Mapping[str, Any], count: Count) -> dict[str, Tensor]:
-        """A layer's entries by torch's names, the variance as torch keeps it; what is None is missing.
+        """Read a layer's entries into torch's names, with the variance unbiased if ``count`` is given.
+
+        Args:
+            what: The public function that was called, for errors.
+            path: The layer's path.
+            values: The entries by the library's names; None counts as missing.
+            count: The number of values per channel in a training batch.
 
         Raises:
-            ValueError: for names that are unknown or missing, or shapes that differ.
-            TypeError: for what is no array of floating-point numbers.
+            ValueError: Names are unknown or missing, or shapes differ.
+            TypeError: An entry is no array of floating-point numbers.
         """
         values = {name: value for name, value in values.items() if value is not None}
         unknown, missing = sorted(values.keys() - set(self.theirs)), sorted(self.moments - values.keys())
@@ -52,7 +58,7 @@ class Convention:
             wrong = f"unknown {unknown}" if unknown else f"missing {missing}"
             raise ValueError(
                 f"{what}: a {self.name} batch norm has {list(self.theirs)}, of which the first two may be missing; "
-                f"{named(path)!r} has {sorted(values)}: {wrong}"
+                f"got {sorted(values)} for {named(path)!r}: {wrong}"
             )
         layer = {
             ours: _tensor(what, path, name, values[name])
@@ -61,23 +67,23 @@ class Convention:
         }
         if len(shapes := {tuple(value.shape) for value in layer.values()}) > 1:
             raise ValueError(
-                f"{what}: all entries of a batch norm have one value per channel; {named(path)!r} has shapes "
-                f"{sorted(shapes)}"
+                f"{what}: all entries of a batch norm must have one value per channel; got shapes {sorted(shapes)} "
+                f"for {named(path)!r}"
             )
         n = _count(what, path, count)
         layer["running_var"] = scaled(layer["running_var"], n, n - 1 if n else None)
         return layer
 
     def write(self, what: str, path: str, layer: _BatchNorm, count: Count) -> dict[str, np.ndarray]:
-        """A layer's entries by their names, the variance biased where a count is given.
+        """Write a layer's entries under the library's names, with the variance biased if ``count`` is given.
 
         Raises:
-            ValueError: the layer has no running statistics, or state that the other library has no place for.
+            ValueError: The layer has no running statistics, or state that the library has no place for.
         """
         state = layer.state_dict()
         if any(map(nn.parameter.is_lazy, state.values())):
             raise ValueError(
-                f"{what}: {named(path)!r} ({type(layer).__name__}) has no shape yet; give the lazy model a batch first"
+                f"{what}: {named(path)!r} ({type(layer).__name__}) has no shape yet; run the lazy model once first"
             )
         state.pop("num_batches_tracked", None)
         plain = all(isinstance(value, Tensor) and value.dim() == 1 for value in state.values())
@@ -85,12 +91,12 @@ class Convention:
             shapes = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
             raise ValueError(
                 f"{what}: {named(path)!r} ({type(layer).__name__}) keeps {shapes}; {self.name} has a place for "
-                f"{list(OURS)} of shape (C,) only. Leave the layer out, or put an kn.BatchNorm in its place first"
+                f"{list(OURS)} of shape (C,) only. Leave the layer out, or replace it by a kn.BatchNorm first"
             )
         if missing := [name for name in OURS[2:] if name not in state]:
             raise ValueError(
-                f"{what}: {named(path)!r} has no {' and '.join(missing)}, which a {self.name} batch norm needs; make "
-                "the layer with track_running_stats=True and let it see data"
+                f"{what}: {named(path)!r} has no {' and '.join(missing)}, which a {self.name} batch norm needs; build "
+                "the layer with track_running_stats=True and run it on data"
             )
         n = _count(what, path, count)
         state["running_var"] = scaled(state["running_var"], n - 1 if n else None, n)
@@ -98,23 +104,23 @@ class Convention:
 
 
 def scaled(var: Tensor, over: float | None, under: float | None) -> Tensor:
-    """``var · over / under``, rounded once; ``var`` itself where they are None."""
+    """Compute ``var · over / under``, rounded once; ``var`` itself if they are None."""
     return var if over is None or under is None else (var.double() * float(over) / float(under)).to(var.dtype)
 
 
 def leaves(what: str, tree: Any) -> dict[tuple[str, ...], Any]:
-    """A nested dict's values by their paths; names that are joined by "/" or "." are taken apart."""
+    """A nested dict's values by path; names joined by "/" or "." are split."""
     if not isinstance(tree, Mapping):
-        raise TypeError(f"{what}: takes a dict of arrays, nested or with joined names; got {describe(tree)}")
+        raise TypeError(f"{what}: needs a dict of arrays, nested or with joined names; got {describe(tree)}")
     found: dict[tuple[str, ...], Any] = {}
     for key, value in tree.items():
         if not isinstance(key, str):
-            raise TypeError(f"{what}: names are strings, nested or joined by '/' or '.'; got {describe(key)}")
+            raise TypeError(f"{what}: names must be strings, nested or joined by '/' or '.'; got {describe(key)}")
         path = tuple(key.replace(".", "/").split("/"))
         below = leaves(what, value) if isinstance(value, Mapping) else {(): value}
         for rest, leaf in below.items():
             if path + rest in found:
-                raise ValueError(f"{what}: {'/'.join(path + rest)!r} is there twice, joined in different ways")
+                raise ValueError(f"{what}: {'/'.join(path + rest)!r} is given twice, joined in different ways")
             found[path + rest] = leaf
     return found
 
@@ -122,13 +128,13 @@ def leaves(what: str, tree: Any) -> dict[tuple[str, ...], Any]:
 def import_layers(
     what: str, layers: Mapping[str, Mapping[str, Tensor]], eps: float, momentum: float, prefix: str | None
 ) -> BatchNorm | dict[str, Tensor]:
-    """An :class:`kn.BatchNorm` if a single layer is all there is, and no prefix; else a state_dict."""
+    """Build a :class:`kn.BatchNorm` from a single layer without a prefix, else a state_dict."""
     if not (isinstance(momentum, int | float) and 0 <= momentum <= 1):
         raise ValueError(
-            f"{what}: momentum is the weight that the old moments keep, from 0 to 1; got {describe(momentum)}"
+            f"{what}: momentum must be from 0 to 1, the weight of the old statistics; got {describe(momentum)}"
         )
     if not (isinstance(eps, int | float) and 0 <= eps < float("inf")):
-        raise ValueError(f"{what}: epsilon is added to the variance, a number from 0 on; got {describe(eps)}")
+        raise ValueError(f"{what}: epsilon must be a finite number of at least 0; got {describe(eps)}")
     if set(layers) == {""} and prefix is None:
         state = layers[""]
         mean = state["running_mean"]
@@ -151,8 +157,8 @@ def import_layers(
 def export_layers(
     what: str, model: nn.Module, convention: Convention, count: Count
 ) -> dict[tuple[str, ...], dict[str, np.ndarray]]:
-    """Every batch norm's entries, by the parts of its path; () for a model that is one itself."""
-    layers = chosen(what, model)
+    """Write all batch norms of a model, by the parts of their paths; () for a model that is itself one."""
+    layers = batch_norms_in(what, model)
     if not layers:
         raise ValueError(f"{what}: the model has no batch norm (a torch.nn.modules.batchnorm._BatchNorm)")
     return {
@@ -182,11 +188,11 @@ def _array(value: Tensor) -> np.ndarray:
 def _count(what: str, path: str, count: Count) -> float | None:
     if isinstance(count, Mapping):
         if path not in count:
-            raise ValueError(f"{what}: count has no entry for {named(path)!r}; it has {sorted(count)}")
+            raise ValueError(f"{what}: count must have an entry for {named(path)!r}; got {sorted(count)}")
         count = count[path]
     if count is not None and not (isinstance(count, int | float) and 1 < count < float("inf")):
         raise ValueError(
-            f"{what}: count is the number of values per channel of a batch, more than 1, or a dict of these by path; "
-            f"got {describe(count)}"
+            f"{what}: count must be the number of values per channel in a batch, more than 1, or a dict of these by "
+            f"path; got {describe(count)}"
         )
     return count

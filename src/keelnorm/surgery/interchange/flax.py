@@ -1,4 +1,4 @@
-"""Batch norms from Flax, and to it; without Flax."""
+"""Import batch norms from Flax and export them to it; Flax itself is not needed."""
 
 from __future__ import annotations
 
@@ -22,32 +22,33 @@ def from_flax(
     count: Count = None,
     prefix: str | None = None,
 ) -> BatchNorm | dict[str, Tensor]:
-    """A layer, or a state_dict, of the variables of ``flax.linen.BatchNorm``.
+    """Import the variables of ``flax.linen.BatchNorm`` as a layer, or as a state_dict.
 
     ``scale`` and ``bias`` of "params" become ``weight`` and ``bias``, ``mean`` and ``var`` of "batch_stats" become
-    ``running_mean`` and ``running_var``; momentum is one minus Flax's. Flax averages biased variances, torch unbiased
-    ones: with ``count`` n the variance is multiplied by n/(n − 1), without it is taken as it is, which is what
-    evaluation needs.
+    ``running_mean`` and ``running_var``; torch's momentum is one minus Flax's. Flax averages biased variances, torch
+    unbiased ones: with ``count`` n the variance is multiplied by n/(n − 1). Without it the variance stays, which is
+    right for evaluation.
 
     Args:
         variables: ``{"params": {...}, "batch_stats": {...}}`` of one layer or of a model, names nested or joined by "/"
-            or ".". ``scale`` or ``bias`` may be missing. Other collections, and layers without batch_stats, are passed
-            over. Numpy's arrays, torch's tensors, and what numpy makes an array of, such as JAX's arrays.
-        epsilon, momentum: Of the layer, in Flax's sense, with Flax's defaults. A state_dict holds neither.
-        count: Values per channel of a training batch, or a dict of these by layers' paths, joined by ".".
+            or ".". ``scale`` or ``bias`` may be missing. Other collections, and layers without batch_stats, are
+            ignored. Values may be numpy's arrays, torch's tensors, or anything that numpy converts, as JAX's arrays.
+        epsilon: The layer's epsilon, with Flax's default. A state_dict does not hold it.
+        momentum: The layer's momentum in Flax's sense, with Flax's default. A state_dict does not hold it.
+        count: The number of values per channel in a training batch, or a dict of these by layers' paths, joined by ".".
         prefix: A path to put before a state_dict's keys. With one, a single layer gives a state_dict too.
 
     Returns:
-        For one layer an ``kn.BatchNorm``, in training mode, without a weight or bias that Flax's does not have. For a
-        model the state_dict of its batch norms, missing weights as 1 and biases as 0, to be loaded with
+        For one layer a ``kn.BatchNorm`` in training mode, without a weight or bias that Flax's does not have. For a
+        model the state_dict of its batch norms, with missing weights as 1 and missing biases as 0; load it with
         ``strict=False``.
 
     Differs:
-        Flax normalizes the last axis unless told otherwise, torch axis 1: permute the input (N, *S, C) to (N, C, *S).
+        Flax normalizes the last axis by default, torch axis 1: permute the input (N, *S, C) to (N, C, *S).
 
     Raises:
-        TypeError, ValueError: names are unknown or missing, shapes differ, there is no batch norm, or an option is not
-            legal.
+        TypeError: A value is no array of floating-point numbers, or a name is no string.
+        ValueError: Names are unknown or missing, shapes differ, there is no batch norm, or an option is not legal.
 
     Example:
         >>> stats = {"BatchNorm_0": {"mean": [2.0], "var": [4.0]}}
@@ -77,20 +78,21 @@ def from_flax(
 
 
 def to_flax(model: nn.Module, *, count: Count = None) -> dict[str, Any]:
-    """The variables of ``flax.linen.BatchNorm``, of a layer or of all batch norms in a model: :func:`from_flax` undone.
+    """Export a layer, or all batch norms of a model, as variables of ``flax.linen.BatchNorm``.
 
     Args:
         model: A batch norm, or a model. It is not changed.
-        count: Values per channel n of a training batch, or a dict of these by path: the variance is multiplied by
-            (n − 1)/n. Without it is taken as it is.
+        count: The number n of values per channel in a training batch, or a dict of these by path: the variance is
+            multiplied by (n − 1)/n. Without it the variance stays.
 
     Returns:
         ``{"params": {...}, "batch_stats": {...}}``, nested by the parts of the layers' paths, of numpy arrays. Flax's
         layer also needs ``epsilon=layer.eps`` and ``momentum=1 - layer.momentum``, and ``use_scale=False`` or
-        ``use_bias=False`` where the layer has no weight or bias. bfloat16, which numpy does not have, comes as float32.
+        ``use_bias=False`` if the layer has no weight or bias. bfloat16, which numpy lacks, becomes float32.
 
     Raises:
-        TypeError, ValueError: there is no batch norm, one has no running statistics, or has more than Flax's keeps.
+        TypeError: ``model`` is no module.
+        ValueError: There is no batch norm, or one has no running statistics or more state than Flax's.
 
     Example:
         >>> variables = to_flax(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))

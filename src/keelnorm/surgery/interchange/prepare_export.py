@@ -1,9 +1,8 @@
-"""Models made ready for exporters: plain layers, in evaluation, with statistics."""
+"""Make a model ready for exporters: torch.nn's layers, in evaluation, with running statistics."""
 
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack
 from typing import Any, Literal, TypeVar
 
 from torch import nn
@@ -14,9 +13,9 @@ from keelnorm.engine.error_messages import describe
 from keelnorm.nn._shared.variant import Variant
 from keelnorm.surgery.conversion.counterparts import name_of
 from keelnorm.surgery.conversion.to_torch import make_plain
-from keelnorm.surgery.known_layers import is_frozen, notes_on
+from keelnorm.surgery.known_layers import is_frozen
 from keelnorm.surgery.report import Report
-from keelnorm.surgery.target_layers import chosen, refuse_sharded
+from keelnorm.surgery.target_layers import batch_norms_in, notes_on, refuse_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,24 +25,23 @@ def prepare_export(
 ) -> tuple[Model, Report]:
     """Make a model ready for exporters, quantizers and other tools that look for ``torch.nn``'s layers.
 
-    Keelnorm's drop-in layers become ``torch.nn``'s of the same names, with the same parameters and buffers, calls that
-    :func:`convert` has fused are taken apart, and ``kn.Sequential`` becomes ``torch.nn.Sequential``. Keelnorm's other
-    layers stay: in evaluation they are made of torch's own operators, which ``torch.export`` takes.
+    Keelnorm's drop-in layers become ``torch.nn``'s of the same names, with the same parameters and buffers. The
+    conversion by :func:`convert` is undone, and ``kn.Sequential`` becomes ``torch.nn.Sequential``. Keelnorm's other
+    layers stay: in evaluation they consist of torch's own operators, which ``torch.export`` accepts.
 
     Args:
         model: Any module.
-        training: What layers in training mode, and layers without running statistics, which both normalize with
-        whatever
-            batch comes, are: "refuse" raises and names them all, before anything is changed; "allow" notes them.
-        inplace: Change the model itself; otherwise a copy.
+        training: What to do with layers that normalize with the batch, because they are in training mode or have no
+            running statistics: "refuse" raises an error that names them all, "allow" notes them in the report.
+        inplace: Whether to change the model itself; otherwise a copy.
 
     Returns:
         The model, and a report with a row for each batch norm.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: layers would normalize with the batch; a lazy layer does not know its channels, or a
-            ``VirtualBatchNorm`` has no reference. The model is as before.
+        TypeError: ``model`` is no module, or is a ScriptModule or sharded.
+        ValueError: Layers would normalize with the batch; a lazy layer does not know its channels yet, or a
+            ``VirtualBatchNorm`` has no reference batch. The model is as before.
 
     Example:
         >>> import keelnorm as kn
@@ -54,33 +52,33 @@ def prepare_export(
     """
     if training not in ("refuse", "allow"):
         raise ValueError(f"prepare_export: training must be 'refuse' or 'allow'; got {describe(training)}")
-    found = chosen("prepare_export", model)
-    notes = {path: _by_the_batch(layer) for path, layer in found.items()}
+    found = batch_norms_in("prepare_export", model)
+    notes = {path: _normalizes_with_batch(layer) for path, layer in found.items()}
     unready = [f"{named(path)} {why}" for path, layer in found.items() if (why := _not_ready(layer))]
     if training == "refuse":
         unready += [f"{named(path)} {why}" for path, why in notes.items() if why]
     if unready:
         raise ValueError(
             f"prepare_export: {'; '.join(unready)}. Call model.eval(), give layers running statistics (kn.recalibrate "
-            "sets them from data), or allow what normalizes with the batch by training='allow'; the model is as before"
+            "sets them from data), or pass training='allow' to let them normalize with the batch; the model is as "
+            "before"
         )
     if not inplace:
         refuse_sharded("prepare_export", model)
         model = copy.deepcopy(model)
-    kinds = {path: type(layer) for path, layer in chosen("prepare_export", model).items()}
-    with ExitStack() as undo:
-        make_plain("prepare_export", model, undo)
-        undo.pop_all()
-    rows: list[dict[str, Any]] = []
-    for path, layer in chosen("prepare_export", model).items():
-        is_now = type(layer)
-        rows.append({"path": path, "was": name_of(kinds[path]), "is": name_of(is_now), "note": notes[path]})
+    layers = batch_norms_in("prepare_export", model)
+    was = {path: name_of(type(layer)) for path, layer in layers.items()}
+    make_plain("prepare_export", model)
+    rows: list[dict[str, Any]] = [
+        {"path": path, "was": was[path], "is": name_of(type(layer)), "note": notes[path]}
+        for path, layer in layers.items()
+    ]
     changed = sum(row["was"] != row["is"] for row in rows)
     summary = {"batch norms": len(rows), "made plain": changed}
     return model, Report("prepare_export", summary, rows, notes_on(model))
 
 
-def _by_the_batch(layer: _BatchNorm) -> str | None:
+def _normalizes_with_batch(layer: _BatchNorm) -> str | None:
     """Why a layer normalizes with the batch, in words that follow its path."""
     if layer.running_mean is None:
         return "has no running statistics"
@@ -88,6 +86,7 @@ def _by_the_batch(layer: _BatchNorm) -> str | None:
 
 
 def _not_ready(layer: _BatchNorm) -> str | None:
+    """What a layer lacks to evaluate, in words that follow its path."""
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return "does not know its channels yet: run the model once"
     return layer.unready() if isinstance(layer, Variant) else None

@@ -1,4 +1,4 @@
-"""The record of one run of a model: the calls of modules and functions, and for each tensor who made and reads it."""
+"""The record of one run of a model: calls of modules and functions, and which of them make and read each tensor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from keelnorm.surgery.observation.nested_tensors import tensors_in
 
 
 class Value(NamedTuple):
-    """What a tensor holds at one time: a function that changes it in place makes another value of it."""
+    """A tensor's contents at one time: a change in place makes another value of the same tensor."""
 
     tensor: int
     version: int
@@ -26,11 +26,13 @@ class Call:
     """A call of a module or of a function of torch.
 
     Args:
-        args, kwargs, result: What it was given, and returned.
-        inside: The innermost call of a module in which it happened; None for the model's own.
+        args: Its positional arguments.
+        kwargs: Its keywords.
+        inside: The innermost module call that contains it; None for the model's own.
         inputs: The values in its arguments.
-        outputs: The values that it made: those of the result, and of arguments that it changed in place. A tensor that
-            comes back as it was is none of them.
+        outputs: The values that it made, in its result and in arguments that it changed in place. A tensor that it
+            returns unchanged is not among them.
+        result: What it returned.
     """
 
     args: tuple[Any, ...]
@@ -41,7 +43,7 @@ class Call:
     result: Any = None
 
     def within(self, call: Call) -> bool:
-        """Whether it is ``call``, or happened while that ran."""
+        """Whether it is ``call`` itself, or was made while that ran."""
         outer: Call | None = self
         while outer is not None and outer is not call:
             outer = outer.inside
@@ -53,9 +55,9 @@ class ModuleCall(Call):
     """A module's call.
 
     Args:
-        path: The module's; the first where it has several.
-        module: Itself.
-        hooked: Whether it had hooks besides the observation's.
+        path: The module's path; the first if there are several.
+        module: The module.
+        hooked: Whether it had hooks of its own, besides the recorder's.
     """
 
     path: str = ""
@@ -68,7 +70,7 @@ class ModuleCall(Call):
 
 @dataclass(eq=False)
 class FunctionCall(Call):
-    """A call of a function or method of torch, or of an operator of ``torch.ops``, as the model's code makes it."""
+    """A call of a function or method of torch, or of an operator of ``torch.ops``."""
 
     function: Callable[..., Any] = None  # type: ignore[assignment]
 
@@ -80,12 +82,12 @@ class FunctionCall(Call):
 
 
 class Trace:
-    """What was seen of one run of a model; see :func:`keelnorm.surgery.observation.observe.observe`.
+    """The calls in one run of a model; see :func:`keelnorm.surgery.observation.observe.observe`.
 
     Attributes:
-        modules: The calls of modules, in the order in which they began.
-        functions: The calls of functions that take or return tensors, in their order. Those that functions of torch
-            make themselves are not seen.
+        modules: Calls of modules, in the order in which they began.
+        functions: Calls of functions that take or return tensors, in order. Calls inside functions of torch are not
+            recorded.
         output: What the model returned.
     """
 
@@ -104,19 +106,19 @@ class Trace:
         return [call for call in self.modules if call.module is module]
 
     def writer(self, value: Value) -> FunctionCall | None:
-        """The function that made the value; None for what came from outside, or was made where it can't be seen."""
+        """The function that made the value; None if it came from outside or was made by an unrecorded call."""
         return self._writers.get(value)
 
     def readers(self, value: Value) -> list[Call]:
-        """The functions that read the value, and modules that took it and in which no function is seen to read it.
+        """The functions that read the value, and the modules that took it with no recorded function reading it inside.
 
-        Asking for the shape, dtype and the like reads nothing, nor does a function that only hands the tensor on, such
-        as dropout in evaluation. Views and functions in place do read.
+        Looking up the shape or dtype is no reading, and neither is a function that returns the tensor unchanged, as
+        dropout in evaluation does. Views and functions in place do read.
         """
         return self._readers.get(value, [])
 
     def holders(self, value: Value) -> list[str]:
-        """Who else has the value, in words: the caller of the model, hooks, attributes of modules."""
+        """What else has the value, in words: the model's caller, hooks, attributes of modules."""
         return list(dict.fromkeys(self._holders.get(value, [])))
 
     def is_given(self, value: Value) -> bool:
@@ -124,18 +126,19 @@ class Trace:
         return value in self._given
 
     def values(self, root: Any) -> tuple[Value, ...]:
-        """The values of all tensors in ``root``, which are kept alive, so that no other gets their identity."""
+        """The values of all tensors in ``root``, which are kept alive so that their ``id`` stays theirs."""
         tensors = tensors_in(root)
         self._alive.append(tensors)
         with torch._C.DisableTorchFunction():
             return tuple(dict.fromkeys(Value(id(tensor), version_of(tensor)) for tensor in tensors))
 
     def _finish(self, call: Call, given: tuple[Value, ...]) -> None:
-        """Take down what a call that has ended made: its arguments' tensors have a new version where it wrote."""
+        """Record the outputs of a call that has ended; arguments that it wrote to have a new version."""
         after = (*self.values(call.result), *self.values((call.args, dict(call.kwargs))))
         call.outputs = tuple(dict.fromkeys(value for value in after if value not in given))
 
-    def _index(self, model: Module, paths: Mapping[Module, str]) -> None:
+    def _index(self, paths: Mapping[Module, str]) -> None:
+        """Note for each value which calls made it and read it, and what else has it."""
         for function in self.functions:
             returned = set(self.values(function.result))
             for value in function.inputs:
@@ -143,14 +146,8 @@ class Trace:
                     self._readers[value].append(function)
             for value in function.outputs:
                 self._writers.setdefault(value, function)
-        for call in reversed(self.modules):  # a module's calls come after its own
-            returned = set(self.values(call.result))
-            for value in call.inputs:
-                if value not in returned and not any(reader.within(call) for reader in self.readers(value)):
-                    self._readers[value].append(call)
-            if call.hooked:
-                for value in (*call.inputs, *call.outputs):
-                    self._holders[value].append(f"seen by a hook of {call.path!r}")
+        for call in reversed(self.modules):  # calls inside a module come after the module's own
+            self._index_module(call)
         for value in self.values(self.output):
             self._holders[value].append("returned by the model")
         for module, path in paths.items():
@@ -158,11 +155,25 @@ class Trace:
             for value in self.values(kept):
                 self._holders[value].append(f"kept in {path!r}" if path else "kept in the model")
 
+    def _index_module(self, call: ModuleCall) -> None:
+        returned = set(self.values(call.result))
+        for value in call.inputs:
+            if value not in returned and not any(reader.within(call) for reader in self.readers(value)):
+                self._readers[value].append(call)
+        if call.hooked:
+            for value in (*call.inputs, *call.outputs):
+                self._holders[value].append(f"seen by a hook of {call.path!r}")
+
 
 def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been changed in place.
+
+    Raises:
+        RuntimeError: The tensor was made under ``torch.inference_mode``, where changes are not counted.
+    """
     if tensor.is_inference():
         raise RuntimeError(
-            "a tensor that was made under torch.inference_mode does not say when it is changed, so the model can't be "
-            "observed; make the example outside, and let the model's forward run without it"
+            "the model can't be observed: a tensor was made under torch.inference_mode, which counts no changes in "
+            "place. Make the example outside of it, and let the model's forward run without it"
         )
     return tensor._version

@@ -1,4 +1,4 @@
-"""Tensors in whatever a model takes and returns: containers, data classes, any object with attributes."""
+"""Find and change the tensors in nested arguments and results of a model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from torch.nn import Module
 
 from keelnorm.engine.error_messages import describe
 
-#: Not looked into.
+#: Types that hold no tensors to be found.
 _LEAVES = (str, bytes, int, float, complex, type, Module, torch.Size, types.FunctionType, types.ModuleType)
 
 
 def tensors_in(root: Any) -> list[Tensor]:
-    """All tensors in a value, in order, each as often as it occurs; modules are not looked into."""
+    """All tensors in containers, data classes and attributes of objects, in order; modules are skipped.
+
+    A tensor is listed as often as it occurs.
+    """
     found: list[Tensor] = []
     seen: set[int] = set()
     stack = [root]
@@ -45,7 +48,7 @@ def _parts(value: Any) -> list[Any]:
 
 
 def map_tensors(change: Callable[[Tensor], Any], root: Any) -> Any:
-    """A copy of the value with each tensor in its tuples, lists and mappings changed; other objects are the same."""
+    """Copy a value with each tensor in its tuples, lists and mappings changed; other objects are not copied."""
     if isinstance(root, Tensor):
         return change(root)
     if isinstance(root, MutableMapping):
@@ -61,10 +64,10 @@ def map_tensors(change: Callable[[Tensor], Any], root: Any) -> Any:
 
 
 def call_of(what: str, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments and keywords of the model's call that an example stands for.
+    """The positional arguments and the keywords with which an example calls the model.
 
     Args:
-        what: What was called, the first words of an error.
+        what: The public function that was called, for errors.
         example: A tensor, the only argument; a tuple of arguments; or a mapping of keywords.
 
     Raises:

@@ -1,42 +1,39 @@
-"""Running a model once and taking down what happens: which module or function makes each tensor, and who reads it."""
+"""Run a model once and record which module or function makes each tensor, and which reads it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.modules import module as torch_module
-from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from keelnorm.engine.fusion import scope as fusion
 from keelnorm.engine.fusion.operations import METADATA
-from keelnorm.surgery.observation.call_record import FunctionCall, ModuleCall, Trace, version_of
-from keelnorm.surgery.observation.nested_tensors import tensors_in
+from keelnorm.engine.fusion.scope import has_global_hooks, has_hooks
+from keelnorm.surgery.observation.call_record import FunctionCall, ModuleCall, Trace
+from keelnorm.surgery.snapshot import preserved
 
-_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-#: Attributes, methods and functions that ask about a tensor, and not what is in it; or make one like it.
+#: Attributes, methods and functions that read a tensor's metadata and not its values, or make one like it.
 _METADATA = METADATA | {
     *(getattr(Tensor, name).__get__ for name in ("_version", "grad_fn")),
     *(getattr(Tensor, f"new_{name}") for name in ("empty", "full", "ones", "tensor", "zeros")),
     *(getattr(torch, f"{name}_like") for name in ("empty", "full", "ones", "rand", "randn", "zeros")),
 }
-#: Functions that take the shape or dtype of their second tensor, and nothing else of it.
+#: Functions that read nothing but the shape or dtype of their second tensor.
 _LIKE_ANOTHER = frozenset((Tensor.expand_as, Tensor.reshape_as, Tensor.type_as, Tensor.view_as))
 
 
-def has_hooks(module: Module) -> bool:
+def runs_hooks(module: Module) -> bool:
     """Whether calling the module runs hooks: its own, or those set for all modules."""
-    return fusion.has_hooks(module) or any(getattr(torch_module, f"_global_{name}") for name in _HOOKS)
+    return has_hooks(module) or has_global_hooks()
 
 
 class _Recorder(TorchFunctionMode):
-    """Takes down calls of functions, and the modules' that it watches."""
+    """Records calls of functions, and of the modules that it watches."""
 
     def __init__(self, trace: Trace) -> None:
         super().__init__()
@@ -50,7 +47,7 @@ class _Recorder(TorchFunctionMode):
         return self.run(function, args, kwargs or {})
 
     def run(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call it; take it down unless it runs within another one, or only asks about a tensor."""
+        """Call the function; record it unless it runs within another one, or only asks for a tensor's metadata."""
         if self._running:
             return function(*args, **kwargs)
         self._running = True
@@ -69,8 +66,8 @@ class _Recorder(TorchFunctionMode):
         return call.result
 
     def watch(self, module: Module, path: str) -> Iterable[Any]:
-        """Hook a module's calls; gives the handles."""
-        hooked = has_hooks(module)
+        """Record a module's calls by hooks, whose handles are returned."""
+        hooked = runs_hooks(module)
 
         def enter(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inside = self.inside[-1] if self.inside else None
@@ -88,8 +85,8 @@ class _Recorder(TorchFunctionMode):
         yield module.register_forward_hook(leave, with_kwargs=True, always_call=True)
 
 
-class _Below(TorchDispatchMode):
-    """Takes down the operators that run unseen by a ``TorchFunctionMode``: those of scripted functions, say."""
+class _OperatorRecorder(TorchDispatchMode):
+    """Records operators that a ``TorchFunctionMode`` does not see, as those of scripted functions."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
@@ -102,14 +99,16 @@ class _Below(TorchDispatchMode):
 
 
 def observe(model: Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Trace:
-    """Run a model once, without gradients and in the mode it has, and note who makes and who reads each tensor.
+    """Run a model once and record which calls make and read each tensor.
 
-    Modules are watched by hooks, functions by a ``TorchFunctionMode``, and by a ``TorchDispatchMode`` those that run
-    where that does not see. Afterwards hooks, buffers, random generators and the arguments' tensors are as before.
+    The run is without gradients, in the mode that the model has. Hooks record the calls of modules, a
+    ``TorchFunctionMode`` those of functions, and a ``TorchDispatchMode`` those that the former does not see. Afterwards
+    hooks, buffers, random generators and the arguments' tensors are as before.
 
     Args:
         model: Any module.
-        args, kwargs: Of its call.
+        args: The positional arguments of its call.
+        kwargs: The keywords of its call.
 
     Returns:
         The trace. It keeps all tensors of the run alive.
@@ -139,29 +138,7 @@ def observe(model: Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any]
         for module, path in paths.items():
             for handle in recorder.watch(module, path):
                 stack.callback(handle.remove)
-        with recorder, _Below(recorder):
+        with recorder, _OperatorRecorder(recorder):
             trace.output = model(*args, **kwargs)
-        trace._index(model, paths)
+        trace._index(paths)
     return trace
-
-
-@contextmanager
-def preserved(model: Module, given: Any = ()) -> Iterator[None]:
-    """Inside, nothing needs a gradient; buffers, random generators and the tensors in ``given`` are put back after."""
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    values = {value for _, named in buffers for value in named.values() if value is not None and not is_lazy(value)}
-    copies = {value: value.detach().clone() for value in values}
-    arguments = [(tensor, version_of(tensor), tensor.detach().clone()) for tensor in tensors_in(given)]
-    devices = {value.device.index for value in (*model.parameters(), *values) if value.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)), torch.no_grad():
-        try:
-            yield
-        finally:
-            for module, named in buffers:
-                module._buffers.clear()
-                module._buffers.update(named)
-            for value, copy in copies.items():
-                value.copy_(copy)
-            for tensor, version, copy in arguments:
-                if tensor._version != version:  # one that was expanded could not be written, nor need be
-                    tensor.copy_(copy)

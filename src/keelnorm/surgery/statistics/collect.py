@@ -1,4 +1,4 @@
-"""The pooled moments of what goes into a model's batch norms, over a data set."""
+"""Pool the moments of the inputs of a model's batch norms over a data set."""
 
 from __future__ import annotations
 
@@ -29,127 +29,169 @@ def reason_to_leave(layer: _BatchNorm) -> str | None:
     if layer.running_mean is None or layer.running_var is None:
         return "has no running statistics"
     if is_frozen(layer):
-        return f"is a {type(layer).__name__}, whose moments are fixed"
+        return f"is a {type(layer).__name__}, whose statistics are fixed"
     if is_held(layer):
         return "is frozen"
     if isinstance(layer, Variant):
         if layer.own_data is not None:
-            return f"is a {type(layer).__name__}, which keeps moments {layer.own_data}"
+            return f"is a {type(layer).__name__}, which keeps statistics {layer.own_data}"
         if layer.own_scale is not None:
             return f"is a {type(layer).__name__}, which keeps {layer.own_scale}"
     return None
 
 
+def name_of(layer: _BatchNorm) -> str:
+    """A layer in the words of an error."""
+    return f"a {type(layer).__name__} of {layer.num_features} channels"
+
+
+def check_finite(what: str, layer: _BatchNorm, moments: Moments, *new: Tensor) -> None:
+    """Raise unless the moments of a layer's inputs are finite, and its new running statistics in their dtype too."""
+    if not bool((moments.mean.isfinite() & moments.m2.isfinite()).all()):
+        raise RuntimeError(
+            f"{what}: the input of {name_of(layer)} is not finite; the model is as before. Leave out batches with "
+            "NaN or infinite values"
+        )
+    if not all(bool(values.isfinite().all()) for values in new):
+        raise RuntimeError(
+            f"{what}: the moments of {name_of(layer)} are too large for its buffers of {new[-1].dtype}; the model is "
+            "as before. Make the buffers float32"
+        )
+
+
 @dataclass
-class Seen:
-    """What has gone into one layer.
+class PooledInput:
+    """The inputs of one layer so far.
 
     Args:
-        moments: Of all values so far.
-        samples: How many samples they are of.
-        batches: In how many batches.
-        calls: The most calls of the layer in one batch.
-        spread: Count, mean and biased variance of each batch, where they are kept.
+        moments: The moments of all values.
+        samples: The number of samples.
+        batches: The number of batches.
+        calls: The largest number of calls of the layer in one batch.
+        per_batch: Count, mean and biased variance of each batch, if they are kept.
     """
 
     moments: Moments
     samples: int = 0
     batches: int = 0
     calls: int = 0
-    spread: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    per_batch: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def standard_error(self) -> float:
-        """The largest standard error over channels, of the mean in deviations and of the variance as a part of it.
+        """The largest standard error over channels, of means and variances.
 
-        With weights w = count / total of B batches, SE(mean)² = B/(B−1) · Σ w²·(mean_b − mean)², and likewise of the
-        variance, to which a batch contributes var_b + (mean_b − mean)². Infinite below two batches.
+        That of a mean is divided by the standard deviation, that of a variance by the variance. With weights
+        w = count / total of B batches, SE(mean)² = B/(B−1) · Σ w²·(mean_b − mean)², and likewise for the variance, to
+        which a batch contributes var_b + (mean_b − mean)². Infinite for fewer than two batches.
         """
-        if len(self.spread) < 2:
+        if len(self.per_batch) < 2:
             return float("inf")
-        counts, means, variances = (torch.stack(part) for part in zip(*self.spread, strict=True))
+        counts, means, variances = (torch.stack(part) for part in zip(*self.per_batch, strict=True))
         weights = (counts / counts.sum(0)).reshape(len(counts), -1)
         factor = len(counts) / (len(counts) - 1)
         var = self.moments.var.clamp(min=torch.finfo(means.dtype).tiny)
-        off = means - self.moments.mean
-        mean_error = (factor * (weights * off).square().sum(0)).sqrt() / var.sqrt()
-        var_error = (factor * (weights * (variances + off.square() - var)).square().sum(0)).sqrt() / var
+        shift = means - self.moments.mean
+        mean_error = (factor * (weights * shift).square().sum(0)).sqrt() / var.sqrt()
+        var_error = (factor * (weights * (variances + shift.square() - var)).square().sum(0)).sqrt() / var
         return float(torch.maximum(mean_error, var_error).max())
 
 
 #: Starts a pass over the batches.
-Begin = Callable[[], Iterable[Any]]
+StartPass = Callable[[], Iterable[Any]]
+#: Runs the model on a batch.
+RunBatch = Callable[[Any], Any]
+#: Sets a layer's running statistics from its pooled inputs.
+SetStatistics = Callable[[_BatchNorm, PooledInput], None]
 
 
 class Collector:
-    """Hooks on layers that take down the moments of their inputs.
+    """Hooks on layers that record the moments of their inputs.
 
     Args:
         targets: The layers.
-        keep: Whether each batch's moments are kept, for standard errors.
-        after: Called after each call of a layer has been taken down.
+        keep_batches: Whether to keep each batch's moments, for standard errors.
+        after_call: Called after each recorded call of a layer.
     """
 
-    def __init__(self, targets: Iterable[_BatchNorm], keep: bool, after: Callable[[], None] = lambda: None) -> None:
-        self.seen = {t: Seen(Moments.empty(t.running_mean.shape[-1], device=t.running_mean.device)) for t in targets}  # type: ignore[union-attr]
-        self._keep, self._after = keep, after
+    def __init__(
+        self, targets: Iterable[_BatchNorm], *, keep_batches: bool, after_call: Callable[[], None] = lambda: None
+    ) -> None:
+        self.pooled: dict[_BatchNorm, PooledInput] = {}
+        for layer in targets:
+            assert layer.running_mean is not None
+            channels, device = layer.running_mean.shape[-1], layer.running_mean.device
+            self.pooled[layer] = PooledInput(Moments.empty(channels, device=device))
+        self._keep_batches, self._after_call = keep_batches, after_call
         self._batch: dict[_BatchNorm, tuple[list[Moments], int]] = {}
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def recording(self) -> Iterator[None]:
+        """Record the calls of the layers inside the block."""
         with ExitStack() as stack:
-            for layer in self.seen:
-                stack.callback(layer.register_forward_pre_hook(self._take, with_kwargs=True, prepend=True).remove)
+            for layer in self.pooled:
+                stack.callback(layer.register_forward_pre_hook(self._record, with_kwargs=True, prepend=True).remove)
             yield
 
-    def _take(self, layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def _record(self, layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         assert isinstance(layer, _BatchNorm)
         if keywords.get("sample_weight") is not None:
             raise ValueError(
-                f"a {type(layer).__name__} is called with sample_weight=, which can't be pooled; use mask="
+                f"a {type(layer).__name__} is called with sample_weight=, which can't be pooled; use mask= instead"
             )
         x: Tensor = args[0] if args else keywords["input"]
         parts, samples = self._batch.get(layer, ([], 0))
         parts.append(moments_of(x.detach(), keywords.get("mask")))
         self._batch[layer] = parts, max(samples, x.shape[0])
-        self._after()
+        self._after_call()
 
     def end_batch(self) -> None:
-        """Let what a batch has shown enter the moments."""
+        """Merge the recorded batch into the pooled moments."""
         for layer, (parts, samples) in self._batch.items():
-            seen, own = self.seen[layer], Moments.merge_all(parts)
-            seen.moments = seen.moments.merge(own)
-            seen.samples += samples
-            seen.batches += 1
-            seen.calls = max(seen.calls, len(parts))
-            if self._keep:
-                seen.spread.append((own.count, own.mean, own.var_or_zero))
+            pooled, own = self.pooled[layer], Moments.merge_all(parts)
+            pooled.moments = pooled.moments.merge(own)
+            pooled.samples += samples
+            pooled.batches += 1
+            pooled.calls = max(pooled.calls, len(parts))
+            if self._keep_batches:
+                pooled.per_batch.append((own.count, own.mean, own.var_or_zero))
+        self.forget_batch()
+
+    def forget_batch(self) -> None:
+        """Discard the recorded batch."""
         self._batch.clear()
+
+    def run(self, forward: RunBatch, batch: Any) -> None:
+        """Run one batch without gradients; the pooled moments get all of it, or nothing if it raises."""
+        try:
+            with torch.no_grad():
+                forward(batch)
+        except _EnoughError:
+            pass
+        except BaseException:
+            self.forget_batch()
+            raise
+        self.end_batch()
+
+    def run_all(self, forward: RunBatch, batches: Iterable[Any], tolerance: float | None) -> None:
+        """Run batches until all standard errors are within the tolerance; None runs them all."""
+        for index, batch in enumerate(batches):
+            self.run(forward, batch)
+            if tolerance is None or index < 2:
+                continue
+            if all(pooled.standard_error() <= tolerance for pooled in self.pooled.values()):
+                break
 
 
 class _EnoughError(Exception):
-    """Ends a forward when what it is run for has been seen."""
+    """Ends a forward early, once the layer of interest has been called."""
 
 
-def run_quietly(forward: Callable[[Any], Any], batch: Any, collector: Collector) -> None:
-    """One batch, without gradients; all of it or nothing enters the moments."""
-    try:
-        with torch.no_grad():
-            forward(batch)
-    except _EnoughError:
-        pass
-    except BaseException:
-        collector._batch.clear()
-        raise
-    collector.end_batch()
-
-
-def stop() -> None:
-    """End the forward: what it is run for has been seen."""
+def _end_forward() -> None:
     raise _EnoughError
 
 
-def order_of(targets: Iterable[_BatchNorm], forward: Callable[[Any], Any], batch: Any) -> dict[_BatchNorm, int]:
-    """The layers that a batch reaches, in the order of their first calls, and how often each is called."""
+def calls_in_order(targets: Iterable[_BatchNorm], forward: RunBatch, batch: Any) -> dict[_BatchNorm, int]:
+    """The layers that a batch reaches, in the order of their first calls, with the number of calls of each."""
     calls: dict[_BatchNorm, int] = {}
 
     def note(layer: nn.Module, *_: Any) -> None:
@@ -164,21 +206,11 @@ def order_of(targets: Iterable[_BatchNorm], forward: Callable[[Any], Any], batch
 
 
 @contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation; afterwards every module's mode is what it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+def normalizing_with_batch(targets: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Let layers of a model in evaluation normalize with the batch, without updating their running statistics.
 
-
-@contextmanager
-def by_the_batch(targets: Iterable[_BatchNorm]) -> Iterator[None]:
-    """The layers normalize with the batch's moments, where it has a variance, and leave their running ones alone."""
+    A batch with one value per channel has no variance, and is normalized by the running statistics.
+    """
     targets = list(targets)
 
     def choose(layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -197,54 +229,44 @@ def by_the_batch(targets: Iterable[_BatchNorm]) -> Iterator[None]:
 
 def in_one_pass(
     targets: list[_BatchNorm],
-    call: Callable[[Any], Any],
-    begin: Begin,
-    put: Callable[[_BatchNorm, Seen], None],
+    forward: RunBatch,
+    start: StartPass,
+    set_statistics: SetStatistics,
     tolerance: float | None = None,
     group: ProcessGroup | None = None,
-) -> dict[_BatchNorm, Seen]:
-    """What goes into layers that normalize with the batch's moments; ``put`` is called for each at the end."""
-    collector = Collector(targets, keep=tolerance is not None)
-    with by_the_batch(targets), collector.listening():
-        _run_over(begin(), call, collector, tolerance)
-    for layer, seen in collector.seen.items():
-        _merge_ranks(seen, group)
-        put(layer, seen)
-    return collector.seen
+) -> dict[_BatchNorm, PooledInput]:
+    """Pool the inputs of all layers in one pass, in which they normalize with the batch; then set their statistics."""
+    collector = Collector(targets, keep_batches=tolerance is not None)
+    with normalizing_with_batch(targets), collector.recording():
+        collector.run_all(forward, start(), tolerance)
+    for layer, pooled in collector.pooled.items():
+        _merge_ranks(pooled, group)
+        set_statistics(layer, pooled)
+    return collector.pooled
 
 
 def layer_by_layer(
     targets: list[_BatchNorm],
-    call: Callable[[Any], Any],
-    begin: Begin,
-    put: Callable[[_BatchNorm, Seen], None],
+    forward: RunBatch,
+    start: StartPass,
+    set_statistics: SetStatistics,
     tolerance: float | None = None,
     group: ProcessGroup | None = None,
-) -> dict[_BatchNorm, Seen]:
-    """What goes into each layer of the network in evaluation, after ``put`` was called for all that run before it."""
-    first = next(iter(begin()), None)
-    calls = {} if first is None else order_of(targets, call, first)
-    found: dict[_BatchNorm, Seen] = {}
+) -> dict[_BatchNorm, PooledInput]:
+    """Pool the inputs of each layer in a pass of its own, with the statistics of all layers before it already set."""
+    first = next(iter(start()), None)
+    calls = {} if first is None else calls_in_order(targets, forward, first)
+    found: dict[_BatchNorm, PooledInput] = {}
     for layer in [*calls, *(layer for layer in targets if layer not in calls)]:
-        collector = Collector([layer], tolerance is not None, stop if calls.get(layer, 1) == 1 else lambda: None)
-        with collector.listening():
-            _run_over(begin(), call, collector, tolerance)
-        seen = found[layer] = collector.seen[layer]
-        _merge_ranks(seen, group)
-        put(layer, seen)
+        after_call = _end_forward if calls.get(layer, 1) == 1 else lambda: None
+        collector = Collector([layer], keep_batches=tolerance is not None, after_call=after_call)
+        with collector.recording():
+            collector.run_all(forward, start(), tolerance)
+        pooled = found[layer] = collector.pooled[layer]
+        _merge_ranks(pooled, group)
+        set_statistics(layer, pooled)
     return found
 
 
-def _run_over(
-    batches: Iterable[Any], call: Callable[[Any], Any], collector: Collector, tolerance: float | None
-) -> None:
-    for index, batch in enumerate(batches):
-        run_quietly(call, batch, collector)
-        if tolerance is None or index < 2:
-            continue
-        if all(seen.standard_error() <= tolerance for seen in collector.seen.values()):
-            break
-
-
-def _merge_ranks(seen: Seen, group: ProcessGroup | None) -> None:
-    seen.moments = seen.moments.all_reduce(group, what="recalibrate")
+def _merge_ranks(pooled: PooledInput, group: ProcessGroup | None) -> None:
+    pooled.moments = pooled.moments.all_reduce(group, what="recalibrate")

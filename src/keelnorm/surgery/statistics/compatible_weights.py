@@ -1,4 +1,4 @@
-"""What clients' state_dicts and counts have to be before they are merged."""
+"""Check that clients' state_dicts and counts can be merged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from keelnorm.engine.error_messages import describe
 
 WHAT = "merge_statistics"
-#: One client's values per channel: a number, or one for each batch norm.
+#: One client's number of values per channel: one number, or one for each batch norm.
 Counts: TypeAlias = float | Sequence[float]
 
 
@@ -36,13 +36,13 @@ def check_states(states: list[Mapping[str, Any]]) -> None:
                 and (value.shape != mine.shape or value.is_floating_point() != mine.is_floating_point())
             ):
                 raise ValueError(
-                    f"{WHAT}: {key!r} must be of one shape and kind in all clients; client 0 has {describe(mine)}, "
+                    f"{WHAT}: {key!r} must have the same shape and kind in all clients; client 0 has {describe(mine)}, "
                     f"client {client} has {describe(value)}"
                 )
 
 
 def per_norm(counts: Sequence[Counts], clients: int, norms: int, least: int) -> list[list[float]]:
-    """Counts with a row for each client and a column for each batch norm; one column where there is none."""
+    """Make a table of counts with a row for each client and a column for each batch norm, or one column for none."""
     counts = counts.tolist() if isinstance(counts, Tensor | np.ndarray) else counts
     if not isinstance(counts, Sequence) or isinstance(counts, str) or len(counts) != clients:
         raise ValueError(f"{WHAT}: counts needs an entry for each of the {clients} clients; got {describe(counts)}")
@@ -62,8 +62,8 @@ def per_norm(counts: Sequence[Counts], clients: int, norms: int, least: int) -> 
             raise TypeError(f"{WHAT}: counts of client {client} must be numbers; got {describe(given)}") from error
         if not all(math.isfinite(n) and n > 0 and n >= least * bool(norms) for n in row):
             raise ValueError(
-                f"{WHAT}: counts of client {client} must be finite and positive, and from 1 on where running "
-                f"variances are merged; got {describe(given)}"
+                f"{WHAT}: counts of client {client} must be finite and positive, and at least 1 if running variances "
+                f"are merged; got {describe(given)}"
             )
         table.append(row)
     return table

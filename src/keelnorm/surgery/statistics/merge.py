@@ -1,4 +1,4 @@
-"""One state_dict of several, with running statistics that are those of all the values together."""
+"""Merge several state_dicts into one whose running statistics are those of all values together."""
 
 from __future__ import annotations
 
@@ -21,41 +21,42 @@ _MEAN, _VAR, _BATCHES = "running_mean", "running_var", "num_batches_tracked"
 def merge_statistics(
     state_dicts: Sequence[Mapping[str, Any]], counts: Sequence[Counts], *, local: bool = False
 ) -> tuple[dict[str, Any], Report]:
-    """Merge the state_dicts of models that were trained apart, with running statistics pooled over all their values.
+    """Merge the state_dicts of models trained apart, with running statistics pooled over all their values.
 
-    A batch norm is found by its keys, ``path.running_mean`` with ``path.running_var``. With n_k values behind client
-    k's moments, n = Σ n_k, per channel:
+    A batch norm is found by its keys, ``path.running_mean`` with ``path.running_var``. With n_k values in client k's
+    statistics and n = Σ n_k, per channel:
 
         mean = Σ n_k·mean_k / n
         var = (Σ (n_k − 1)·var_k + Σ n_k·(mean_k − mean)²) / (n − 1)
 
-    both variances unbiased, as running ones are. Moments without a counter that are equal in all clients are those of
-    a frozen layer, as torchvision's, and stay. The second sum, the spread between clients, is what an average of the
-    variances leaves out. ``num_batches_tracked`` is summed. Every other floating-point tensor, γ and β included,
-    becomes the mean weighted by n_k; everything else has to be equal.
+    with unbiased variances, as running variances are. The second sum is the spread between clients, which an average of
+    the variances would leave out. ``num_batches_tracked`` is summed. Statistics that have no counter and are equal in
+    all clients are those of a frozen layer, such as torchvision's, and stay. Every other floating-point tensor, γ and β
+    included, becomes the mean weighted by n_k; all other entries must be equal.
 
     Args:
         state_dicts: One for each client, with the same keys and shapes. They are not changed.
-        counts: For each client, how many values per channel its running statistics are of (N·S for N samples with S
-            positions): a number from 1 on, or a sequence with one for each batch norm, in the order of their keys. The
-            other tensors are weighted with the sequence's mean. Layers with a row of moments per step or domain take
-            it for each row that a batch has entered (``num_batches_tracked``), and 0 for the others.
-        local: Leave out every entry of a batch norm (FedBN): load the result with ``strict=False``, and each client
-            keeps its own batch norms, parameters and moments. Counts are then weights, and need only be positive.
+        counts: For each client the number of values per channel in its running statistics (N·S for N samples with S
+            positions), at least 1: one number, or a sequence with one for each batch norm, in the order of the keys.
+            Other tensors are weighted with the sequence's mean. A layer with a row of statistics per step or domain
+            uses its count for each row that has seen a batch (``num_batches_tracked``), and 0 for the others.
+        local: Whether to leave out every entry of a batch norm (FedBN): load the result with ``strict=False``, and each
+            client keeps its own parameters and statistics. Counts are then weights, and need only be positive.
 
     Returns:
-        A state_dict with the keys' order, dtypes and devices of the first, in memory of its own, and a report: a row
-        for each batch norm with the ``spread`` of the clients' means, √(Σ n_k·(mean_k − mean)² / Σ over all values of
+        A state_dict with the order, dtypes and devices of the first, in new memory, and a report with a row for each
+        batch norm: the ``spread`` of the clients' means, √(Σ n_k·(mean_k − mean)² / Σ over all values of
         (value − mean)²), as root mean square over the channels, from 0 to 1; and the ``variance ratio`` of the pooled
         variance to the weighted mean of the variances, as mean over the channels.
 
     Numerics:
         float64 (float32 on devices without it), by :meth:`Moments.merge`. Running statistics that are moving averages
-        are those of n_k values only in so far as the averages hold; ``kn.accumulate_statistics`` makes them exact.
+        represent n_k values only approximately; ``kn.accumulate_statistics`` makes them exact.
 
     Raises:
-        TypeError, ValueError: there is no client; counts, keys or shapes do not fit; what must be equal is not; running
-            moments are not finite. The error names the key and the client's index.
+        TypeError: ``state_dicts`` or ``counts`` has values of another type.
+        ValueError: There is no client; counts, keys or shapes do not match; entries that must be equal differ; running
+            statistics are not finite. The error names the key and the client's index.
 
     Example:
         >>> layers = [torch.nn.BatchNorm1d(2, momentum=1.0) for _ in range(2)]
@@ -71,7 +72,9 @@ def merge_statistics(
         Normalization", arXiv:2102.07623, for ``local``.
     """
     if isinstance(state_dicts, Mapping | torch.nn.Module | Tensor | str) or not isinstance(state_dicts, Iterable):
-        raise TypeError(f"{WHAT}: state_dicts must be several state_dicts, one a client; got {describe(state_dicts)}")
+        raise TypeError(
+            f"{WHAT}: state_dicts must be a sequence of state_dicts, one for each client; got {describe(state_dicts)}"
+        )
     states = list(state_dicts)
     check_states(states)
     first = states[0]
@@ -101,18 +104,18 @@ def merge_statistics(
 
 
 def _pool(states: list[Mapping[str, Any]], path: str, counts: list[float]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The entries of one batch norm that are no means, and its row in the report."""
+    """Pool the running statistics of one batch norm; its merged entries, and its row in the report."""
     if path + "running_cov" in states[0]:
         raise ValueError(
-            f"{WHAT}: {path + 'running_cov'!r} is a whitening layer's covariance, which is not pooled here; keep its "
-            "batch norms where they are, with local=True"
+            f"{WHAT}: {path + 'running_cov'!r} is the covariance of a whitening layer, which can't be pooled; pass "
+            "local=True to leave all batch norms out"
         )
     for state in states:
         kind = getattr(state, "_metadata", {}).get(path.removesuffix("."), {}).get(OWN_SCALE)
         if kind is not None:
             raise ValueError(
-                f"{WHAT}: {path + _VAR!r} is that of a {kind}; it does not pool as a variance does. Keep the batch "
-                "norms where they are, with local=True"
+                f"{WHAT}: {path + _VAR!r} belongs to a {kind}, which does not pool as a variance does; pass local=True "
+                "to leave all batch norms out"
             )
     moments = {path + name: states[0][path + name] for name in (_MEAN, _VAR)}
     if path + _BATCHES not in states[0] and all(
@@ -126,8 +129,8 @@ def _pool(states: list[Mapping[str, Any]], path: str, counts: list[float]) -> tu
         for name, bad in ((_MEAN, ~mean.isfinite()), (_VAR, ~(var.isfinite() & (var >= 0)))):
             if bad.any():
                 raise ValueError(
-                    f"{WHAT}: {path + name!r} of client {client} has {int(bad.sum())} channels of {bad.numel()} that "
-                    "are not finite, or negative variances; leave the client out, or reset its statistics"
+                    f"{WHAT}: {path + name!r} of client {client} has {int(bad.sum())} values of {bad.numel()} that are "
+                    "not finite, or negative variances; leave the client out, or reset its statistics"
                 )
         count = _count(n, state.get(path + _BATCHES), mean)
         known = count > 0
@@ -136,10 +139,12 @@ def _pool(states: list[Mapping[str, Any]], path: str, counts: list[float]) -> tu
     total, n = Moments.merge_all(parts), sum(counts)
     between = sum(part.count * (part.mean - total.mean).square() for part in parts)
     if n < LEAST_FREQUENCY:
-        raise ValueError(f"{WHAT}: a variance needs more than one value, {path + _VAR!r} is given {n:g} in all")
+        raise ValueError(
+            f"{WHAT}: a variance needs more than one value; got counts of {n:g} in all for {path + _VAR!r}"
+        )
     spread = torch.where(total.m2 > 0, between / total.m2, 0).mean().sqrt()
     ratio = torch.where(total.m2 > 0, total.var_unbiased * total.count.clamp(min=1) / within, 1).mean()
-    # A row that no client has used is as the first client has it.
+    # A row that no client has used stays as in the first client.
     mean, var = (states[0][path + name].to(total.mean) for name in (_MEAN, _VAR))
     merged = {
         path + _MEAN: torch.where(total.count > 0, total.mean, mean),
@@ -156,7 +161,7 @@ def _pool(states: list[Mapping[str, Any]], path: str, counts: list[float]) -> tu
 
 
 def _count(n: float, batches: Any, mean: Tensor) -> Tensor:
-    """How many values moments are of; where they stand in rows, 0 in those that no batch has entered."""
+    """The number of values in the statistics; for rows of statistics, 0 in rows that have seen no batch."""
     count = mean.new_tensor(n)
     if mean.dim() == 2 and isinstance(batches, Tensor) and batches.shape == mean.shape[:1]:
         return count * (batches.to(mean.device) > 0)[:, None]
@@ -164,7 +169,7 @@ def _count(n: float, batches: Any, mean: Tensor) -> Tensor:
 
 
 def _combine(key: str, values: list[Any], weights: Tensor) -> Any:
-    """What is no moment: equal, or a mean weighted by the clients' shares."""
+    """Merge an entry that is no running statistic: the weighted mean of the clients' tensors, or the common value."""
     first, *others = values
     if not isinstance(first, Tensor):
         unequal = [client for client, other in enumerate(others, 1) if first != other]
@@ -184,8 +189,8 @@ def _combine(key: str, values: list[Any], weights: Tensor) -> Any:
             return (start + sum(share * (other.to(wide) - start) for share, other in shares)).to(first.dtype)
     if unequal:
         raise ValueError(
-            f"{WHAT}: {key!r} is neither a floating-point tensor nor a batch norm's counter, and must be equal in all "
-            f"clients; clients {unequal} have not what client 0 has. Make it equal, or take it out of the state_dicts"
+            f"{WHAT}: {key!r} is neither a floating-point tensor nor a batch norm's counter, so it must be equal in "
+            f"all clients; clients {unequal} differ from client 0. Make it equal, or remove it from the state_dicts"
         )
     return first
 
@@ -195,5 +200,5 @@ def _is_mean(key: str) -> bool:
 
 
 def _in_norm(key: str, paths: list[str]) -> bool:
-    """Whether an entry lies in one of the batch norms; in one that is the whole model, only its own entries do."""
+    """Whether an entry belongs to a batch norm; if that is the whole model, only its own entries do."""
     return any(key.startswith(path) if path else "." not in key for path in paths)

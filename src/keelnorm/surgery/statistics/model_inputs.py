@@ -1,4 +1,4 @@
-"""How a model is run over a data set: what a batch is to it, and a bar that shows how far it has come."""
+"""Run a model over a data set: pass each batch to it, and show a progress bar."""
 
 from __future__ import annotations
 
@@ -14,43 +14,45 @@ from torch import Tensor, nn
 from keelnorm.engine.error_messages import describe, is_count
 from keelnorm.surgery.observation.nested_tensors import map_tensors
 
-#: Runs the model on a batch; what it returns is looked at by entropy minimization alone.
+#: Runs the model on a batch; only entropy minimization uses what it returns.
 Forward = Callable[[nn.Module, Any], Any]
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
-    """``model(batch)`` for a tensor, ``model(batch[0])`` for a tuple or list, ``model(**batch)`` for a mapping.
+    """Call ``model(batch)`` with a tensor, ``model(batch[0])`` with a tuple or list, ``model(**batch)`` with a mapping.
 
-    Tensors go to the device of the model's parameters.
+    Tensors are moved to the device of the model's parameters.
 
     Raises:
-        TypeError: the batch is something else.
+        TypeError: The batch is something else.
     """
-    at = next((p.device for p in model.parameters()), None)
+    device = next((p.device for p in model.parameters()), None)
 
-    def there(value: Any) -> Any:
-        return value if at is None else map_tensors(lambda t: t.to(at), value)
+    def moved(value: Any) -> Any:
+        return value if device is None else map_tensors(lambda t: t.to(device), value)
 
     if isinstance(batch, Tensor):
-        return model(there(batch))
+        return model(moved(batch))
     if isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
-        return model(there(batch[0]))
+        return model(moved(batch[0]))
     if isinstance(batch, Mapping):
-        return model(**there(dict(batch)))
+        return model(**moved(dict(batch)))
     raise TypeError(
         "a batch must be a tensor, a tuple or list that begins with one, or a mapping of the model's keywords; got "
-        f"{describe(batch)}. For any other, give forward=lambda model, batch: model(...)"
+        f"{describe(batch)}. For other batches, pass forward=lambda model, batch: model(...)"
     )
 
 
 def check_loader(what: str, loader: Any, passes: int) -> None:
-    """Raise unless batches can be taken from the loader, as many times as there are passes."""
+    """Raise unless the loader gives batches, for as many passes as needed."""
     if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
-        raise TypeError(f"{what}: loader must be an iterable of batches; got {describe(loader)}. One batch: [batch]")
+        raise TypeError(
+            f"{what}: loader must be an iterable of batches; got {describe(loader)}. For a single batch, pass [batch]"
+        )
     if passes > 1 and iter(loader) is loader:
         raise ValueError(
-            f"{what}: sequential=True passes over the data once for each layer, so the loader must be able to start "
-            f"again; got {type(loader).__name__}, which can be used once. Give a list or a DataLoader"
+            f"{what}: sequential=True and entropy=True need several passes over the data, so the loader must be able "
+            f"to start again; got {type(loader).__name__}, which can be used once. Pass a list or a DataLoader"
         )
 
 
@@ -58,9 +60,9 @@ def check_loader(what: str, loader: Any, passes: int) -> None:
 def passes_over(
     loader: Iterable[Any], most: int | None, progress: bool | None, what: str, passes: int = 1
 ) -> Iterator[Callable[[], Iterator[Any]]]:
-    """Gives a function that starts a pass over the batches; a bar shows them, where it is wanted."""
+    """Give the block a function that starts a pass over the batches, with a progress bar if wanted."""
     if most is not None and not is_count(most):
-        raise ValueError(f"{what}: max_batches must be None or an integer from 1 on; got {describe(most)}")
+        raise ValueError(f"{what}: max_batches must be None or an integer of at least 1; got {describe(most)}")
     shown = sys.stderr.isatty() if progress is None else progress
     if not shown or find_spec("rich") is None:
         yield lambda: islice(iter(loader), most)

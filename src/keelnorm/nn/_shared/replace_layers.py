@@ -1,0 +1,24 @@
+"""Put other layers in the places of a model's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch.nn import Module
+
+
+def replace_layers(model: Module, new: Mapping[Module, Module]) -> Module:
+    """Replace layers by others, wherever they are in the model, so that a shared layer stays shared.
+
+    Args:
+        model: Changed in place.
+        new: The layer that takes each one's place.
+
+    Returns:
+        The model, or its replacement where it is itself one of the layers.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in new:
+                parent._modules[name] = new[child]
+    return new.get(model, model)
