@@ -50,7 +50,7 @@ from keelnorm.nn import (
     collect_reference,
     convert_domains,
     use_domain,
-    using_split,
+    use_split,
 )
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ __all__ = [
     "to_torch",
     "unfreeze",
     "use_domain",
-    "using_split",
+    "use_split",
 ]
 
 

@@ -139,19 +139,19 @@ class Moments:
         if mask is None:
             count = torch.tensor(x.numel() // max(x.shape[1], 1), dtype=wide, device=x.device)
             divisor = count.clamp(min=1)
-            centre = values.detach().sum(dims) / divisor
-            deviation = values - per_channel(centre, x)
+            center = values.detach().sum(dims) / divisor
+            deviation = values - per_channel(center, x)
         else:
             mask = broadcast_mask(mask, x).expand_as(x)
             values = torch.where(mask, values, 0)
             count = mask.sum(dims).to(wide)
             divisor = count.clamp(min=1)
-            centre = values.detach().sum(dims) / divisor
-            deviation = torch.where(mask, values - per_channel(centre, x), 0)
-        # The centre's own rounding error is measured and put right.
+            center = values.detach().sum(dims) / divisor
+            deviation = torch.where(mask, values - per_channel(center, x), 0)
+        # The center's own rounding error is measured and put right.
         correction = deviation.sum(dims) / count.clamp(min=1)
         m2 = (deviation * deviation).sum(dims) - count * correction * correction
-        return cls(count, centre + correction, m2.clamp(min=0))
+        return cls(count, center + correction, m2.clamp(min=0))
 
     def merge(self, *others: Moments) -> Moments:
         """The moments of all values together. Any order gives the same, up to rounding; empty parts change nothing.
@@ -205,7 +205,7 @@ class Moments:
 
     def all_reduce(
         self,
-        group: ProcessGroup | None = None,
+        process_group: ProcessGroup | None = None,
         *,
         what: str = "Moments.all_reduce",
         step: Callable[[], Step] | None = None,
@@ -217,7 +217,7 @@ class Moments:
         collective of 4·C values; the parts are merged pairwise in the ranks' order.
 
         Args:
-            group: Default: all ranks.
+            process_group: Default: all ranks.
             what: What was called, the first words of an error.
             step: What this rank is doing, for an error where the ranks differ.
 
@@ -228,7 +228,7 @@ class Moments:
         """
         if torch.is_grad_enabled() and any(part.requires_grad for part in (self.count, self.mean, self.m2)):
             raise RuntimeError(f"{what}: moments lose their gradient between ranks; take them under torch.no_grad()")
-        members = group_of(group, what)
+        members = group_of(process_group, what)
         if members is None:
             return self
         # The squares always: ranks that differ in having weights send as much.
@@ -283,14 +283,14 @@ def _of_weighted(values: Tensor, weights: Tensor, weighting: Weighting) -> Momen
     count = weights.sum() if common else weights.sum(dims)
     divisor = count.where(count > 0, 1)
     share = weights / (divisor if common else per_channel(divisor, values))
-    centre = (share * values).detach().sum(dims)
-    deviation = values - per_channel(centre, values)
+    center = (share * values).detach().sum(dims)
+    deviation = values - per_channel(center, values)
     correction = (share * deviation).sum(dims)
     m2 = (weights * deviation * deviation).sum(dims) - count * correction * correction
     squares = None
     if weighting == "importance":
         squares = weights.square().sum() if common else weights.square().sum(dims)
-    return Moments(count, centre + correction, m2.clamp(min=0), squares)
+    return Moments(count, center + correction, m2.clamp(min=0), squares)
 
 
 def check_weighting(what: str, weighting: Any) -> None:

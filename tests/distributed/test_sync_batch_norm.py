@@ -29,7 +29,7 @@ def assert_near(value: Tensor, right: Tensor, tolerance: float, what: str) -> No
 def assert_equals_one_process(case: Case, parts: list[dict[str, Any]], *, running: bool = True) -> None:
     right, tolerance = one_process(case), TOLERANCES[case.dtype]
     if case.offset > 100:
-        tolerance *= 2  # the rounding of x's centre enters the shift
+        tolerance *= 2  # the rounding of x's center enters the shift
     for rank, part in enumerate(parts):
         start, stop = case.bounds(rank)
         for name in ("y", "dx", "dresidual"):

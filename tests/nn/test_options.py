@@ -88,7 +88,7 @@ TAKE_OVER = (
     lambda bn: kn.DomainBatchNorm.from_batch_norm(bn, 2),
     lambda bn: kn.DomainBatchNorm.from_batch_norm(bn, 2, share_affine=False),
     lambda bn: kn.ConditionalBatchNorm.from_batch_norm(bn, num_classes=3),
-    lambda bn: kn.ConditionalBatchNorm.from_batch_norm(bn, embedding_features=3),
+    lambda bn: kn.ConditionalBatchNorm.from_batch_norm(bn, embedding_dim=3),
 )
 
 
@@ -98,7 +98,7 @@ TAKE_OVER = (
 def test_variants_keep_options_or_refuse_them(take_over: Any, option: dict[str, Any], frozen: bool) -> None:
     bn = kn.BatchNorm2d(C, **option).train(not frozen).requires_grad_(not frozen)
     if "too_few" in option:
-        with pytest.raises(TypeError, match=r"too_few='.*', which would be lost; .*set_policy"):
+        with pytest.raises(TypeError, match=r"too_few='.*', which would be lost; .*set_too_few"):
             take_over(bn)
         return
     layer = take_over(bn)
@@ -163,7 +163,7 @@ def test_the_error_for_one_value_recommends_what_there_is() -> None:
     for layer in (kn.BatchNorm1d(C), kn.SyncBatchNorm(C)):
         with pytest.raises(ValueError, match="too_few='running' or 'skip'"):
             layer(torch.randn(1, C))
-        layer.set_policy("skip")
+        layer.set_too_few("skip")
         assert layer(torch.randn(1, C)).shape == (1, C)
 
 

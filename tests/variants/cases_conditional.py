@@ -77,7 +77,7 @@ def one_class(channels: int, **keywords: Any) -> torch.nn.Module:
 
 
 def embedded(channels: int, **keywords: Any) -> torch.nn.Module:
-    return ConditionalBatchNorm(channels, embedding_features=5, **keywords)
+    return ConditionalBatchNorm(channels, embedding_dim=5, **keywords)
 
 
 def shared(channels: int, **keywords: Any) -> torch.nn.Module:

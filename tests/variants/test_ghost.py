@@ -128,7 +128,7 @@ def test_pooled_moments_are_the_whole_batchs(shape, momentum):
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def test_sequential_moments(shape):
     """As if each group had been a batch: η·(1 − η)^(G − i) for group i of G."""
-    layer = GhostBatchNorm(shape[1], 2, momentum=0.3, running="sequential", dtype=torch.float64)
+    layer = GhostBatchNorm(shape[1], 2, momentum=0.3, update="sequential", dtype=torch.float64)
     mean, var = layer.running_mean.clone(), layer.running_var.clone()
     x = torch.randn(shape, dtype=torch.float64)
     layer(x)
@@ -236,7 +236,7 @@ def test_errors():
         with pytest.raises(ValueError, match="ghost_size must be an integer"):
             GhostBatchNorm(3, size)
     with pytest.raises(ValueError, match="'pooled' or 'sequential'"):
-        GhostBatchNorm(3, 2, running="mean")
+        GhostBatchNorm(3, 2, update="mean")
 
 
 def test_merging_rows_is_merging():

@@ -24,7 +24,7 @@ class Frozen(NamedTuple):
     affine: bool
 
 
-def freeze(model: torch.nn.Module, statistics: bool = True, affine: bool = True, *, where: Where = None) -> list[str]:
+def freeze(model: torch.nn.Module, *, statistics: bool = True, affine: bool = True, where: Where = None) -> list[str]:
     """Keep batch norms as they are: their statistics, their parameters, or both, until :func:`unfreeze`.
 
     With frozen statistics a layer computes y = (x − running_mean) / √(running_var + eps) · γ + β in training too, and
@@ -76,7 +76,7 @@ def freeze(model: torch.nn.Module, statistics: bool = True, affine: bool = True,
     return list(layers)
 
 
-def unfreeze(model: torch.nn.Module, statistics: bool = True, affine: bool = True, *, where: Where = None) -> list[str]:
+def unfreeze(model: torch.nn.Module, *, statistics: bool = True, affine: bool = True, where: Where = None) -> list[str]:
     """Undo :func:`freeze`, as a whole or in part.
 
     Layers get the mode that was last asked of them by ``train()`` or ``eval()``, or had when they were frozen. Of the
@@ -127,7 +127,7 @@ def frozen(model: torch.nn.Module, *, where: Where = None) -> dict[str, Frozen]:
 
 
 def assert_frozen(
-    model: torch.nn.Module, statistics: bool = True, affine: bool = True, *, where: Where = None
+    model: torch.nn.Module, *, statistics: bool = True, affine: bool = True, where: Where = None
 ) -> list[str]:
     """Raise unless the batch norms are frozen, as a test or a training script may want to make sure.
 

@@ -77,10 +77,10 @@ class Site:
         by_mean, by_var = self.derivatives
         x, counts, weights = call.x, call.counts(), call.options.sample_weight
         dtype, dims = compute_dtype(x), reduced_dims(x)
-        centred = x.to(dtype) - per_channel(self.moments.mean, x).to(dtype)
-        centred = centred if counts is None else counted(counts, centred)
+        centered = x.to(dtype) - per_channel(self.moments.mean, x).to(dtype)
+        centered = centered if counts is None else counted(counts, centered)
         often = 1 if weights is None else broadcast_weight(call.state.what, weights, x).to(dtype)
-        sums = by_mean * (often * centred).sum(dims) + by_var * (often * centred.square()).sum(dims)
+        sums = by_mean * (often * centered).sum(dims) + by_var * (often * centered.square()).sum(dims)
         return (sums / self.moments.count.where(self.moments.count > 0, 1)).sum()
 
 

@@ -32,7 +32,7 @@ def refuse_script(module: torch.nn.Module) -> NoReturn:
     )
 
 
-def policy_repr(too_few: str) -> str:
+def too_few_repr(too_few: str) -> str:
     """How a layer shows its ``too_few``, where that is not the default."""
     return f", too_few={too_few!r}" if too_few != "error" else ""
 
@@ -86,9 +86,9 @@ class FusedBatchNorm(Constructed, Controlled, CountsSkipped):
     ) -> None:
         newer = {} if bias else {"bias": False}  # older versions of torch do not have it
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
-        self.set_policy(too_few)
+        self.set_too_few(too_few)
 
-    def set_policy(self, too_few: TooFew) -> None:
+    def set_too_few(self, too_few: TooFew) -> None:
         """What one value per channel is in training from now on; see :class:`BatchNorm`."""
         check_policy(type(self).__name__, too_few)
         if too_few != self.too_few:
@@ -171,7 +171,7 @@ class FusedBatchNorm(Constructed, Controlled, CountsSkipped):
         return Normalization(state, weight, bias) if check_layer_call(x, weight, bias, state, self._ranks) else None
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}{policy_repr(self.too_few)}"
+        return f"{super().extra_repr()}{too_few_repr(self.too_few)}"
 
     def _check_input_dim(self, input: Tensor) -> None:
         """torch.nn's hook for the same check; the forward makes it itself."""

@@ -37,15 +37,15 @@ class ConditionalBatchNorm(Variant):
         y_n = act((x_n − mean) / √(var + eps) · γ(e_n) + β(e_n) + residual_n)
 
     - ``num_classes=K``: a table, γ(k) = weight[k] and β(k) = bias[k]. Weights (N, K) in the place of labels mix rows.
-    - ``embedding_features=E``: γ(e) = weight + Δγ(e), β(e) = bias + Δβ(e), with (Δγ, Δβ) = modulation(e): a linear
+    - ``embedding_dim=E``: γ(e) = weight + Δγ(e), β(e) = bias + Δβ(e), with (Δγ, Δβ) = modulation(e): a linear
       map, zero at first, so that the layer starts as plain batch normalization; or a module of the user's.
 
     Called as ``layer(x, residual=None, *, condition, activation=None, mask=None)``.
 
     Args:
         num_features: Number of channels C.
-        num_classes: Number of classes K. Either this or ``embedding_features``.
-        embedding_features: Length E of an embedding.
+        num_classes: Number of classes K. Either this or ``embedding_dim``.
+        embedding_dim: Length E of an embedding.
         eps, momentum, track_running_stats, device, dtype: As for ``torch.nn.BatchNorm2d``.
         affine: With an embedding: whether there are a weight and a bias that Δγ and Δβ are added to, or 1 and 0. With
             classes: whether there are the tables; without them the labels are checked and change nothing.
@@ -95,7 +95,7 @@ class ConditionalBatchNorm(Variant):
         self,
         num_features: int,
         num_classes: int | None = None,
-        embedding_features: int | None = None,
+        embedding_dim: int | None = None,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
@@ -106,19 +106,19 @@ class ConditionalBatchNorm(Variant):
         modulation: torch.nn.Module | None = None,
     ) -> None:
         what = type(self).__name__
-        given = [size for size in (num_classes, embedding_features) if size is not None]
+        given = [size for size in (num_classes, embedding_dim) if size is not None]
         if len(given) != 1 or not is_count(given[0]):
             raise ValueError(
-                f"{what}: give either num_classes or embedding_features, as a positive integer; got "
-                f"num_classes={num_classes!r}, embedding_features={embedding_features!r}"
+                f"{what}: give either num_classes or embedding_dim, as a positive integer; got "
+                f"num_classes={num_classes!r}, embedding_dim={embedding_dim!r}"
             )
-        if modulation is not None and embedding_features is None:
-            raise ValueError(f"{what}: a modulation maps embeddings, so it needs embedding_features; got num_classes")
+        if modulation is not None and embedding_dim is None:
+            raise ValueError(f"{what}: a modulation maps embeddings, so it needs embedding_dim; got num_classes")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.num_classes = num_classes
-        self.embedding_features = embedding_features
-        if embedding_features is not None:
-            linear = _ZeroLinear(embedding_features, 2 * num_features, device=device, dtype=dtype)
+        self.embedding_dim = embedding_dim
+        if embedding_dim is not None:
+            linear = _ZeroLinear(embedding_dim, 2 * num_features, device=device, dtype=dtype)
             self.modulation = linear if modulation is None else modulation
         elif affine:
             assert num_classes is not None
@@ -130,7 +130,7 @@ class ConditionalBatchNorm(Variant):
         cls,
         bn: _BatchNorm,
         num_classes: int | None = None,
-        embedding_features: int | None = None,
+        embedding_dim: int | None = None,
         *,
         modulation: torch.nn.Module | None = None,
     ) -> ConditionalBatchNorm:
@@ -145,7 +145,7 @@ class ConditionalBatchNorm(Variant):
             torch.Size([10, 16])
         """
         options = options_of(f"{cls.__name__}.from_batch_norm", bn)
-        layer = cls(num_classes=num_classes, embedding_features=embedding_features, modulation=modulation, **options)
+        layer = cls(num_classes=num_classes, embedding_dim=embedding_dim, modulation=modulation, **options)
         adopt(layer, bn)
         return layer
 
@@ -233,7 +233,7 @@ class ConditionalBatchNorm(Variant):
         """Whether a legal condition is floating-point; raise for one that is not legal."""
         what, N = type(self).__name__, x.shape[0]
         if self.num_classes is None:
-            legal = f"an embedding: floating-point, of shape ({N}, {self.embedding_features})"
+            legal = f"an embedding: floating-point, of shape ({N}, {self.embedding_dim})"
         else:
             legal = f"class labels: int64, of shape ({N},), or their weights: floating, of ({N}, {self.num_classes})"
         if not isinstance(condition, Tensor):
@@ -241,7 +241,7 @@ class ConditionalBatchNorm(Variant):
             raise TypeError(f"{what}: each sample needs its condition, {legal}; {came}. Call layer(x, condition=...)")
         check_kind(what, "the condition", condition)
         if condition.is_floating_point():
-            fits = condition.shape == (N, self.num_classes or self.embedding_features)
+            fits = condition.shape == (N, self.num_classes or self.embedding_dim)
         else:
             fits = self.num_classes is not None and condition.dtype == torch.int64 and condition.shape == (N,)
         if not fits or condition.device != x.device:
@@ -261,7 +261,7 @@ class ConditionalBatchNorm(Variant):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        kind = "num_classes" if self.num_classes is not None else "embedding_features"
+        kind = "num_classes" if self.num_classes is not None else "embedding_dim"
         return (
             f"{self.num_features}, {kind}={getattr(self, kind)}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, track_running_stats={self.track_running_stats}"

@@ -100,8 +100,8 @@ class CrossIterationBatchNorm(Remembering):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         window: int = 8,
         burn_in: int = 0,
@@ -260,8 +260,8 @@ class _Derived(torch.autograd.Function):
         x, mask, mean, count = ctx.saved_tensors
         dtype = compute_dtype(x)
         share = per_channel((dmean / count.clamp(min=1)).to(dtype), x)
-        centred = x.to(dtype) - per_channel(mean.to(dtype), x)
-        dx = share + centred * per_channel((2 * dm2).to(dtype), x)
+        centered = x.to(dtype) - per_channel(mean.to(dtype), x)
+        dx = share + centered * per_channel((2 * dm2).to(dtype), x)
         return (dx if mask is None else torch.where(mask, dx, 0)).to(x.dtype), None, None
 
 

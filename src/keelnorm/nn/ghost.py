@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from keelnorm.engine.error_messages import describe, is_count
 from keelnorm.moments import Moments
 from keelnorm.nn._shared.consecutive_groups import merge_rows, normalize_groups
 from keelnorm.nn._shared.variant import Variant
+
+#: How the groups of a batch enter the running statistics.
+Update: TypeAlias = Literal["pooled", "sequential"]
 
 
 class GhostBatchNorm(Variant):
@@ -33,10 +36,11 @@ class GhostBatchNorm(Variant):
         momentum: Weight in the running statistics; None averages.
         affine: Whether there are a learnable weight and bias, which all groups share.
         track_running_stats: Whether there are running statistics.
-        running: ``"pooled"``: the groups' moments, merged, enter the running ones once, as ``torch.nn``'s do with the
-            whole batch. ``"sequential"``: the groups enter one after the other, each with weight ``momentum``, so that
-            G groups leave (1 − momentum)^G of what was: a batch counts as G batches, in ``num_batches_tracked`` too.
         device, dtype: Of the parameters and buffers.
+        update: How the running statistics are updated. ``"pooled"``: once, with the merged moments of all groups, as
+            ``torch.nn`` updates them with the whole batch. ``"sequential"``: once per group, each with the weight
+            ``momentum``, so that G groups leave (1 − momentum)^G of the old value; a batch counts as G batches, in
+            ``num_batches_tracked`` too.
 
     Shape:
         (N, C, *S) -> (N, C, *S). What is left when ``ghost_size`` does not divide N is a group of its own where it has
@@ -46,7 +50,7 @@ class GhostBatchNorm(Variant):
         As ``torch.nn.BatchNorm2d``'s, with the same keys.
 
     Differs:
-        From ``torch.nn.BatchNorm*`` in training, by the groups. From the paper in ``running``: its algorithm 1 gives
+        From ``torch.nn.BatchNorm*`` in training, by the groups. From the paper in ``update``: its algorithm 1 gives
         group i the weight momentum·(1 − momentum)^i, so that the first counts most and the weights do not add up to
         one; "sequential" is the exponential average that the text describes, "pooled" takes the variance between
         groups in, which is part of what evaluation has to divide by.
@@ -73,7 +77,7 @@ class GhostBatchNorm(Variant):
     """
 
     ghost_size: int
-    running: Literal["pooled", "sequential"]
+    update: Update
 
     def __init__(
         self,
@@ -83,20 +87,21 @@ class GhostBatchNorm(Variant):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        running: Literal["pooled", "sequential"] = "pooled",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        update: Update = "pooled",
     ) -> None:
         if not is_count(ghost_size):
             raise ValueError(f"GhostBatchNorm: ghost_size must be an integer of at least 1; got {describe(ghost_size)}")
-        if running not in ("pooled", "sequential"):
-            raise ValueError(f"GhostBatchNorm: running must be 'pooled' or 'sequential'; got {describe(running)}")
+        if update not in get_args(Update):
+            raise ValueError(f"GhostBatchNorm: update must be one of {get_args(Update)}; got {describe(update)}")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self.ghost_size, self.running = ghost_size, running
+        self.ghost_size, self.update = ghost_size, update
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
         sizes = self._sizes(x) if self.training else [x.shape[0]]
-        state, pooled = self._state()._replace(update=self.counts()), self.running == "pooled"
+        state, pooled = self._state()._replace(update=self.counts()), self.update == "pooled"
         if len(sizes) == 1:
             return dispatch.batch_norm(x, residual, self.weight, self.bias, state, act)
         state = state._replace(update=state.update and state.sink is None)
@@ -129,4 +134,4 @@ class GhostBatchNorm(Variant):
         return sizes
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, ghost_size={self.ghost_size}, running={self.running!r}"
+        return f"{super().extra_repr()}, ghost_size={self.ghost_size}, update={self.update!r}"

@@ -33,7 +33,7 @@ class _LazyFused(FusedBatchNorm):
         newer = {} if bias else {"bias": False}
         # Past FusedBatchNorm's constructor, which asks for the number of channels.
         super(FusedBatchNorm, self).__init__(eps, momentum, affine, track_running_stats, device, dtype, **newer)  # type: ignore[arg-type]
-        self.set_policy(too_few)
+        self.set_too_few(too_few)
         self.count_skipped()
 
     def initialize_parameters(self, input: Any, *args: Any, **kwargs: Any) -> None:

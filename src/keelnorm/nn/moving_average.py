@@ -18,7 +18,7 @@ from keelnorm.moments import Moments, compute_dtype
 from keelnorm.nn._shared.recent_batches import Recall, Remembering, has_values, runs_eagerly
 from keelnorm.nn._shared.variant import normalize
 
-_CENTRED = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+_CENTERABLE = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
 
 class MovingAverageBatchNorm(Remembering):
@@ -93,8 +93,8 @@ class MovingAverageBatchNorm(Remembering):
         momentum: float | None = 0.02,
         affine: bool = True,
         track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         window: int = 16,
         burn_in: int = 100,
@@ -194,27 +194,27 @@ def _finite_mean(batches: list[Tensor], current: Tensor) -> Tensor:
     return torch.where(number > 0, torch.where(finite, stacked, 0).sum(0) / number.clamp(min=1), current)
 
 
-class _Centred(torch.nn.Module):
+class _CenteredWeight(torch.nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True)
 
 
 def center_weights(module: torch.nn.Module) -> torch.nn.Module:
-    """Centre a layer's weight: the mean over each output channel's weights is subtracted wherever the weight is used.
+    """Center a layer's weight: the mean over each output channel's weights is subtracted wherever the weight is used.
 
         weight ← weight − mean over (in, *kernel)
 
     so that an input whose channels have equal means gives an output of mean 0. A parametrization of
     ``torch.nn.utils.parametrize``: the layer is changed in place and returned, its state_dict has
     ``parametrizations.weight.original`` in place of ``weight``, and ``parametrize.remove_parametrizations(module,
-    "weight")`` leaves the centred weight, for deployment.
+    "weight")`` leaves the centered weight, for deployment.
 
     Args:
-        module: ``torch.nn.Linear`` or ``torch.nn.Conv1d``, ``2d``, ``3d``, centred at most once.
+        module: ``torch.nn.Linear`` or ``torch.nn.Conv1d``, ``2d``, ``3d``, centered at most once.
 
     Raises:
         TypeError: another module. Transposed convolutions have their output channels elsewhere.
-        ValueError: it is centred already.
+        ValueError: it is centered already.
 
     Example:
         >>> conv = center_weights(torch.nn.Conv2d(3, 8, 3))
@@ -224,13 +224,13 @@ def center_weights(module: torch.nn.Module) -> torch.nn.Module:
     Source:
         Yan et al. (2020), arXiv:2001.06838, section 4.
     """
-    if not isinstance(module, _CENTRED):
-        names = ", ".join(kind.__name__ for kind in _CENTRED)
+    if not isinstance(module, _CENTERABLE):
+        names = ", ".join(kind.__name__ for kind in _CENTERABLE)
         raise TypeError(f"center_weights takes one layer of {names}; got {describe(module)}")
     if parametrize.is_parametrized(module, "weight") and any(
-        isinstance(each, _Centred)
+        isinstance(each, _CenteredWeight)
         for each in module.parametrizations["weight"]  # type: ignore[index, union-attr]
     ):
-        raise ValueError(f"center_weights: the weight of {module} is centred already")
-    parametrize.register_parametrization(module, "weight", _Centred())
+        raise ValueError(f"center_weights: the weight of {module} is centered already")
+    parametrize.register_parametrization(module, "weight", _CenteredWeight())
     return module

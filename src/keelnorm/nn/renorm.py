@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -21,16 +21,18 @@ from keelnorm.nn._shared.variant import Variant
 
 #: A bound, or what gives it from the number of batches so far (an integer tensor of shape ()).
 Bound = float | Callable[[Tensor], Tensor]
+#: What ``running_var`` averages.
+Average: TypeAlias = Literal["variance", "std"]
 #: Forwards between which and their backward a checkpoint's second run still finds its corrections.
 _REMEMBERED = 8
 
 
 @dataclass(frozen=True)
 class LinearRamp:
-    """A schedule: ``start`` up to step ``begin``, ``stop`` from step ``end`` on, a straight line between.
+    """A schedule: ``initial`` up to step ``begin``, ``final`` from step ``end`` on, a straight line between.
 
     Args:
-        start, stop: Values before and after.
+        initial, final: Values before and after.
         begin, end: Steps, begin < end.
 
     Raises:
@@ -41,8 +43,8 @@ class LinearRamp:
         2.0
     """
 
-    start: float
-    stop: float
+    initial: float
+    final: float
     begin: int
     end: int
 
@@ -53,7 +55,7 @@ class LinearRamp:
     def __call__(self, step: Tensor) -> Tensor:
         """The value at a step, on the step's device: nothing waits for it."""
         share = ((step.to(torch.float32) - self.begin) / (self.end - self.begin)).clamp(0, 1)
-        return self.start + (self.stop - self.start) * share
+        return self.initial + (self.final - self.initial) * share
 
 
 #: The paper's schedules (section 4): plain batch norm for 5,000 steps, then more and more of the correction.
@@ -84,10 +86,10 @@ class BatchRenorm(Variant):
         affine: Whether there are a learnable weight and bias.
         track_running_stats: Whether there are running statistics; without them there is nothing to correct towards, and
             the layer is a batch normalization.
-        running: What ``running_var`` averages. ``"variance"``: the unbiased variance, as ``torch.nn``'s layers do.
-            ``"deviation"``: σ_B, as the paper does, σ ← σ + momentum·(σ_B − σ); ``running_var`` then holds σ² − eps, so
-            that evaluation, and any tool that reads it, divides by σ.
         device, dtype: Of the parameters and buffers.
+        average: What ``running_var`` averages. ``"variance"``: the unbiased variance, as in ``torch.nn``'s layers.
+            ``"std"``: the standard deviation σ_B, as in the paper: σ ← σ + momentum·(σ_B − σ). ``running_var`` then
+            holds σ² − eps, so that evaluation, and any tool that reads it, divides by σ.
 
     Shape:
         (N, C, *S) -> (N, C, *S)
@@ -97,8 +99,8 @@ class BatchRenorm(Variant):
         normalized.
 
     Differs:
-        From ``torch.nn.BatchNorm*`` in training, by r and d. From the paper in the default of ``running``: averaged
-        deviations of small batches are too small, the biased ones more so, and the unbiased variance is not.
+        From ``torch.nn.BatchNorm*`` in training, by r and d. From the paper in the default of ``average``: averaged
+        standard deviations of small batches are too small, biased ones more so; averaged unbiased variances are not.
 
     Numerics:
         r and d in float64 (float32 on devices without it). Activation checkpointing finds r and d of its first run
@@ -123,7 +125,7 @@ class BatchRenorm(Variant):
 
     r_max: Bound
     d_max: Bound
-    running: Literal["variance", "deviation"]
+    average: Average
 
     def __init__(
         self,
@@ -134,16 +136,17 @@ class BatchRenorm(Variant):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        running: Literal["variance", "deviation"] = "variance",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        average: Average = "variance",
     ) -> None:
-        if running not in ("variance", "deviation"):
-            raise ValueError(f"BatchRenorm: running must be 'variance' or 'deviation'; got {describe(running)}")
+        if average not in get_args(Average):
+            raise ValueError(f"BatchRenorm: average must be one of {get_args(Average)}; got {describe(average)}")
         _check_bound("r_max", r_max, 1)
         _check_bound("d_max", d_max, 0)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self.r_max, self.d_max, self.running = r_max, d_max, running
+        self.r_max, self.d_max, self.average = r_max, d_max, average
         self._recent: deque[tuple[Tensor, ...]] = deque(maxlen=_REMEMBERED)
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
@@ -191,13 +194,13 @@ class BatchRenorm(Variant):
         return torch.full((), float(bound), dtype=like.dtype, device=like.device)
 
     def averaged_var(self, running: Tensor, biased: Tensor, unbiased: Tensor, momentum: float | Tensor) -> Tensor:
-        if self.running == "variance":
+        if self.average == "variance":
             return super().averaged_var(running, biased, unbiased, momentum)
         old, new = ((var + self.eps).sqrt() for var in (running, biased))
         return averaged(old, new, momentum).square() - self.eps
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}, running={self.running!r}"
+        return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}, average={self.average!r}"
 
 
 def _check_bound(name: str, bound: Bound, least: float) -> None:

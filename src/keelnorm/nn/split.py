@@ -57,7 +57,7 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
     layer, part k by ``aux_bn[k − 1]``. In evaluation this layer normalizes everything, so that the auxiliary ones
     can be left out of what is deployed. AdvProp trains so on clean and adversarial images, whose moments differ.
 
-    ``with layer.using(k)`` sends the whole batch to part k, in training and in evaluation; :func:`using_split` does so
+    ``with layer.use_split(k)`` sends the whole batch to part k, in training and in evaluation; :func:`use_split` does so
     for all layers of a model.
 
     Args:
@@ -67,8 +67,8 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
         momentum: Weight of the batch in the running statistics; None averages over all batches.
         affine: Whether there are a learnable weight and bias.
         track_running_stats: Whether there are running statistics.
-        shared_affine: Whether all parts use this layer's weight and bias; else each has its own.
         device, dtype: Of the parameters and buffers.
+        share_affine: Whether all parts use this layer's weight and bias; else each has its own. Default False.
 
     Shape:
         (N, C, *S) -> (N, C, *S), N divisible by num_splits
@@ -78,8 +78,8 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
         ``aux_bn.1``, ... (timm's names). Each layer's running statistics are updated by its own part of the batch.
 
     Differs:
-        From timm's ``SplitBatchNorm2d``: any rank, ``using``, a shared weight and bias, an error where N does not
-        divide. What ``using`` sets is read when a layer runs: with activation checkpointing the backward runs it again
+        From timm's ``SplitBatchNorm2d``: any rank, ``use_split``, a shared weight and bias, an error where N does not
+        divide. What ``use_split`` sets is read when a layer runs: with activation checkpointing the backward runs it again
         and belongs inside the ``with`` too.
 
     Numerics:
@@ -104,9 +104,9 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
         section 4.2.
     """
 
-    own_evaluation: str | None = "by the part of it that using() chooses"
+    own_evaluation: str | None = "by the part of it that use_split() chooses"
     num_splits: int
-    shared_affine: bool
+    share_affine: bool
     aux_bn: torch.nn.ModuleList
 
     def __init__(
@@ -117,15 +117,16 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        shared_affine: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        share_affine: bool = False,
     ) -> None:
         if not is_count(num_splits, 2):
             raise ValueError(f"SplitBatchNorm: num_splits must be an integer of at least 2; got {describe(num_splits)}")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self.num_splits, self.shared_affine = num_splits, shared_affine
-        own = affine and not shared_affine
+        self.num_splits, self.share_affine = num_splits, share_affine
+        own = affine and not share_affine
         self.aux_bn = torch.nn.ModuleList(
             AuxiliaryBatchNorm(num_features, eps, momentum, own, track_running_stats, device, dtype)
             for _ in range(num_splits - 1)
@@ -133,12 +134,12 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
         self._choices: Choices[int] = Choices()
 
     @classmethod
-    def from_batch_norm(cls, bn: Any, num_splits: int = 2, *, shared_affine: bool = False) -> SplitBatchNorm:
+    def from_batch_norm(cls, bn: Any, num_splits: int = 2, *, share_affine: bool = False) -> SplitBatchNorm:
         """A split layer in a batch norm's place: it takes over its parameters and buffers, the auxiliary ones copies.
 
         Args:
             bn: ``torch.nn.BatchNorm*`` or keelnorm's.
-            num_splits, shared_affine: As the constructor's.
+            num_splits, share_affine: As the constructor's.
 
         Raises:
             TypeError: ``bn`` is not ``torch.nn``'s or keelnorm's drop-in layer, or has hooks.
@@ -148,7 +149,7 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
             3
         """
         options = options_of(f"{cls.__name__}.from_batch_norm", bn)
-        layer = cls(num_splits=num_splits, shared_affine=shared_affine, **options)
+        layer = cls(num_splits=num_splits, share_affine=share_affine, **options)
         adopt(layer, bn)
         for part in layer._parts():
             with torch.no_grad():
@@ -163,7 +164,7 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
         return layer.train(bn.training)
 
     @contextmanager
-    def using(self, index: int) -> Iterator[SplitBatchNorm]:
+    def use_split(self, index: int) -> Iterator[SplitBatchNorm]:
         """Inside, part ``index`` normalizes the whole batch: 0 is this layer, k is ``aux_bn[k − 1]``.
 
         Blocks may be nested and end in any order; a copy made inside has no choice.
@@ -173,7 +174,7 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
 
         Example:
             >>> layer = SplitBatchNorm(3)
-            >>> with layer.using(1):
+            >>> with layer.use_split(1):
             ...     y = layer(torch.randn(5, 3))
             >>> layer.num_batches_tracked.item(), layer.aux_bn[0].num_batches_tracked.item()
             (0, 1)
@@ -198,7 +199,7 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
         if x.shape[0] % self.num_splits:
             raise ValueError(
                 f"SplitBatchNorm: the batch must divide into {self.num_splits} equal parts; got {describe(x)}. Send it "
-                "to one part by `with layer.using(k)`, or drop a short last batch (drop_last=True)"
+                "to one part by `with layer.use_split(k)`, or drop a short last batch (drop_last=True)"
             )
         xs = x.chunk(self.num_splits)
         check_arguments("SplitBatchNorm, one part of the batch", xs[0], None, None, None, self._state())
@@ -212,15 +213,15 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
         return [self, *self.aux_bn]  # type: ignore[list-item]
 
     def _run(self, part: AuxiliaryBatchNorm, x: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
-        affine = self if self.shared_affine else part
+        affine = self if self.share_affine else part
         return part.run(x, residual, affine.weight, affine.bias, act, self.counts())
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_splits={self.num_splits}, shared_affine={self.shared_affine}"
+        return f"{super().extra_repr()}, num_splits={self.num_splits}, share_affine={self.share_affine}"
 
 
 @contextmanager
-def using_split(model: torch.nn.Module, index: int) -> Iterator[torch.nn.Module]:
+def use_split(model: torch.nn.Module, index: int) -> Iterator[torch.nn.Module]:
     """Inside, part ``index`` of each :class:`SplitBatchNorm` of a model normalizes the whole batch.
 
     Args:
@@ -233,16 +234,16 @@ def using_split(model: torch.nn.Module, index: int) -> Iterator[torch.nn.Module]
 
     Example:
         >>> net = torch.nn.Sequential(SplitBatchNorm(3), SplitBatchNorm(3))
-        >>> with using_split(net, 1):
+        >>> with use_split(net, 1):
         ...     y = net(torch.randn(5, 3))
         >>> net[1].aux_bn[0].num_batches_tracked.item()
         1
     """
-    check_module("using_split", model)
+    check_module("use_split", model)
     layers = [module for module in model.modules() if isinstance(module, SplitBatchNorm)]
     if not layers:
-        raise ValueError(f"using_split: there is no SplitBatchNorm in {type(model).__name__}")
+        raise ValueError(f"use_split: there is no SplitBatchNorm in {type(model).__name__}")
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(layer.using(index))
+            stack.enter_context(layer.use_split(index))
         yield model

@@ -59,12 +59,12 @@ class WhiteningBatchNorm(Variant):
         their inverse roots do not. A mask is refused.
 
     Numerics:
-        Covariances of centred values are summed in float32 (float64 for float64); the root is taken in float64.
+        Covariances of centered values are summed in float32 (float64 for float64); the root is taken in float64.
         Autocast does not reach inside. First and second derivatives are exact, also where eigenvalues coincide.
 
     Cost:
         2·D multiplications per value on top of plain batch normalization in training, D in evaluation; and, in both,
-        3·T products of D×D matrices per group, or an eigendecomposition. Saved: the centred values.
+        3·T products of D×D matrices per group, or an eigendecomposition. Saved: the centered values.
 
     Raises:
         ValueError: a group size that does not divide C, an unknown method, an illegal number of iterations; else as
@@ -137,15 +137,15 @@ class WhiteningBatchNorm(Variant):
             values = self._grouped(x)
             count = values.shape[-1]
             # Around a first estimate, so that a large mean costs the covariance no digits.
-            centre = values.detach().sum(-1, keepdim=True) / max(count, 1)
-            values = values - centre
+            center = values.detach().sum(-1, keepdim=True) / max(count, 1)
+            values = values - center
             rest = values.sum(-1, keepdim=True) / max(count, 1)
             values = values - rest
             cov = values @ values.mT / max(count, 1)
             y = self._whiten(values, cov, x, residual, act)
         with torch.no_grad():
             wide = wide_dtype(x.device)
-            self._update(count, (centre.to(wide) + rest.to(wide)).flatten(), cov.to(wide))
+            self._update(count, (center.to(wide) + rest.to(wide)).flatten(), cov.to(wide))
         return y
 
     def normalize_running(self, x: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
@@ -162,7 +162,7 @@ class WhiteningBatchNorm(Variant):
         return zca(cov, self.eps) if self.method == "zca" else newton(cov, self.iterations)
 
     def _whiten(self, values: Tensor, cov: Tensor, x: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
-        """Centred values (C/D, D, M) to the layer's output."""
+        """Centered values (C/D, D, M) to the layer's output."""
         matrix = self.whitening(cov.to(wide_dtype(x.device)))
         if self.weight is not None:
             matrix = self.weight.view(-1, self.group_size, 1) * matrix

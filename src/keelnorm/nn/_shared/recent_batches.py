@@ -54,8 +54,8 @@ class Remembering(Variant):
         momentum: float | None,
         affine: bool,
         track_running_stats: bool,
-        device: Any,
-        dtype: Any,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
         window: int,
         burn_in: int,
     ) -> None:

@@ -46,7 +46,7 @@ def options_of(what: str, bn: Any) -> dict[str, Any]:
     if getattr(bn, "too_few", "error") != "error":
         raise TypeError(
             f"{what}: the {type(bn).__name__} has too_few={bn.too_few!r}, which would be lost; go without it by "
-            "bn.set_policy('error')"
+            "bn.set_too_few('error')"
         )
     of = next(chain(bn.parameters(), bn.buffers()), None)
     return {

@@ -262,9 +262,9 @@ def normalize(
     dtype = compute_dtype(x)
     mean, var = _broadcast(mean, x), _broadcast(var, x)
     # The mean enters as a rounded part, from which x differs exactly, and the rest: a large one costs no digits.
-    centre = mean.detach().to(dtype)
-    rest = (mean - centre).to(dtype)
-    y = (x.to(dtype) - centre - rest) * (var + eps).rsqrt().to(dtype)
+    center = mean.detach().to(dtype)
+    rest = (mean - center).to(dtype)
+    y = (x.to(dtype) - center - rest) * (var + eps).rsqrt().to(dtype)
     if weight is not None:
         y = y * _broadcast(weight, x).to(dtype)
     if bias is not None:

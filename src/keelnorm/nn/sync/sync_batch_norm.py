@@ -23,7 +23,7 @@ from keelnorm.functional import Options, check_layer_call, moments
 from keelnorm.moments import Moments, Weighting
 from keelnorm.nn._shared.skipped_updates import CountsSkipped
 from keelnorm.nn._shared.variant import Variant, normalize
-from keelnorm.nn.batch_norm import FusedBatchNorm, policy_repr
+from keelnorm.nn.batch_norm import FusedBatchNorm, too_few_repr
 from keelnorm.nn.sync.autograd import Call, Synchronized, refuse_second_derivative, synchronized_backward
 
 if TYPE_CHECKING:
@@ -111,11 +111,11 @@ class SyncBatchNorm(Variant):
         too_few: TooFew = "error",
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-        self.set_policy(too_few)
+        self.set_too_few(too_few)
         self.process_group = process_group
 
-    def set_policy(self, too_few: TooFew) -> None:
-        """As :meth:`keelnorm.BatchNorm.set_policy`."""
+    def set_too_few(self, too_few: TooFew) -> None:
+        """As :meth:`keelnorm.BatchNorm.set_too_few`."""
         check_policy(type(self).__name__, too_few)
         if too_few != self.too_few:
             self.too_few = too_few
@@ -284,7 +284,7 @@ class SyncBatchNorm(Variant):
         return new
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}{policy_repr(self.too_few)}"
+        return f"{super().extra_repr()}{too_few_repr(self.too_few)}"
 
     def _group(self) -> ProcessGroup | None:
         """The ranks to normalize with now, or None where this one is alone."""

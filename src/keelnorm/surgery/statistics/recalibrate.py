@@ -34,7 +34,7 @@ def recalibrate(
     tolerance: float | None = None,
     forward: Forward | None = None,
     max_batches: int | None = None,
-    group: ProcessGroup | None = None,
+    process_group: ProcessGroup | None = None,
     progress: bool | None = None,
 ) -> tuple[Model, Report]:
     """Set the running statistics of a model's batch norms to the pooled moments of a data set ("precise BN"), in place.
@@ -57,8 +57,8 @@ def recalibrate(
             themselves, are below this; they are estimated from how the batches differ (three batches at least).
         forward: ``forward(model, batch)``, for batches of another kind.
         max_batches: Take no more of the loader.
-        group: Ranks of torch.distributed whose moments are merged, each having run over its part; None for all, where
-            it is initialized. A rank may have fewer batches than others, but for ``SyncBatchNorm`` in one pass.
+        process_group: Ranks of torch.distributed whose moments are merged, each having run over its part; None for all,
+            where it is initialized. A rank may have fewer batches than others, but for ``SyncBatchNorm`` in one pass.
         progress: Whether a bar is shown; None shows it in a terminal, where rich is installed.
 
     Returns:
@@ -113,7 +113,7 @@ def recalibrate(
             passes_over(loader, max_batches, progress, "recalibrate", passes) as begin,
         ):
             collect = layer_by_layer if sequential else in_one_pass
-            seen = collect(list(targets.values()), call, begin, set_moments, tolerance, group)
+            seen = collect(list(targets.values()), call, begin, set_moments, tolerance, process_group)
         undo.pop_all()
     rows = [_row(path, layer, seen.get(layer), before.get(layer), left[path]) for path, layer in layers.items()]
     batches = max((one.batches for one in seen.values()), default=0)
