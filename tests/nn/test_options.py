@@ -310,7 +310,7 @@ def test_calls_take_an_argument_or_name_it(kind: type[nn.Module], backend: str) 
         if kind in TAKES_ALL and name != "padding":
             assert layer(x.clone(), **needed, **{name: value}).shape == x.shape
             continue
-        if name == "mask" and layer._masks:
+        if name == "mask" and layer.takes_mask:
             continue  # below
         before = snapshot(layer)
         words = "padding must be one of" if name == "padding" else "has no meaning for this layer"
@@ -319,7 +319,7 @@ def test_calls_take_an_argument_or_name_it(kind: type[nn.Module], backend: str) 
         assert_untouched(layer, before)
 
 
-MASKED = [kind for kind in LAYERS if kind in TAKES_ALL or kind._masks]
+MASKED = [kind for kind in LAYERS if kind in TAKES_ALL or kind.takes_mask]
 
 
 @pytest.mark.parametrize("kind", MASKED, ids=lambda kind: kind.__name__)

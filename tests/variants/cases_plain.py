@@ -15,7 +15,7 @@ from keelnorm.nn._shared import variant
 class PlainVariant(variant.Variant):
     """Normalizes with the batch's moments, by the parts that every variant is made of."""
 
-    _masks = True
+    takes_mask = True
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
         moments = Moments.from_tensor(x, mask)

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from keelnorm.control.frozen_layer import is_held
 from keelnorm.control.layer_hooks import control_of, controlled, updating
-from keelnorm.control.layer_overrides import is_held
 from keelnorm.control.layer_selection import Where, named, select_some
 from keelnorm.control.run_uncompiled import uncompiled
 from keelnorm.engine.arguments import State

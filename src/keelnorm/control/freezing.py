@@ -8,7 +8,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from keelnorm.control import layer_overrides
+from keelnorm.control import frozen_layer
 from keelnorm.control.layer_selection import Where, named, select, select_some
 
 
@@ -68,11 +68,11 @@ def freeze(model: torch.nn.Module, *, statistics: bool = True, affine: bool = Tr
 
     def change(layer: _BatchNorm) -> None:
         if statistics:
-            layer_overrides.hold_statistics(layer)
+            frozen_layer.hold_statistics(layer)
         if affine:
-            layer_overrides.turn_off(layer)
+            frozen_layer.turn_off(layer)
 
-    layer_overrides.all_or_none(layers, change)
+    frozen_layer.all_or_none(layers, change)
     return list(layers)
 
 
@@ -102,11 +102,11 @@ def unfreeze(model: torch.nn.Module, *, statistics: bool = True, affine: bool = 
 
     def change(layer: _BatchNorm) -> None:
         if statistics:
-            layer_overrides.let_go_statistics(layer)
+            frozen_layer.let_go_statistics(layer)
         if affine:
-            layer_overrides.turn_on(layer)
+            frozen_layer.turn_on(layer)
 
-    layer_overrides.all_or_none(layers, change)
+    frozen_layer.all_or_none(layers, change)
     return list(layers)
 
 
@@ -119,7 +119,7 @@ def frozen(model: torch.nn.Module, *, where: Where = None) -> dict[str, Frozen]:
     """
     return {
         path: Frozen(
-            layer_overrides.is_held(layer) and not layer.training,
+            frozen_layer.is_held(layer) and not layer.training,
             not any(parameter.requires_grad for parameter in layer.parameters()),
         )
         for path, layer in select("frozen", model, where).items()
@@ -162,7 +162,7 @@ def _unfrozen(layer: _BatchNorm, statistics: bool, affine: bool) -> list[str]:
     reasons = []
     if statistics and layer.running_mean is None:
         reasons.append("statistics: there are no running statistics")
-    elif statistics and not layer_overrides.is_held(layer):
+    elif statistics and not frozen_layer.is_held(layer):
         reasons.append("statistics: freeze has not been called")
     elif statistics and layer.training:
         reasons.append("statistics: training was set to True by assignment; call freeze again")

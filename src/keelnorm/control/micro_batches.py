@@ -17,7 +17,7 @@ from keelnorm.engine.layout import counted, per_channel, reduced_dims
 from keelnorm.engine.masking import take_mask
 from keelnorm.functional import Options, layer_batch_norm
 from keelnorm.moments import Moments, broadcast_weight, compute_dtype
-from keelnorm.nn._shared.variant import normalize
+from keelnorm.nn._shared.normalize import normalize
 
 
 class Call(NamedTuple):

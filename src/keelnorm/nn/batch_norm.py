@@ -13,13 +13,14 @@ from keelnorm.engine.arguments import State
 from keelnorm.engine.error_messages import locate
 from keelnorm.engine.fusion.call import begin, passes_by
 from keelnorm.engine.fusion.scope import current
-from keelnorm.engine.masking import Padding, TooFew, check_policy
+from keelnorm.engine.masking import Padding, TooFew
 from keelnorm.engine.normalization_steps import Normalization, is_plain
 from keelnorm.functional import BESIDE_JIT, Options, check_layer_call, layer_batch_norm
 from keelnorm.moments import Weighting
 from keelnorm.nn._shared.constructor_errors import Constructed
 from keelnorm.nn._shared.skipped_updates import CountsSkipped
 from keelnorm.nn._shared.statistics_control import Controlled
+from keelnorm.nn._shared.too_few_option import HasTooFew
 
 passes_by(__file__)
 
@@ -30,11 +31,6 @@ def refuse_script(module: torch.nn.Module) -> NoReturn:
         f"keelnorm.{type(module).__name__} does not go through torch.jit.script, which can't express what it fuses. "
         f"{BESIDE_JIT}"
     )
-
-
-def too_few_repr(too_few: str) -> str:
-    """How a layer shows its ``too_few``, where that is not the default."""
-    return f", too_few={too_few!r}" if too_few != "error" else ""
 
 
 def fx_node(layer: torch.nn.Module, x: Any, residual: Any, options: Options, **more: Any) -> Any:
@@ -62,12 +58,11 @@ def fx_node(layer: torch.nn.Module, x: Any, residual: Any, options: Options, **m
     return act.forward(tracer.create_proxy("call_module", tracer.path_of_module(layer), given, keywords))
 
 
-class FusedBatchNorm(Constructed, Controlled, CountsSkipped):
+class FusedBatchNorm(Constructed, HasTooFew, Controlled, CountsSkipped):
     """What all drop-in layers share: the forward. State, constructor and state_dict are ``torch.nn``'s."""
 
     #: Legal numbers of dimensions of the input; None for any from two on.
     _ranks: tuple[int, ...] | None = None
-    too_few: TooFew = "error"
     #: Whether a result in training can wait for what follows.
     defers_in_training = True
 
@@ -87,12 +82,6 @@ class FusedBatchNorm(Constructed, Controlled, CountsSkipped):
         newer = {} if bias else {"bias": False}  # older versions of torch do not have it
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
         self.set_too_few(too_few)
-
-    def set_too_few(self, too_few: TooFew) -> None:
-        """What one value per channel is in training from now on; see :class:`BatchNorm`."""
-        check_policy(type(self).__name__, too_few)
-        if too_few != self.too_few:
-            self.too_few = too_few
 
     def forward(  # type: ignore[override]
         self,
@@ -169,9 +158,6 @@ class FusedBatchNorm(Constructed, Controlled, CountsSkipped):
         if x.is_inference() or not is_plain(weight) or not is_plain(bias):
             return None
         return Normalization(state, weight, bias) if check_layer_call(x, weight, bias, state, self._ranks) else None
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}{too_few_repr(self.too_few)}"
 
     def _check_input_dim(self, input: Tensor) -> None:
         """torch.nn's hook for the same check; the forward makes it itself."""

@@ -16,8 +16,8 @@ from keelnorm.engine.layout import check_kind
 from keelnorm.engine.masking import Padding
 from keelnorm.functional import Options
 from keelnorm.moments import Weighting, compute_dtype
-from keelnorm.nn._shared.plain_norm import by_batch
-from keelnorm.nn._shared.rows import adopt, expand_rows, options_of
+from keelnorm.nn._shared.normalize import normalize_by_batch
+from keelnorm.nn._shared.take_over import adopt, expand_rows, options_of
 from keelnorm.nn._shared.variant import Variant
 
 
@@ -84,7 +84,7 @@ class ConditionalBatchNorm(Variant):
         (2017), "Modulating early visual processing by language", arXiv:1707.00683, section 3 (Δγ and Δβ).
     """
 
-    _masks = True
+    takes_mask = True
     own_evaluation: str | None = "with the γ and β of each sample's condition"
 
     modulation: torch.nn.Module
@@ -191,7 +191,7 @@ class ConditionalBatchNorm(Variant):
         gain, shift = self._affine(x, condition)
         wide, moments = x.to(dtype), None
         if self.uses_batch():
-            y, moments = by_batch(wide, None, None, None, self.eps, NONE, mask, self.counts())
+            y, moments = normalize_by_batch(wide, None, None, None, self.eps, NONE, mask, self.counts())
         else:
             y = dispatch.batch_norm(wide, None, None, None, self._state(), NONE)
         if gain is not None:

@@ -15,8 +15,8 @@ from keelnorm.engine.layout import per_channel
 from keelnorm.engine.masking import Padding
 from keelnorm.engine.recomputation import is_second_run
 from keelnorm.moments import Moments, Weighting, compute_dtype
+from keelnorm.nn._shared.normalize import normalize
 from keelnorm.nn._shared.recent_batches import Recall, Remembering, has_values, runs_eagerly
-from keelnorm.nn._shared.variant import normalize
 
 _TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
 
@@ -91,7 +91,7 @@ class CrossIterationBatchNorm(Remembering):
         Yao, Cao, Zheng, Huang, Lin (2021), "Cross-Iteration Batch Normalization", arXiv:2002.05712, section 3.
     """
 
-    _masks = True
+    takes_mask = True
 
     def __init__(
         self,

@@ -10,7 +10,8 @@ from torch import Tensor
 from keelnorm.engine.activations import Activation
 from keelnorm.engine.layout import per_channel, reduced_dims
 from keelnorm.moments import Moments
-from keelnorm.nn._shared.variant import Variant, normalize
+from keelnorm.nn._shared.normalize import normalize
+from keelnorm.nn._shared.variant import Variant
 
 
 class L1BatchNorm(Variant):
@@ -53,7 +54,7 @@ class L1BatchNorm(Variant):
         networks", arXiv:1803.01814, section 4.1.
     """
 
-    _masks = True
+    takes_mask = True
     own_scale: str | None = "the square of the mean absolute deviation, scaled, in running_var"
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:

@@ -15,8 +15,8 @@ from keelnorm.engine.error_messages import describe
 from keelnorm.engine.layout import per_channel
 from keelnorm.engine.recomputation import is_second_run
 from keelnorm.moments import Moments, compute_dtype
+from keelnorm.nn._shared.normalize import normalize
 from keelnorm.nn._shared.recent_batches import Recall, Remembering, has_values, runs_eagerly
-from keelnorm.nn._shared.variant import normalize
 
 _CENTERABLE = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
@@ -83,7 +83,7 @@ class MovingAverageBatchNorm(Remembering):
         Normalization", arXiv:2001.06838, section 4: SMAS in both directions, renormalization, weight centralization.
     """
 
-    _masks = True
+    takes_mask = True
     own_scale: str | None = "the mean square about 0 in running_var"
 
     def __init__(

@@ -14,8 +14,8 @@ from keelnorm.engine.activations import Activation
 from keelnorm.engine.arguments import check_arguments
 from keelnorm.engine.error_messages import check_module, describe, is_count
 from keelnorm.functional import moments
-from keelnorm.nn._shared.rows import adopt, options_of
 from keelnorm.nn._shared.scoped_choice import Choices
+from keelnorm.nn._shared.take_over import adopt, options_of
 from keelnorm.nn._shared.variant import Variant
 
 

@@ -13,7 +13,8 @@ from keelnorm.engine.activations import Activation
 from keelnorm.engine.arguments import State, check_arguments, check_numbers
 from keelnorm.engine.error_messages import check_module
 from keelnorm.moments import Moments
-from keelnorm.nn._shared.variant import Variant, normalize
+from keelnorm.nn._shared.normalize import normalize
+from keelnorm.nn._shared.variant import Variant
 
 
 class VirtualBatchNorm(Variant):
@@ -67,7 +68,7 @@ class VirtualBatchNorm(Variant):
         arXiv:1606.03498, section 3.4.
     """
 
-    _masks = True
+    takes_mask = True
     own_data: str | None = "of the reference batch"
     own_evaluation: str | None = "by the moments of the reference batch and of each sample"
     _reference: Moments | None = None

@@ -14,14 +14,14 @@ from keelnorm.engine.arguments import State, check_arguments
 from keelnorm.engine.error_messages import locate
 from keelnorm.engine.fusion.call import begin, passes_by
 from keelnorm.engine.fusion.scope import current
-from keelnorm.engine.layout import counted, dense, per_channel
+from keelnorm.engine.layout import counted, dense
 from keelnorm.engine.masking import Padding, check_padding, named_mask
 from keelnorm.engine.normalization_steps import Normalization, is_plain
 from keelnorm.engine.recomputation import is_second_run
 from keelnorm.engine.rollback import Unchanged
 from keelnorm.engine.running_statistics import averaged, update_running
 from keelnorm.functional import Options, check_layer_call, refuse_jit
-from keelnorm.moments import Moments, Weighting, check_weighting, compute_dtype
+from keelnorm.moments import Moments, Weighting, check_weighting
 from keelnorm.nn._shared.constructor_errors import Constructed
 from keelnorm.nn._shared.skipped_updates import CountsSkipped
 from keelnorm.nn._shared.statistics_control import Controlled
@@ -42,7 +42,7 @@ class Variant(Constructed, Controlled, CountsSkipped):
     #: Legal numbers of dimensions of the input; None for any from two on.
     _ranks: tuple[int, ...] | None = None
     #: Whether a mask has a meaning for this variant.
-    _masks = False
+    takes_mask = False
     #: What one value per channel is in training; see arguments.check_arguments.
     _too_few = "error"
     #: Whether a result in training can wait for what follows; in evaluation all can.
@@ -128,7 +128,7 @@ class Variant(Constructed, Controlled, CountsSkipped):
         refused = {"inplace=True": inplace, "sample_weight": sample_weight is not None}
         check_weighting(what, weighting)
         refused[f"{weighting=}"] = weighting != "frequency"
-        refused["a mask"] = mask is not None and not self._masks
+        refused["a mask"] = mask is not None and not self.takes_mask
         for name, asked in refused.items():
             if asked:
                 raise ValueError(f"{what}: {name} has no meaning for this layer; leave it out, or use kn.BatchNorm")
@@ -242,37 +242,3 @@ class Variant(Constructed, Controlled, CountsSkipped):
 
     def __prepare_scriptable__(self) -> NoReturn:
         refuse_script(self)
-
-
-def normalize(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    act: Activation,
-) -> Tensor:
-    """``act((x − mean) / √(var + eps) · weight + bias + residual)`` in plain torch, differentiable in every argument.
-
-    Args:
-        mean, var, weight, bias: Shape (C,), or broadcastable against x.
-    """
-    dtype = compute_dtype(x)
-    mean, var = _broadcast(mean, x), _broadcast(var, x)
-    # The mean enters as a rounded part, from which x differs exactly, and the rest: a large one costs no digits.
-    center = mean.detach().to(dtype)
-    rest = (mean - center).to(dtype)
-    y = (x.to(dtype) - center - rest) * (var + eps).rsqrt().to(dtype)
-    if weight is not None:
-        y = y * _broadcast(weight, x).to(dtype)
-    if bias is not None:
-        y = y + _broadcast(bias, x).to(dtype)
-    if residual is not None:
-        y = y + residual
-    return act.forward(y).to(x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
-
-
-def _broadcast(values: Tensor, x: Tensor) -> Tensor:
-    return per_channel(values, x) if values.dim() == 1 else values

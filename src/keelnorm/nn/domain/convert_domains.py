@@ -9,7 +9,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.engine.error_messages import check_module
-from keelnorm.nn._shared.rows import options_of
+from keelnorm.nn._shared.take_over import options_of, replace_layers
 from keelnorm.nn.domain.domain_batch_norm import Domain, DomainBatchNorm
 
 
@@ -75,15 +75,11 @@ def convert_domains(
         'DomainBatchNorm'
     """
     check_module("convert_domains", model)
-    new: dict[torch.nn.Module, torch.nn.Module] = {}
+    new: dict[_BatchNorm, torch.nn.Module] = {}
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, DomainBatchNorm):
             options_of(f"convert_domains: {path or 'the model'}", module)
             new[module] = DomainBatchNorm.from_batch_norm(module, domains, share_affine=share_affine)
     if not new:
         raise ValueError(f"convert_domains: the {type(model).__name__} has no batch normalization to convert")
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in new:
-                setattr(parent, name, new[child])
-    return new.get(model, model)
+    return replace_layers(model, new)

@@ -16,10 +16,10 @@ from keelnorm.engine.error_messages import describe, is_count
 from keelnorm.engine.masking import Padding
 from keelnorm.functional import Options
 from keelnorm.moments import Moments, Weighting
+from keelnorm.nn._shared.normalize import normalize_by_batch
 from keelnorm.nn._shared.partition import Groups
-from keelnorm.nn._shared.plain_norm import by_batch
-from keelnorm.nn._shared.rows import adopt, expand_rows, options_of
 from keelnorm.nn._shared.scoped_choice import Choices
+from keelnorm.nn._shared.take_over import adopt, expand_rows, options_of
 from keelnorm.nn._shared.variant import Variant
 
 #: One domain for all samples, by name or number; or a number per sample, int64 (N,).
@@ -76,7 +76,7 @@ class DomainBatchNorm(Variant):
         "Revisiting Batch Normalization For Practical Domain Adaptation", arXiv:1603.04779 (AdaBN: statistics alone).
     """
 
-    _masks = True
+    takes_mask = True
     own_data: str | None = "of each domain"
     own_evaluation: str | None = "by the moments of the domain"
 
@@ -203,7 +203,7 @@ class DomainBatchNorm(Variant):
         weight, bias, state = self._bank(row)
         if not state.training:
             return dispatch.batch_norm(x, residual, weight, bias, state, act)
-        y, moments = by_batch(x, residual, weight, bias, self.eps, act, mask, self.counts())
+        y, moments = normalize_by_batch(x, residual, weight, bias, self.eps, act, mask, self.counts())
         if moments is not None:
             found[row] = moments
         return y

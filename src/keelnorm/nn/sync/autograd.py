@@ -1,4 +1,4 @@
-"""The autograd function of synchronized batch normalization, from the four operators that every back end supplies."""
+"""The autograd function of synchronized batch normalization, made of the four operators of every back end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Call(NamedTuple):
-    """What the backward has to know besides tensors."""
+    """What the backward needs besides tensors."""
 
     act: Activation
     group: ProcessGroup
@@ -28,7 +28,7 @@ class Call(NamedTuple):
 
 
 class Synchronized(torch.autograd.Function):
-    """``act(bn(x) + residual)`` with moments that are functions of all ranks' x."""
+    """Compute ``act(bn(x) + residual)``, where the moments depend on the x of all ranks."""
 
     @staticmethod
     def forward(
@@ -58,6 +58,7 @@ class Synchronized(torch.autograd.Function):
 
 
 def refuse_second_derivative(what: str) -> NoReturn:
+    """Raise because ranks synchronize in the first derivative only."""
     raise RuntimeError(
         f"{what}: there is no second derivative through synchronized ranks (create_graph=True asks for one); "
         "use kn.BatchNorm, or a process group of one rank"
@@ -76,8 +77,13 @@ def synchronized_backward(
     call: Call,
     need: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """dx, dresidual, dweight, dbias, as far as they are needed; from what ``ops.gate_needs`` left."""
-    act, group, what, residual_dtype, step = call
+    """dx, dresidual, dweight and dbias, each only if needed.
+
+    Args:
+        bias, y, residual: What ``ops.gate_needs`` keeps of them.
+        need: Which of the four are needed.
+    """
+    act, group, what, step = call.act, call.group, call.what, call.step
     need_x, need_residual, need_weight, need_bias = need
     mean, _, rstd = saved
     given = (dy, x, mean, rstd, weight, bias, y, residual)
@@ -95,12 +101,12 @@ def synchronized_backward(
         if act.code != 0:
             options = (False, act, False, True, False, False)
             dresidual = dispatch.backward(dy, x, saved, weight, bias, y, residual, *options)[1]
-        dresidual = dresidual.to(residual_dtype)
+        dresidual = dresidual.to(call.residual_dtype)
     return dx, dresidual, dweight if need_weight else None, dbias if need_bias else None
 
 
 def _run(stem: str, x: Tensor, *given: Tensor | None, act: Activation) -> Any:
-    """One of the four operators, a fast one where it takes x."""
+    """Run one of the four operators: a fast one if it accepts x, else the reference."""
     fast = registry.operators(x)
     if fast is not None:
         try:

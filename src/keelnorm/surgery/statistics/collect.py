@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from keelnorm.control.frozen_layer import is_held
 from keelnorm.control.layer_hooks import held_off
-from keelnorm.control.layer_overrides import is_held
 from keelnorm.functional import moments as moments_of
 from keelnorm.moments import Moments
 from keelnorm.nn._shared.variant import Variant

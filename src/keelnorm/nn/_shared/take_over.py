@@ -1,37 +1,35 @@
-"""Layers that keep a row per class or domain where batch normalization keeps one vector, and how they start from it."""
+"""How a layer takes the place of a plain batch normalization: options, values, checkpoints, place in the model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.engine.activations import is_untouched
 from keelnorm.nn.batch_norm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-#: The layers that keep nothing but torch.nn's state, by their exact type, and the ranks that they take.
+#: The layers that can be taken over: exact types, whose whole state is torch.nn's, and the ranks of their inputs.
 _RANKS: dict[type, tuple[int, ...] | None] = {
-    torch.nn.BatchNorm1d: (2, 3),
-    torch.nn.BatchNorm2d: (4,),
-    torch.nn.BatchNorm3d: (5,),
-    BatchNorm: None,
-    BatchNorm1d: (2, 3),
-    BatchNorm2d: (4,),
-    BatchNorm3d: (5,),
+    kind: kind._ranks for kind in (BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d)
 }
+_RANKS |= {torch.nn.BatchNorm1d: (2, 3), torch.nn.BatchNorm2d: (4,), torch.nn.BatchNorm3d: (5,)}
 
 
 def options_of(what: str, bn: Any) -> dict[str, Any]:
-    """The constructor's arguments of a batch normalization that another layer is to take over.
+    """Constructor arguments of a batch normalization, for the layer that takes its place.
 
     Args:
-        what: Who asks, the first words of an error.
+        what: What was called, the first words of an error.
+        bn: One of torch.nn's or keelnorm's drop-in layers.
 
     Raises:
-        TypeError: it is none of torch.nn's nor of keelnorm's drop-in layers, or does more than these.
+        TypeError: It is another layer, or has a hook, a forward or a ``too_few`` of its own.
     """
     if type(bn) not in _RANKS:
         raise TypeError(
@@ -61,7 +59,7 @@ def options_of(what: str, bn: Any) -> dict[str, Any]:
 
 
 def adopt(layer: Any, bn: _BatchNorm) -> None:
-    """Give a new layer the values, the mode and the legal ranks of the batch normalization that it takes over."""
+    """Copy values, mode and legal ranks from a batch normalization to the layer that takes its place."""
     if bn.bias is None:
         layer.register_parameter("bias", None)
     layer.load_state_dict(bn.state_dict(), strict=False)
@@ -71,9 +69,22 @@ def adopt(layer: Any, bn: _BatchNorm) -> None:
     layer._ranks = _RANKS[type(bn)]
 
 
-def expand_rows(layer: torch.nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Give every row of the layer's tables the one vector that a single batch normalization's checkpoint has."""
+def expand_rows(layer: Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Repeat the vectors of a plain batch norm's checkpoint for each row of a layer with a row per class or domain."""
     for name, own in chain(layer._parameters.items(), layer._buffers.items()):
         given = state_dict.get(prefix + name)
         if isinstance(own, Tensor) and isinstance(given, Tensor) and given.shape == own.shape[1:] and own.dim() > 0:
             state_dict[prefix + name] = given.repeat(len(own), *[1] * given.dim())
+
+
+def replace_layers(model: Module, new: Mapping[_BatchNorm, Module]) -> Module:
+    """Put new layers in the place of others, wherever these stand in a model, and return the model.
+
+    Returns:
+        The model, or its replacement where it is itself one of the layers.
+    """
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, _BatchNorm) and child in new:
+                parent._modules[name] = new[child]
+    return new.get(model, model) if isinstance(model, _BatchNorm) else model
