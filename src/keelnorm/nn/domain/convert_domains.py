@@ -10,7 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.engine.error_messages import check_module
 from keelnorm.nn._shared.take_over import options_of, replace_layers
-from keelnorm.nn.domain.domain_batch_norm import Domain, DomainBatchNorm
+from keelnorm.nn.domain.domain_batch_norm import DomainBatchNorm
+from keelnorm.nn.domain.domain_names import Domain, rows_of
 
 
 @contextmanager
@@ -45,7 +46,7 @@ def use_domain(model: torch.nn.Module, domain: Domain) -> Iterator[torch.nn.Modu
             "in the place of each batch normalization"
         )
     for path, layer in layers.items():
-        layer.rows_of(domain, f"use_domain: {path or type(layer).__name__}")
+        rows_of(f"use_domain: {path or type(layer).__name__}", layer.domains, domain)
     with ExitStack() as stack:
         for layer in layers.values():
             stack.enter_context(layer._choices.choosing(domain))

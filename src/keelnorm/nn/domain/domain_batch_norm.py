@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from keelnorm.engine import dispatch
 from keelnorm.engine.activations import Activation, ActivationLike
 from keelnorm.engine.arguments import State, check_arguments, check_channels
-from keelnorm.engine.error_messages import describe, is_count
+from keelnorm.engine.error_messages import describe
 from keelnorm.engine.masking import Padding
 from keelnorm.functional import Options
 from keelnorm.moments import Moments, Weighting
@@ -21,9 +21,7 @@ from keelnorm.nn._shared.partition import Groups
 from keelnorm.nn._shared.scoped_choice import Choices
 from keelnorm.nn._shared.take_over import adopt, expand_rows, options_of
 from keelnorm.nn._shared.variant import Variant
-
-#: One domain for all samples, by name or number; or a number per sample, int64 (N,).
-Domain = str | int | Tensor
+from keelnorm.nn.domain.domain_names import Domain, names_of, rows_of
 
 
 class DomainBatchNorm(Variant):
@@ -99,7 +97,7 @@ class DomainBatchNorm(Variant):
         *,
         share_affine: bool = True,
     ) -> None:
-        names = _names(type(self).__name__, domains)
+        names = names_of(type(self).__name__, domains)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         #: The domains' names, in the order of the rows.
         self.domains = names
@@ -170,7 +168,7 @@ class DomainBatchNorm(Variant):
             residual, activation, inplace, mask, sample_weight, weighting, padding: As for
                 :meth:`keelnorm.nn._shared.variant.Variant.forward`.
         """
-        rows = self.rows_of(self.domain if domain is None else domain, type(self).__name__)
+        rows = rows_of(type(self).__name__, self.domains, self.domain if domain is None else domain)
         return self._call(
             input, residual, Options(activation, inplace, mask, sample_weight, padding, weighting), rows=rows
         )
@@ -251,50 +249,12 @@ class DomainBatchNorm(Variant):
         check_arguments(what, x, residual, weight, bias, state, self._ranks)
         check_channels(what, x, self.num_features)
 
-    def rows_of(self, domain: Any, what: str) -> int | list[int]:
-        """The domain's row, or the row of each sample; raise where there is no such domain."""
-        if isinstance(domain, Tensor) and domain.dtype == torch.int64 and domain.dim() == 1 and len(domain) > 0:
-            given: list[int] = domain.tolist()
-            if min(given) >= 0 and max(given) < len(self.domains):
-                return given
-            came = f"numbers from {min(given)} to {max(given)}"
-        elif isinstance(domain, str) and domain in self.domains:
-            return self.domains.index(domain)
-        elif isinstance(domain, int) and not isinstance(domain, bool) and 0 <= domain < len(self.domains):
-            return domain
-        else:
-            came = describe(domain)
-        legal = (
-            f"one of {list(self.domains)}, a number from 0 to {len(self.domains) - 1}, or an int64 tensor (N,) of these"
-        )
-        if domain is None:
-            raise ValueError(
-                f"{what}: which domain? Call the layer with domain=..., or the model inside "
-                f"`with use_domain(model, ...)`; legal are {legal}"
-            )
-        kind = ValueError if isinstance(domain, str | int | Tensor) else TypeError
-        raise kind(f"{what}: the domain must be {legal}; got {came}")
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         expand_rows(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"domains={list(self.domains)}, share_affine={self.share_affine}, {super().extra_repr()}"
-
-
-def _names(what: str, domains: Any) -> tuple[str, ...]:
-    if is_count(domains):
-        return tuple(map(str, range(domains)))
-    if (
-        isinstance(domains, Sequence)
-        and not isinstance(domains, str)
-        and all(isinstance(name, str) for name in domains)
-    ):
-        names = tuple(domains)
-        if names and len(set(names)) == len(names):
-            return names
-    raise ValueError(f"{what}: domains are distinct names in a list, or their number; got {describe(domains)}")
 
 
 def _row(values: Tensor | None, row: int) -> Tensor | None:
