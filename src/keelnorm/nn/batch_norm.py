@@ -17,7 +17,7 @@ from keelnorm.engine.masking import Padding, TooFew
 from keelnorm.engine.normalization_steps import Normalization, is_plain
 from keelnorm.functional import BESIDE_JIT, Options, check_layer_call, layer_batch_norm
 from keelnorm.moments import Weighting
-from keelnorm.nn._shared.constructor_errors import Constructed
+from keelnorm.nn._shared.constructor_errors import ChecksKeywords
 from keelnorm.nn._shared.skipped_updates import CountsSkipped
 from keelnorm.nn._shared.statistics_control import Controlled
 from keelnorm.nn._shared.too_few_option import HasTooFew
@@ -58,7 +58,7 @@ def fx_node(layer: torch.nn.Module, x: Any, residual: Any, options: Options, **m
     return act.forward(tracer.create_proxy("call_module", tracer.path_of_module(layer), given, keywords))
 
 
-class FusedBatchNorm(Constructed, HasTooFew, Controlled, CountsSkipped):
+class FusedBatchNorm(ChecksKeywords, HasTooFew, Controlled, CountsSkipped):
     """What all drop-in layers share: the forward. State, constructor and state_dict are ``torch.nn``'s."""
 
     #: Legal numbers of dimensions of the input; None for any from two on.

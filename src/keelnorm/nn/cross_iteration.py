@@ -16,7 +16,7 @@ from keelnorm.engine.masking import Padding
 from keelnorm.engine.recomputation import is_second_run
 from keelnorm.moments import Moments, Weighting, compute_dtype
 from keelnorm.nn._shared.normalize import normalize
-from keelnorm.nn._shared.recent_batches import Recall, Remembering, has_values, runs_eagerly
+from keelnorm.nn._shared.recent_batches import Recall, WindowedVariant, has_values, runs_eagerly
 
 _TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
 
@@ -29,7 +29,7 @@ class _Slopes(NamedTuple):
     var: Tensor
 
 
-class CrossIterationBatchNorm(Remembering):
+class CrossIterationBatchNorm(WindowedVariant):
     """Batch normalization with the moments of the last batches, corrected for the change of the weights since.
 
     For the batch of τ iterations ago, θ the weight of the layer that produces x (a convolution or a linear layer), per

@@ -16,12 +16,12 @@ from keelnorm.engine.layout import per_channel
 from keelnorm.engine.recomputation import is_second_run
 from keelnorm.moments import Moments, compute_dtype
 from keelnorm.nn._shared.normalize import normalize
-from keelnorm.nn._shared.recent_batches import Recall, Remembering, has_values, runs_eagerly
+from keelnorm.nn._shared.recent_batches import Recall, WindowedVariant, has_values, runs_eagerly
 
 _CENTERABLE = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
 
-class MovingAverageBatchNorm(Remembering):
+class MovingAverageBatchNorm(WindowedVariant):
     """Batch normalization by the root mean square, averaged over the last batches; and so is the gradient's statistic.
 
     The mean is not subtracted; :func:`center_weights` keeps it small. Per channel, over the M = N·S values of batch t:

@@ -1,4 +1,4 @@
-"""Layers that say what is wrong with a keyword that their constructor does not take."""
+"""Errors for keywords that a layer's constructor does not take."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 T = TypeVar("T")
 
 
-class Constructed(torch.nn.Module):
-    """A module whose constructor refuses, by name, what belongs to its calls or to another layer."""
+class ChecksKeywords(torch.nn.Module):
+    """A module whose constructor names a wrong keyword, and tells whether it belongs to the call."""
 
     def __new__(cls: type[T], *args: Any, **keywords: Any) -> T:
         if keywords:
@@ -22,7 +22,7 @@ class Constructed(torch.nn.Module):
 def _check(kind: Any, keywords: dict[str, Any]) -> None:
     what, legal = kind.__name__, signature(kind.__init__).parameters
     if any(each.kind is Parameter.VAR_KEYWORD for each in legal.values()):
-        return  # whoever takes everything knows what to do with it
+        return  # a constructor with **keywords checks them itself
     for name in keywords:
         if name in legal:
             continue

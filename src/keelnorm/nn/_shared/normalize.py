@@ -23,10 +23,9 @@ def normalize(
     residual: Tensor | None,
     act: Activation,
 ) -> Tensor:
-    """``act((x − mean) / √(var + eps) · weight + bias + residual)`` in plain torch, differentiable in every argument.
+    """Compute ``act((x − mean) / √(var + eps) · weight + bias + residual)``, differentiable in every argument.
 
-    Args:
-        mean, var, weight, bias: Shape (C,), or broadcastable against x.
+    ``mean``, ``var``, ``weight`` and ``bias`` have the shape (C,), or broadcast to x.
     """
     dtype = compute_dtype(x)
     mean, var = _broadcast(mean, x), _broadcast(var, x)
@@ -59,17 +58,15 @@ def normalize_by_batch(
 ) -> tuple[Tensor, Moments | None]:
     """Normalize x by its own moments: ``act(bn(x) + residual)``, on the fused kernels where there is no mask.
 
-    Args:
-        mask: None, or boolean with as many dimensions as x, broadcastable to it.
-        keep_moments: Whether to return the moments, which costs one more pass over x without a mask.
+    ``mask`` is None, or boolean with as many dimensions as x, broadcastable to it.
 
     Returns:
-        The result, and the moments without their gradient, or None.
+        The result, and the moments without their gradient; None unless ``keep_moments``, which costs a pass over x.
     """
     if mask is None:
         y = dispatch.batch_norm(x, residual, weight, bias, State(None, None, None, True, False, None, eps), act)
         return y, functional.moments(x.detach()) if keep_moments else None
     moments = Moments.from_tensor(x, mask)
-    var = moments.m2 / moments.count.clamp(min=1)  # 0 where the mask leaves no value
+    var = moments.m2 / moments.count.clamp(min=1)  # 0 if the mask leaves no value
     detached = Moments(moments.count, moments.mean.detach(), moments.m2.detach())
     return normalize(x, moments.mean, var, weight, bias, eps, residual, act), detached

@@ -17,7 +17,7 @@ from keelnorm.engine.masking import Padding
 from keelnorm.functional import Options
 from keelnorm.moments import Moments, Weighting
 from keelnorm.nn._shared.normalize import normalize_by_batch
-from keelnorm.nn._shared.partition import Groups
+from keelnorm.nn._shared.partition import Partition
 from keelnorm.nn._shared.scoped_choice import Choices
 from keelnorm.nn._shared.take_over import adopt, expand_rows, options_of
 from keelnorm.nn._shared.variant import Variant
@@ -220,7 +220,7 @@ class DomainBatchNorm(Variant):
             raise ValueError(
                 f"{type(self).__name__}: {len(rows)} domains came for the samples of {describe(x)}; each needs its own"
             )
-        groups = Groups(rows, x.device)
+        groups = Partition(rows, x.device)
         parts = list(zip(groups.present, groups.split(x), groups.split(residual), strict=True))
         for part in parts:
             self._check(*part)

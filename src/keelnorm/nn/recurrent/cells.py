@@ -11,7 +11,7 @@ from torch import Tensor
 from keelnorm.engine.rollback import unchanged
 from keelnorm.functional import refuse_jit
 from keelnorm.moments import compute_dtype
-from keelnorm.nn._shared.constructor_errors import Constructed
+from keelnorm.nn._shared.constructor_errors import ChecksKeywords
 from keelnorm.nn.batch_norm import refuse_script
 from keelnorm.nn.recurrent.equations import (
     GRU,
@@ -30,7 +30,7 @@ from keelnorm.nn.recurrent.equations import (
 from keelnorm.nn.recurrent.stepwise import Run, check_step
 
 
-class _BatchNormCell(Constructed):
+class _BatchNormCell(ChecksKeywords):
     """What both cells share."""
 
     _kind: Equations

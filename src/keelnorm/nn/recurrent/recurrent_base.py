@@ -16,7 +16,7 @@ from keelnorm.engine.error_messages import describe
 from keelnorm.engine.rollback import unchanged
 from keelnorm.functional import refuse_jit
 from keelnorm.moments import compute_dtype
-from keelnorm.nn._shared.constructor_errors import Constructed
+from keelnorm.nn._shared.constructor_errors import ChecksKeywords
 from keelnorm.nn.batch_norm import BatchNorm1d, refuse_script
 from keelnorm.nn.recurrent.equations import (
     Equations,
@@ -38,7 +38,7 @@ Normalize = Literal["recurrent", "input"]
 Lengths = Tensor | Sequence[int]
 
 
-class BatchNormRNN(Constructed):
+class BatchNormRNN(ChecksKeywords):
     """Base of both layers; they add the equations and the form of the state."""
 
     _kind: Equations
