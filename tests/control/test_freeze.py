@@ -238,10 +238,10 @@ def test_errors(function):
         with pytest.raises(TypeError, match=rf"{function.__name__}: where takes a pattern .* got {came}"):
             function(model, where=where)
     with pytest.raises(
-        TypeError, match=rf"{function.__name__}: where is called with a path and its layer, which .* can't"
+        TypeError, match=rf"{function.__name__}: where is called with a path and its layer, but .* does not take these"
     ):
         function(model, where=lambda path: True)
-    with pytest.raises(ValueError, match=rf"{function.__name__}: where chose no batch norm\. .*'norm', 'last\.0'"):
+    with pytest.raises(ValueError, match=rf"{function.__name__}: where selects no batch norm\. .*'norm', 'last\.0'"):
         function(model, where=lambda path, layer: False)
     with pytest.raises(ValueError, match=rf"{function.__name__}: where=\[\] has no pattern"):
         function(model, where=[])

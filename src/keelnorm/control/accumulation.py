@@ -167,5 +167,8 @@ def enter(layer: _BatchNorm, moments: Moments, momentum: float | None) -> None:
     assert mean is not None and var is not None  # layers without them are left out
     own = layer._updates if isinstance(layer, CountsSkipped) else None
     updates = own or _updates.setdefault(layer, UpdateCounts())
-    state = State(mean, var, layer.num_batches_tracked, True, True, momentum, layer.eps, updates=updates)
+    state = State(
+        running_mean=mean, running_var=var, num_batches_tracked=layer.num_batches_tracked, training=True, update=True,
+        momentum=momentum, eps=layer.eps, updates=updates,
+    )  # fmt: skip
     update_running(state, moments.mean, moments.var_or_zero, moments.count, squares=moments.squares)

@@ -43,7 +43,7 @@ def select(
     if where is not None and callable(where) and not isinstance(where, type | Module):
         chosen = _chosen_by(what, where, paths)
         if not chosen:
-            raise ValueError(f"{what}: where chose no batch norm. {_listed(paths)}")
+            raise ValueError(f"{what}: where selects no batch norm. {_listed(paths)}")
         paths = chosen
     elif where is not None:
         patterns = _patterns(what, where)

@@ -51,13 +51,12 @@ class Call(NamedTuple):
 
     def normalized(self, mean: Tensor, var: Tensor) -> Tensor:
         """The result with these moments."""
-        x, residual, weight, bias, state, options, *_ = self
-        act, counts = resolve(state.what, options.activation), self.counts()
-        if counts is None:
-            return normalize(x, mean, var, weight, bias, state.eps, residual, act)
-        values, added = counted(counts, x), None if residual is None else counted(counts, residual)
-        y = normalize(values, mean, var, weight, bias, state.eps, added, act)
-        return counted(counts, y, x if state.keep else None)
+        x, residual, state, counts = self.x, self.residual, self.state, self.counts()
+        act = resolve(state.what, self.options.activation)
+        if counts is not None:
+            x, residual = counted(counts, x), None if residual is None else counted(counts, residual)
+        y = normalize(x, mean, var, self.weight, self.bias, state.eps, residual, act)
+        return y if counts is None else counted(counts, y, self.x if state.keep else None)
 
 
 class Site:
@@ -110,7 +109,10 @@ def _call_of(function: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> 
         return None
     bound = signature(function).bind(*args, **keywords)
     bound.apply_defaults()
-    x, _, _, weight, bias, training, momentum, eps, *_ = bound.arguments.values()
-    given = {name: value for name, value in bound.arguments.items() if name in Options._fields}
-    state = State(None, None, None, training, False, momentum, eps)
-    return Call(x, bound.arguments.get("residual"), weight, bias, state, Options(**given))
+    given = bound.arguments
+    options = Options(**{name: value for name, value in given.items() if name in Options._fields})
+    state = State(
+        running_mean=None, running_var=None, num_batches_tracked=None, training=given["training"], update=False,
+        momentum=given["momentum"], eps=given["eps"],
+    )  # fmt: skip
+    return Call(given["input"], given.get("residual"), given["weight"], given["bias"], state, options)

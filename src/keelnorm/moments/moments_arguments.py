@@ -10,19 +10,19 @@ from torch import Tensor
 from keelnorm.engine.error_messages import describe
 from keelnorm.engine.layout import check_kind
 
-#: What weights mean: how often a value is there, or how much it matters beside the others.
+#: Meaning of weights: how often a value occurs, or how much it matters relative to the others.
 Weighting: TypeAlias = Literal["frequency", "importance"]
 WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 
 def check_weighting(what: str, weighting: Any) -> None:
-    """Raise unless it says what weights mean."""
+    """Raise unless ``weighting`` is legal."""
     if weighting not in WEIGHTINGS:
         raise ValueError(f"{what}: weighting must be one of {WEIGHTINGS}; got {describe(weighting)}")
 
 
 def broadcast_weight(what: str, sample_weight: Any, x: Tensor) -> Tensor:
-    """Weights with as many dimensions as x, broadcastable to its shape."""
+    """View weights with as many dimensions as x, broadcastable to its shape."""
     legal = (x.shape[0],), (x.shape[0], *x.shape[2:])
     if not isinstance(sample_weight, Tensor) or not sample_weight.is_floating_point():
         raise TypeError(f"{what}: sample_weight must be a floating-point tensor; got {describe(sample_weight)}")
@@ -55,7 +55,7 @@ def check_values(x: Tensor) -> None:
 
 
 def broadcast_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """``mask`` with as many dimensions as ``x``, broadcastable to its shape."""
+    """View ``mask`` with as many dimensions as ``x``, broadcastable to its shape."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"a mask is a boolean tensor, True where a value counts; got {describe(mask)}")
     check_kind("moments", "the mask", mask)

@@ -1,4 +1,4 @@
-"""A Sequential in which batch norms run as one kernel with what follows them."""
+"""A Sequential in which a batch norm and the operation after it run as one kernel."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from keelnorm.nn.batch_norm import FusedBatchNorm, refuse_script
 
 
 class Sequential(torch.nn.Sequential):
-    """``torch.nn.Sequential`` that runs an keelnorm batch norm and the activation after it as one fused operation.
+    """``torch.nn.Sequential`` that runs a keelnorm batch norm and the activation after it as one fused operation.
 
-    Its batch norms' results wait for what follows, as in a model that :func:`keelnorm.convert` has converted: the first
-    call learns what that is. The modules stay what and where they are: names, state_dict, indexing and slicing are
-    ``torch.nn.Sequential``'s.
+    The result of a batch norm waits for the operation that follows, as in a model that :func:`keelnorm.convert` has
+    converted; the first call records which one that is. The modules stay unchanged: names, state_dict, indexing and
+    slicing are those of ``torch.nn.Sequential``.
 
     Example:
         >>> import keelnorm as kn

@@ -1,4 +1,4 @@
-"""Split (auxiliary) batch normalization: each part of a batch has statistics of its own."""
+"""Split (auxiliary) batch normalization: each part of a batch has its own statistics."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from keelnorm.nn._shared.variant import Variant
 
 
 class AuxiliaryBatchNorm(Variant):
-    """What normalizes one part of the batch: batch normalization with the weight and bias that it is given.
-
-    :class:`SplitBatchNorm` holds and calls it.
+    """Batch normalization of one part of the batch; :class:`SplitBatchNorm` holds and calls it.
 
     Example:
         >>> SplitBatchNorm(8).aux_bn[0].running_mean.shape
@@ -32,6 +30,7 @@ class AuxiliaryBatchNorm(Variant):
     own_data: str | None = "of its part of the batch"
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        """Normalize with this layer's weight and bias."""
         return self.run(x, residual, self.weight, self.bias, act)
 
     def run(
@@ -43,7 +42,7 @@ class AuxiliaryBatchNorm(Variant):
         act: Activation,
         update: bool = True,
     ) -> Tensor:
-        """``act(bn(x) + residual)`` with this layer's statistics, which take x in where this layer counts it."""
+        """Compute ``act(bn(x) + residual)`` with this layer's statistics, and update them if it is training."""
         y = dispatch.batch_norm(x, residual, weight, bias, self._state(), act)
         if update and self.counts() and self.uses_batch():
             self.update_running(moments(x.detach()))
@@ -51,14 +50,14 @@ class AuxiliaryBatchNorm(Variant):
 
 
 class SplitBatchNorm(AuxiliaryBatchNorm):
-    """Batch normalization of a batch in equal parts, each with statistics, and a weight and bias, of its own.
+    """Batch normalization of a batch in equal parts, each with its own statistics, weight and bias.
 
-    In training part k of ``num_splits`` consecutive parts of the batch is normalized by itself: the first by this
-    layer, part k by ``aux_bn[k − 1]``. In evaluation this layer normalizes everything, so that the auxiliary ones
-    can be left out of what is deployed. AdvProp trains so on clean and adversarial images, whose moments differ.
+    In training each of ``num_splits`` consecutive parts of the batch is normalized by itself: the first by this layer,
+    part k by ``aux_bn[k − 1]``. In evaluation this layer normalizes everything, so the auxiliary layers need not be
+    deployed. AdvProp trains this way on clean and adversarial images, whose moments differ.
 
-    ``with layer.use_split(k)`` sends the whole batch to part k, in training and in evaluation; :func:`use_split` does so
-    for all layers of a model.
+    ``with layer.use_split(k)`` sends the whole batch to part k, in training and in evaluation; :func:`use_split` does
+    so for all layers of a model.
 
     Args:
         num_features: Number of channels C.
@@ -78,19 +77,20 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
         ``aux_bn.1``, ... (timm's names). Each layer's running statistics are updated by its own part of the batch.
 
     Differs:
-        From timm's ``SplitBatchNorm2d``: any rank, ``use_split``, a shared weight and bias, an error where N does not
-        divide. What ``use_split`` sets is read when a layer runs: with activation checkpointing the backward runs it again
-        and belongs inside the ``with`` too.
+        From timm's ``SplitBatchNorm2d``: any rank, ``use_split``, a shared weight and bias, and an error if
+        ``num_splits`` does not divide N. A layer reads the choice of ``use_split`` when it runs; activation
+        checkpointing runs it again in the backward, which then belongs inside the ``with`` too.
 
     Numerics:
         As :func:`keelnorm.functional.batch_norm`, per part.
 
     Cost:
-        As batch normalization, one more pass over x for the running statistics, and one copy of y and of dx, which put
-        the parts together. Nothing more in evaluation.
+        As batch normalization, one more pass over x for the running statistics, and one copy of y and of dx to
+        concatenate the parts. Nothing more in evaluation.
 
     Raises:
-        ValueError: N does not divide, or a part has one value per channel; the running statistics are then as before.
+        ValueError: ``num_splits`` does not divide N, or a part has one value per channel; the running statistics are
+            then as before.
 
     Example:
         >>> layer = SplitBatchNorm(3, num_splits=2)
@@ -104,7 +104,7 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
         section 4.2.
     """
 
-    own_evaluation: str | None = "by the part of it that use_split() chooses"
+    own_evaluation: str | None = "with the part that use_split() chooses"
     num_splits: int
     share_affine: bool
     aux_bn: torch.nn.ModuleList
@@ -135,11 +135,9 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
 
     @classmethod
     def from_batch_norm(cls, bn: Any, num_splits: int = 2, *, share_affine: bool = False) -> SplitBatchNorm:
-        """A split layer in a batch norm's place: it takes over its parameters and buffers, the auxiliary ones copies.
+        """Make a split layer that takes a batch norm's place.
 
-        Args:
-            bn: ``torch.nn.BatchNorm*`` or keelnorm's.
-            num_splits, share_affine: As the constructor's.
+        It takes over the parameters and buffers of ``bn``; the auxiliary layers get copies.
 
         Raises:
             TypeError: ``bn`` is not ``torch.nn``'s or keelnorm's drop-in layer, or has hooks.
@@ -165,12 +163,12 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
 
     @contextmanager
     def use_split(self, index: int) -> Iterator[SplitBatchNorm]:
-        """Inside, part ``index`` normalizes the whole batch: 0 is this layer, k is ``aux_bn[k − 1]``.
+        """Let part ``index`` normalize the whole batch inside the block: 0 is this layer, k is ``aux_bn[k − 1]``.
 
         Blocks may be nested and end in any order; a copy made inside has no choice.
 
         Raises:
-            ValueError: there is no such part.
+            ValueError: There is no such part.
 
         Example:
             >>> layer = SplitBatchNorm(3)
@@ -187,11 +185,13 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
             yield self
 
     def check(self, x: Any, residual: Any) -> None:
+        """Raise unless all parts can normalize x."""
         super().check(x, residual)
         for part in self.aux_bn:
             part.check(x, residual)  # type: ignore[operator]
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        """Normalize each part by itself, or all by the chosen part."""
         parts = self._parts()
         index = self._choices.latest()
         if index is not None or not self.training:
@@ -207,6 +207,7 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
         return torch.cat([self._run(*each, act) for each in zip(parts, xs, residuals, strict=True)])
 
     def normalize_running(self, x: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
+        """Normalize with the running statistics of this layer, or of the chosen part."""
         return self._run(self._parts()[self._choices.latest() or 0], x, residual, act)
 
     def _parts(self) -> list[AuxiliaryBatchNorm]:
@@ -217,20 +218,21 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
         return part.run(x, residual, affine.weight, affine.bias, act, self.counts())
 
     def extra_repr(self) -> str:
+        """The options, for the layer's repr."""
         return f"{super().extra_repr()}, num_splits={self.num_splits}, share_affine={self.share_affine}"
 
 
 @contextmanager
 def use_split(model: torch.nn.Module, index: int) -> Iterator[torch.nn.Module]:
-    """Inside, part ``index`` of each :class:`SplitBatchNorm` of a model normalizes the whole batch.
+    """Let part ``index`` of each :class:`SplitBatchNorm` of a model normalize the whole batch inside the block.
 
     Args:
         model: Any module that contains split layers.
         index: 0 for the main layers, k for the k-th auxiliary ones.
 
     Raises:
-        TypeError: the model is no module.
-        ValueError: the model has no split layer, or one of them no such part; nothing is changed then.
+        TypeError: ``model`` is not a module.
+        ValueError: The model has no split layer, or one of them has no such part; nothing is changed then.
 
     Example:
         >>> net = torch.nn.Sequential(SplitBatchNorm(3), SplitBatchNorm(3))

@@ -108,7 +108,7 @@ class Variant(ChecksKeywords, Controlled, CountsSkipped):
                 deferred = begin(self, scope, input, Variant.forward)
                 if deferred is not None:
                     return deferred
-        return self._call(input, residual, Options(activation, inplace, mask, sample_weight, padding, weighting))
+        return self._call(input, residual, Options(activation, inplace, mask, sample_weight, weighting, padding))
 
     def _call(self, x: Tensor, residual: Tensor | None, options: Options, **more: Any) -> Tensor:
         """Run a call; an error leaves the layer as it was. :meth:`check` and :meth:`compute` get ``more``."""
@@ -127,7 +127,8 @@ class Variant(ChecksKeywords, Controlled, CountsSkipped):
             raise
 
     def _answer(self, x: Tensor, residual: Tensor | None, options: Options, **more: Any) -> Tensor:
-        what, (activation, inplace, mask, sample_weight, padding, weighting) = type(self).__name__, options
+        what = type(self).__name__
+        activation, inplace, mask, sample_weight, weighting, padding = options
         act = resolve(what, activation)
         refused = {"inplace=True": inplace, "sample_weight": sample_weight is not None}
         check_weighting(what, weighting)

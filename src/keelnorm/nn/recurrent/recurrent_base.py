@@ -1,4 +1,4 @@
-"""What the batch-normalized LSTM and GRU share: arguments, layers, directions, and the walk over the steps."""
+"""The base of the batch-normalized LSTM and GRU: arguments, layers, directions, and the loop over the steps."""
 
 from __future__ import annotations
 
@@ -115,19 +115,19 @@ class BatchNormRNN(ChecksKeywords):
         return 2 if self.bidirectional else 1
 
     def _suffixes(self) -> list[tuple[int, str]]:
-        """The number of each layer and the end of its parameters' names, in torch's order."""
+        """The number of each layer and the suffix of its parameters' names, in torch's order."""
         ends = ("", "_reverse")[: self._directions]
         return [(layer, f"_l{layer}{end}") for layer in range(self.num_layers) for end in ends]
 
     def reset_parameters(self) -> None:
-        """As torch.nn's layer, and the normalizations as they were made."""
+        """Initialize the weights as torch.nn's layer does, and reset the normalizations."""
         initialize(self, self.hidden_size)
         if self.normalize == "input":
             for norm in self.children():
                 nn.init.constant_(norm.weight, self.gamma)  # type: ignore[arg-type]
 
     def flatten_parameters(self) -> None:
-        """Nothing: there is no packed copy of the parameters. Programs for torch.nn's layers call this."""
+        """Do nothing: there is no packed copy of the parameters. Code for torch.nn's layers calls this."""
 
     def _forward(
         self, input: Any, hx: Any, mask: Tensor | None, lengths: Lengths | None
@@ -159,7 +159,7 @@ class BatchNormRNN(ChecksKeywords):
         return output, final
 
     def _sequences(self, what: str, input: Any, mask: Tensor | None, lengths: Lengths | None) -> tuple[bool, Sequences]:
-        """Whether there is a batch dimension, and the input in the order in which it is walked."""
+        """Whether there is a batch dimension, and the input in the order of processing."""
         weight = weights(self, "_l0").ih
         if isinstance(input, PackedSequence):
             if mask is not None or lengths is not None:
@@ -175,7 +175,7 @@ class BatchNormRNN(ChecksKeywords):
         return False, Sequences.from_padded(input.unsqueeze(1))
 
     def _layers(self, x: Tensor, seqs: Sequences, initial: State) -> tuple[Tensor, State]:
-        """Output rows (M, D·H) in x's dtype, and the final states, (L·D, N, H) each."""
+        """Run all layers: output rows (M, D·H) in x's dtype, and the final states, (L·D, N, H) each."""
         dtype = x.dtype
         backwards = seqs.backwards() if self.bidirectional else None
         finals: list[State] = []
@@ -195,7 +195,7 @@ class BatchNormRNN(ChecksKeywords):
         return y, tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
 
     def _block(self, x: Tensor, sizes: list[int], state: State, suffix: str) -> tuple[Tensor, State]:
-        """One layer in one direction: the rows (M, H) of its output, and its final state."""
+        """Run one layer in one direction: output rows (M, H), and the final state."""
         kind, given = self._kind, weights(self, suffix)
         if not sizes:
             return x.new_zeros(0, self.hidden_size), state
@@ -206,12 +206,13 @@ class BatchNormRNN(ChecksKeywords):
         else:
             gx = getattr(self, f"norm_ih{suffix}")(gx)
             gx = gx if given.bias_ih is None else gx + given.bias_ih
-        y, state = _walk(kind, gx, sizes, state, given, runs)
+        y, state = _run_steps(kind, gx, sizes, state, given, runs)
         for run in runs or ():
             run.finish()
         return y, state
 
     def extra_repr(self) -> str:
+        """The options, for the layer's repr."""
         said = f"{self.input_size}, {self.hidden_size}, normalize={self.normalize!r}"
         usual = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
         usual["initial_noise"] = 0.0
@@ -223,10 +224,10 @@ class BatchNormRNN(ChecksKeywords):
         refuse_script(self)
 
 
-def _walk(
+def _run_steps(
     kind: Equations, gx: Tensor, sizes: list[int], state: State, given: Weights, runs: list[Run] | None
 ) -> tuple[Tensor, State]:
-    """Step after step over the input terms (M, gates·H); sequences that end keep the state they have."""
+    """Run step after step over the input terms (M, gates·H); sequences that have ended keep their state."""
     outputs: list[Tensor] = []
     ended: list[State] = []
     for t, (part, size) in enumerate(zip(gx.split(sizes), sizes, strict=True)):

@@ -12,59 +12,59 @@ from keelnorm.nn.recurrent.recurrent_base import BatchNormRNN, Lengths
 class BatchNormLSTM(BatchNormRNN):
     """``torch.nn.LSTM`` with batch normalization, of the recurrence or of its input.
 
-    ``normalize="recurrent"``: with BN_t over the batch's sequences that still run at step t, and moments of its own for
-    each step,
+    ``normalize="recurrent"``: BN_t normalizes over the sequences that have a step t, with separate statistics for each
+    step:
 
         i, f, g, o = BN_t(W_ih x_t) + b_ih + BN_t(W_hh h_{t−1}) + b_hh        one BN each, γ only
         c_t = σ(f) ⊙ c_{t−1} + σ(i) ⊙ tanh(g)
         h_t = σ(o) ⊙ tanh(BN_t(c_t))                                          with γ and β
 
-    ``normalize="input"``: with BN over all steps of all sequences at once,
+    ``normalize="input"``: BN normalizes over all steps of all sequences at once:
 
         i, f, g, o = BN(W_ih x_t) + b_ih + W_hh h_{t−1} + b_hh,    c_t as above,    h_t = σ(o) ⊙ tanh(c_t)
 
-    In evaluation the running statistics normalize. Padding never enters a statistic.
+    In evaluation the running statistics normalize. Padding never counts.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: As in
             ``torch.nn.LSTM``; ``proj_size`` is 0.
         normalize: ``"recurrent"``, the default, or ``"input"``.
-        max_length: Steps with running statistics of their own; later steps take the last one's in evaluation, see
-            :class:`StepwiseBatchNorm`. For "recurrent" only. Default 100.
-        eps, momentum: Of the normalizations.
-        gamma: What γ is at the start; by default 0.1 for "recurrent" and 1 for "input".
-        initial_noise: In training, where no ``hx`` is given, h starts as normal noise of this standard deviation, drawn
-            anew each time, instead of 0 (the default). Against exploding gradients where the first steps of all
-            sequences are alike: their states are then alike too, and BN_t multiplies the gradient by γ/√ε a step.
+        max_length: Number of steps with separate running statistics; in evaluation later steps use those of the last
+            one, see :class:`StepwiseBatchNorm`. For "recurrent" only. Default 100.
+        eps, momentum: Options of the normalizations.
+        gamma: Initial value of γ; by default 0.1 for "recurrent" and 1 for "input".
+        initial_noise: Standard deviation of the initial h in training if no ``hx`` is given: normal noise, drawn for
+            each call. Default 0. It prevents exploding gradients if the first steps of all sequences are equal: their
+            states are then equal too, and BN_t multiplies the gradient by γ/√ε per step.
 
     Shape:
         ``layer(input, hx=None, *, mask=None, lengths=None) -> output, (h_n, c_n)``, shapes as ``torch.nn.LSTM``:
         (T, N, input_size), with ``batch_first`` (N, T, input_size), without a batch (T, input_size), or a
         PackedSequence, for which the output is one too. ``mask``, boolean, of the input's shape without features, or
-        ``lengths`` (N,) say which steps are there. Steps that are not leave the state as it is, and their output is 0;
-        only those that are there count as steps.
+        ``lengths`` (N,) say which steps are there. Other steps leave the state as it is, have the output 0, and do not
+        count as steps.
 
     State:
-        The parameters of ``torch.nn.LSTM`` by their names, so that its state_dict loads with ``strict=False``, and for
-        each layer and direction the normalizations ``norm_ih_l0``, ``norm_hh_l0``, ``norm_c_l0`` (``..._reverse``; for
+        The parameters of ``torch.nn.LSTM`` by their names, so its state_dict loads with ``strict=False``, and for each
+        layer and direction the normalizations ``norm_ih_l0``, ``norm_hh_l0``, ``norm_c_l0`` (``..._reverse``; for
         "input" the first alone, an ordinary ``kn.BatchNorm1d``). The backward direction counts steps from each
         sequence's end. A forward in training updates each running statistic once.
 
     Differs:
-        From ``torch.nn.LSTM`` by the normalization, ``mask`` and ``lengths``, and by having no projections.
+        From ``torch.nn.LSTM`` by the normalization, ``mask`` and ``lengths``; there are no projections.
 
     Numerics:
-        Gates and states are computed in float32 or wider, and returned in the input's dtype. A step at which one
-        sequence of several is left is normalized with the running statistics of that step.
+        Gates and states are computed in float32 or wider, and returned in the input's dtype. If only one sequence of
+        several has a step, the running statistics of that step normalize it.
 
     Cost:
         A loop over the steps in Python: several times the time of ``torch.nn.LSTM``. Per step and direction saved for
         the backward: the three normalizations' inputs and the gates.
 
     Raises:
-        TypeError, ValueError: for input that is not legal, and for a single sequence in training with "recurrent";
-            nothing has changed then.
-        RuntimeError: under ``torch.jit``.
+        TypeError, ValueError: The input is not legal, or one sequence in training with "recurrent"; nothing has changed
+            then.
+        RuntimeError: The layer runs under ``torch.jit``.
 
     Example:
         >>> layer = BatchNormLSTM(3, 5, batch_first=True)
@@ -88,7 +88,7 @@ class BatchNormLSTM(BatchNormRNN):
         mask: Tensor | None = None,
         lengths: Lengths | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-        """Output, and the state after each sequence's last step; see the class."""
+        """Return the output, and the state after each sequence's last step."""
         output, (h, c) = self._forward(input, hx, mask, lengths)
         return output, (h, c)
 
@@ -103,7 +103,8 @@ class BatchNormGRU(BatchNormRNN):
         n = tanh(BN_t(W_in x_t) + b_in + r ⊙ (BN_t(W_hn h_{t−1}) + b_hn))
         h_t = (1 − z) ⊙ n + z ⊙ h_{t−1}
 
-    ``normalize="input"``: with BN over all steps of all sequences for the terms of x_t, and none for those of h_{t−1}.
+    ``normalize="input"``: BN normalizes the terms of x_t over all steps of all sequences; those of h_{t−1} are not
+    normalized.
 
     Args, Shape, Differs, Numerics, Cost, Raises:
         As :class:`BatchNormLSTM`, with ``torch.nn.GRU`` for ``torch.nn.LSTM``; ``-> output, h_n``.
@@ -117,8 +118,8 @@ class BatchNormGRU(BatchNormRNN):
         (torch.Size([7, 4, 10]), torch.Size([2, 4, 5]))
 
     Source:
-        As :class:`BatchNormLSTM`, whose first source treats the LSTM, applied to the GRU of Cho et al. (2014),
-        arXiv:1406.1078, in torch's form; Amodei et al. use "input" with GRUs.
+        As :class:`BatchNormLSTM`, applied to the GRU of Cho et al. (2014), arXiv:1406.1078, in torch's form. The first
+        source there is about the LSTM; Amodei et al. use "input" with GRUs.
     """
 
     _kind = GRU
@@ -131,6 +132,6 @@ class BatchNormGRU(BatchNormRNN):
         mask: Tensor | None = None,
         lengths: Lengths | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
-        """Output, and the state after each sequence's last step; see the class."""
+        """Return the output, and the state after each sequence's last step."""
         output, (h,) = self._forward(input, hx, mask, lengths)
         return output, h

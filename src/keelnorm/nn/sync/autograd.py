@@ -41,6 +41,7 @@ class Synchronized(torch.autograd.Function):
         count: Tensor,
         call: Call,
     ) -> Tensor:
+        """Normalize x with the pooled moments ``saved``."""
         mean, _, rstd = saved
         y: Tensor = _run("apply", x, x, mean, rstd, weight, bias, residual, act=call.act)
         ctx.save_for_backward(x, weight, saved, count, *ops.gate_needs(call.act.code, residual, bias, y))
@@ -49,6 +50,7 @@ class Synchronized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients, with sums over all ranks."""
         x, weight, saved, count, bias, y, residual = ctx.saved_tensors
         need, call = ctx.needs_input_grad[:4], ctx.call
         if torch.is_grad_enabled() or dispatch.transformed():
@@ -77,11 +79,9 @@ def synchronized_backward(
     call: Call,
     need: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """dx, dresidual, dweight and dbias, each only if needed.
+    """Compute dx, dresidual, dweight and dbias, each only if ``need`` says so.
 
-    Args:
-        bias, y, residual: What ``ops.gate_needs`` keeps of them.
-        need: Which of the four are needed.
+    ``bias``, ``y`` and ``residual`` are what ``ops.gate_needs`` keeps of them.
     """
     act, group, what, step = call.act, call.group, call.what, call.step
     need_x, need_residual, need_weight, need_bias = need

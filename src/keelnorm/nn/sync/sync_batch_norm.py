@@ -158,6 +158,7 @@ class SyncBatchNorm(HasTooFew, Variant):
         return Normalization(state, weight, bias) if check_layer_call(x, weight, bias, state, self._ranks) else None
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        """Normalize with the moments of all ranks."""
         group, what = self._group(), type(self).__name__
         if group is None and mask is None:
             state = self._state()._replace(update=self.counts())

@@ -33,6 +33,7 @@ class SyncNormalization(Normalization):
     def run(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, act: Activation | None
     ) -> tuple[Tensor | None, Tensor]:
+        """As :meth:`Normalization.run`, with the moments of all ranks."""
         check_arguments(self.state.what, x, None, weight, bias, self.state, None, "others")
         total, saved, self.count = self.layer.pooled(x, None, self.group)
         y = None if act is None else self.apply(x, None, weight, bias, saved, act)
@@ -50,11 +51,14 @@ class SyncNormalization(Normalization):
         act: Activation,
         need: tuple[bool, bool, bool, bool],
     ) -> tuple[Tensor | None, ...]:
+        """As :meth:`Normalization.backward`, with sums over all ranks."""
         call = Call(act, self.group, self.state.what, dy.dtype, None)
         return synchronized_backward(dy, x, saved, self.count, weight, bias if act.code else None, y, None, call, need)
 
     def differentiable(self, *_: Any) -> Tensor:
+        """Raise: there is no second derivative."""
         refuse_second_derivative(self.state.what)
 
     def differentiable_backward(self, *_: Any) -> tuple[Tensor | None, ...]:
+        """Raise: there is no second derivative."""
         refuse_second_derivative(self.state.what)
