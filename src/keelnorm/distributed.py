@@ -42,8 +42,8 @@ def sync_statistics(
 
     State:
         ``running_mean``, ``running_var``, and ``num_batches_tracked``, which becomes the ranks' rounded average, so
-        that pooling again later counts no batch twice. A layer that no rank has trained stays as it is. A channel that is
-        not finite on a rank gets the values of the other ranks. On one rank, or without torch.distributed, nothing
+        that pooling again later counts no batch twice. A layer that no rank has trained stays as it is. A channel that
+        is not finite on a rank gets the values of the other ranks. On one rank, or without torch.distributed, nothing
         changes.
 
     Cost:

@@ -236,6 +236,7 @@ class Run:
     def __call__(
         self, x: Tensor, step: int, bias: Tensor | None, residual: Tensor | None = None, act: Activation = NONE
     ) -> Tensor:
+        """Normalize x at one step."""
         layer = self.layer
         row = min(step, layer.max_length - 1)
         batch = self._batch and x.shape[0] != 1
