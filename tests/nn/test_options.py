@@ -269,7 +269,7 @@ def test_numbers_that_make_nan(kind: type[nn.Module], name: str, value: Any, bac
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
 @layers
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_running_moments_have_no_gradient(kind: type[nn.Module], training: bool, name: str, backend: str) -> None:
+def test_running_statistics_have_no_gradient(kind: type[nn.Module], training: bool, name: str, backend: str) -> None:
     layer, x, needed = made(kind)
     layer.train(training)
     getattr(layer, name).requires_grad_()

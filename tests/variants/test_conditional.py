@@ -145,7 +145,7 @@ def test_a_modulation_of_the_wrong_width():
     assert layer.num_batches_tracked == 0
 
 
-def test_channels_are_checked_without_running_moments():
+def test_channels_are_checked_without_running_statistics():
     layer = ConditionalBatchNorm(C, num_classes=K, track_running_stats=False)
     with pytest.raises(ValueError, match=f"and the layer {C};"):
         layer(torch.randn(4, C + 1), condition=torch.zeros(4, dtype=torch.int64))

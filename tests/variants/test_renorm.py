@@ -153,7 +153,7 @@ def test_a_checkpoint_finds_its_corrections_again(use_reentrant):
     assert all(torch.equal(found, expected) for found, expected in zip(*outcomes, strict=True))
 
 
-def test_without_running_moments_it_is_batch_norm():
+def test_without_running_statistics_it_is_batch_norm():
     x = torch.randn(4, 3, 5)
     layer = BatchRenorm(3, track_running_stats=False, **FREE)
     expected = torch.nn.functional.batch_norm(x, None, None, training=True)
