@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from keelnorm.nn.recurrent.equations import GRU, LSTM
@@ -82,12 +82,12 @@ class BatchNormLSTM(BatchNormRNN):
 
     def forward(
         self,
-        input: Tensor | PackedSequence,
-        hx: tuple[Tensor, Tensor] | None = None,
+        input: torch.Tensor | PackedSequence,
+        hx: tuple[torch.Tensor, torch.Tensor] | None = None,
         *,
-        mask: Tensor | None = None,
+        mask: torch.Tensor | None = None,
         lengths: Lengths | None = None,
-    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+    ) -> tuple[torch.Tensor | PackedSequence, tuple[torch.Tensor, torch.Tensor]]:
         """Return the output, and the state after each sequence's last step."""
         output, (h, c) = self._forward(input, hx, mask, lengths)
         return output, (h, c)
@@ -126,12 +126,12 @@ class BatchNormGRU(BatchNormRNN):
 
     def forward(
         self,
-        input: Tensor | PackedSequence,
-        hx: Tensor | None = None,
+        input: torch.Tensor | PackedSequence,
+        hx: torch.Tensor | None = None,
         *,
-        mask: Tensor | None = None,
+        mask: torch.Tensor | None = None,
         lengths: Lengths | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
+    ) -> tuple[torch.Tensor | PackedSequence, torch.Tensor]:
         """Return the output, and the state after each sequence's last step."""
         output, (h,) = self._forward(input, hx, mask, lengths)
         return output, h
