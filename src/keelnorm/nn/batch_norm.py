@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,22 +15,12 @@ from keelnorm.engine.fusion.call import begin, passes_by
 from keelnorm.engine.fusion.scope import current
 from keelnorm.engine.masking import Padding, TooFew
 from keelnorm.engine.normalization_steps import Normalization, is_plain
-from keelnorm.functional import INSTEAD_OF_JIT, Options, check_layer_call, layer_batch_norm
+from keelnorm.functional import Options, check_layer_call, layer_batch_norm
 from keelnorm.moments import Weighting
-from keelnorm.nn._shared.constructor_errors import ChecksKeywords
-from keelnorm.nn._shared.skipped_updates import CountsSkipped
-from keelnorm.nn._shared.statistics_control import Controlled
+from keelnorm.nn._shared.layer_base import Layer
 from keelnorm.nn._shared.too_few_option import HasTooFew
 
 passes_by(__file__)
-
-
-def refuse_script(module: torch.nn.Module) -> NoReturn:
-    """Raise because torch.jit.script was asked for; modules call this in ``__prepare_scriptable__``."""
-    raise RuntimeError(
-        f"keelnorm.{type(module).__name__} does not go through torch.jit.script, which can't express what it fuses. "
-        f"{INSTEAD_OF_JIT}"
-    )
 
 
 def fx_node(layer: torch.nn.Module, x: Any, residual: Any, options: Options, **more: Any) -> Any:
@@ -58,12 +48,9 @@ def fx_node(layer: torch.nn.Module, x: Any, residual: Any, options: Options, **m
     return act.forward(tracer.create_proxy("call_module", tracer.path_of_module(layer), given, keywords))
 
 
-class FusedBatchNorm(ChecksKeywords, HasTooFew, Controlled, CountsSkipped):
+class FusedBatchNorm(HasTooFew, Layer):
     """What all drop-in layers share: the forward. State, constructor and state_dict are ``torch.nn``'s."""
 
-    #: Legal numbers of dimensions of the input; None for any from two on.
-    _ranks: tuple[int, ...] | None = None
-    #: Whether a result in training can wait for the operation that follows.
     defers_in_training = True
 
     def __init__(
@@ -79,8 +66,7 @@ class FusedBatchNorm(ChecksKeywords, HasTooFew, Controlled, CountsSkipped):
         bias: bool = True,
         too_few: TooFew = "error",
     ) -> None:
-        newer = {} if bias else {"bias": False}  # older versions of torch do not have it
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.set_too_few(too_few)
 
     def forward(  # type: ignore[override]
@@ -158,12 +144,6 @@ class FusedBatchNorm(ChecksKeywords, HasTooFew, Controlled, CountsSkipped):
         if x.is_inference() or not is_plain(weight) or not is_plain(bias):
             return None
         return Normalization(state, weight, bias) if check_layer_call(x, weight, bias, state, self._ranks) else None
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        """Do nothing: the forward checks its input itself."""
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        refuse_script(self)
 
 
 class BatchNorm(FusedBatchNorm):

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _LazyNormBase
 
 from keelnorm.engine.error_messages import describe
 from keelnorm.engine.masking import TooFew
+from keelnorm.nn._shared.layer_base import Layer
 from keelnorm.nn.batch_norm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, FusedBatchNorm
 
 
@@ -31,8 +32,8 @@ class _LazyFused(FusedBatchNorm):
         too_few: TooFew = "error",
     ) -> None:
         newer = {} if bias else {"bias": False}
-        # Skips FusedBatchNorm's constructor, which needs the number of channels.
-        super(FusedBatchNorm, self).__init__(eps, momentum, affine, track_running_stats, device, dtype, **newer)  # type: ignore[arg-type]
+        # Skips Layer's constructor, which needs the number of channels.
+        super(Layer, self).__init__(eps, momentum, affine, track_running_stats, device, dtype, **newer)  # type: ignore[arg-type]
         self.set_too_few(too_few)
         self.count_skipped()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,17 +22,15 @@ from keelnorm.engine.rollback import Unchanged
 from keelnorm.engine.running_statistics import averaged, update_running
 from keelnorm.functional import Options, check_layer_call, refuse_jit
 from keelnorm.moments import Moments, Weighting, check_weighting
-from keelnorm.nn._shared.constructor_errors import ChecksKeywords
-from keelnorm.nn._shared.skipped_updates import CountsSkipped
-from keelnorm.nn._shared.statistics_control import Controlled
-from keelnorm.nn.batch_norm import fx_node, refuse_script
+from keelnorm.nn._shared.layer_base import Layer
+from keelnorm.nn.batch_norm import fx_node
 
 passes_by(__file__)
 #: The key in a state_dict's metadata that says what running_var holds, if it is not the variance.
 OWN_SCALE = "running_var"
 
 
-class Variant(ChecksKeywords, Controlled, CountsSkipped):
+class Variant(Layer):
     """A batch normalization with a training forward of its own; constructor, state and evaluation are ``torch.nn``'s.
 
     A subclass implements :meth:`normalize_batch`, and adds buffers or arguments if it has any. In evaluation the
@@ -41,7 +39,6 @@ class Variant(ChecksKeywords, Controlled, CountsSkipped):
 
     Attributes:
         takes_mask: Whether a call may have a mask.
-        defers_in_training: Whether a result in training can wait for the operation that follows; in evaluation all can.
         own_data: Whose moments the running statistics are, if not those of all inputs of the layer; else None.
             Continues the sentence "keeps moments ...". Such a layer can't be recalibrated or adapted.
         own_scale: What ``running_var`` holds, if not the variance of the inputs; else None. Continues the sentence
@@ -51,31 +48,13 @@ class Variant(ChecksKeywords, Controlled, CountsSkipped):
         changed_by_forward: Names of plain attributes that a forward in training changes, besides buffers and deques.
     """
 
-    #: Legal numbers of dimensions of the input; None for any from two on.
-    _ranks: tuple[int, ...] | None = None
     #: What one value per channel is in training; see arguments.check_arguments.
     _too_few = "error"
     takes_mask: bool = False
-    defers_in_training: bool = False
     own_data: str | None = None
     own_scale: str | None = None
     own_evaluation: str | None = None
     changed_by_forward: tuple[str, ...] = ()
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        bias: bool = True,
-    ) -> None:
-        newer = {} if bias else {"bias": False}  # older versions of torch do not have it
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
 
     def forward(  # type: ignore[override]
         self,
@@ -240,9 +219,3 @@ class Variant(ChecksKeywords, Controlled, CountsSkipped):
     def _checked(self) -> State:
         """The state for check_arguments, with ``update`` as in torch.nn: variants update the statistics themselves."""
         return self._state()._replace(update=self.training and self.track_running_stats)
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        """Do nothing: the forward checks its input itself."""
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        refuse_script(self)

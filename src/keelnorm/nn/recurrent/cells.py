@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,7 @@ from torch import Tensor
 from keelnorm.engine.rollback import unchanged
 from keelnorm.functional import refuse_jit
 from keelnorm.moments import compute_dtype
-from keelnorm.nn._shared.constructor_errors import ChecksKeywords
-from keelnorm.nn.batch_norm import refuse_script
+from keelnorm.nn._shared.module_errors import KeelnormModule
 from keelnorm.nn.recurrent.equations import (
     GRU,
     LSTM,
@@ -30,7 +29,7 @@ from keelnorm.nn.recurrent.equations import (
 from keelnorm.nn.recurrent.stepwise import Run, check_step
 
 
-class _BatchNormCell(ChecksKeywords):
+class _BatchNormCell(KeelnormModule):
     """Base of both cells."""
 
     _kind: Equations
@@ -89,9 +88,6 @@ class _BatchNormCell(ChecksKeywords):
     def extra_repr(self) -> str:
         """The options, for the layer's repr."""
         return f"{self.input_size}, {self.hidden_size}" + ("" if self.bias else ", bias=False")
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        refuse_script(self)
 
 
 class BatchNormLSTMCell(_BatchNormCell):

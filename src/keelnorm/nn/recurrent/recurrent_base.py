@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,8 @@ from keelnorm.engine.error_messages import describe
 from keelnorm.engine.rollback import unchanged
 from keelnorm.functional import refuse_jit
 from keelnorm.moments import compute_dtype
-from keelnorm.nn._shared.constructor_errors import ChecksKeywords
-from keelnorm.nn.batch_norm import BatchNorm1d, refuse_script
+from keelnorm.nn._shared.module_errors import KeelnormModule
+from keelnorm.nn.batch_norm import BatchNorm1d
 from keelnorm.nn.recurrent.equations import (
     Equations,
     State,
@@ -38,7 +38,7 @@ Normalize = Literal["recurrent", "input"]
 Lengths = Tensor | Sequence[int]
 
 
-class BatchNormRNN(ChecksKeywords):
+class BatchNormRNN(KeelnormModule):
     """Base of both layers; they add the equations and the form of the state."""
 
     _kind: Equations
@@ -219,9 +219,6 @@ class BatchNormRNN(ChecksKeywords):
         return said + "".join(
             f", {name}={getattr(self, name)}" for name, value in usual.items() if getattr(self, name) != value
         )
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        refuse_script(self)
 
 
 def _run_steps(

@@ -1,22 +1,30 @@
-"""Errors for keywords that a layer's constructor does not take."""
+"""Errors of all modules: a keyword that the constructor does not take, and torch.jit.script."""
 
 from __future__ import annotations
 
 from inspect import Parameter, signature
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
+
+from keelnorm.functional import INSTEAD_OF_JIT
 
 T = TypeVar("T")
 
 
-class ChecksKeywords(torch.nn.Module):
-    """A module whose constructor names a wrong keyword, and tells whether it belongs to the call."""
+class KeelnormModule(torch.nn.Module):
+    """A module that refuses torch.jit.script, and whose constructor tells if a wrong keyword belongs to the call."""
 
     def __new__(cls: type[T], *args: Any, **keywords: Any) -> T:
         if keywords:
             _check(cls, keywords)
         return object.__new__(cls)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(
+            f"keelnorm.{type(self).__name__} does not go through torch.jit.script, which can't express what it fuses. "
+            f"{INSTEAD_OF_JIT}"
+        )
 
 
 def _check(kind: Any, keywords: dict[str, Any]) -> None:
