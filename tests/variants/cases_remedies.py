@@ -100,8 +100,6 @@ VARIANTS = [
         split,
         buffers=_AUXILIARY,
         dtypes=(torch.bfloat16, torch.float16),
-        unkept={
-            "test_running_statistics_are_the_batchs": "They are those of the first part."
-        },
+        unkept={"test_running_statistics_are_the_batchs": "They are those of the first part."},
     ),
 ]
