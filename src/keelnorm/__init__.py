@@ -50,7 +50,7 @@ from keelnorm.nn import (
     collect_reference,
     convert_domains,
     use_domain,
-    using_split,
+    use_split,
 )
 
 if TYPE_CHECKING:
@@ -144,14 +144,14 @@ __all__ = [
     "to_torch",
     "unfreeze",
     "use_domain",
-    "using_split",
+    "use_split",
 ]
 
 
-if not TYPE_CHECKING:  # for type checkers any name would then be there
+if not TYPE_CHECKING:  # else type checkers would accept any name
 
     def __getattr__(name: str) -> Any:
-        """keelnorm.surgery and what it has: imported when one of these is asked for."""
+        """Import keelnorm.surgery when it, or one of its names, is first used."""
         if name in __all__:
             surgery = import_module("keelnorm.surgery")
             return surgery if name == "surgery" else getattr(surgery, name)

@@ -1,4 +1,4 @@
-"""Statistics over the ranks of torch.distributed: a preflight for synchronized layers, and pooling on demand."""
+"""Several processes: the preflight of synchronized layers, and pooling of running statistics over ranks."""
 
 from __future__ import annotations
 
@@ -24,34 +24,35 @@ __all__ = ["preflight", "preflight_is_on", "sync_statistics"]
 def sync_statistics(
     model: torch.nn.Module, process_group: ProcessGroup | None = None, *, count: float | None = None
 ) -> None:
-    """Pool the running statistics of all batch normalizations of a model over the ranks; all end with the same buffers.
+    """Pool the running statistics of all batch normalizations of a model over the ranks.
 
-    Where each rank has its own running statistics, of its own batches, the pooled ones are those of all of them. With
-    the weights w of the ranks, per layer and channel:
+    Each rank has running statistics of its own batches; afterwards all ranks have those of all batches. With the
+    weights w of the ranks, per layer and channel:
 
         mean = Σ w·mean_r / Σw        var = Σ w·(var_r + (mean_r − mean)²) / Σw
 
-    The spread between the ranks' means is part of the variance, which an average of the ranks' variances lacks.
+    The variance includes the spread between the ranks' means, which an average of the ranks' variances lacks.
 
     Args:
-        model: Has the same batch normalizations on all ranks: every ``torch.nn.modules.batchnorm._BatchNorm`` that
-            has running statistics, keelnorm's included.
-        process_group: Default: all ranks.
-        count: What this rank's moments weigh: how many samples they stand for, say. Default: each layer's
-            ``num_batches_tracked``, or 1 where there is none.
+        model: A model with the same batch normalizations on all ranks: every ``torch.nn.modules.batchnorm._BatchNorm``
+            that has running statistics, keelnorm's included.
+        process_group: The ranks; default: all.
+        count: The weight of this rank, such as its number of samples. Default: each layer's ``num_batches_tracked``, or
+            1 if there is none.
 
     State:
-        ``running_mean``, ``running_var``, and ``num_batches_tracked``, which becomes the ranks' average, rounded:
-        pooling again later then counts no batch twice. A layer that no rank has trained stays as it is. A channel that
-        is not finite on a rank is left to the other ranks. On one rank, or without torch.distributed, nothing changes.
+        ``running_mean``, ``running_var``, and ``num_batches_tracked``, which becomes the ranks' rounded average, so
+        that pooling again later counts no batch twice. A layer that no rank has trained stays as it is. A channel that
+        is not finite on a rank gets the values of the other ranks. On one rank, or without torch.distributed, nothing
+        changes.
 
     Cost:
-        One collective for all layers together, after one that compares the layers.
+        Two collectives: one compares the layers, one pools all of them.
 
     Raises:
-        TypeError: the model is not a module.
-        ValueError: it has no batch norm.
-        RuntimeError: on every rank, where the ranks' models or counts don't fit together, before anything is changed.
+        TypeError: ``model`` is not a module.
+        ValueError: The model has no batch norm.
+        RuntimeError: The ranks' models or counts don't fit together; raised on every rank, before anything is changed.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
@@ -78,8 +79,8 @@ def sync_statistics(
     if not layers:  # on all ranks
         _check_some(found, model, what)
         return
-    # Only their ratios count; none below 1 is what Moments ask for.
-    unit = min((given for given, _ in notes if given), default=1.0) if count is not None else 1.0
+    # Only ratios of the weights matter; Moments need counts from 1 on.
+    unit = min((note.weight for note in notes if note.weight), default=1.0) if count is not None else 1.0
     weight = None if count is None else count / unit
     device = next(model.buffers()).device
     own = [_moments(layer, weight, device) for layer in layers.values()]
@@ -91,7 +92,7 @@ def sync_statistics(
         old = layer.running_mean, layer.running_var
         values = mean, m2 / known.where(known > 0, 1)
         new = [value.view_as(running).to(running) for running, value in zip(old, values, strict=True)]
-        # What a buffer in half precision can't store leaves the channel as it is.
+        # A channel whose values a half-precision buffer can't store stays as it is.
         good = (known > 0).view_as(new[0]).to(new[0].device) & new[0].isfinite() & new[1].isfinite()
         for running, value in zip(old, new, strict=True):
             running.copy_(torch.where(good, value, running))
@@ -107,13 +108,14 @@ def _check_some(layers: dict[str, _BatchNorm], model: torch.nn.Module, what: str
 
 
 class _Buffers(NamedTuple):
-    """What the ranks compare of a layer before they pool."""
+    """What the ranks compare of a layer before pooling."""
 
     shape: tuple[int, ...]
     batches: Any
 
     @classmethod
     def of(cls, layer: _BatchNorm) -> _Buffers:
+        """Describe a layer's buffers."""
         assert layer.running_mean is not None
         return cls(
             tuple(layer.running_mean.shape),
@@ -122,15 +124,16 @@ class _Buffers(NamedTuple):
 
 
 class _Note(NamedTuple):
-    """What a rank says before it pools."""
+    """What the ranks compare before pooling."""
 
     weight: float | None
     layers: dict[str, _Buffers]
 
 
 def _check_notes(notes: list[_Note], ranks: list[int], what: str) -> None:
-    """Raise on every rank, since all see the same notes."""
-    for rank, (count, layers) in zip(ranks, notes, strict=True):
+    """Raise if the ranks differ; all ranks see the same notes."""
+    for rank, note in zip(ranks, notes, strict=True):
+        count, layers = note.weight, note.layers
         if (count is None) != (notes[0].weight is None):
             raise RuntimeError(
                 f"{what}: count is given on all ranks or on none; rank {ranks[0]} has {notes[0].weight!r}, rank {rank} "
@@ -140,7 +143,12 @@ def _check_notes(notes: list[_Note], ranks: list[int], what: str) -> None:
             raise RuntimeError(f"{what}: count must be a number from 0 on; got {describe(count)} on rank {rank}")
         for name in [*notes[0].layers, *layers]:
             here, there = notes[0].layers.get(name), layers.get(name)
-            if here is None or there is None or here.shape != there.shape or (here[1] is None) != (there[1] is None):
+            if (
+                here is None
+                or there is None
+                or here.shape != there.shape
+                or (here.batches is None) != (there.batches is None)
+            ):
                 raise RuntimeError(
                     f"{what}: the models differ at {name!r}: rank {ranks[0]} has {_shown(here)}, rank {rank} "
                     f"{_shown(there)}. All ranks need the same batch normalizations"
@@ -155,7 +163,7 @@ def _shown(note: _Buffers | None) -> str:
 
 
 def _moments(layer: _BatchNorm, weight: float | None, device: torch.device) -> Moments:
-    """A layer's running statistics, of all its banks in a row; those that are not finite weigh nothing."""
+    """A layer's running statistics as moments, all rows in one; channels that are not finite have the weight 0."""
     assert layer.running_mean is not None and layer.running_var is not None
     mean, var = (running.to(device, wide_dtype(device)) for running in (layer.running_mean, layer.running_var))
     batches = layer.num_batches_tracked

@@ -38,7 +38,7 @@ def batch_norm(
     weighting: Weighting = "frequency",
     padding: Padding = "zero",
 ) -> Tensor:
-    """``activation(bn(x) + residual)`` in one fused operation.
+    """Compute ``activation(bn(x) + residual)`` in one fused operation.
 
     Per channel, over the M = N·S values of the batch or with the running statistics:
 
@@ -49,51 +49,52 @@ def batch_norm(
 
     Args:
         input: x, values of shape (N, C, *S), floating-point.
-        running_mean, running_var: Population moments (C,), updated in place when ``training``; both or neither. Needed
-            when not ``training``.
-        weight, bias: γ and β, shape (C,); ones and zeros where None.
-        training: Normalize with the batch's moments, else with the running ones.
-        momentum: Weight of the batch's moments in the update, PyTorch's sense.
+        running_mean: Shape (C,), or None. Updated in place if ``training``, and needed otherwise.
+        running_var: As ``running_mean``; both or neither.
+        weight: γ, shape (C,); None for ones.
+        bias: β, shape (C,); None for zeros.
+        training: Normalize with the batch's moments, else with the running statistics.
+        momentum: Weight of the batch in the update, in PyTorch's sense.
         eps: Added to the variance.
         activation: None; ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"elu"``, ``"silu"``, ``"gelu"``, ``"gelu_tanh"``,
             ``"hardswish"``, ``"hardsigmoid"``, ``"sigmoid"``, ``"tanh"``, ``"mish"`` or ``"softplus"``; or the module
-            of torch.nn for one of them, whose parameters are taken over (its ``inplace`` is not).
+            of torch.nn for one of them, whose parameters are used (but not its ``inplace``).
         residual: Added before the activation; of x's shape.
-        inplace: Write y into x's memory and keep y alone for the backward, which rebuilds x from it. For an activation
-            of None, leaky_relu (slope > 0) or elu (alpha > 0), and without a residual. Under torch.compile, torch.func
-            and forward-mode differentiation, and for tensor subclasses, it has no effect: the result is the same, and
-            x stays.
-        mask: Which values count, boolean, True for those: shape (N,) or (N, *S), the same for all channels; see
+        inplace: Write y into x's memory and save only y for the backward, which recomputes x from it. For an activation
+            of None, leaky_relu (slope > 0) or elu (alpha > 0), without a residual. Under torch.compile, torch.func and
+            forward-mode differentiation, and for tensor subclasses, it has no effect: the result is the same, and x
+            stays.
+        mask: True for values that count: boolean, shape (N,) or (N, *S), the same for all channels; see
             :func:`length_mask` for sequences. Moments and gradients are those of the values that count; the others may
-            be anything, NaN included, and have the gradient 0. A batch in which none counts changes nothing.
-        sample_weight: How much a value counts, floating-point, not negative, shape (N,) or (N, *S): the mean is
+            be anything, NaN included, and have the gradient 0. A batch in which no value counts changes nothing.
+        sample_weight: Weights of the values, floating-point, not negative, shape (N,) or (N, *S): the mean is
             Σw·x/Σw, the variance Σw·(x − mean)²/Σw. A value of weight 0 is normalized, but does not count.
-        weighting: What weights mean, which the unbiased variance depends on: ``"frequency"``, how often a value is
-            there, so that it is Σw·(x − mean)²/(Σw − 1), and Σw must be above 1; or ``"importance"``, how much it
-            matters beside the others, Σw·(x − mean)²/(Σw − Σw²/Σw), the same in any unit.
-        padding: What a mask leaves out comes out as: ``"zero"``, or ``"keep"`` for what it is in x, with its gradient.
+        weighting: Meaning of the weights, which decides the unbiased variance: ``"frequency"``, how often a value
+            occurs: Σw·(x − mean)²/(Σw − 1), and Σw must be above 1; or ``"importance"``, how much it matters relative
+            to the others: Σw·(x − mean)²/(Σw − Σw²/Σw).
+        padding: The output where the mask is False: ``"zero"``, or ``"keep"`` for the value of x, with its gradient.
 
     Shape:
         (N, C, *S) -> (N, C, *S)
 
     Differs:
-        From ``torch.nn.functional.batch_norm`` by ``activation``, ``residual`` and ``inplace``, and by keeping its
-        digits when the mean is large against the deviation.
+        From ``torch.nn.functional.batch_norm`` by the keyword arguments, and by accuracy when the mean is much larger
+        than the standard deviation.
 
     Numerics:
         Sums are taken in float32 or wider around a value near the mean and added up in float64. Native kernels give
-        the same bits for any number of threads. An activation is computed in the dtype of the sums.
+        bitwise equal results for any number of threads. An activation is computed in the dtype of the sums.
 
     Cost:
         float32, float64, bfloat16 and float16 on the CPU run on native kernels, which read x once from memory per
-        direction where a block of channels fits the cache. Saved for the backward: x, and with both a residual and an
-        activation y (relu) or the residual (others); in place y alone. Never a mask nor the normalized values. An x
-        that is neither contiguous nor channels-last is copied once.
+        direction if a block of channels fits the cache. Saved for the backward: x, and with both a residual and an
+        activation y (relu) or the residual (others); in place only y. The normalized values are not saved. An x that is
+        neither contiguous nor channels-last is copied once.
 
     Raises:
-        TypeError: a wrong type or dtype.
-        ValueError: a wrong shape, device or value; one value per channel in training; no statistics in inference.
-            The running statistics are then as before.
+        TypeError: An argument has a wrong type or dtype.
+        ValueError: A wrong shape, device or value; one value per channel in training; no statistics in inference. The
+            running statistics are then as before.
         RuntimeError: ``inplace`` for a leaf that requires a gradient, or for a view; a second derivative through
             ``inplace``; and, from torch, a backward after y was modified.
 
@@ -127,7 +128,7 @@ def batch_norm(
             padding=padding,
         )
     state = State(running_mean, running_var, None, training, training, momentum, eps)
-    options = Options(activation, inplace, mask, sample_weight, padding, weighting)
+    options = Options(activation, inplace, mask, sample_weight, weighting, padding)
     return layer_batch_norm(input, residual, weight, bias, state, options)
 
 
@@ -137,13 +138,10 @@ def moments(
     sample_weight: Tensor | None = None,
     weighting: Weighting = "frequency",
 ) -> Moments:
-    """Count, mean and sum of squared deviations per channel, as a mergeable :class:`~keelnorm.Moments`.
+    """Compute count, mean and sum of squared deviations per channel, as a mergeable :class:`~keelnorm.Moments`.
 
-    Args:
-        x: Values of shape (N, C, *S), floating-point.
-        mask: Which values count; see :meth:`keelnorm.Moments.from_tensor`, which this equals, on native kernels where
-            they apply. Where a gradient is asked for, the result is differentiable.
-        sample_weight, weighting: Of each value, and what that means; see there too.
+    The arguments and the result are those of :meth:`keelnorm.Moments.from_tensor`; native kernels run if no gradient is
+    asked for.
 
     Example:
         >>> moments(torch.tensor([[1.0, 5.0], [3.0, 5.0]])).mean.tolist()
@@ -171,14 +169,14 @@ def moments(
 
 
 class Options(NamedTuple):
-    """What a call asks besides normalizing; see :func:`batch_norm`."""
+    """The options of a call; see :func:`batch_norm`."""
 
     activation: ActivationLike = None
     inplace: bool = False
     mask: Tensor | None = None
     sample_weight: Tensor | None = None
-    padding: Padding = "zero"
     weighting: Weighting = "frequency"
+    padding: Padding = "zero"
 
 
 def layer_batch_norm(
@@ -191,10 +189,10 @@ def layer_batch_norm(
     ranks: tuple[int, ...] | None = None,
     too_few: str = "error",
 ) -> Tensor:
-    """What the function above and a layer's forward call; see :class:`keelnorm.BatchNorm`."""
+    """Run a call of :func:`batch_norm` or of a layer; see :class:`keelnorm.BatchNorm`."""
     what = state.what
     refuse_jit(what)
-    activation, inplace, mask, sample_weight, padding, weighting = options
+    activation, inplace, mask, sample_weight, weighting, padding = options
     if has_torch_function((x, residual)):
         return handle_torch_function(  # type: ignore[no-any-return]
             layer_batch_norm, (x, residual), x, residual, weight, bias, state, options, ranks, too_few
@@ -203,7 +201,7 @@ def layer_batch_norm(
     try:
         plain = _plainly_legal(x, residual, weight, bias, state, ranks)
     except (AttributeError, TypeError, RuntimeError):
-        plain = False  # something can't even be asked; what, is said next
+        plain = False  # an argument of a wrong type; check_arguments says which
     if not plain:
         check_arguments(what, x, residual, weight, bias, state, ranks, too_few)
         if state.training and x.numel() == x.shape[1] > 0:
@@ -224,7 +222,7 @@ def layer_batch_norm(
             return batch_norm_(x, weight, bias, state, act)
         return dispatch.batch_norm(x, residual, weight, bias, state, act)
     except RuntimeError:
-        if plain:  # what torch says of a tensor of a kind that it can't take is no help
+        if plain:  # torch's message about a kind of tensor that it can't take does not help
             check_arguments(what, x, residual, weight, bias, state, ranks, too_few)
         raise
 
@@ -232,7 +230,7 @@ def layer_batch_norm(
 def check_layer_call(
     x: Any, weight: Tensor | None, bias: Tensor | None, state: State, ranks: tuple[int, ...] | None
 ) -> bool:
-    """Whether a call is legal and nothing is special about it; else :func:`layer_batch_norm` knows what to say."""
+    """Whether a call is legal; if not, :func:`layer_batch_norm` raises the error."""
     if _plainly_legal(x, None, weight, bias, state, ranks):
         return True
     try:
@@ -243,7 +241,7 @@ def check_layer_call(
 
 
 def _plainly_legal(x: Any, residual: Any, weight: Any, bias: Any, state: State, ranks: tuple[int, ...] | None) -> bool:
-    """A quick look that clears the common case; the native operators check the rest before they write anything."""
+    """A quick check of the common case; the native operators check the rest before they write anything."""
     running_mean, running_var, momentum = state.running_mean, state.running_var, state.momentum
     batches, training = state.num_batches_tracked, state.training
     return (
@@ -266,17 +264,17 @@ def _plainly_legal(x: Any, residual: Any, weight: Any, bias: Any, state: State, 
     )
 
 
-#: What to do where torch.jit refuses a layer.
-BESIDE_JIT = (
+#: What to use instead of torch.jit.
+INSTEAD_OF_JIT = (
     "Use torch.export or torch.compile, or kn.to_torch(model) first, which puts torch.nn.BatchNorm* in the place of "
-    "every layer that is more than it in speed alone"
+    "every layer that computes the same"
 )
 
 
 def refuse_jit(what: str) -> None:
-    """Raise while torch.jit.trace records: it would keep the fused operators without their backward."""
+    """Raise under torch.jit.trace, which would record the fused operators without their backward."""
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise RuntimeError(
             f"{what} does not run under torch.jit.trace, which would record the fused operators without their "
-            f"backward. {BESIDE_JIT}"
+            f"backward. {INSTEAD_OF_JIT}"
         )

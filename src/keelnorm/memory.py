@@ -1,4 +1,4 @@
-"""Reuse of freed memory: large tensors come from pages that the process already has."""
+"""Reuse of freed memory: large tensors are allocated in pages that the process already has."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MIB = 1 << 20
 # The ends of the range over which glibc adjusts the thresholds by itself, on machines of 64 bits.
 MMAP_THRESHOLD, TRIM_THRESHOLD, MMAP_MAX = 32 * MIB, 64 * MIB, 65536
 
-#: Variables that set the same thresholds, which are then the user's and not ours to change.
+#: Environment variables that set the same thresholds; if one is set, they stay the user's.
 _VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 _TUNABLES = ("glibc.malloc.mmap_threshold", "glibc.malloc.mmap_max", "glibc.malloc.trim_threshold")
 
@@ -31,30 +31,30 @@ _warned = False
 
 
 class reuse_memory:  # noqa: N801 - reads as a verb, with or without `with`
-    """Keep the memory of freed tensors for the next ones: at once, and until the end of a ``with`` block or ``undo()``.
+    """Keep the memory of freed tensors for the next ones, until the end of a ``with`` block or ``undo()``.
 
-    glibc maps a tensor of more than 32 MiB afresh at every allocation and unmaps it when it is freed. The system then
-    has to zero each page anew, which costs more than the arithmetic of a batch norm. Inside, up to 2 GiB a tensor,
-    allocations come from memory that stays with the process. It may be nested: the outermost one counts.
+    glibc maps a tensor of more than 32 MiB at every allocation and unmaps it when it is freed. The system then has to
+    zero every page again, which costs more than the arithmetic of a batch norm. While this is active, tensors of up to
+    2 GiB are allocated in memory that stays with the process. It may be nested; the outermost one counts.
 
-    The first seven or so allocations of a size still take fresh memory: what aligning each leaves over is kept from
-    merging with its neighbours until the C library's cache of such pieces is full. Warm up before measuring.
+    About the first seven allocations of a size still use new memory: the remainders of their alignment do not merge
+    with neighboring free memory until the C library's cache of such pieces is full. Warm up before measuring.
 
-    It changes the whole process, takes memory as high as the peak until it is undone, and is never on by itself. What
-    it did is said at level INFO by the logger ``keelnorm``. Where it can't be had (a C library other than glibc,
-    another allocator, thresholds that the environment sets) nothing happens, and a warning says so once.
+    It changes the whole process, keeps memory at its peak until it is undone, and is never active by default. The
+    logger ``keelnorm`` reports changes at level INFO. If it is not available (a C library other than glibc, another
+    allocator, thresholds set by the environment) nothing happens, and a warning is issued once.
 
-    Afterwards free memory goes back to the system and the thresholds are 32 MiB (mapping) and 64 MiB (trimming). That
-    is the most that glibc reaches by itself, and not always what it was: glibc can't be asked, and stops adjusting
-    its thresholds once they have been set. Free ranges in the middle of the heap can serve later tensors even then, so
-    to compare with and without, measure without first, or in another process.
+    Afterwards free memory returns to the system, and the thresholds are 32 MiB (mapping) and 64 MiB (trimming). These
+    are the largest that glibc reaches by itself, not always the previous ones: glibc does not report its thresholds,
+    and stops adjusting them once they have been set. Free ranges in the middle of the heap can serve later tensors even
+    then. So to compare with and without, measure without first, or in another process.
 
     Attributes:
-        active: Whether memory is being reused on behalf of this object.
-        reason: Why it is, or why it is not.
+        active: Whether this object keeps the memory.
+        reason: Why, or why not.
 
     Warns:
-        RuntimeWarning: once in a process, where memory can't be reused.
+        RuntimeWarning: Once per process, if memory can't be reused.
 
     Example:
         >>> with reuse_memory() as reuse:
@@ -84,7 +84,7 @@ class reuse_memory:  # noqa: N801 - reads as a verb, with or without `with`
             _warn_once(self.reason)
 
     def undo(self) -> None:
-        """Give the memory back and set the thresholds to glibc's own; once, later calls do nothing."""
+        """Return the memory to the system and restore glibc's thresholds; a second call does nothing."""
         global _holders
         with _lock:
             if self.active:
@@ -107,7 +107,7 @@ class reuse_memory:  # noqa: N801 - reads as a verb, with or without `with`
 
 
 def is_active() -> bool:
-    """Whether memory is being reused on behalf of anybody."""
+    """Whether any object keeps the memory."""
     return _holders > 0
 
 
@@ -115,7 +115,7 @@ def obstacle() -> str | None:
     """Why memory can't be reused on this machine and in this environment; None if it can."""
     try:
         process = ctypes.CDLL(None)
-        process.gnu_get_libc_version, process.mallopt, process.malloc_trim  # noqa: B018 - only whether they are there
+        process.gnu_get_libc_version, process.mallopt, process.malloc_trim  # noqa: B018 - checks that they exist
     except (AttributeError, OSError, TypeError):
         return "the C library is not glibc"
     owner = _owner_of_allocations(process)
@@ -142,7 +142,7 @@ class _Symbol(ctypes.Structure):
 
 
 def _owner_of_allocations(process: ctypes.CDLL) -> str | None:
-    """The file that memory for tensors comes from: a preloaded allocator's, if there is one.
+    """The library that allocates tensors: a preloaded allocator, if there is one.
 
     torch calls posix_memalign. The address of malloc would mislead: in a program at fixed addresses, such as Debian's
     python3, it is a stub in the program itself.
@@ -157,7 +157,7 @@ def _owner_of_allocations(process: ctypes.CDLL) -> str | None:
 
 def _raise_thresholds() -> bool:
     process = ctypes.CDLL(None)
-    # Older releases refuse a threshold above 32 MiB, and take a limit of no mappings at all.
+    # Older releases refuse a threshold above 32 MiB, but accept a limit of 0 mappings.
     mapped = process.mallopt(M_MMAP_THRESHOLD, LARGEST_INT) or process.mallopt(M_MMAP_MAX, 0)
     return bool(mapped and process.mallopt(M_TRIM_THRESHOLD, NEVER))
 

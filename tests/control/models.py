@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 import keelnorm as kn
 from keelnorm.engine.activations import Activation
-from keelnorm.nn._shared.variant import Variant, normalize
+from keelnorm.nn._shared.normalize import normalize
+from keelnorm.nn._shared.variant import Variant
 
 
 class Plain(Variant):
     """The simplest variant: it normalizes with the moments of its batch."""
 
-    _masks = True
+    takes_mask = True
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
         moments = kn.Moments.from_tensor(x, mask)

@@ -74,7 +74,7 @@ def test_an_optimizer_with_momentum_and_old_gradients(warm, rank):
 
 
 @every_kind
-def test_it_normalizes_with_the_running_moments(warm, rank):
+def test_it_normalizes_with_the_running_statistics(warm, rank):
     x = data(rank)
     expected = warm.eval()(x)
     freeze(warm.train())
@@ -238,10 +238,10 @@ def test_errors(function):
         with pytest.raises(TypeError, match=rf"{function.__name__}: where takes a pattern .* got {came}"):
             function(model, where=where)
     with pytest.raises(
-        TypeError, match=rf"{function.__name__}: where is called with a path and its layer, which .* can't"
+        TypeError, match=rf"{function.__name__}: where is called with a path and its layer, but .* does not take these"
     ):
         function(model, where=lambda path: True)
-    with pytest.raises(ValueError, match=rf"{function.__name__}: where chose no batch norm\. .*'norm', 'last\.0'"):
+    with pytest.raises(ValueError, match=rf"{function.__name__}: where selects no batch norm\. .*'norm', 'last\.0'"):
         function(model, where=lambda path, layer: False)
     with pytest.raises(ValueError, match=rf"{function.__name__}: where=\[\] has no pattern"):
         function(model, where=[])
@@ -249,7 +249,7 @@ def test_errors(function):
 
 
 @pytest.mark.parametrize("library", [nn, kn], ids=["torch", "keelnorm"])
-def test_no_running_moments(library):
+def test_no_running_statistics(library):
     model = nn.Sequential(library.BatchNorm1d(3), library.BatchNorm1d(3, track_running_stats=False))
     with pytest.raises(ValueError, match=r"freeze: 1 has no running statistics .*statistics=False"):
         freeze(model)

@@ -41,7 +41,7 @@ def test_evaluation_inside(rank, kind):
         assert torch.equal(model(x), expected)
 
 
-def test_one_value_per_channel_by_the_running_moments():
+def test_one_value_per_channel_by_the_running_statistics():
     """The policy needs the running statistics, which a paused layer still has."""
     layer, x = kn.BatchNorm1d(3, too_few="running"), torch.randn(1, 3)
     layer(data(1))

@@ -176,7 +176,7 @@ def test_a_schedule_that_gives_no_momentum_changes_nothing(value: object) -> Non
 def test_nothing_to_set() -> None:
     with pytest.raises(ValueError, match="MomentumSchedule: there is no batch norm in Sequential"):
         MomentumSchedule(nn.Sequential(nn.Linear(2, 2)), lambda step: 0.1)
-    with pytest.raises(ValueError, match=r"where chose no batch norm\. The model's are: '1', '2', '3', '5'"):
+    with pytest.raises(ValueError, match=r"where selects no batch norm\. The model's are: '1', '2', '3', '5'"):
         MomentumSchedule(model_of(), lambda step: 0.1, where=lambda name, layer: False)
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
         MomentumSchedule([nn.BatchNorm1d(2)], lambda step: 0.1)

@@ -68,7 +68,7 @@ def test_the_rows_that_were_reported():
 
 class OnePart(kn.SplitBatchNorm):
     def forward(self, x):
-        with self.using(0):
+        with self.use_split(0):
             return super().forward(x)
 
 
@@ -96,7 +96,7 @@ def test_variants(kind, kernels):
 
 
 def test_ghost_batches_one_after_the_other():
-    layer, given = kn.GhostBatchNorm(C, 3, momentum=None, running="sequential"), batches()
+    layer, given = kn.GhostBatchNorm(C, 3, momentum=None, update="sequential"), batches()
     for x in given:
         layer(x)
     parts = [part for x in given for part in x.split(3)]

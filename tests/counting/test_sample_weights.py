@@ -1,4 +1,4 @@
-"""layer(x, sample_weight=...): a value counts as often as its weight says, or as much beside the others."""
+"""layer(x, sample_weight=...): a value counts as often as its weight says, or as much relative to the others."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ FOUR = (
 
 
 def one_process(case: Case, eps: float = 1e-5) -> dict[str, Tensor]:
-    """y, gradients, and the moments for the running ones, of the whole batch in float64, by the definition."""
+    """y, gradients, and the moments for the running statistics, of the whole batch in float64, by the definition."""
     batch = case.whole()
     mask = batch["mask"]
     counts = torch.ones_like(batch["x"], dtype=torch.bool) if mask is None else mask.unsqueeze(1).expand_as(batch["x"])

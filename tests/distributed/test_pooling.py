@@ -36,7 +36,7 @@ def same(states: list[dict[str, Tensor]]) -> bool:
     return all(torch.equal(state[k], states[0][k]) for state in states for k in states[0] if k.endswith(buffers))
 
 
-def test_running_moments_are_pooled_by_their_batches(ranks: Scenarios, states: list[dict[str, Tensor]]) -> None:
+def test_running_statistics_are_pooled_by_their_batches(ranks: Scenarios, states: list[dict[str, Tensor]]) -> None:
     found = [part["default"] for part in ranks("pooling")]
     assert same(found)
     assert_pooled(found[0], states, "bn", [1, 2, 3])
@@ -53,7 +53,7 @@ def test_pooling_again_changes_nothing(ranks: Scenarios) -> None:
             torch.testing.assert_close(part["repeated"][name], value, rtol=1e-6, atol=1e-7)
 
 
-def test_running_moments_are_pooled_by_given_counts(ranks: Scenarios, states: list[dict[str, Tensor]]) -> None:
+def test_running_statistics_are_pooled_by_given_counts(ranks: Scenarios, states: list[dict[str, Tensor]]) -> None:
     found = [part["given"] for part in ranks("pooling")]
     assert same(found)
     for layer in ("bn", "deep.0"):

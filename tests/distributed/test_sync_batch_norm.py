@@ -29,7 +29,7 @@ def assert_near(value: Tensor, right: Tensor, tolerance: float, what: str) -> No
 def assert_equals_one_process(case: Case, parts: list[dict[str, Any]], *, running: bool = True) -> None:
     right, tolerance = one_process(case), TOLERANCES[case.dtype]
     if case.offset > 100:
-        tolerance *= 2  # the rounding of x's centre enters the shift
+        tolerance *= 2  # the rounding of x's center enters the shift
     for rank, part in enumerate(parts):
         start, stop = case.bounds(rank)
         for name in ("y", "dx", "dresidual"):
@@ -188,7 +188,7 @@ def test_an_infinity_on_one_rank_leaves_the_other_channels_updated(ranks: Scenar
         torch.testing.assert_close(found["poisoned"], torch.tensor([0.2, 0.0]))
 
 
-def test_without_running_moments_training_synchronizes(ranks: Scenarios) -> None:
+def test_without_running_statistics_training_synchronizes(ranks: Scenarios) -> None:
     x = Case("odds and ends", (5, 11)).whole()["x"]
     right = F.batch_norm(x, None, None, training=True)
     assert_near(torch.cat([found["untracked"] for found in ranks("many")]), right, 1e-12, "y")

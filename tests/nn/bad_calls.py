@@ -31,13 +31,13 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "BatchRenorm": lambda: kn.BatchRenorm(C, r_max=2.0, d_max=1.0),
     "classes": lambda: kn.ConditionalBatchNorm(C, num_classes=2),
     "embedding": lambda: kn.ConditionalBatchNorm(
-        C, embedding_features=2, modulation=nn.Sequential(nn.Linear(2, 2 * C), nn.BatchNorm1d(2 * C))
+        C, embedding_dim=2, modulation=nn.Sequential(nn.Linear(2, 2 * C), nn.BatchNorm1d(2 * C))
     ),
     "CrossIterationBatchNorm": lambda: kn.CrossIterationBatchNorm(C, compensate=False),
     "compensating": lambda: kn.CrossIterationBatchNorm(C).attach(nn.Linear(2, C)),
     "DomainBatchNorm": lambda: kn.DomainBatchNorm(C, ["a", "b"], share_affine=False),
     "pooled ghosts": lambda: kn.GhostBatchNorm(C, 2),
-    "ghosts in sequence": lambda: kn.GhostBatchNorm(C, 3, running="sequential"),
+    "ghosts in sequence": lambda: kn.GhostBatchNorm(C, 3, update="sequential"),
     "L1BatchNorm": lambda: kn.L1BatchNorm(C),
     "MovingAverageBatchNorm": lambda: kn.MovingAverageBatchNorm(C, burn_in=0),
     "RangeBatchNorm": lambda: kn.RangeBatchNorm(C),

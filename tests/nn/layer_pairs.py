@@ -1,4 +1,4 @@
-"""keelnorm's layers beside torch.nn's: the pairs, the same step through both, and how results are compared."""
+"""keelnorm's layers against torch.nn's: the pairs, the same step through both, and how results are compared."""
 
 from __future__ import annotations
 

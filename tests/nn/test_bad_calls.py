@@ -67,11 +67,11 @@ def refused(layer: torch.nn.Module, call: object, words: str) -> None:
     assert state_of(layer) == before
 
 
-@pytest.mark.parametrize("running", ["pooled", "sequential"])
+@pytest.mark.parametrize("update", ["pooled", "sequential"])
 @pytest.mark.parametrize("name", ["x", "residual", "weight"])
-def test_ghosts_on_inference_tensors(name: str, running: str, backend: str) -> None:
+def test_ghosts_on_inference_tensors(name: str, update: str, backend: str) -> None:
     """The backward can't keep them, which is known before anything is counted."""
-    layer = kn.GhostBatchNorm(3, 2, running=running)
+    layer = kn.GhostBatchNorm(3, 2, update=update)
     with torch.inference_mode():
         made = torch.randn(4, 3)
     x, residual = torch.randn(4, 3, requires_grad=name != "x"), None
@@ -139,7 +139,7 @@ def test_an_exception_of_the_users_module() -> None:
             raise RuntimeError("the user's")
 
     modulation = torch.nn.Sequential(torch.nn.Linear(2, 6), torch.nn.BatchNorm1d(6), Fails())
-    layer = kn.ConditionalBatchNorm(3, embedding_features=2, modulation=modulation)
+    layer = kn.ConditionalBatchNorm(3, embedding_dim=2, modulation=modulation)
     refused(layer, lambda: layer(torch.randn(4, 3), condition=torch.randn(4, 2)), "the user's")
 
 

@@ -26,7 +26,7 @@ ARGUMENTS = {
     "DomainBatchNorm": {"domains": 2},
     "GhostBatchNorm": {"ghost_size": 2},
 }
-#: Buffers beside torch.nn's, which a variant's evaluation needs: they are in its state_dict.
+#: Buffers besides torch.nn's, which a variant's evaluation needs: they are in its state_dict.
 BUFFERS = {"WhiteningBatchNorm": ["running_cov"]}
 LAYERS = sorted(
     (found for found in vars(kn.nn).values() if inspect.isclass(found) and issubclass(found, _BatchNorm)),

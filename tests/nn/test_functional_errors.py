@@ -107,7 +107,7 @@ def test_it_is_x_that_does_not_fit(backend):
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_running_moments_have_no_gradient(name, training, backend):
+def test_running_statistics_have_no_gradient(name, training, backend):
     """As torch, which has none either; under no_grad nobody asks for one."""
     moments = {"running_mean": torch.zeros(C), "running_var": ones(C)}
     moments[name].requires_grad_()

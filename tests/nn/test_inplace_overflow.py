@@ -69,7 +69,7 @@ def test_y_overflows(memory_format, training, dtype, activation, backend):
 
 @asked
 @dtypes
-def test_running_moments_that_do_not_fit(dtype, activation, backend):
+def test_running_statistics_that_do_not_fit(dtype, activation, backend):
     """In evaluation the batch may be anywhere: all of a channel, or one value of it."""
     layer = layer_of(dtype).eval()
     x = torch.randn(16, 3, 4, 4)

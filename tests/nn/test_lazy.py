@@ -1,4 +1,4 @@
-"""Lazy layers beside torch.nn's."""
+"""Lazy layers against torch.nn's."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_within_a_model_it_trains() -> None:
     assert not torch.equal(model[1].weight, before)
 
 
-def test_in_evaluation_the_running_moments_stay() -> None:
+def test_in_evaluation_the_running_statistics_stay() -> None:
     layer = LazyBatchNorm1d().eval()
     layer(torch.randn(1, 5))
     assert torch.equal(layer.running_mean, torch.zeros(5))

@@ -88,7 +88,7 @@ TAKE_OVER = (
     lambda bn: kn.DomainBatchNorm.from_batch_norm(bn, 2),
     lambda bn: kn.DomainBatchNorm.from_batch_norm(bn, 2, share_affine=False),
     lambda bn: kn.ConditionalBatchNorm.from_batch_norm(bn, num_classes=3),
-    lambda bn: kn.ConditionalBatchNorm.from_batch_norm(bn, embedding_features=3),
+    lambda bn: kn.ConditionalBatchNorm.from_batch_norm(bn, embedding_dim=3),
 )
 
 
@@ -98,7 +98,7 @@ TAKE_OVER = (
 def test_variants_keep_options_or_refuse_them(take_over: Any, option: dict[str, Any], frozen: bool) -> None:
     bn = kn.BatchNorm2d(C, **option).train(not frozen).requires_grad_(not frozen)
     if "too_few" in option:
-        with pytest.raises(TypeError, match=r"too_few='.*', which would be lost; .*set_policy"):
+        with pytest.raises(TypeError, match=r"too_few='.*', which would be lost; .*set_too_few"):
             take_over(bn)
         return
     layer = take_over(bn)
@@ -163,7 +163,7 @@ def test_the_error_for_one_value_recommends_what_there_is() -> None:
     for layer in (kn.BatchNorm1d(C), kn.SyncBatchNorm(C)):
         with pytest.raises(ValueError, match="too_few='running' or 'skip'"):
             layer(torch.randn(1, C))
-        layer.set_policy("skip")
+        layer.set_too_few("skip")
         assert layer(torch.randn(1, C)).shape == (1, C)
 
 
@@ -269,7 +269,7 @@ def test_numbers_that_make_nan(kind: type[nn.Module], name: str, value: Any, bac
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
 @layers
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_running_moments_have_no_gradient(kind: type[nn.Module], training: bool, name: str, backend: str) -> None:
+def test_running_statistics_have_no_gradient(kind: type[nn.Module], training: bool, name: str, backend: str) -> None:
     layer, x, needed = made(kind)
     layer.train(training)
     getattr(layer, name).requires_grad_()
@@ -310,7 +310,7 @@ def test_calls_take_an_argument_or_name_it(kind: type[nn.Module], backend: str) 
         if kind in TAKES_ALL and name != "padding":
             assert layer(x.clone(), **needed, **{name: value}).shape == x.shape
             continue
-        if name == "mask" and layer._masks:
+        if name == "mask" and layer.takes_mask:
             continue  # below
         before = snapshot(layer)
         words = "padding must be one of" if name == "padding" else "has no meaning for this layer"
@@ -319,7 +319,7 @@ def test_calls_take_an_argument_or_name_it(kind: type[nn.Module], backend: str) 
         assert_untouched(layer, before)
 
 
-MASKED = [kind for kind in LAYERS if kind in TAKES_ALL or kind._masks]
+MASKED = [kind for kind in LAYERS if kind in TAKES_ALL or kind.takes_mask]
 
 
 @pytest.mark.parametrize("kind", MASKED, ids=lambda kind: kind.__name__)

@@ -32,7 +32,7 @@ REST = {
     "merge_statistics": ([1, 1],),
     "convert_domains": (2,),
     "use_domain": ("a",),
-    "using_split": (1,),
+    "use_split": (1,),
     "length_mask": (3,),
     "linear": (0.1,),
     "cosine": (0.1,),
@@ -187,9 +187,9 @@ NUMBERS: dict[str, Callable[[], Any]] = {
     "DomainBatchNorm: domains": lambda: kn.DomainBatchNorm(3, HUGE),
     "domains": lambda: kn.convert_domains(nn.Sequential(nn.BatchNorm1d(3)), HUGE),
     "use_domain": lambda: called_with(kn.use_domain, nn.Sequential(kn.DomainBatchNorm(3, 2)), HUGE),
-    "SplitBatchNorm: the parts are": lambda: called_with(kn.using_split, nn.Sequential(kn.SplitBatchNorm(3)), HUGE),
+    "SplitBatchNorm: the parts are": lambda: called_with(kn.use_split, nn.Sequential(kn.SplitBatchNorm(3)), HUGE),
     "num_classes": lambda: kn.ConditionalBatchNorm(3, HUGE),
-    "embedding_features": lambda: kn.ConditionalBatchNorm(3, embedding_features=HUGE),
+    "embedding_dim": lambda: kn.ConditionalBatchNorm(3, embedding_dim=HUGE),
     "WhiteningBatchNorm: iterations": lambda: kn.WhiteningBatchNorm(3, iterations=HUGE),
     "CrossIterationBatchNorm: window": lambda: kn.CrossIterationBatchNorm(3, window=HUGE),
     "length_mask: size": lambda: kn.functional.length_mask(torch.tensor([1]), HUGE),
@@ -235,7 +235,7 @@ def test_numbers_that_are_no_counts_may_be_large() -> None:
 @pytest.mark.parametrize("value", [1, 0, "1", "", None, X])
 def test_switches_are_true_or_false(value: Any) -> None:
     """``preflight("0")`` would be on."""
-    with pytest.raises(TypeError, match="preflight: on is True or False; got "):
+    with pytest.raises(TypeError, match="preflight: enabled is True or False; got "):
         kn.distributed.preflight(value)
     with pytest.raises(TypeError, match="autotune: enabled is True or False; got "):
         kn.kernels.autotune(value)

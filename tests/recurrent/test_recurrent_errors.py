@@ -105,7 +105,7 @@ def test_numbers_that_make_nan(option: dict, words: str, normalize: str) -> None
         assert all(torch.equal(a, b) for a, b in zip(layer.buffers(), before, strict=True))
 
 
-def test_eps_may_be_0_where_the_running_moments_normalize() -> None:
+def test_eps_may_be_0_where_the_running_statistics_normalize() -> None:
     y, _ = BatchNormLSTM(3, 4, eps=0.0).eval()(torch.randn(4, 2, 3))
     assert y.isfinite().all()
 

@@ -103,7 +103,7 @@ def test_nothing_valid_changes_nothing(make: type, normalize: str) -> None:
     assert_same_buffers(layer, copy)
 
 
-def test_one_sequence_left_is_normalized_by_the_running_moments() -> None:
+def test_one_sequence_left_is_normalized_by_the_running_statistics() -> None:
     layer = randomize(BatchNormLSTM(3, 4, max_length=6), trained=True)
     before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
     layer(torch.randn(6, 3, 3), lengths=[6, 3, 2])

@@ -23,7 +23,7 @@ def buffers(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("momentum", [0.3, None])
-def test_running_moments_of_the_input_term(momentum: float | None) -> None:
+def test_running_statistics_of_the_input_term(momentum: float | None) -> None:
     layer = BatchNormLSTM(3, 4, max_length=4, momentum=momentum, dtype=torch.float64)
     batches = [torch.randn(length, 5, 3, dtype=torch.float64) for length in (3, 6, 2)]
     mean, var = torch.zeros(4, 16, dtype=torch.float64), torch.ones(4, 16, dtype=torch.float64)
@@ -135,7 +135,7 @@ def test_a_checkpoint_updates_once(make: type, use_reentrant: bool) -> None:
         assert torch.equal(a.grad, b.grad)
 
 
-def test_an_exception_leaves_the_running_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_leaves_the_running_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = BatchNormLSTM(3, 4)
     before = buffers(layer)
     steps = 0

@@ -77,7 +77,7 @@ def one_class(channels: int, **keywords: Any) -> torch.nn.Module:
 
 
 def embedded(channels: int, **keywords: Any) -> torch.nn.Module:
-    return ConditionalBatchNorm(channels, embedding_features=5, **keywords)
+    return ConditionalBatchNorm(channels, embedding_dim=5, **keywords)
 
 
 def shared(channels: int, **keywords: Any) -> torch.nn.Module:
@@ -105,7 +105,7 @@ BANKS = "There is a row of running statistics for each domain, which learns from
 UNKEPT = {
     "test_training_updates_once": ROWS,
     "test_momentum_none_averages": ROWS,
-    "test_running_moments_are_the_batchs": BANKS,
+    "test_running_statistics_are_the_batchs": BANKS,
 }
 HALF = (torch.bfloat16, torch.float16)
 
@@ -137,6 +137,6 @@ VARIANTS = [
         masks=True,
         compiles="The samples are grouped by values of a tensor, on which the shapes then depend.",
         dtypes=HALF,
-        unkept={**UNKEPT, "test_a_poisoned_channel_keeps_its_running_moments": BANKS},
+        unkept={**UNKEPT, "test_a_poisoned_channel_keeps_its_running_statistics": BANKS},
     ),
 ]

@@ -61,7 +61,7 @@ def with_reference(channels: int, **keywords: Any) -> VirtualBatchNorm:
 
 
 def virtual(layer: VirtualBatchNorm, x: Tensor) -> Tensor:
-    """Salimans et al. (2016), arXiv:1606.03498, section 3.4: each sample beside the reference batch."""
+    """Salimans et al. (2016), arXiv:1606.03498, section 3.4: each sample with the reference batch."""
     C = x.shape[1]
     fixed = reference(C).to(x.dtype).movedim(1, 0).reshape(C, -1)
     values = torch.cat([fixed.expand(len(x), *fixed.shape), x.reshape(len(x), C, -1)], 2)
@@ -87,7 +87,7 @@ VARIANTS = [
         masks=True,
         compiles="The windows are kept in Python, one of them by the backward.",
         dtypes=(torch.bfloat16, torch.float16),
-        unkept={"test_running_moments_are_the_batchs": "They are 0 and the mean square: test_moving_average.py."},
+        unkept={"test_running_statistics_are_the_batchs": "They are 0 and the mean square: test_moving_average.py."},
     ),
     Variant(
         "VirtualBatchNorm",
@@ -96,7 +96,7 @@ VARIANTS = [
         masks=True,
         dtypes=(torch.bfloat16, torch.float16),
         unkept={
-            "test_running_moments_are_the_batchs": _OF_THE_REFERENCE,
+            "test_running_statistics_are_the_batchs": _OF_THE_REFERENCE,
             "test_training_updates_once": _OF_THE_REFERENCE,
             "test_momentum_none_averages": _OF_THE_REFERENCE,
             "test_one_value_per_channel": "With the reference's values it has a variance.",

@@ -10,17 +10,18 @@ import keelnorm as kn
 from keelnorm.engine.activations import Activation
 from keelnorm.moments import Moments
 from keelnorm.nn._shared import variant
+from keelnorm.nn._shared.normalize import normalize
 
 
 class PlainVariant(variant.Variant):
     """Normalizes with the batch's moments, by the parts that every variant is made of."""
 
-    _masks = True
+    takes_mask = True
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
         moments = Moments.from_tensor(x, mask)
         var = moments.m2 / moments.count.clamp(min=1)  # 0 where the mask leaves no value
-        y = variant.normalize(x, moments.mean, var, self.weight, self.bias, self.eps, residual, act)
+        y = normalize(x, moments.mean, var, self.weight, self.bias, self.eps, residual, act)
         self.update_running(moments)
         return y
 

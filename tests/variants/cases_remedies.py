@@ -72,7 +72,7 @@ def split(layer: SplitBatchNorm, x: Tensor) -> Tensor:
     if not layer.training:
         return affine(layer, by_batch(x, layer.eps) if layer.running_mean is None else by_running(layer, x))
     parts = x.split(len(x) // layer.num_splits)
-    owners = [layer] * len(parts) if layer.shared_affine else [layer, *layer.aux_bn]
+    owners = [layer] * len(parts) if layer.share_affine else [layer, *layer.aux_bn]
     return torch.cat([affine(owner, by_batch(part, layer.eps)) for owner, part in zip(owners, parts, strict=True)])
 
 
@@ -96,10 +96,10 @@ VARIANTS = [
     ),
     Variant(
         "SplitBatchNorm",
-        partial(SplitBatchNorm, shared_affine=True),
+        partial(SplitBatchNorm, share_affine=True),
         split,
         buffers=_AUXILIARY,
         dtypes=(torch.bfloat16, torch.float16),
-        unkept={"test_running_moments_are_the_batchs": "The first part's moments enter this layer's running ones."},
+        unkept={"test_running_statistics_are_the_batchs": "They are those of the first part."},
     ),
 ]

@@ -93,7 +93,7 @@ def grouped(channels: int, **keywords: Any) -> WhiteningBatchNorm:
     return WhiteningBatchNorm(channels, group_size=2 - channels % 2, iterations=7, **keywords)
 
 
-SQUARED_SCALE = {"test_running_moments_are_the_batchs": "running_var keeps the square of the scale, not a variance."}
+SQUARED_SCALE = {"test_running_statistics_are_the_batchs": "running_var keeps the square of the scale, not a variance."}
 
 VARIANTS = [
     Variant("whitening-zca", partial(WhiteningBatchNorm, method="zca"), partial(whitened, by_definition),

@@ -1,4 +1,4 @@
-"""Every variant of the ``cases_*.py`` beside this file, and the decorators that put a test to each of them."""
+"""Every variant of the ``cases_*.py`` next to this file, and the decorators that put a test to each of them."""
 
 from __future__ import annotations
 

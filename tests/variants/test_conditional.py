@@ -36,7 +36,7 @@ def step(layer, x, **keywords):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     ("kind", "condition"),
-    [({"num_classes": 1}, torch.zeros(6, dtype=torch.int64)), ({"embedding_features": E}, torch.ones(6, E).double())],
+    [({"num_classes": 1}, torch.zeros(6, dtype=torch.int64)), ({"embedding_dim": E}, torch.ones(6, E).double())],
     ids=["one class", "a new map"],
 )
 def test_starts_as_batch_norm(kind, condition, training):
@@ -80,7 +80,7 @@ def test_weights_of_classes_mix_rows():
 
 def test_a_module_of_the_users_predicts_the_changes():
     mlp = nn.Sequential(nn.Linear(E, 8), nn.ReLU(), nn.Linear(8, 2 * C)).double()
-    layer = trained(ConditionalBatchNorm(C, embedding_features=E, modulation=mlp, dtype=torch.float64))
+    layer = trained(ConditionalBatchNorm(C, embedding_dim=E, modulation=mlp, dtype=torch.float64))
     assert layer.modulation is mlp
     x, embedding = torch.randn(6, C, 4, dtype=torch.float64), torch.randn(6, E, dtype=torch.float64)
     embedding.requires_grad_()
@@ -98,7 +98,7 @@ def test_a_module_of_the_users_predicts_the_changes():
 
 
 def test_an_embedding_in_another_precision():
-    layer = ConditionalBatchNorm(C, embedding_features=E)
+    layer = ConditionalBatchNorm(C, embedding_dim=E)
     y = layer(torch.randn(4, C, 5).bfloat16(), condition=torch.randn(4, E).bfloat16())
     assert y.dtype == torch.bfloat16
 
@@ -124,14 +124,14 @@ def test_a_plain_checkpoint_gives_every_class_its_affine():
         ("num_classes", torch.tensor([0, 1, K, 2]), ValueError, f"0 to {K - 1}; got labels from 0 to {K}"),
         ("num_classes", torch.tensor([0, -1, 1, 2]), ValueError, "from -1 to 2"),
         ("num_classes", torch.rand(4, E), ValueError, rf"\(4, {K}\)"),
-        ("embedding_features", None, TypeError, "an embedding"),
-        ("embedding_features", torch.zeros(4, dtype=torch.int64), ValueError, "an embedding"),
-        ("embedding_features", torch.rand(4, K), ValueError, rf"\(4, {E}\)"),
-        ("embedding_features", torch.rand(E), ValueError, rf"\(4, {E}\)"),
+        ("embedding_dim", None, TypeError, "an embedding"),
+        ("embedding_dim", torch.zeros(4, dtype=torch.int64), ValueError, "an embedding"),
+        ("embedding_dim", torch.rand(4, K), ValueError, rf"\(4, {E}\)"),
+        ("embedding_dim", torch.rand(E), ValueError, rf"\(4, {E}\)"),
     ],
 )
 def test_a_condition_that_does_not_fit(kind, condition, error, says):
-    layer = trained(ConditionalBatchNorm(C, **{kind: {"num_classes": K, "embedding_features": E}[kind]}))
+    layer = trained(ConditionalBatchNorm(C, **{kind: {"num_classes": K, "embedding_dim": E}[kind]}))
     before = copy.deepcopy(layer.state_dict())
     with pytest.raises(error, match=f"ConditionalBatchNorm.*{says}"):
         layer(torch.randn(4, C, 5), condition=condition)
@@ -139,13 +139,13 @@ def test_a_condition_that_does_not_fit(kind, condition, error, says):
 
 
 def test_a_modulation_of_the_wrong_width():
-    layer = ConditionalBatchNorm(C, embedding_features=E, modulation=nn.Linear(E, C))
+    layer = ConditionalBatchNorm(C, embedding_dim=E, modulation=nn.Linear(E, C))
     with pytest.raises(ValueError, match=rf"\(4, {2 * C}\), Δγ and then Δβ; got .*\(4, {C}\)"):
         layer(torch.randn(4, C), condition=torch.randn(4, E))
     assert layer.num_batches_tracked == 0
 
 
-def test_channels_are_checked_without_running_moments():
+def test_channels_are_checked_without_running_statistics():
     layer = ConditionalBatchNorm(C, num_classes=K, track_running_stats=False)
     with pytest.raises(ValueError, match=f"and the layer {C};"):
         layer(torch.randn(4, C + 1), condition=torch.zeros(4, dtype=torch.int64))
@@ -155,7 +155,7 @@ def test_channels_are_checked_without_running_moments():
     "keywords",
     [
         {},
-        {"num_classes": K, "embedding_features": E},
+        {"num_classes": K, "embedding_dim": E},
         {"num_classes": 0},
         {"num_classes": 2.0},
         {"num_classes": K, "modulation": nn.Linear(E, 2 * C)},

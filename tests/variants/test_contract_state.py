@@ -124,7 +124,7 @@ def test_no_grad_updates_as_well(variant):
 
 
 @for_each_shape()
-def test_running_moments_are_the_batchs(variant, shape):
+def test_running_statistics_are_the_batchs(variant, shape):
     """With momentum 1 they are the mean and the unbiased variance of the batch, as torch.nn keeps them."""
     layer = layer_of(variant, shape, momentum=1.0)
     x = torch.randn(shape, dtype=torch.float64) * 2 + 3
@@ -136,7 +136,7 @@ def test_running_moments_are_the_batchs(variant, shape):
 
 @pytest.mark.parametrize("poison", [torch.inf, torch.nan], ids=str)
 @for_each_shape()
-def test_a_poisoned_channel_keeps_its_running_moments(variant, shape, poison):
+def test_a_poisoned_channel_keeps_its_running_statistics(variant, shape, poison):
     """The others are updated as if it were sound."""
     layer = layer_of(variant, shape)
     twin = copy.deepcopy(layer)

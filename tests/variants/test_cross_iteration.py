@@ -113,7 +113,7 @@ def test_forward_and_gradients(kind, rate):
     assert acted == (rate > 1)
 
 
-def test_running_moments_are_those_of_the_batches():
+def test_running_statistics_are_those_of_the_batches():
     net, plain = make(), nn.BatchNorm2d(6, dtype=torch.float64)
     for _ in range(4):
         data = batch()
@@ -233,7 +233,7 @@ def test_a_forward_without_gradients_uses_the_window_and_adds_nothing():
     assert not torch.allclose(quiet, net(data), rtol=1e-3)
 
 
-def test_evaluation_and_a_layer_without_running_moments():
+def test_evaluation_and_a_layer_without_running_statistics():
     net = make()
     for _ in range(3):
         train(net, batch())

@@ -128,7 +128,7 @@ def test_pooled_moments_are_the_whole_batchs(shape, momentum):
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def test_sequential_moments(shape):
     """As if each group had been a batch: η·(1 − η)^(G − i) for group i of G."""
-    layer = GhostBatchNorm(shape[1], 2, momentum=0.3, running="sequential", dtype=torch.float64)
+    layer = GhostBatchNorm(shape[1], 2, momentum=0.3, update="sequential", dtype=torch.float64)
     mean, var = layer.running_mean.clone(), layer.running_var.clone()
     x = torch.randn(shape, dtype=torch.float64)
     layer(x)
@@ -204,7 +204,7 @@ def test_a_residual_of_another_dtype():
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_infinite_stays_in_its_group_and_out_of_the_running_moments():
+def test_what_is_infinite_stays_in_its_group_and_out_of_the_running_statistics():
     x = torch.randn(6, 3, 130)
     clean = layer_for(3, 2, torch.float32)
     poisoned = copy.deepcopy(clean)
@@ -235,8 +235,8 @@ def test_errors():
     for size in (0, -2, 1.5, "8"):
         with pytest.raises(ValueError, match="ghost_size must be an integer"):
             GhostBatchNorm(3, size)
-    with pytest.raises(ValueError, match="'pooled' or 'sequential'"):
-        GhostBatchNorm(3, 2, running="mean")
+    with pytest.raises(ValueError, match=r"update must be one of \('pooled', 'sequential'\)"):
+        GhostBatchNorm(3, 2, update="mean")
 
 
 def test_merging_rows_is_merging():

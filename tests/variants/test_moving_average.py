@@ -307,5 +307,5 @@ def test_centring_refuses():
     with pytest.raises(TypeError, match=r"one layer of Linear, Conv1d, Conv2d, Conv3d; got ConvTranspose2d"):
         center_weights(nn.ConvTranspose2d(3, 3, 3))
     conv = center_weights(nn.Conv2d(3, 3, 3))
-    with pytest.raises(ValueError, match="centred already"):
+    with pytest.raises(ValueError, match="centered already"):
         center_weights(conv)

@@ -123,7 +123,7 @@ def test_nothing_is_read_out_of_a_tensor():
 
 def test_the_running_deviation():
     """σ ← σ + α(σ_B − σ) over several batches, and evaluation by σ."""
-    layer = layer_for(running="deviation", momentum=0.2, eps=0.1, r_max=3.0, d_max=5.0)
+    layer = layer_for(average="std", momentum=0.2, eps=0.1, r_max=3.0, d_max=5.0)
     mean, sigma = layer.running_mean.clone(), (layer.running_var + 0.1).sqrt()
     for _ in range(4):
         x = torch.randn(5, 3, 4, dtype=torch.float64) * 2 + 1
@@ -153,7 +153,7 @@ def test_a_checkpoint_finds_its_corrections_again(use_reentrant):
     assert all(torch.equal(found, expected) for found, expected in zip(*outcomes, strict=True))
 
 
-def test_without_running_moments_it_is_batch_norm():
+def test_without_running_statistics_it_is_batch_norm():
     x = torch.randn(4, 3, 5)
     layer = BatchRenorm(3, track_running_stats=False, **FREE)
     expected = torch.nn.functional.batch_norm(x, None, None, training=True)
@@ -180,7 +180,7 @@ def test_half_precision_parameters():
 
 
 @pytest.mark.parametrize("wrong", [{"r_max": 0.9}, {"r_max": "3"}, {"d_max": -1}, {"d_max": None},
-                                   {"r_max": float("nan")}, {"running": "std"}], ids=str)  # fmt: skip
+                                   {"r_max": float("nan")}, {"average": "range"}], ids=str)  # fmt: skip
 def test_wrong_arguments(wrong):
     with pytest.raises(ValueError, match=rf"BatchRenorm: {next(iter(wrong))} must be"):
         BatchRenorm(3, **wrong)

@@ -8,7 +8,7 @@ import torch
 from variants.cases_remedies import split
 
 import keelnorm as kn
-from keelnorm.nn.split import SplitBatchNorm, using_split
+from keelnorm.nn.split import SplitBatchNorm, use_split
 
 
 def layer_for(num_splits=2, dtype=torch.float64, **keywords):
@@ -50,13 +50,13 @@ def test_each_part_is_a_batch_norm_of_its_own(shape, num_splits):
             torch.testing.assert_close(own.get_buffer(name), theirs.get_buffer(name), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("shared_affine", [False, True], ids=["own", "shared"])
-def test_formula_and_gradcheck(shared_affine):
-    layer = layer_for(shared_affine=shared_affine)
+@pytest.mark.parametrize("share_affine", [False, True], ids=["own", "shared"])
+def test_formula_and_gradcheck(share_affine):
+    layer = layer_for(share_affine=share_affine)
     x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(layer(x), split(layer, x))
     names = [name for name, _ in layer.named_parameters()]
-    assert len(names) == (2 if shared_affine else 4)
+    assert len(names) == (2 if share_affine else 4)
 
     def function(x, *parameters):
         given = dict(zip(names, parameters, strict=True))
@@ -82,16 +82,16 @@ def test_channels_last_is_kept():
     torch.testing.assert_close(y, split(layer, x))
 
 
-@pytest.mark.parametrize("shared_affine", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("share_affine", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_using_one_part(index, shared_affine):
+def test_using_one_part(index, share_affine):
     """In training its moments alone take the batch in, whatever its size; in evaluation they normalize."""
-    layer = layer_for(3, shared_affine=shared_affine)
+    layer = layer_for(3, share_affine=share_affine)
     before = state_of(layer)
     x = torch.randn(5, 3, 4, dtype=torch.float64) + 3
     part = [layer, *layer.aux_bn][index]
-    affine = layer if shared_affine else part
-    with layer.using(index):
+    affine = layer if share_affine else part
+    with layer.use_split(index):
         found = layer(x)
     expected = torch.nn.functional.batch_norm(x, None, None, affine.weight, affine.bias, training=True)
     torch.testing.assert_close(found, expected)
@@ -99,7 +99,7 @@ def test_using_one_part(index, shared_affine):
     own = {prefix + name for name in ("running_mean", "running_var", "num_batches_tracked")}
     assert {name for name, value in layer.state_dict().items() if not torch.equal(value, before[name])} == own
     expected = torch.nn.functional.batch_norm(x, part.running_mean, part.running_var, affine.weight, affine.bias)
-    with layer.eval().using(index):
+    with layer.eval().use_split(index):
         torch.testing.assert_close(layer(x), expected)
 
 
@@ -111,10 +111,10 @@ def test_using_ends():
     def counts():
         return [int(part.num_batches_tracked) for part in (layer, *layer.aux_bn)]
 
-    with layer.using(2):
-        with layer.using(1):
+    with layer.use_split(2):
+        with layer.use_split(1):
             layer(x)
-        with pytest.raises(ValueError, match="dimensions"), layer.using(0):
+        with pytest.raises(ValueError, match="dimensions"), layer.use_split(0):
             layer(x[0])
         layer(x)
     assert counts() == [0, 1, 1]
@@ -126,7 +126,7 @@ def test_using_ends():
 def test_using_is_no_part_of_the_layer(copied):
     """A copy made inside splits its batch; blocks may end in another order."""
     layer = SplitBatchNorm(3)
-    first, second = layer.using(1), layer.using(0)
+    first, second = layer.use_split(1), layer.use_split(0)
     first.__enter__(), second.__enter__()
     other = copied(layer)
     first.__exit__(None, None, None)
@@ -141,15 +141,15 @@ def test_using_is_no_part_of_the_layer(copied):
 
 def test_using_split_in_a_model():
     model = torch.nn.Sequential(SplitBatchNorm(3), torch.nn.Sequential(torch.nn.ReLU(), SplitBatchNorm(3, 3)))
-    with using_split(model, 1) as same:
+    with use_split(model, 1) as same:
         assert same is model
         model(torch.randn(5, 3))
     assert [int(model[0].aux_bn[0].num_batches_tracked), int(model[1][1].aux_bn[0].num_batches_tracked)] == [1, 1]
-    with pytest.raises(ValueError, match=r"0 .* to 1; got 2"), using_split(model, 2):
+    with pytest.raises(ValueError, match=r"0 .* to 1; got 2"), use_split(model, 2):
         pass
     model(torch.randn(6, 3))
     assert int(model[1][1].num_batches_tracked) == 1
-    with pytest.raises(ValueError, match="no SplitBatchNorm in Linear"), using_split(torch.nn.Linear(1, 1), 1):
+    with pytest.raises(ValueError, match="no SplitBatchNorm in Linear"), use_split(torch.nn.Linear(1, 1), 1):
         pass
 
 
@@ -190,27 +190,27 @@ def test_state_dict_has_timms_names():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shared_affine", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("share_affine", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize("keywords", [{}, {"affine": False}, {"track_running_stats": False}, {"dtype": torch.float64},
                                       {"eps": 0.1, "momentum": None}], ids=str)  # fmt: skip
-def test_from_batch_norm(keywords, shared_affine, training):
+def test_from_batch_norm(keywords, share_affine, training):
     bn = torch.nn.BatchNorm1d(3, **keywords).train(training)
     with torch.no_grad():
         for value in bn.state_dict().values():
             value.copy_(torch.rand(value.shape) + 0.5 if value.is_floating_point() else torch.tensor(7))
     if bn.bias is not None:
         bn.bias.requires_grad_(False)
-    layer = SplitBatchNorm.from_batch_norm(bn, 3, shared_affine=shared_affine)
+    layer = SplitBatchNorm.from_batch_norm(bn, 3, share_affine=share_affine)
     assert layer.training == layer.aux_bn[1].training == training
     assert (layer.eps, layer.momentum, layer.num_splits) == (bn.eps, bn.momentum, 3)
     for name, value in bn.named_parameters():
         assert layer.get_parameter(name) is value
-        if not shared_affine:
+        if not share_affine:
             other = layer.aux_bn[1].get_parameter(name)
             assert torch.equal(other, value)
             assert other.requires_grad == value.requires_grad
             assert other.data_ptr() != value.data_ptr()
-    assert layer.aux_bn[0].affine == (bn.affine and not shared_affine)
+    assert layer.aux_bn[0].affine == (bn.affine and not share_affine)
     for name, value in bn.named_buffers():
         assert torch.equal(layer.get_buffer(name), value)
         assert torch.equal(layer.aux_bn[1].get_buffer(name), value)
@@ -226,5 +226,5 @@ def test_wrong_arguments():
     with pytest.raises(TypeError, match=r"from_batch_norm: takes over torch.nn.BatchNorm1d/2d/3d"):
         SplitBatchNorm.from_batch_norm(torch.nn.Linear(2, 2))
     for wrong in (-1, 2, None, 1.0):
-        with pytest.raises(ValueError, match="the parts are 0"), SplitBatchNorm(3).using(wrong):
+        with pytest.raises(ValueError, match="the parts are 0"), SplitBatchNorm(3).use_split(wrong):
             pass

@@ -1,4 +1,4 @@
-"""Virtual batch normalization against a loop over the samples, each put beside the reference batch."""
+"""Virtual batch normalization against a loop over the samples, each put with the reference batch."""
 
 import copy
 import pickle
@@ -45,7 +45,7 @@ def network(dtype=torch.float64):
 
 
 def by_hand(net, x, reference, *, detach):
-    """The network's output, the reference batch run beside x, normalized by its own moments."""
+    """The network's output, the reference batch run with x, normalized by its own moments."""
     for layer in net:
         if isinstance(layer, VirtualBatchNorm):
             seen = reference.detach() if detach else reference
@@ -137,7 +137,7 @@ def test_the_reference_pass_normalizes_as_batch_norm_does():
     torch.testing.assert_close(out, alone(net[3](hidden), net[4].weight, net[4].bias))
 
 
-def test_a_pass_in_evaluation_leaves_the_running_moments():
+def test_a_pass_in_evaluation_leaves_the_running_statistics():
     net = network().eval()
     state = copy.deepcopy(net.state_dict())
     with collect_reference(net):

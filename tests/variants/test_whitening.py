@@ -190,7 +190,7 @@ def test_gradients_where_two_channels_are_alike() -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.3, None])
-def test_running_moments(momentum: float | None) -> None:
+def test_running_statistics(momentum: float | None) -> None:
     layer = WhiteningBatchNorm(4, group_size=2, momentum=momentum, dtype=torch.float64)
     mean, cov = torch.zeros(4, dtype=torch.float64), torch.eye(2, dtype=torch.float64).repeat(2, 1, 1)
     for step in range(1, 4):
@@ -246,7 +246,7 @@ def test_a_poisoned_channel_leaves_its_group_alone(method: str, poison: float) -
     assert not torch.equal(layer.running_cov[0], torch.eye(2))
 
 
-def test_without_running_moments() -> None:
+def test_without_running_statistics() -> None:
     layer = WhiteningBatchNorm(3, track_running_stats=False, affine=False, method="zca", eps=1e-12).double().eval()
     assert not layer.state_dict()
     torch.testing.assert_close(covariance(layer(correlated(30, 3))), torch.eye(3, dtype=torch.float64))

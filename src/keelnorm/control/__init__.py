@@ -1,4 +1,4 @@
-"""Statistics under control: freezing, pausing and pooling, for keelnorm's and torch.nn's layers in any model."""
+"""Control of running statistics: freezing, pausing and pooling them, for keelnorm's and torch.nn's layers."""
 
 from keelnorm.control.accumulation import Accumulated, accumulate_statistics
 from keelnorm.control.freezing import Frozen, assert_frozen, freeze, frozen, unfreeze

@@ -1,4 +1,4 @@
-"""Batch norms that keep their statistics, their parameters, or both, whatever the training loop does."""
+"""Freezing: batch norms that keep their running statistics, their parameters, or both, in training too."""
 
 from __future__ import annotations
 
@@ -8,52 +8,50 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from keelnorm.control import layer_overrides
+from keelnorm.control import frozen_layer
 from keelnorm.control.layer_selection import Where, named, select, select_some
 
 
 class Frozen(NamedTuple):
-    """What of a layer is frozen.
+    """Which parts of a layer are frozen.
 
     Args:
-        statistics: The running statistics normalize, and ``train()`` does not change that.
-        affine: No parameter of the layer requires a gradient.
+        statistics: Whether the running statistics normalize, and ``train()`` does not change that.
+        affine: Whether no parameter of the layer requires a gradient.
     """
 
     statistics: bool
     affine: bool
 
 
-def freeze(model: torch.nn.Module, statistics: bool = True, affine: bool = True, *, where: Where = None) -> list[str]:
-    """Keep batch norms as they are: their statistics, their parameters, or both, until :func:`unfreeze`.
+def freeze(model: torch.nn.Module, *, statistics: bool = True, affine: bool = True, where: Where = None) -> list[str]:
+    """Freeze batch norms: their running statistics, their parameters, or both, until :func:`unfreeze`.
 
     With frozen statistics a layer computes y = (x − running_mean) / √(running_var + eps) · γ + β in training too, and
-    never updates its running statistics, though ``model.train()`` be called every epoch. Frozen parameters require no
-    gradient and have none, so that no optimizer changes them, by weight decay or momentum either.
+    never updates its running statistics, even if ``model.train()`` is called every epoch. Frozen parameters require no
+    gradient and have none, so no optimizer changes them, not even by weight decay or momentum.
 
     Args:
         model: A model, or a layer: keelnorm's, torch.nn's, and subclasses of them.
         statistics: Freeze the running statistics.
-        affine: Freeze γ and β, and whatever other parameters the layer has.
+        affine: Freeze γ and β, and all other parameters of the layer.
         where: A pattern for the layers' paths (``"layer1.*"``), a module's path, or several; None for all.
 
     Returns:
         The paths of the layers.
 
     State:
-        Parameters, buffers and state_dict stay as they are. What is frozen goes along with ``copy.deepcopy``,
-        ``pickle`` and ``torch.save`` of the module, and is in force in compiled models too. ``reset_running_stats`` of
-        a frozen layer does nothing, so that ``torch.optim.swa_utils.update_bn`` passes it over. Loading a state_dict
-        still sets the moments. Freezing twice is freezing once. No hook is set: ``kn.Sequential`` still fuses.
-        Whoever replaces the layer loses it: freeze after ``convert_sync_batchnorm``, and before
-        DistributedDataParallel, which takes note of the parameters that train. An assignment to ``layer.training`` gets
-        past it; :func:`assert_frozen` finds that.
+        Parameters, buffers and state_dict stay as they are. ``copy.deepcopy``, ``pickle`` and ``torch.save`` of the
+        module keep it frozen; compiled models respect it. ``reset_running_stats`` of a frozen layer does nothing, so
+        ``torch.optim.swa_utils.update_bn`` leaves it alone. Loading a state_dict still sets the running statistics.
+        Freezing twice is freezing once. No hook is set, so ``kn.Sequential`` still fuses. Replacing the layer undoes
+        it: freeze after ``convert_sync_batchnorm``, and before DistributedDataParallel, which records the parameters
+        that train. An assignment to ``layer.training`` bypasses it; :func:`assert_frozen` detects that.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: There is no batch norm, or none that ``where`` means; a layer has no running statistics, or none
-        yet.
-            The model is as before, as it is after an error in a layer's own code.
+        TypeError: ``model`` is not a module.
+        ValueError: The model has no batch norm, or ``where`` selects none; a layer has no running statistics, or none
+            yet. The model is then as before, as it is after an error in a layer's own code.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
@@ -68,28 +66,26 @@ def freeze(model: torch.nn.Module, statistics: bool = True, affine: bool = True,
 
     def change(layer: _BatchNorm) -> None:
         if statistics:
-            layer_overrides.hold_statistics(layer)
+            frozen_layer.freeze_statistics(layer)
         if affine:
-            layer_overrides.turn_off(layer)
+            frozen_layer.freeze_parameters(layer)
 
-    layer_overrides.all_or_none(layers, change)
+    frozen_layer.all_or_none(layers, change)
     return list(layers)
 
 
-def unfreeze(model: torch.nn.Module, statistics: bool = True, affine: bool = True, *, where: Where = None) -> list[str]:
-    """Undo :func:`freeze`, as a whole or in part.
+def unfreeze(model: torch.nn.Module, *, statistics: bool = True, affine: bool = True, where: Where = None) -> list[str]:
+    """Undo :func:`freeze`, wholly or in part.
 
-    Layers get the mode that was last asked of them by ``train()`` or ``eval()``, or had when they were frozen. Of the
-    parameters those require a gradient again that ``freeze`` had turned off; one that was off before stays off.
-
-    Args:
-        model, statistics, affine, where: As in :func:`freeze`.
+    Each layer gets the mode that ``train()`` or ``eval()`` last asked for, or that it had when it was frozen. The
+    parameters that ``freeze`` turned off require a gradient again; those that were off before stay off. The arguments
+    are those of :func:`freeze`.
 
     Returns:
-        The paths of the layers that were meant, frozen or not.
+        The paths of the selected layers, frozen or not.
 
     Raises:
-        As :func:`freeze`, save that a layer without running statistics is no error.
+        As :func:`freeze`, but a layer without running statistics is not an error.
 
     Example:
         >>> layer = torch.nn.BatchNorm1d(3)
@@ -102,16 +98,16 @@ def unfreeze(model: torch.nn.Module, statistics: bool = True, affine: bool = Tru
 
     def change(layer: _BatchNorm) -> None:
         if statistics:
-            layer_overrides.let_go_statistics(layer)
+            frozen_layer.unfreeze_statistics(layer)
         if affine:
-            layer_overrides.turn_on(layer)
+            frozen_layer.unfreeze_parameters(layer)
 
-    layer_overrides.all_or_none(layers, change)
+    frozen_layer.all_or_none(layers, change)
     return list(layers)
 
 
 def frozen(model: torch.nn.Module, *, where: Where = None) -> dict[str, Frozen]:
-    """What is frozen of each batch norm, by its path.
+    """Tell which parts of each batch norm are frozen, by its path.
 
     Example:
         >>> frozen(torch.nn.BatchNorm1d(3))
@@ -119,7 +115,7 @@ def frozen(model: torch.nn.Module, *, where: Where = None) -> dict[str, Frozen]:
     """
     return {
         path: Frozen(
-            layer_overrides.is_held(layer) and not layer.training,
+            frozen_layer.has_frozen_statistics(layer) and not layer.training,
             not any(parameter.requires_grad for parameter in layer.parameters()),
         )
         for path, layer in select("frozen", model, where).items()
@@ -127,19 +123,17 @@ def frozen(model: torch.nn.Module, *, where: Where = None) -> dict[str, Frozen]:
 
 
 def assert_frozen(
-    model: torch.nn.Module, statistics: bool = True, affine: bool = True, *, where: Where = None
+    model: torch.nn.Module, *, statistics: bool = True, affine: bool = True, where: Where = None
 ) -> list[str]:
-    """Raise unless the batch norms are frozen, as a test or a training script may want to make sure.
-
-    Args:
-        model, statistics, affine, where: As in :func:`freeze`.
+    """Raise unless the batch norms are frozen, for a test or the start of a run; the arguments are those of ``freeze``.
 
     Returns:
         The paths of the layers.
 
     Raises:
-        AssertionError: Names each layer that is not frozen, and what of it. It does not depend on Python's -O.
-        TypeError, ValueError: ``model`` is no module; there is no batch norm, or none that ``where`` means.
+        AssertionError: A layer is not frozen; the message names each, and what is not frozen. Raised with Python's -O
+            too.
+        TypeError, ValueError: ``model`` is not a module; it has no batch norm, or ``where`` selects none.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
@@ -158,11 +152,11 @@ def assert_frozen(
 
 
 def _unfrozen(layer: _BatchNorm, statistics: bool, affine: bool) -> list[str]:
-    """What is not frozen of a layer, in words."""
+    """What is not frozen in a layer, in words."""
     reasons = []
     if statistics and layer.running_mean is None:
         reasons.append("statistics: there are no running statistics")
-    elif statistics and not layer_overrides.is_held(layer):
+    elif statistics and not frozen_layer.has_frozen_statistics(layer):
         reasons.append("statistics: freeze has not been called")
     elif statistics and layer.training:
         reasons.append("statistics: training was set to True by assignment; call freeze again")

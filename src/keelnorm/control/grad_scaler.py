@@ -1,4 +1,4 @@
-"""Running statistics that forget the batches whose optimizer step a gradient scaler skips."""
+"""Gradient scalers: undo the running statistics' update where the scaler skips the optimizer step."""
 
 from __future__ import annotations
 
@@ -19,48 +19,51 @@ from keelnorm.control.layer_selection import Where, select_some
 from keelnorm.engine.error_messages import describe
 from keelnorm.engine.update_counts import SKIPPED
 from keelnorm.nn._shared.skipped_updates import CountsSkipped
+from keelnorm.nn._shared.variant import Variant
 
 
 class Scaler(Protocol):
-    """What is asked of a gradient scaler; ``torch.amp.GradScaler`` is one."""
+    """A gradient scaler, such as ``torch.amp.GradScaler``."""
 
-    def get_scale(self) -> float: ...
+    def get_scale(self) -> float:
+        """The present scale."""
+        ...
 
 
 @contextmanager
 def follow_scaler(
     model: torch.nn.Module, scaler: Scaler, optimizer: Optimizer | None = None, *, where: Where = None
 ) -> Iterator[list[str]]:
-    """Around one optimizer step: where the scaler skips it, the running statistics are as before the block.
+    """Restore the running statistics after the block if the scaler skipped the optimizer step inside.
 
-    A gradient scaler skips the step when a gradient is not finite, and lowers its scale. The weights then stay what
-    they were, but the forward has already counted the batch. A channel that itself held a NaN or an infinity is left
-    alone by keelnorm's layers without this (``skipped_updates``); the block also undoes what the batch did to the other
-    channels, and to ``torch.nn``'s layers.
+    A gradient scaler skips the step when a gradient is not finite, and lowers its scale. The weights then stay the
+    same, but the forward has already updated the running statistics. keelnorm's layers never update a channel with a
+    NaN or an infinity (``skipped_updates``); this block also undoes the update of the other channels, and of
+    ``torch.nn``'s layers.
 
     Args:
         model: A model, or a layer.
         scaler: Has ``get_scale()``, as ``torch.amp.GradScaler``. The block has to contain its ``update()``.
-        optimizer: Whose step it is about; None for those of the model's parameters. Several optimizers may share a
-            scaler: its scale becomes smaller when any of them is skipped, and a model whose own has stepped keeps what
-            it counted.
+        optimizer: The optimizer whose step is meant; None for those of the model's parameters. Several optimizers may
+            share a scaler, whose scale falls when any of them is skipped: a model whose own optimizer has stepped keeps
+            its running statistics.
         where: A pattern for the layers' paths, a module's path, or several; None for all.
 
     Returns:
         The paths of the layers, as the value of ``with``. Layers without running statistics are not among them.
 
     State:
-        The layers' buffers, and the windows of those that keep their last batches, are put back where the scale has
-        become smaller and the optimizer has not stepped; in a channel of keelnorm's layers where that changed
-        something, ``skipped_updates`` counts it. What :func:`accumulate_statistics` has pooled in the block is
-        forgotten. After an exception all is put back too: there was no step.
+        If the scale has fallen and the optimizer has not stepped, the layers' buffers and their windows of recent
+        batches are restored, and ``skipped_updates`` of keelnorm's layers counts the channels where that changed
+        something. Moments that :func:`accumulate_statistics` pooled in the block are dropped. After an exception
+        everything is restored too: there was no step.
 
     Cost:
         A copy of the buffers, and two calls of ``get_scale``, which wait for the device, as the scaler's ``step`` does.
 
     Raises:
-        TypeError, ValueError: ``model`` is no module, ``scaler`` no scaler, ``optimizer`` no optimizer; there is no
-            batch norm, or none that ``where`` means.
+        TypeError, ValueError: ``model``, ``scaler`` or ``optimizer`` is of another type; the model has no batch norm,
+            or ``where`` selects none.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
@@ -96,16 +99,16 @@ def follow_scaler(
             before.clear()
     finally:
         for each in before:
-            each.put_back()
+            each.restore()
 
 
 @contextmanager
 def _noting_steps(parameters: Iterable[Tensor]) -> Iterator[list[Optimizer]]:
-    """The optimizers that change one of the parameters inside the block, as they do so."""
+    """Collect the optimizers that step inside the block and hold one of the parameters."""
     meant, stepped = {id(parameter) for parameter in parameters}, list[Optimizer]()
 
     def note(optimizer: Optimizer, *_: Any) -> None:
-        # Fused optimizers are called at all events, and look at this themselves.
+        # Fused optimizers are called even if the step is skipped, and check this themselves.
         skips = getattr(optimizer, "found_inf", None)
         changed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not meant.isdisjoint(changed) and (skips is None or not bool(skips)):
@@ -119,13 +122,13 @@ def _noting_steps(parameters: Iterable[Tensor]) -> Iterator[list[Optimizer]]:
 
 
 class _Before:
-    """What a layer had counted when this was made."""
+    """A snapshot of what a layer counts: buffers, counts, windows and pool."""
 
     def __init__(self, layer: _BatchNorm) -> None:
         control = control_of(layer)
         self.layer, self._pool = layer, None if control is None else control.pool
         self._moments = None if self._pool is None else self._pool.moments
-        #: A lazy layer has counted nothing, and has buffers later.
+        #: A lazy layer has no buffers yet.
         self._lazy = _is_lazy(layer)
         self._buffers = {
             name: value.clone() for name, value in layer._buffers.items() if value is not None and not self._lazy
@@ -133,16 +136,17 @@ class _Before:
         counts = layer.update_counts() if isinstance(layer, CountsSkipped) else None
         self._counts = None if counts is None else counts.clone()
         self._kept = {name: list(value) for name, value in vars(layer).items() if isinstance(value, deque)}
-        self._burning_in = vars(layer).get("_burning_in")
+        changed = layer.changed_by_forward if isinstance(layer, Variant) else ()
+        self._attributes = {name: getattr(layer, name) for name in changed}
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
+        """Put everything back, and count it in ``skipped_updates``."""
         layer = self.layer
         if self._pool is not None:
             self._pool.moments = self._moments
-        if self._burning_in is not None:
-            vars(layer)["_burning_in"] = self._burning_in
+        vars(layer).update(self._attributes)
         for name, kept in self._kept.items():
-            window = vars(layer)[name]  # the same one: a backward may still hold it
+            window = vars(layer)[name]  # in place: a backward may still hold it
             window.clear()
             window.extend(kept)
         if self._lazy:
@@ -154,7 +158,7 @@ class _Before:
             if counts is not None and self._counts is not None:
                 mean, var = (getattr(layer, name) for name in ("running_mean", "running_var"))
                 counts[SKIPPED] += (mean != self._buffers["running_mean"]) | (var != self._buffers["running_var"])
-                counts[SKIPPED + 1 :] = self._counts[SKIPPED + 1 :]  # those of the average
+                counts[SKIPPED + 1 :] = self._counts[SKIPPED + 1 :]  # the counts of the cumulative average
             for name, values in self._buffers.items():
                 getattr(layer, name).copy_(values)
 

@@ -1,4 +1,4 @@
-"""How blocks reach a layer: keelnorm's ask their control themselves, around torch.nn's stand two hooks that do."""
+"""How blocks reach a layer: keelnorm's layers read their control themselves, torch.nn's get two hooks that do."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from keelnorm.functional import moments as moments_of
 from keelnorm.moments import Moments
 from keelnorm.nn._shared.statistics_control import Control, Controlled
 
-#: What a running layer has set: its flag, and its look at the input.
+#: The attributes that the hooks replace during a call: the flag, and the check of the input.
 _FLAG, _CHECK = "track_running_stats", "_check_input_dim"
-#: For what several threads' blocks and forwards change.
+#: Guards what blocks and forwards of several threads change.
 _lock = threading.RLock()
 
 
 def control_of(layer: _BatchNorm) -> Control | None:
-    """What the blocks that are open ask of the layer."""
+    """The layer's control while a block is open, else None."""
     if isinstance(layer, Controlled):
         return layer._control
     around = _around(layer)
@@ -33,7 +33,7 @@ def control_of(layer: _BatchNorm) -> Control | None:
 
 
 def updating(layers: dict[str, _BatchNorm]) -> dict[str, _BatchNorm]:
-    """The layers that have running statistics and update them in training, or would without an open block."""
+    """The layers that update running statistics in training, or would without an open block."""
     return {path: layer for path, layer in layers.items() if layer.running_mean is not None and _tracks(layer)}
 
 
@@ -44,7 +44,7 @@ def _tracks(layer: _BatchNorm) -> bool:
 
 @contextmanager
 def controlled(layer: _BatchNorm) -> Iterator[Control]:
-    """Inside, the layer has a control. Blocks may end in any order."""
+    """Give the layer a control inside the block. Blocks may end in any order."""
     with _lock:
         control = control_of(layer) or _attach(layer)
         control.blocks += 1
@@ -58,8 +58,8 @@ def controlled(layer: _BatchNorm) -> Iterator[Control]:
 
 
 @contextmanager
-def held_off(layers: Iterable[_BatchNorm]) -> Iterator[None]:
-    """The layers leave their running statistics alone inside the block."""
+def paused(layers: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Keep the layers from updating their running statistics inside the block."""
     layers = list(layers)
     with ExitStack() as stack:
         if not all(isinstance(layer, Controlled) for layer in layers):
@@ -82,14 +82,14 @@ def _attach(layer: _BatchNorm) -> Control:
         vars(layer)["_control"] = control
     else:
         around = _Around(control)
-        # A lazy layer's own hook comes before, which makes what there is to track.
+        # A lazy layer's own hook runs first and creates the running statistics.
         layer.register_forward_pre_hook(around.before, with_kwargs=True)
         layer.register_forward_hook(around.after, prepend=True, with_kwargs=True, always_call=True)
     return control
 
 
 def _detach(layer: _BatchNorm, control: Control) -> None:
-    # Whichever way it was reached: its class may have been changed meanwhile.
+    # Both ways are undone: the layer's class may have changed meanwhile.
     if vars(layer).get("_control") is control:
         del vars(layer)["_control"]
     around = _around(layer)
@@ -103,7 +103,7 @@ def _around(layer: Module) -> _Around | None:
 
 
 class _Seen(threading.local):
-    """What a thread's call has shown so far; None where it does not count."""
+    """What a thread's call has normalized so far; None if the call does not count."""
 
     moments: list[Moments] | None = None
     looked = False
@@ -112,27 +112,28 @@ class _Seen(threading.local):
 
 
 class _Around:
-    """The hooks of a layer whose forward asks its flag alone: it is off during each call, and what it was elsewhere.
+    """The two hooks of a torch.nn layer: ``track_running_stats`` is off during each call, and restored after it.
 
-    Meanwhile the layer's check of its input shows what is normalized, which a subclass may have made of what it was
-    given. A forward that never checks is taken to normalize its first argument.
+    The layer's check of its input shows the tensor that is normalized, which in a subclass may differ from the
+    argument. A forward without that check is taken to normalize its first argument.
 
     Args:
-        control: What is asked; None in a copy of the layer, where the hooks take themselves off at the first call.
+        control: The layer's control; None in a copy of the layer, where the hooks remove themselves at the first call.
     """
 
     def __init__(self, control: Control | None = None) -> None:
         self.control = control
-        #: For each layer that is running (a replica of it may be, in another thread): how often, and its attributes.
+        #: For each running layer (replicas may run in other threads): the number of calls, and its own attributes.
         self._running: dict[_BatchNorm, tuple[int, dict[str, Any]]] = {}
         self._seen = _Seen()
 
     def tracks(self, layer: _BatchNorm) -> bool:
-        """The layer's flag, as the user set it."""
+        """The layer's flag as the user set it."""
         attributes = self._running[layer][1] if layer in self._running else vars(layer)
         return bool(attributes[_FLAG])
 
     def before(self, layer: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """The forward pre-hook: switch the flag off, and watch the layer's check of its input."""
         if self.control is None:
             self.remove(layer)
             return
@@ -156,7 +157,7 @@ class _Around:
             self._seen.moments.append(moments_of(x.detach()))
 
     def after(self, layer: Any, inputs: tuple[Any, ...], keywords: dict[str, Any], result: Any) -> None:
-        """Take what the forward has normalized, now that it has not raised."""
+        """The forward hook: restore the flag, and pool the moments of what was normalized."""
         with _lock:
             if layer in self._running:
                 self._leave(layer)
@@ -168,7 +169,7 @@ class _Around:
             if not isinstance(x, Tensor) or _version(x) != self._seen.version:
                 raise RuntimeError(
                     f"accumulate_statistics: a {type(layer).__name__} has a forward of its own that overwrites its "
-                    "input, so what it normalized can't be told. Leave it out by where="
+                    "input, so its moments can't be computed. Leave it out by where="
                 )
             moments.append(moments_of(x.detach(), keywords.get("mask")))
         for each in moments:
@@ -183,7 +184,7 @@ class _Around:
             vars(layer).update(own)
 
     def remove(self, layer: Module) -> None:
-        """Take the hooks off a layer; an interrupted call may have left its flag off."""
+        """Remove the hooks from a layer, and restore the flag of an interrupted call."""
         for owner, (_, own) in list(self._running.items()):
             self._running[owner] = 1, own
             self._leave(owner)

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.engine.error_messages import check_module, describe
 
-#: None for all; a pattern for paths, or several; or a function of a path and its layer that says whether it is meant.
+#: None for all layers; a pattern for paths, or several; or a function of a path and its layer that selects it.
 Where: TypeAlias = str | Iterable[str] | Callable[[str, _BatchNorm], bool] | None
 
 
@@ -23,27 +23,27 @@ def _is_layer(module: Module) -> bool:
 def select(
     what: str, model: Module, where: Where, is_layer: Callable[[Module], bool] = _is_layer
 ) -> dict[str, _BatchNorm]:
-    """The batch norms of ``model`` that ``where`` names, by their paths; each once, in the model's order.
+    """Select batch norms of a model by their paths; each once, in the model's order.
 
     Args:
         what: What was called, the first words of an error.
         model: A model, or a layer itself, whose path is "".
-        where: None for all. A pattern is matched against the layers' paths as in fnmatch, where ``*`` also takes dots;
-            without wildcards it may also be the path of a module, and means all layers in it. A function is called with
-            each path and layer.
-        is_layer: Which modules are batch norms.
+        where: None for all. A pattern is matched against the layers' paths as by fnmatch, where ``*`` also matches
+            dots; without wildcards it may also be a module's path, and selects all layers in it. A function is called
+            with each path and layer.
+        is_layer: Tells which modules are batch norms.
 
     Raises:
-        TypeError: ``model`` is no module, or ``where`` none of these.
-        ValueError: A pattern matches no layer, or a function chooses none; there is no pattern.
+        TypeError: ``model`` is not a module, or ``where`` is none of these.
+        ValueError: A pattern matches no layer, a function selects none, or the list of patterns is empty.
     """
     check_module(what, model)
-    # A layer that hangs in the model twice can be meant by either path.
+    # A layer that stands in the model twice can be selected by either path.
     paths = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if is_layer(module)]
     if where is not None and callable(where) and not isinstance(where, type | Module):
         chosen = _chosen_by(what, where, paths)
         if not chosen:
-            raise ValueError(f"{what}: where chose no batch norm. {_listed(paths)}")
+            raise ValueError(f"{what}: where selects no batch norm. {_listed(paths)}")
         paths = chosen
     elif where is not None:
         patterns = _patterns(what, where)
@@ -58,10 +58,10 @@ def select(
 
 
 def select_some(what: str, model: Module, where: Where) -> dict[str, _BatchNorm]:
-    """As :func:`select`, for what would do nothing, and say nothing, on a model without batch norms.
+    """As :func:`select`, but a model without batch norms is an error too.
 
     Raises:
-        ValueError: Also where the model has none.
+        ValueError: Also if the model has no batch norm.
     """
     layers = select(what, model, where)
     if not layers:
@@ -70,7 +70,7 @@ def select_some(what: str, model: Module, where: Where) -> dict[str, _BatchNorm]
 
 
 def named(path: str) -> str:
-    """A layer's path as an error says it."""
+    """A layer's path in an error message."""
     return path or "the layer itself"
 
 
@@ -83,7 +83,7 @@ def _patterns(what: str, where: object) -> list[str]:
                 f"{describe(pattern)}"
             )
     if not patterns:
-        raise ValueError(f"{what}: where={where!r} has no pattern, so it would mean no layer; None means all")
+        raise ValueError(f"{what}: where={where!r} has no pattern, so it selects no layer; None selects all")
     return patterns
 
 
@@ -92,10 +92,10 @@ def _chosen_by(what: str, where: Callable[..., bool], paths: list[tuple[str, Mod
         inspect.signature(where).bind("path", None)
     except TypeError as error:
         raise TypeError(
-            f"{what}: where is called with a path and its layer, which {where!r} can't be: {error}"
+            f"{what}: where is called with a path and its layer, but {where!r} does not take these: {error}"
         ) from None
     except ValueError:
-        pass  # a function of C has no signature to look at
+        pass  # a C function has no signature
     return [(path, layer) for path, layer in paths if where(path, layer)]
 
 

@@ -1,4 +1,4 @@
-"""Batch normalization of micro-batches by the moments of them all, at each place where a step has one."""
+"""Batch normalization of micro-batches with the moments of all of them, for each batch norm that a step calls."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from keelnorm.engine.layout import counted, per_channel, reduced_dims
 from keelnorm.engine.masking import take_mask
 from keelnorm.functional import Options, layer_batch_norm
 from keelnorm.moments import Moments, broadcast_weight, compute_dtype
-from keelnorm.nn._shared.variant import normalize
+from keelnorm.nn._shared.normalize import normalize
 
 
 class Call(NamedTuple):
-    """What a batch normalization was asked."""
+    """The arguments of one batch normalization."""
 
     x: Tensor
     residual: Tensor | None
@@ -33,7 +33,7 @@ class Call(NamedTuple):
     too_few: str = "error"
 
     def checked(self) -> Call:
-        """The call, after a look at whether it is legal; one value per channel is enough here."""
+        """The call with its mask taken in; raise if it is not legal. One value per channel is legal here."""
         x, state = self.x, self.state
         check_arguments(state.what, x, self.residual, self.weight, self.bias, state, self.ranks, "others")
         if self.options.mask is None:
@@ -41,30 +41,29 @@ class Call(NamedTuple):
         return self._replace(state=take_mask(state, self.options.mask, self.options.padding, x, "skip"))
 
     def counts(self) -> Tensor | None:
-        """Which values count, broadcastable against x; None for all."""
+        """Which values count, broadcastable to x; None for all."""
         return None if self.state.mask is None else self.state.mask.unsqueeze(1)
 
     def moments(self) -> Moments:
-        """Those of the values that count."""
+        """The moments of the values that count."""
         options = self.options
         return functional.moments(self.x.detach(), self.state.mask, options.sample_weight, options.weighting)
 
     def normalized(self, mean: Tensor, var: Tensor) -> Tensor:
-        """The result by these moments."""
-        x, residual, weight, bias, state, options, *_ = self
-        act, counts = resolve(state.what, options.activation), self.counts()
-        if counts is None:
-            return normalize(x, mean, var, weight, bias, state.eps, residual, act)
-        values, added = counted(counts, x), None if residual is None else counted(counts, residual)
-        y = normalize(values, mean, var, weight, bias, state.eps, added, act)
-        return counted(counts, y, x if state.keep else None)
+        """The result with these moments."""
+        x, residual, state, counts = self.x, self.residual, self.state, self.counts()
+        act = resolve(state.what, self.options.activation)
+        if counts is not None:
+            x, residual = counted(counts, x), None if residual is None else counted(counts, residual)
+        y = normalize(x, mean, var, self.weight, self.bias, state.eps, residual, act)
+        return y if counts is None else counted(counts, y, self.x if state.keep else None)
 
 
 class Site:
     """One use of a layer by the step.
 
     Args:
-        moments: Of its inputs in all micro-batches, as far as known; they normalize.
+        moments: The moments, so far, of its inputs in all micro-batches; they normalize.
     """
 
     def __init__(self, moments: Moments) -> None:
@@ -73,22 +72,22 @@ class Site:
         self.derivatives = [torch.zeros_like(leaf) for leaf in self.leaves]
 
     def term(self, call: Call) -> Tensor:
-        """What a micro-batch adds to the loss by way of mean and variance, save a constant."""
+        """What a micro-batch adds to the loss through mean and variance, up to a constant."""
         by_mean, by_var = self.derivatives
         x, counts, weights = call.x, call.counts(), call.options.sample_weight
         dtype, dims = compute_dtype(x), reduced_dims(x)
-        centred = x.to(dtype) - per_channel(self.moments.mean, x).to(dtype)
-        centred = centred if counts is None else counted(counts, centred)
-        often = 1 if weights is None else broadcast_weight(call.state.what, weights, x).to(dtype)
-        sums = by_mean * (often * centred).sum(dims) + by_var * (often * centred.square()).sum(dims)
+        centered = x.to(dtype) - per_channel(self.moments.mean, x).to(dtype)
+        centered = centered if counts is None else counted(counts, centered)
+        count = 1 if weights is None else broadcast_weight(call.state.what, weights, x).to(dtype)
+        sums = by_mean * (count * centered).sum(dims) + by_var * (count * centered.square()).sum(dims)
         return (sums / self.moments.count.where(self.moments.count > 0, 1)).sum()
 
 
 class Watch(TorchFunctionMode):
-    """Sees every batch normalization by a batch, whoever calls it: a layer's forward, or a patch around that.
+    """Replaces every batch normalization with a batch's moments, wherever it is called from.
 
     Args:
-        normalize: What is called in its place.
+        normalize: Called instead, with the arguments.
     """
 
     def __init__(self, normalize: Any) -> None:
@@ -110,7 +109,10 @@ def _call_of(function: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> 
         return None
     bound = signature(function).bind(*args, **keywords)
     bound.apply_defaults()
-    x, _, _, weight, bias, training, momentum, eps, *_ = bound.arguments.values()
-    given = {name: value for name, value in bound.arguments.items() if name in Options._fields}
-    state = State(None, None, None, training, False, momentum, eps)
-    return Call(x, bound.arguments.get("residual"), weight, bias, state, Options(**given))
+    given = bound.arguments
+    options = Options(**{name: value for name, value in given.items() if name in Options._fields})
+    state = State(
+        running_mean=None, running_var=None, num_batches_tracked=None, training=given["training"], update=False,
+        momentum=given["momentum"], eps=given["eps"],
+    )  # fmt: skip
+    return Call(given["input"], given.get("residual"), given["weight"], given["bias"], state, options)

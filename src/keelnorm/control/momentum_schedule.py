@@ -1,4 +1,4 @@
-"""Schedules of the momentum with which batches enter the running statistics."""
+"""Schedules of the running statistics' momentum."""
 
 from __future__ import annotations
 
@@ -13,33 +13,32 @@ from keelnorm.engine.error_messages import describe, is_count
 
 __all__ = ["MomentumSchedule", "Schedule", "cosine", "cumulative_then_exponential", "linear", "step_decay"]
 
-#: From the number of steps made so far (0, 1, …) to the momentum of the forwards until the next step.
+#: Maps the number of steps so far (0, 1, …) to the momentum until the next step.
 Schedule = Callable[[int], float]
 
 
 class MomentumSchedule:
-    """Sets the momentum of a model's batch norms by a schedule, step by step.
+    """Set the momentum of a model's batch norms by a schedule, step by step.
 
-    ``schedule(0)`` holds from the construction on, ``schedule(k)`` after the k-th :meth:`step`. Whether a step is made
-    per batch or per epoch is up to the training loop.
+    ``schedule(0)`` holds from the start, ``schedule(k)`` after the k-th :meth:`step`. The training loop decides whether
+    a step is a batch or an epoch.
 
     Args:
-        model: Whose batch norms are meant: all of torch.nn's (``_BatchNorm``, so SyncBatchNorm too) and keelnorm's that
-            are in it now.
+        model: Its present batch norms are meant, torch.nn's (``_BatchNorm``, so SyncBatchNorm too) and keelnorm's.
         schedule: A function from the number of steps to the momentum, between 0 and 1, in PyTorch's sense
             (``running = (1 − momentum)·running + momentum·batch``).
-        where: A pattern for the layers' paths, a module's path, or several; or a function, ``where(path, layer)``, that
-            chooses among the layers. None for all.
+        where: A pattern for the layers' paths, a module's path, or several; or a function ``where(path, layer)`` that
+            selects layers. None for all.
 
     State:
-        :meth:`state_dict` has the number of steps, not the schedule, as of ``torch.optim.lr_scheduler.LambdaLR``. The
-        momentum is no part of a model's state_dict, so load both.
+        :meth:`state_dict` holds the number of steps, not the schedule, as in ``torch.optim.lr_scheduler.LambdaLR``. A
+        model's state_dict does not hold the momentum, so load both.
 
     Raises:
-        TypeError: the model is not a module, the schedule no function, or ``where`` none of these.
-        ValueError: there is no batch norm, or none that ``where`` means, or the schedule gives no momentum; no layer is
-            then changed.
-        RuntimeError: a step after :meth:`close`.
+        TypeError: ``model`` is not a module, ``schedule`` not a function, or ``where`` none of these.
+        ValueError: The model has no batch norm, ``where`` selects none, or the schedule returns no momentum. No layer
+            is then changed.
+        RuntimeError: A step after :meth:`close`.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
@@ -75,7 +74,7 @@ class MomentumSchedule:
 
     @property
     def momentum(self) -> float:
-        """The momentum that was set last."""
+        """The present momentum."""
         return self._momentum
 
     def step(self) -> None:
@@ -83,11 +82,11 @@ class MomentumSchedule:
         self._set(self._steps + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs to go on from here."""
+        """The number of steps, for :meth:`load_state_dict`."""
         return {"steps": self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from another schedule's state, and set the momentum that holds there."""
+        """Continue from another schedule's state, and set its momentum."""
         steps = state_dict.get("steps") if isinstance(state_dict, dict) else None
         if not is_count(steps, 0):
             raise ValueError(
@@ -96,7 +95,7 @@ class MomentumSchedule:
         self._set(cast(int, steps))
 
     def close(self) -> None:
-        """Give every layer the momentum that it had before. A second time does nothing."""
+        """Give every layer its original momentum back. A second call does nothing."""
         if not self._closed:
             for layer, momentum in self._layers:
                 layer.momentum = momentum
@@ -123,10 +122,10 @@ class MomentumSchedule:
 
 
 def cumulative_then_exponential(momentum: float = 0.1) -> Schedule:
-    """1/n for the n-th batch until that is below ``momentum``, then ``momentum``; for a step per batch.
+    """1/n for the n-th batch until that is below ``momentum``, then ``momentum``; for one step per batch.
 
-    The running statistics are first the exact average over all batches, free of the initial zeros and ones, and follow
-    the last 1/momentum batches or so from then on.
+    The running statistics are first the exact average over all batches, without the initial zeros and ones, and then
+    an exponential average over about the last 1/momentum batches.
 
     Example:
         >>> [round(cumulative_then_exponential(0.3)(step), 3) for step in range(5)]
@@ -137,15 +136,15 @@ def cumulative_then_exponential(momentum: float = 0.1) -> Schedule:
 
 
 def step_decay(initial: float = 0.5, factor: float = 0.5, *, every: int, least: float = 0.01) -> Schedule:
-    """``initial · factor^⌊step / every⌋``, and never below ``least``: for point clouds, with a step per epoch or batch.
+    """``initial · factor^⌊step / every⌋``, but at least ``least``; for one step per epoch or batch.
 
     Example:
         >>> [step_decay(every=2)(step) for step in range(5)]
         [0.5, 0.5, 0.25, 0.25, 0.125]
 
     Source:
-        The training programs of PointNet and PointNet++ (Qi, Yi, Su, Guibas, 2017, arXiv:1706.02413) decay the momentum
-        so, from 0.5 by 0.5 down to 0.01.
+        The training code of PointNet and PointNet++ (Qi, Yi, Su, Guibas, 2017, arXiv:1706.02413) decays the momentum
+        this way, from 0.5 by factors of 0.5 down to 0.01.
     """
     _check("step_decay", initial=initial, factor=factor, least=least)
     _check_steps("step_decay", every=every)
@@ -153,7 +152,7 @@ def step_decay(initial: float = 0.5, factor: float = 0.5, *, every: int, least: 
 
 
 def linear(initial: float, final: float, *, steps: int) -> Schedule:
-    """From ``initial`` to ``final`` in equal parts, and ``final`` after ``steps`` steps.
+    """From ``initial`` to ``final`` on a straight line, and ``final`` after ``steps`` steps.
 
     Example:
         >>> [linear(0.5, 0.1, steps=4)(step) for step in (0, 1, 4, 9)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.control.accumulation import count_in
-from keelnorm.control.layer_hooks import held_off
+from keelnorm.control.layer_hooks import paused
 from keelnorm.control.layer_selection import named, select
 from keelnorm.control.micro_batches import Call, Site, Watch
 from keelnorm.control.run_uncompiled import uncompiled
@@ -25,43 +25,46 @@ T = TypeVar("T")
 
 
 def backward_as_one_batch(model: torch.nn.Module, step: Callable[[T], Tensor], micro_batches: Iterable[T]) -> Tensor:
-    """The backward of one large batch, from micro-batches: every batch norm uses the moments of them all.
+    """Compute the gradients of one large batch from micro-batches: every batch norm uses the moments of all of them.
 
     For the total L = Σᵢ step(bᵢ), where each layer normalizes with mean m = Σx/n and variance v = Σ(x − m)²/n over the
     inputs of all micro-batches, the gradient is that of
 
         Σᵢ [ step(bᵢ) + Σ_layers ( ∂L/∂m · Σx/n + ∂L/∂v · Σ(x − m)²/n ) ]        with m, v, ∂L/∂m, ∂L/∂v held fixed,
 
-    which falls apart into the micro-batches. The moments are found front to back: a pass over all micro-batches with
-    those of the last pass makes those of one more layer exact. The derivatives are found in the same way back to front.
+    which is a sum over micro-batches. The moments are computed front to back: each pass over all micro-batches, with
+    the moments of the last pass, makes those of one more layer exact. The derivatives are computed back to front in the
+    same way.
 
     Args:
-        model: A model whose batch norms are torch.nn's or ``kn.BatchNorm*``. Those in evaluation, frozen ones too,
-            normalize with their running statistics as ever. A forward that is set on a layer is used, and kept.
-        step: The loss of a micro-batch, a scalar that is already divided: their sum is the large batch's loss. It is
-            called once per pass, and must compute the same each time; torch's random numbers are repeated (dropout).
-        micro_batches: What ``step`` takes, kept in memory. Sizes may differ; a single sample is enough.
+        model: A model whose batch norms are torch.nn's or ``kn.BatchNorm*``. Layers in evaluation, frozen ones too,
+            normalize with their running statistics as usual. A forward set on a layer instance is used.
+        step: Computes the loss of a micro-batch: a scalar, scaled so that the sum over micro-batches is the loss of the
+            large batch. It is called once per pass, and must compute the same each time; torch's random numbers are
+            repeated (dropout).
+        micro_batches: The arguments of ``step``, kept in memory. Sizes may differ; one sample is enough.
 
     Returns:
         The total loss, detached. Gradients are added to the parameters' ``.grad``, as by ``backward()``.
 
     State:
-        Running statistics are updated once, at the end, and not after an error.
+        Running statistics are updated once, at the end; not after an error.
 
     Numerics:
         Moments and their derivatives are float64. Equal to the large batch's up to rounding.
 
     Cost:
         The memory of one micro-batch. With L batch norms in a row, up to L forwards, L forwards with backward, and one
-        of each at the end: about L times the large batch's time, which is for models with few batch norms, or for
-        checking. Compiled models run uncompiled.
+        of each at the end: about L times the time of the large batch, so it suits models with few batch norms, and
+        checks. Compiled models run uncompiled.
 
     Raises:
-        TypeError: ``model`` is no module, a layer is of a class that normalizes otherwise (variants, subclasses), or
-            ``step`` normalizes by the batch outside of the model's layers.
-        ValueError: No micro-batch, or a loss that is no scalar with a gradient; one value per channel in all of them.
-        RuntimeError: Gradients are switched off; activation checkpointing inside ``step``, which has no use here; or a
-            step that uses a layer more often when it is called again.
+        TypeError: ``model`` is not a module; a layer's class normalizes differently (variants, subclasses); or ``step``
+            normalizes with the batch outside of the model's layers.
+        ValueError: There is no micro-batch; the loss is not a scalar with a gradient; or there is one value per channel
+            in all micro-batches together.
+        RuntimeError: Gradients are switched off; ``step`` uses activation checkpointing, or uses a layer more often
+            when it is called again.
 
     Example:
         >>> layer, x = torch.nn.BatchNorm1d(3), torch.randn(8, 3, requires_grad=True)
@@ -83,7 +86,7 @@ def backward_as_one_batch(model: torch.nn.Module, step: Callable[[T], Tensor], m
                 "batch norm does. Legal are torch.nn.BatchNorm1d/2d/3d, keelnorm.BatchNorm*, and layers in evaluation"
             )
     passes = _Passes(step, parts)
-    with held_off(layers.values()), uncompiled(load=True), ExitStack() as stack:
+    with paused(layers.values()), uncompiled(load=True), ExitStack() as stack:
         for layer in layers.values():
             stack.callback(layer.register_forward_pre_hook(passes.enter).remove)
             stack.callback(layer.register_forward_hook(passes.leave, always_call=True).remove)
@@ -105,11 +108,11 @@ class _Passes:
         self._uses: Counter[_BatchNorm] = Counter()
         self._pooled: dict[tuple[_BatchNorm, int], Moments] | None = None
         self._terms: list[Tensor] = []
-        #: The layers that are being called, and how many batch normalizations each call has had so far.
+        #: The layers that are being called, with the batch normalizations of each call so far.
         self._running: list[tuple[_BatchNorm, list[Call]]] = []
 
     def enter(self, layer: Any, _: Any) -> None:
-        """A layer's forward pre-hook."""
+        """The forward pre-hook of the layers."""
         if is_second_run():
             raise RuntimeError(
                 "backward_as_one_batch: a checkpoint runs a forward again inside the backward. Leave checkpointing "
@@ -118,7 +121,7 @@ class _Passes:
         self._running.append((layer, []))
 
     def leave(self, layer: Any, _: Any, result: Any) -> None:
-        """A layer's forward hook."""
+        """The forward hook of the layers."""
         calls = self._running.pop()[1] if self._running else []
         if result is not None and layer.training and not calls:
             raise TypeError(
@@ -128,7 +131,7 @@ class _Passes:
             )
 
     def find_moments(self) -> None:
-        """As many passes as there are sites make all exact; fewer, where layers stand side by side."""
+        """Run passes until the moments of all sites are exact: one per site, or fewer for parallel layers."""
         with torch.no_grad():
             self._pool()
             for _ in range(len(self.sites) - 1):
@@ -136,7 +139,7 @@ class _Passes:
                     break
 
     def _pool(self) -> bool:
-        """A pass that normalizes with the moments known, and pools anew; whether that changed anything."""
+        """Run a pass with the known moments, and pool again; return whether anything changed."""
         pooled: dict[tuple[_BatchNorm, int], Moments] = {}
         self._pooled = pooled
         for _ in self._losses():
@@ -150,7 +153,7 @@ class _Passes:
         return changed
 
     def find_derivatives(self) -> None:
-        """As :meth:`find_moments`, from the last site to the first."""
+        """Run passes until the derivatives by all moments are exact, from the last site to the first."""
         leaves = [leaf.requires_grad_() for site in self.sites.values() for leaf in site.leaves]
         for _ in self.sites:
             totals = [torch.zeros_like(leaf) for leaf in leaves]
@@ -168,7 +171,7 @@ class _Passes:
             leaf.requires_grad_(False)
 
     def backward(self) -> Tensor:
-        """The pass that adds to the parameters' gradients; the total loss."""
+        """Run the pass that adds to the parameters' gradients; return the total loss."""
         losses = []
         for loss in self._losses():
             torch.autograd.backward([loss, *self._terms])
@@ -195,12 +198,12 @@ class _Passes:
             yield loss
 
     def normalize(self, call: Call) -> Tensor:
-        """What a batch normalization by the batch is meanwhile. In place has no effect."""
+        """Normalize with the moments of all micro-batches. ``inplace`` has no effect."""
         if not self._running:
             raise TypeError(
                 "backward_as_one_batch: step normalizes by the batch outside of the model's layers, by "
-                "torch.nn.functional.batch_norm or another model's layer in training, which would be the micro-batch. "
-                "Pass a model that has all layers in it, and put a layer in the place of the function"
+                "torch.nn.functional.batch_norm or another model's layer in training, so it would use the micro-batch "
+                "alone. Pass a model that contains all layers, and replace the function by a layer"
             )
         layer, calls = self._running[-1]
         what = type(layer).__name__
@@ -224,13 +227,14 @@ class _Passes:
 
 
 class _RandomState:
-    """The state of torch's random numbers at the first call, and the same again at each later one."""
+    """Keeps the state of torch's random numbers at the first call, and restores it at each later one."""
 
     def __init__(self) -> None:
         self._state: Tensor | None = None
         self._cuda: list[Tensor] = []
 
     def repeat(self) -> None:
+        """Save the state, or restore it."""
         if self._state is None:
             self._state = torch.get_rng_state()
             self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

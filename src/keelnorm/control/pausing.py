@@ -1,4 +1,4 @@
-"""Forwards that normalize with the batch and leave the running statistics alone."""
+"""Pausing: forwards in training that do not update the running statistics."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from contextlib import contextmanager
 
 import torch
 
-from keelnorm.control.layer_hooks import held_off, updating
+from keelnorm.control.layer_hooks import paused, updating
 from keelnorm.control.layer_selection import Where, select_some
 
 
 @contextmanager
 def pause_statistics(model: torch.nn.Module, *, where: Where = None) -> Iterator[list[str]]:
-    """Inside the block, or the decorated function, training normalizes with the batch and updates no running
-    statistics.
+    """Keep running statistics from changing inside the block, or the decorated function.
 
-    For forwards whose batch must not count, or not count twice: the second one of SAM, a teacher's, those on
-    perturbed or generated data. Evaluation and frozen layers normalize with the running statistics, as ever.
+    Layers in training still normalize with the batch. For forwards whose batch must not count, or not count twice: the
+    second forward of SAM, a teacher's forward, generated data. Evaluation and frozen layers work as usual.
 
     Args:
         model: A model, or a layer.
@@ -27,16 +26,15 @@ def pause_statistics(model: torch.nn.Module, *, where: Where = None) -> Iterator
         The paths of the layers, as the value of ``with``. Layers without running statistics are not among them.
 
     State:
-        Nothing of the layers changes, and what they are set to stays what it is: ``track_running_stats`` is off during
-        a call of torch.nn's layers, who know no other way. Blocks may be nested and end in any order. A copy of the
-        model made inside the block is not paused. ``reset_running_stats`` resets.
+        No buffer or attribute changes, but ``track_running_stats`` of torch.nn's layers is off during a call. Blocks
+        may be nested and may end in any order. A copy of the model made inside the block is not paused.
+        ``reset_running_stats`` still resets.
 
     Cost:
-        None; but where torch.nn's layers take part, compiled models run uncompiled inside the block. Keelnorm's layers
-        stay compiled.
+        None for keelnorm's layers, which stay compiled. Models with torch.nn's layers run uncompiled inside the block.
 
     Raises:
-        TypeError, ValueError: ``model`` is no module; there is no batch norm, or none that ``where`` means.
+        TypeError, ValueError: ``model`` is not a module; it has no batch norm, or ``where`` selects none.
 
     Example:
         >>> layer = torch.nn.BatchNorm1d(3)
@@ -46,5 +44,5 @@ def pause_statistics(model: torch.nn.Module, *, where: Where = None) -> Iterator
         (0, [0.0, 0.0, 0.0])
     """
     layers = updating(select_some("pause_statistics", model, where))
-    with held_off(layers.values()):
+    with paused(layers.values()):
         yield list(layers)

@@ -1,8 +1,7 @@
-"""Blocks inside which compiled code runs as it is written: a graph does not see what is set on a layer after it."""
+"""Blocks that run compiled models uncompiled: a compiled graph ignores hooks set on a layer later."""
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,21 +9,24 @@ from typing import Any
 
 import torch
 
+from keelnorm.engine.torch_internals import compiler
+
 _lock = threading.Lock()
 _blocks = 0
-#: torch's own context, open from the first block's begin to the last one's end, whatever their order and threads.
+#: torch's context, open from the start of the first block to the end of the last one, in any order and thread.
 _stance: Any = None
 
 
 @contextmanager
 def uncompiled(load: bool = False) -> Iterator[None]:
-    """Inside, what is compiled already runs uncompiled, in the whole process; afterwards in the stance of before.
+    """Run compiled code uncompiled inside the block, in the whole process; then restore the previous stance.
 
-    What is compiled inside sees the hooks that there are, and is compiled anew without them; with ``load`` it is not
-    compiled either.
+    Args:
+        load: Keep code from being compiled inside the block too. Otherwise, if the compiler is not loaded yet, code may
+            be compiled inside: it sees the present hooks, and is compiled again when they are gone.
     """
     global _blocks, _stance
-    if not load and "torch._dynamo" not in sys.modules:  # nothing is compiled, and loading the compiler takes seconds
+    if not load and compiler() is None:  # nothing is compiled yet; loading the compiler takes seconds
         yield
         return
     with _lock:

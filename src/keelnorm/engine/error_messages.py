@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from keelnorm.engine.torch_internals import compiler
+
 #: The most characters of a value that an error shows; a state_dict's repr would fill many screens.
 _LONGEST = 200
 
@@ -68,7 +70,7 @@ def module_path(module: torch.nn.Module) -> str | None:
 
 def locate(error: Exception, module: torch.nn.Module) -> None:
     """Add the module's path to an error message that begins with its class name."""
-    dynamo = sys.modules.get("torch._dynamo")  # it can't trace through frames
+    dynamo = compiler()  # it can't trace through frames
     find = module_path if dynamo is None else dynamo.disable(module_path)
     path, what = find(module), type(module).__name__
     if path and error.args and str(error.args[0]).startswith(f"{what}: "):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from keelnorm.engine.error_messages import describe
+from keelnorm.engine.torch_internals import is_batched_by_vmap
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -71,7 +72,7 @@ def dense(x: Tensor) -> Tensor:
 
     Under torch.func.vmap always itself, because the memory format is not visible there.
     """
-    if x.is_contiguous() or _is_batched(x):
+    if x.is_contiguous() or is_batched_by_vmap(x):
         return x
     form = memory_format(x)
     if not x.is_contiguous(memory_format=form):
@@ -95,18 +96,6 @@ def memory_format(x: Tensor) -> torch.memory_format:
                 return torch.contiguous_format
             least = x.stride(dim) * x.shape[dim]
     return last
-
-
-def _is_batched(x: Tensor) -> bool:
-    """Whether x is batched by torch.func.vmap, which hides a dimension."""
-    if torch.compiler.is_compiling():  # where x itself can't be inspected
-        return torch._C._are_functorch_transforms_active()
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(x):
-        if functorch.is_batchedtensor(x):
-            return True
-        x = functorch.get_unwrapped(x)
-    return False
 
 
 def reduced_dims(x: Tensor) -> list[int]:

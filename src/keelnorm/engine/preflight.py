@@ -18,7 +18,7 @@ ENVIRONMENT_VARIABLE = "KEELNORM_SYNC_DEBUG"
 _preflight = os.environ.get(ENVIRONMENT_VARIABLE, "") not in ("", "0")
 
 
-def preflight(on: bool = True) -> None:
+def preflight(enabled: bool = True) -> None:
     """Compare the ranks before each collective of a synchronized layer, so that none waits for nothing.
 
     Before each collective of :class:`kn.SyncBatchNorm`, in the forward and in the backward, the ranks exchange which
@@ -28,7 +28,8 @@ def preflight(on: bool = True) -> None:
     found; so evaluate under ``torch.no_grad()`` where only one rank evaluates.
 
     Args:
-        on: On or off, on all ranks alike. The environment variable ``KEELNORM_SYNC_DEBUG=1`` turns it on at import.
+        enabled: On or off, on all ranks alike. The environment variable ``KEELNORM_SYNC_DEBUG=1`` turns it on at
+            import.
 
     Cost:
         Two more collectives, of some hundred bytes, per collective: for finding a fault, not for training.
@@ -38,9 +39,9 @@ def preflight(on: bool = True) -> None:
         >>> preflight(False)
     """
     global _preflight
-    if not isinstance(on, bool):
-        raise TypeError(f"preflight: on is True or False; got {describe(on)}")
-    _preflight = on
+    if not isinstance(enabled, bool):
+        raise TypeError(f"preflight: enabled is True or False; got {describe(enabled)}")
+    _preflight = enabled
 
 
 def preflight_is_on() -> bool:

@@ -13,6 +13,9 @@ from types import CodeType
 from typing import Any
 
 import torch
+
+# torch.compiler.disable as a decorator, which does not load the compiler before it is needed.
+from torch._compile import _disable_dynamo as disable_compiler
 from torch.autograd import Function, forward_ad
 from torch.nn.modules import module as torch_module
 
@@ -23,6 +26,9 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.overrides import _get_current_function_mode_stack as function_modes
 from torch.utils._device import DeviceContext as DeviceContext
 
+# Sees every operation on tensors; documented by torch, though in a private module.
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
 # Maps a function over nested containers, as torch's own dispatch modes do.
 from torch.utils._pytree import tree_map as tree_map
 
@@ -30,7 +36,10 @@ __all__ = [
     "ATTRIBUTES",
     "BatchNormBase",
     "DeviceContext",
+    "TorchDispatchMode",
     "compiled_module_class",
+    "compiler",
+    "disable_compiler",
     "dispatch_mode_count",
     "forward_ad_active",
     "function_mode_count",
@@ -40,6 +49,7 @@ __all__ = [
     "global_forward_hooks",
     "graph_break",
     "increment_version",
+    "is_batched_by_vmap",
     "is_batched_gradient",
     "is_transformed",
     "outside_of_transforms",
@@ -53,6 +63,7 @@ __all__ = [
     "transforms_active",
     "tree_map",
     "without_torch_function",
+    "without_torch_function_and_modes",
 ]
 
 # The innermost transform of torch.func at work, or None. Not under torch.compile, which can't trace it.
@@ -74,8 +85,9 @@ throw_on_mutable_data_pointer: Callable[[torch.Tensor], None] = torch._C._set_th
 # How many modes see each operation: code within them must not be fused.
 dispatch_mode_count: Callable[[], int] = torch._C._len_torch_dispatch_stack
 function_mode_count: Callable[[], int] = torch._C._len_torch_function_stack
-# Inside, __torch_function__ of a subclass is not asked.
+# Inside, __torch_function__ of a subclass is not asked; with the second, that of modes is not asked either.
 without_torch_function: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunctionSubclass
+without_torch_function_and_modes: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunction
 
 #: Private attributes of instances, as "class.attribute", with the reason.
 ATTRIBUTES: dict[str, str] = {
@@ -115,6 +127,23 @@ def transforms_active() -> bool:
 def forward_ad_active() -> bool:
     """Return whether a level of forward-mode differentiation is open."""
     return forward_ad._current_level >= 0
+
+
+def is_batched_by_vmap(x: torch.Tensor) -> bool:
+    """Return whether x is batched by torch.func.vmap, which hides a dimension."""
+    if torch.compiler.is_compiling():  # where x itself can't be inspected
+        return functorch_is_active()
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
+def compiler() -> Any | None:
+    """Return torch._dynamo if it has been loaded, which takes seconds; else None."""
+    return sys.modules.get("torch._dynamo")
 
 
 def outside_of_transforms() -> AbstractContextManager[Any]:

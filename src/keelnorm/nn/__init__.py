@@ -14,7 +14,7 @@ from keelnorm.nn.recurrent.recurrent_layers import BatchNormGRU, BatchNormLSTM
 from keelnorm.nn.recurrent.stepwise import StepwiseBatchNorm
 from keelnorm.nn.renorm import BatchRenorm, LinearRamp
 from keelnorm.nn.sequential import Sequential
-from keelnorm.nn.split import SplitBatchNorm, using_split
+from keelnorm.nn.split import SplitBatchNorm, use_split
 from keelnorm.nn.sync.sync_batch_norm import SyncBatchNorm
 from keelnorm.nn.virtual import VirtualBatchNorm, collect_reference
 from keelnorm.nn.whitening import WhiteningBatchNorm
@@ -51,5 +51,5 @@ __all__ = [
     "collect_reference",
     "convert_domains",
     "use_domain",
-    "using_split",
+    "use_split",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,38 +13,24 @@ from keelnorm.engine.arguments import State
 from keelnorm.engine.error_messages import locate
 from keelnorm.engine.fusion.call import begin, passes_by
 from keelnorm.engine.fusion.scope import current
-from keelnorm.engine.masking import Padding, TooFew, check_policy
+from keelnorm.engine.masking import Padding, TooFew
 from keelnorm.engine.normalization_steps import Normalization, is_plain
-from keelnorm.functional import BESIDE_JIT, Options, check_layer_call, layer_batch_norm
+from keelnorm.functional import Options, check_layer_call, layer_batch_norm
 from keelnorm.moments import Weighting
-from keelnorm.nn._shared.constructor_errors import Constructed
-from keelnorm.nn._shared.skipped_updates import CountsSkipped
-from keelnorm.nn._shared.statistics_control import Controlled
+from keelnorm.nn._shared.layer_base import Layer
+from keelnorm.nn._shared.too_few_option import HasTooFew
 
 passes_by(__file__)
 
 
-def refuse_script(module: torch.nn.Module) -> NoReturn:
-    """What a module's ``__prepare_scriptable__``, torch.jit.script's first step, does here."""
-    raise RuntimeError(
-        f"keelnorm.{type(module).__name__} does not go through torch.jit.script, which can't express what it fuses. "
-        f"{BESIDE_JIT}"
-    )
-
-
-def policy_repr(too_few: str) -> str:
-    """How a layer shows its ``too_few``, where that is not the default."""
-    return f", too_few={too_few!r}" if too_few != "error" else ""
-
-
 def fx_node(layer: torch.nn.Module, x: Any, residual: Any, options: Options, **more: Any) -> Any:
-    """The call of a layer as a node of the graph that torch.fx is tracing, or None where none is, or of this layer.
+    """The node of a layer's call in the graph that torch.fx traces; None if there is none, or it traces this layer.
 
-    The graph keeps the layer itself, with its buffers and its mode, as it does torch.nn's. The node has what the call
-    was given and no more, so that a plain call is one that torch.nn's layer in its place takes too. A module, which
-    can't be an argument in a graph, follows as torch's function for it.
+    The graph keeps the layer itself, with its buffers and mode, as for torch.nn's layers. The node has only the
+    arguments that were given, so torch.nn's layer in its place takes a plain call too. An activation module, which
+    can't be an argument in a graph, becomes a node of its own.
     """
-    from torch.fx import Proxy  # only here: not every program traces
+    from torch.fx import Proxy  # imported late: few programs trace
 
     proxy = next((value for value in (x, residual) if isinstance(value, Proxy)), None)
     tracer: Any = None if proxy is None else proxy.tracer
@@ -62,13 +48,9 @@ def fx_node(layer: torch.nn.Module, x: Any, residual: Any, options: Options, **m
     return act.forward(tracer.create_proxy("call_module", tracer.path_of_module(layer), given, keywords))
 
 
-class FusedBatchNorm(Constructed, Controlled, CountsSkipped):
+class FusedBatchNorm(HasTooFew, Layer):
     """What all drop-in layers share: the forward. State, constructor and state_dict are ``torch.nn``'s."""
 
-    #: Legal numbers of dimensions of the input; None for any from two on.
-    _ranks: tuple[int, ...] | None = None
-    too_few: TooFew = "error"
-    #: Whether a result in training can wait for what follows.
     defers_in_training = True
 
     def __init__(
@@ -84,15 +66,8 @@ class FusedBatchNorm(Constructed, Controlled, CountsSkipped):
         bias: bool = True,
         too_few: TooFew = "error",
     ) -> None:
-        newer = {} if bias else {"bias": False}  # older versions of torch do not have it
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
-        self.set_policy(too_few)
-
-    def set_policy(self, too_few: TooFew) -> None:
-        """What one value per channel is in training from now on; see :class:`BatchNorm`."""
-        check_policy(type(self).__name__, too_few)
-        if too_few != self.too_few:
-            self.too_few = too_few
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.set_too_few(too_few)
 
     def forward(  # type: ignore[override]
         self,
@@ -106,17 +81,18 @@ class FusedBatchNorm(Constructed, Controlled, CountsSkipped):
         weighting: Weighting = "frequency",
         padding: Padding = "zero",
     ) -> Tensor:
-        """``activation(bn(x) + residual)`` as one fused operation.
+        """Compute ``activation(bn(x) + residual)`` as one fused operation.
 
         Args:
             input: x, shape (N, C, *S).
             residual: Added before the activation; of x's shape.
             activation: None, a name or a module, as :func:`keelnorm.functional.batch_norm` lists them.
-            inplace: Write the result into x's memory, and rebuild x in the backward; for None, leaky_relu and elu.
-            mask: Which values count, boolean, shape (N,) or (N, *S).
-            sample_weight: How much a value counts, shape (N,) or (N, *S).
-            weighting: What weights mean: "frequency", how often a value is there, or "importance", how much it matters.
-            padding: What the mask leaves out comes out as: "zero", or "keep" for what it is in x.
+            inplace: Write the result into x's memory, and recompute x in the backward; for None, leaky_relu and elu.
+            mask: True for values that count; shape (N,) or (N, *S).
+            sample_weight: Weights of the values, shape (N,) or (N, *S).
+            weighting: Meaning of the weights: "frequency" (how often a value occurs) or "importance" (how much it
+                matters).
+            padding: The output where the mask is False: "zero", or "keep" for the value of x.
         """
         if residual is None and activation is None and not torch.compiler.is_compiling():
             scope = current()
@@ -126,7 +102,7 @@ class FusedBatchNorm(Constructed, Controlled, CountsSkipped):
                 if deferred is not None:
                     return deferred
         weight, bias, state = self._unpacked()
-        options = Options(activation, inplace, mask, sample_weight, padding, weighting)
+        options = Options(activation, inplace, mask, sample_weight, weighting, padding)
         if has_torch_function((input, residual)):
             node = fx_node(self, input, residual, options)
             if node is not None:
@@ -139,9 +115,9 @@ class FusedBatchNorm(Constructed, Controlled, CountsSkipped):
             raise
 
     def _unpacked(self) -> tuple[Tensor | None, Tensor | None, State]:
-        """Weight, bias, and how this call uses the state."""
-        # Looking into these dictionaries is what attribute access does, several times slower. What is not there
-        # (a parametrized weight, or a replica's) is found the ordinary way.
+        """Weight, bias, and the state for this call."""
+        # Attribute access does the same look-ups several times slower. What is not in these dictionaries (a
+        # parametrized weight, or a replica's) is found by attribute access.
         parameters, buffers = self._parameters, self._buffers
         try:
             weight, bias, running_mean = parameters["weight"], parameters["bias"], buffers["running_mean"]
@@ -160,24 +136,14 @@ class FusedBatchNorm(Constructed, Controlled, CountsSkipped):
         return weight, bias, state
 
     def normalization(self, x: Tensor) -> Normalization | None:
-        """How the layer normalizes x, in parts that may be run one after the other.
+        """The steps of normalizing x, for a result that waits for the operation that follows.
 
-        None where only :meth:`forward` knows what to do: it has something to say about x, or its parameters are of a
-        kind, or made in a mode, that is not plainly torch's.
+        None if only :meth:`forward` can run: the call is not legal, or the parameters are not plain tensors.
         """
         weight, bias, state = self._unpacked()
         if x.is_inference() or not is_plain(weight) or not is_plain(bias):
             return None
         return Normalization(state, weight, bias) if check_layer_call(x, weight, bias, state, self._ranks) else None
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}{policy_repr(self.too_few)}"
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        """torch.nn's hook for the same check; the forward makes it itself."""
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        refuse_script(self)
 
 
 class BatchNorm(FusedBatchNorm):
@@ -187,43 +153,43 @@ class BatchNorm(FusedBatchNorm):
 
         y = act((x − mean) / √(var + eps) · weight + bias + residual)
 
-    The batch's variance is the biased one where it normalizes, and the unbiased one where it enters ``running_var``.
-    Called as ``layer(input, residual=None, *, activation=None, inplace=False, mask=None, sample_weight=None,
-    weighting="frequency", padding="zero")``, see :func:`keelnorm.functional.batch_norm`; the activation is never part
-    of the module, so that every tool that takes the layer for an ordinary batch norm is right.
+    The batch's biased variance normalizes; its unbiased variance updates ``running_var``. Called as ``layer(input,
+    residual=None, *, activation=None, inplace=False, mask=None, sample_weight=None, weighting="frequency",
+    padding="zero")``, see :func:`keelnorm.functional.batch_norm`. The activation is an argument of the call and never
+    part of the module, so a tool that treats the layer as an ordinary batch norm is right.
 
     Args:
         num_features: Number of channels C.
         eps: Added to the variance. Default 1e-5.
         momentum: Weight of the batch in the running statistics; None averages over all batches. Default 0.1.
         affine: Whether there are a learnable weight and bias. Default True.
-        track_running_stats: Whether there are running statistics; without them the batch's are used in evaluation too.
-        too_few: What one value per channel is in training, which has no variance: ``"error"``, ``"running"`` (the
-            running statistics normalize it), or ``"skip"`` (it comes out as the bias; nothing enters the running
-            statistics).
+        track_running_stats: Whether there are running statistics; without them the batch normalizes in evaluation too.
         device, dtype: Of the parameters and buffers.
+        bias: Whether affine includes a bias. Default True.
+        too_few: What happens in training with one value per channel, which has no variance: ``"error"``, ``"running"``
+            (the running statistics normalize it), or ``"skip"`` (the output is the bias). The running statistics stay.
 
     Shape:
         (N, C, *S) -> (N, C, *S)
 
     State:
-        ``running_mean``, ``running_var`` and ``num_batches_tracked``, updated in training by each forward, once per
-        batch: a forward that activation checkpointing repeats does not count again, an empty batch changes nothing.
-        A channel of which something not finite would be stored keeps its running statistics, and ``skipped_updates``
-        (C,) counts that; with ``momentum=None`` such a batch has no weight in the average. The counter is no buffer and
-        not in the state_dict: these are those of ``torch.nn.BatchNorm2d``, both ways.
+        ``running_mean``, ``running_var`` and ``num_batches_tracked``, updated in training once per batch: the second
+        forward of activation checkpointing does not count, an empty batch changes nothing. If a stored value would not
+        be finite, the channel keeps its running statistics, and ``skipped_updates`` (C,) counts that; with
+        ``momentum=None`` such a batch has no weight in the average. The counter is neither a buffer nor in the
+        state_dict, which is that of ``torch.nn.BatchNorm2d``, both ways.
 
     Differs:
-        From ``torch.nn.BatchNorm*`` only by the arguments of the call, ``too_few``, ``skipped_updates``, its speed, and
-        by keeping its digits when the mean is large against the deviation. ``isinstance`` of
-        ``torch.nn.modules.batchnorm._BatchNorm`` holds.
+        From ``torch.nn.BatchNorm*`` only by the arguments of the call, ``too_few``, ``skipped_updates``, speed, and
+        accuracy when the mean is much larger than the standard deviation. It is an instance of
+        ``torch.nn.modules.batchnorm._BatchNorm``.
 
     Numerics, Cost:
         As :func:`keelnorm.functional.batch_norm`.
 
     Raises:
-        TypeError, ValueError: for input that can't be normalized; the running statistics are then as before.
-        RuntimeError: under ``torch.jit``.
+        TypeError, ValueError: The input can't be normalized; the running statistics are then as before.
+        RuntimeError: The layer is used under ``torch.jit``.
 
     Example:
         >>> layer = BatchNorm(3)

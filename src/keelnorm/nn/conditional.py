@@ -1,4 +1,4 @@
-"""Conditional batch normalization: γ and β of each sample follow from its class or from an embedding."""
+"""Conditional batch normalization: γ and β of each sample depend on its class or an embedding."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from keelnorm.engine.masking import Padding
 from keelnorm.engine.torch_internals import is_transformed
 from keelnorm.functional import Options
 from keelnorm.moments import Weighting, compute_dtype
-from keelnorm.nn._shared.plain_norm import by_batch
-from keelnorm.nn._shared.rows import adopt, expand_rows, options_of
+from keelnorm.nn._shared.normalize import normalize_by_batch
+from keelnorm.nn._shared.take_over import adopt, expand_rows, options_of
 from keelnorm.nn._shared.variant import Variant
 
 
 class _ZeroLinear(torch.nn.Linear):
-    """A linear map that starts as zero."""
+    """A linear map that is initialized to zero."""
 
     def reset_parameters(self) -> None:
         torch.nn.init.zeros_(self.weight)
@@ -31,47 +31,47 @@ class _ZeroLinear(torch.nn.Linear):
 
 
 class ConditionalBatchNorm(Variant):
-    """Batch normalization whose γ and β belong to the sample: they come from its class, or from an embedding.
+    """Batch normalization with γ and β of each sample's class, or from an embedding of the sample.
 
-    The moments are the whole batch's, as in plain batch normalization; for sample n with the condition e_n
+    The moments are the whole batch's, as in plain batch normalization. For sample n with the condition e_n:
 
         y_n = act((x_n − mean) / √(var + eps) · γ(e_n) + β(e_n) + residual_n)
 
-    - ``num_classes=K``: a table, γ(k) = weight[k] and β(k) = bias[k]. Weights (N, K) in the place of labels mix rows.
-    - ``embedding_features=E``: γ(e) = weight + Δγ(e), β(e) = bias + Δβ(e), with (Δγ, Δβ) = modulation(e): a linear
-      map, zero at first, so that the layer starts as plain batch normalization; or a module of the user's.
+    - ``num_classes=K``: a table, γ(k) = weight[k] and β(k) = bias[k]. Weights (N, K) instead of labels mix rows.
+    - ``embedding_dim=E``: γ(e) = weight + Δγ(e), β(e) = bias + Δβ(e), with (Δγ, Δβ) = modulation(e): a linear map,
+      initially zero, so the layer starts as plain batch normalization; or a module of your own.
 
     Called as ``layer(x, residual=None, *, condition, activation=None, mask=None)``.
 
     Args:
         num_features: Number of channels C.
-        num_classes: Number of classes K. Either this or ``embedding_features``.
-        embedding_features: Length E of an embedding.
+        num_classes: Number of classes K. Either this or ``embedding_dim``.
+        embedding_dim: Length E of an embedding.
         eps, momentum, track_running_stats, device, dtype: As for ``torch.nn.BatchNorm2d``.
-        affine: With an embedding: whether there are a weight and a bias that Δγ and Δβ are added to, or 1 and 0. With
-            classes: whether there are the tables; without them the labels are checked and change nothing.
-        modulation: In the linear map's place: a module from (N, E) to (N, 2C), Δγ first. It starts as it is given.
+        affine: With an embedding: whether Δγ and Δβ are added to a weight and a bias, or to 1 and 0. With classes:
+            whether there are tables; without them labels are checked and have no effect.
+        modulation: Replaces the linear map: a module from (N, E) to (N, 2C), Δγ first. It is not initialized.
 
     Shape:
         x: (N, C, *S) -> (N, C, *S). condition: int64 (N,) or floating (N, K) with classes; floating (N, E) else.
 
     State:
         As ``torch.nn.BatchNorm2d``. With classes ``weight`` and ``bias`` have the shape (K, C), and a plain checkpoint
-        gives every class its γ and β. With an embedding there is ``modulation.*`` besides.
+        gives its γ and β to every class. With an embedding there is also ``modulation.*``.
 
     Differs:
         Without a condition the call is an error. ``mask`` is as for :class:`~keelnorm.nn._shared.variant.Variant`.
 
     Numerics:
-        Half-precision x is normalized and scaled in float32 and rounded once. Labels are looked at only on the CPU:
-        on a GPU one out of range is the indexing's error.
+        Half-precision x is normalized and scaled in float32 and rounded once. Labels are checked on the CPU only; on a
+        GPU a label out of range is an error of the indexing.
 
     Cost:
-        The fused kernel without γ and β, one more reading of x for the running statistics, and one pass for γ, β.
+        The fused kernel without γ and β, one more pass over x for the running statistics, and one pass for γ and β.
 
     Raises:
-        TypeError, ValueError: neither or both of the two kinds of condition; a condition that is missing or does not
-            fit; what :class:`~keelnorm.BatchNorm` raises. The running statistics are then as before.
+        TypeError, ValueError: Not exactly one of ``num_classes`` and ``embedding_dim`` is given; the condition is
+            missing or does not fit; or as :class:`~keelnorm.BatchNorm`. The running statistics are then as before.
 
     Example:
         >>> layer = ConditionalBatchNorm(16, num_classes=10)
@@ -85,7 +85,7 @@ class ConditionalBatchNorm(Variant):
         (2017), "Modulating early visual processing by language", arXiv:1707.00683, section 3 (Δγ and Δβ).
     """
 
-    _masks = True
+    takes_mask = True
     own_evaluation: str | None = "with the γ and β of each sample's condition"
 
     modulation: torch.nn.Module
@@ -96,7 +96,7 @@ class ConditionalBatchNorm(Variant):
         self,
         num_features: int,
         num_classes: int | None = None,
-        embedding_features: int | None = None,
+        embedding_dim: int | None = None,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
@@ -107,19 +107,19 @@ class ConditionalBatchNorm(Variant):
         modulation: torch.nn.Module | None = None,
     ) -> None:
         what = type(self).__name__
-        given = [size for size in (num_classes, embedding_features) if size is not None]
+        given = [size for size in (num_classes, embedding_dim) if size is not None]
         if len(given) != 1 or not is_count(given[0]):
             raise ValueError(
-                f"{what}: give either num_classes or embedding_features, as a positive integer; got "
-                f"num_classes={num_classes!r}, embedding_features={embedding_features!r}"
+                f"{what}: give either num_classes or embedding_dim, as a positive integer; got "
+                f"num_classes={num_classes!r}, embedding_dim={embedding_dim!r}"
             )
-        if modulation is not None and embedding_features is None:
-            raise ValueError(f"{what}: a modulation maps embeddings, so it needs embedding_features; got num_classes")
+        if modulation is not None and embedding_dim is None:
+            raise ValueError(f"{what}: a modulation maps embeddings, so it needs embedding_dim; got num_classes")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self.num_classes = num_classes
-        self.embedding_features = embedding_features
-        if embedding_features is not None:
-            linear = _ZeroLinear(embedding_features, 2 * num_features, device=device, dtype=dtype)
+        self.embedding_dim = embedding_dim
+        if embedding_dim is not None:
+            linear = _ZeroLinear(embedding_dim, 2 * num_features, device=device, dtype=dtype)
             self.modulation = linear if modulation is None else modulation
         elif affine:
             assert num_classes is not None
@@ -131,11 +131,11 @@ class ConditionalBatchNorm(Variant):
         cls,
         bn: _BatchNorm,
         num_classes: int | None = None,
-        embedding_features: int | None = None,
+        embedding_dim: int | None = None,
         *,
         modulation: torch.nn.Module | None = None,
     ) -> ConditionalBatchNorm:
-        """A conditional layer that starts as ``bn`` does: every class has its γ and β, or they are the base of all.
+        """Make a conditional layer from ``bn``, whose γ and β every class gets, or Δγ and Δβ are added to.
 
         Raises:
             TypeError: ``bn`` is not ``torch.nn``'s or keelnorm's drop-in layer, or has hooks.
@@ -146,7 +146,7 @@ class ConditionalBatchNorm(Variant):
             torch.Size([10, 16])
         """
         options = options_of(f"{cls.__name__}.from_batch_norm", bn)
-        layer = cls(num_classes=num_classes, embedding_features=embedding_features, modulation=modulation, **options)
+        layer = cls(num_classes=num_classes, embedding_dim=embedding_dim, modulation=modulation, **options)
         adopt(layer, bn)
         return layer
 
@@ -163,20 +163,18 @@ class ConditionalBatchNorm(Variant):
         weighting: Weighting = "frequency",
         padding: Padding = "zero",
     ) -> Tensor:
-        """``activation(bn(x)·γ(condition) + β(condition) + residual)``.
+        """Compute ``activation(bn(x)·γ(condition) + β(condition) + residual)``.
 
-        Args:
-            input: x, shape (N, C, *S).
-            condition: A class per sample, int64 (N,), or weights of the classes (N, K); or an embedding (N, E).
-            residual, activation, inplace, mask, sample_weight, weighting, padding: As for
-                :meth:`keelnorm.nn._shared.variant.Variant.forward`.
+        ``condition`` is a class per sample, int64 (N,), or weights of the classes (N, K); or an embedding (N, E). The
+        other arguments are as for every variant.
         """
-        options = Options(activation, inplace, mask, sample_weight, padding, weighting)
+        options = Options(activation, inplace, mask, sample_weight, weighting, padding)
         return self._call(input, residual, options, condition=condition)
 
     def check(self, x: Any, residual: Any, condition: Any = None) -> None:
+        """Raise unless the layer can normalize x; :meth:`compute` checks the condition."""
         what = type(self).__name__
-        # Tables are looked up by row, so their channels are checked with x's below.
+        # Tables have another shape, which is checked below.
         weight, bias = (self.weight, self.bias) if self.num_classes is None else (None, None)
         check_arguments(what, x, residual, weight, bias, self._checked(), self._ranks)
         check_channels(what, x, self.num_features)
@@ -188,11 +186,12 @@ class ConditionalBatchNorm(Variant):
     def compute(
         self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None, condition: Tensor | None = None
     ) -> Tensor:
+        """Normalize with the batch's or the running statistics, then apply each sample's γ and β."""
         dtype = compute_dtype(x)
         gain, shift = self._affine(x, condition)
         wide, moments = x.to(dtype), None
         if self.uses_batch():
-            y, moments = by_batch(wide, None, None, None, self.eps, NONE, mask, self.counts())
+            y, moments = normalize_by_batch(wide, None, None, None, self.eps, NONE, mask, self.counts())
         else:
             y = dispatch.batch_norm(wide, None, None, None, self._state(), NONE)
         if gain is not None:
@@ -207,11 +206,11 @@ class ConditionalBatchNorm(Variant):
         return y
 
     def _affine(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """γ and β of each sample, (N, C); None where there are no tables."""
+        """Compute γ and β of each sample, (N, C); None without tables."""
         mixed = self._check_condition(x, condition)
         assert condition is not None
         if self.num_classes is None:
-            # Embeddings come in the precision of what made them; the map has its parameters'.
+            # The embedding may have another precision than the map's parameters.
             of = next(self.modulation.parameters(), condition)
             changes = self.modulation(condition.to(of.dtype))
             expected = (x.shape[0], 2 * self.num_features)
@@ -231,10 +230,10 @@ class ConditionalBatchNorm(Variant):
         return embedding(condition, self.weight), None if self.bias is None else embedding(condition, self.bias)
 
     def _check_condition(self, x: Tensor, condition: Any) -> bool:
-        """Whether a legal condition is floating-point; raise for one that is not legal."""
+        """Whether the condition is floating-point; raise if it is not legal."""
         what, N = type(self).__name__, x.shape[0]
         if self.num_classes is None:
-            legal = f"an embedding: floating-point, of shape ({N}, {self.embedding_features})"
+            legal = f"an embedding: floating-point, of shape ({N}, {self.embedding_dim})"
         else:
             legal = f"class labels: int64, of shape ({N},), or their weights: floating, of ({N}, {self.num_classes})"
         if not isinstance(condition, Tensor):
@@ -242,14 +241,14 @@ class ConditionalBatchNorm(Variant):
             raise TypeError(f"{what}: each sample needs its condition, {legal}; {came}. Call layer(x, condition=...)")
         check_kind(what, "the condition", condition)
         if condition.is_floating_point():
-            fits = condition.shape == (N, self.num_classes or self.embedding_features)
+            fits = condition.shape == (N, self.num_classes or self.embedding_dim)
         else:
             fits = self.num_classes is not None and condition.dtype == torch.int64 and condition.shape == (N,)
         if not fits or condition.device != x.device:
             raise ValueError(f"{what}: the condition must be {legal}, on {x.device}; got {describe(condition)}")
         if condition.is_floating_point():
             return True
-        # On a GPU looking would wait for it, and the compiler would break the graph.
+        # On a GPU reading values would wait for the device; the compiler would break the graph.
         if condition.is_cpu and N > 0 and not torch.compiler.is_compiling() and not is_transformed():
             low, high = (int(value) for value in condition.aminmax())
             top = (self.num_classes or 0) - 1
@@ -262,7 +261,8 @@ class ConditionalBatchNorm(Variant):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        kind = "num_classes" if self.num_classes is not None else "embedding_features"
+        """The options, for the layer's repr."""
+        kind = "num_classes" if self.num_classes is not None else "embedding_dim"
         return (
             f"{self.num_features}, {kind}={getattr(self, kind)}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, track_running_stats={self.track_running_stats}"

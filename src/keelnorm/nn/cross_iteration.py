@@ -1,4 +1,4 @@
-"""Cross-iteration batch normalization: the last batches normalize together, brought to the present weights."""
+"""Cross-iteration batch normalization: the last batches normalize together, corrected for changed weights."""
 
 from __future__ import annotations
 
@@ -15,71 +15,73 @@ from keelnorm.engine.layout import per_channel
 from keelnorm.engine.masking import Padding
 from keelnorm.engine.recomputation import is_second_run
 from keelnorm.moments import Moments, Weighting, compute_dtype
-from keelnorm.nn._shared.recent_batches import Recall, Remembering, has_values, runs_eagerly
-from keelnorm.nn._shared.variant import normalize
+from keelnorm.nn._shared.normalize import normalize
+from keelnorm.nn._shared.recent_batches import Recall, WindowedVariant, has_values, runs_eagerly
 
 _TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
 
 
 class _Slopes(NamedTuple):
-    """How a batch's moments change with the producer's weight θ: ∂mean/∂θ and ∂var/∂θ at the weight of its time."""
+    """Derivatives of a batch's moments by the producer's weight θ at that time: ∂mean/∂θ and ∂var/∂θ."""
 
     weight: Tensor
     mean: Tensor
     var: Tensor
 
 
-class CrossIterationBatchNorm(Remembering):
+class CrossIterationBatchNorm(WindowedVariant):
     """Batch normalization with the moments of the last batches, corrected for the change of the weights since.
 
-    For the batch of τ iterations ago, θ the weight of the layer that produces x (a convolution or a linear layer), per
-    channel and to first order,
+    Let θ be the weight of the layer that produces x (a convolution or a linear layer). For the batch of τ iterations
+    ago, per channel and to first order,
 
         mean_τ(θ_t) = mean_τ + ∂mean_τ/∂θ · (θ_t − θ_{t−τ})        ν_τ(θ_t) = ν_τ + ∂ν_τ/∂θ · (θ_t − θ_{t−τ})
 
-    with ν = E[x²]. The moments that normalize are those of the window τ = 0 … k − 1:
+    with ν = E[x²]. The window τ = 0 … k − 1 normalizes:
 
         mean = 1/k·Σ mean_τ(θ_t)        var = 1/k·Σ max(ν_τ(θ_t), mean_τ(θ_t)²) − mean²
         y = act((x − mean) / √(var + eps) · weight + bias + residual)
 
-    The gradient flows through the current batch's moments (τ = 0) only. The producer is told once, by :meth:`attach`,
-    or its weight at each call, as ``layer(x, producer_weight=conv.weight)``.
+    The gradient flows through the current batch's moments (τ = 0) only. The layer learns its producer once, by
+    :meth:`attach`, or its weight at each call, as ``layer(x, producer_weight=conv.weight)``.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: As for ``torch.nn.BatchNorm2d``.
-            Without running statistics nothing is kept from batch to batch: this is then batch normalization.
-        window: k, the number of batches that normalize together, this one included. Default 8.
-        burn_in: Number of batches at the beginning that are normalized alone, while weights change fast. Default 0.
-        compensate: Whether moments are brought to the present weights. False is the paper's "naive CBN", which needs
-            no producer.
+            Without running statistics nothing is kept between batches: the layer is then batch normalization.
+        window: k, the number of batches that normalize together, including the current one. Default 8.
+        burn_in: Number of batches, at the start of training, that are normalized alone, as weights change fast then.
+            Default 0.
+        compensate: Whether moments are corrected for changed weights. False is the paper's "naive CBN", which needs no
+            producer.
 
     Shape:
         (N, C, *S) -> (N, C, *S)
 
     State:
-        The running statistics are updated in training with the batch's own moments, as in ``torch.nn.BatchNorm2d``,
-        whose state_dict this has. The window is no part of it: it is empty after loading, and fills again. A forward
-        without gradients (``no_grad``; the first run of a reentrant checkpoint) uses the window and adds nothing to it,
-        as there are no ∂mean/∂θ then; an empty batch adds nothing. In evaluation the running statistics normalize.
+        The running statistics are updated in training with the batch's own moments, as in ``torch.nn.BatchNorm2d``; the
+        state_dict is the same too. It does not contain the window, which is empty after loading and fills again. A
+        forward without gradients (``no_grad``; the first run of a reentrant checkpoint) uses the window but adds
+        nothing to it, as ∂mean/∂θ is unknown; nor does an empty batch. In evaluation the running statistics normalize.
 
     Differs:
-        From the paper where batches differ in size: each counts by its number of values. A bias of the producer is not
-        part of θ: it is removed by the normalization, so do without it. A channel that is not finite in one batch of
-        the window is left out of that batch. A producer that does not train is taken to be constant.
+        From the paper if batches differ in size: each counts by its number of values. A bias of the producer is not
+        part of θ: the normalization removes it, so do without it. A channel that is not finite in one batch of the
+        window is left out of that batch. A producer that does not train is taken to be constant.
 
     Numerics:
         Moments in float64, merged by Chan's formula: ν_τ(θ_t) − mean_τ(θ_t)² is computed as
         var_τ + ∂var_τ/∂θ·Δθ − (∂mean_τ/∂θ·Δθ)², the same number without the cancellation.
 
     Cost:
-        In training two weight gradients of the producer more per forward, and three tensors of its weight's size for
-        each batch of the window. Under a checkpoint that is not reentrant the segment runs twice more in the forward.
-        In evaluation nothing.
+        In training two more weight gradients of the producer per forward, and three tensors of its weight's size for
+        each batch of the window. Under a checkpoint that is not reentrant the segment runs two more times in the
+        forward. In evaluation that of batch normalization.
 
     Raises:
-        TypeError, ValueError: for input that can't be normalized, or where the producer is unknown or did not produce
-            x; all state is then as before.
-        RuntimeError: under ``torch.jit``, and under ``torch.compile(fullgraph=True)``: the forward differentiates.
+        TypeError, ValueError: The input can't be normalized; the producer is unknown, or did not produce x. All state
+            is then as before.
+        RuntimeError: The layer runs under ``torch.jit`` or ``torch.compile(fullgraph=True)``: its forward
+            differentiates.
 
     Example:
         >>> conv, norm = torch.nn.Conv2d(3, 8, 3, bias=False), CrossIterationBatchNorm(8, window=4)
@@ -91,7 +93,7 @@ class CrossIterationBatchNorm(Remembering):
         Yao, Cao, Zheng, Huang, Lin (2021), "Cross-Iteration Batch Normalization", arXiv:2002.05712, section 3.
     """
 
-    _masks = True
+    takes_mask = True
 
     def __init__(
         self,
@@ -100,8 +102,8 @@ class CrossIterationBatchNorm(Remembering):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         window: int = 8,
         burn_in: int = 0,
@@ -109,12 +111,12 @@ class CrossIterationBatchNorm(Remembering):
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, window, burn_in)
         self.compensate = compensate
-        # In a tuple, so that torch.nn does not make it a submodule; copied and pickled with the model around it.
+        # A tuple, so that torch.nn does not make it a submodule; copied and pickled with the model around it.
         self._producer: tuple[torch.nn.Module, ...] = ()
         self._given: Tensor | None = None
 
     def attach(self, producer: torch.nn.Module) -> CrossIterationBatchNorm:
-        """Say which module's output is normalized: a convolution or a linear layer. It does not become a submodule.
+        """Set the module whose output is normalized: a convolution or linear layer, which does not become a submodule.
 
         Raises:
             TypeError, ValueError: It is transposed, or has no weight whose first dimension is the output channel.
@@ -132,6 +134,7 @@ class CrossIterationBatchNorm(Remembering):
         return self
 
     def reset_window(self) -> None:
+        """Empty the window."""
         self._last: deque[tuple[Moments, _Slopes | None]] = deque(maxlen=self.window - 1)
         self._recall: Recall[Moments | None] = Recall(maxlen=self._recalled)
 
@@ -148,13 +151,10 @@ class CrossIterationBatchNorm(Remembering):
         padding: Padding = "zero",
         producer_weight: Tensor | None = None,
     ) -> Tensor:
-        """``activation(bn(x) + residual)``.
+        """Compute ``activation(bn(x) + residual)``.
 
-        Args:
-            input, residual, activation, inplace, mask, sample_weight, weighting, padding: As for
-                :meth:`keelnorm.nn._shared.variant.Variant.forward`.
-            producer_weight: The weight of what produced x, its first dimension the output channel; for this call it
-                takes the place of the attached module's.
+        ``producer_weight`` is the weight that produced x, with the output channel first; it replaces that of the
+        attached module for this call. The other arguments are as for every variant.
         """
         if producer_weight is not None:
             self._check_weight(producer_weight)
@@ -169,6 +169,7 @@ class CrossIterationBatchNorm(Remembering):
 
     @runs_eagerly
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        """Normalize with the moments of the window."""
         own = functional.moments(x.detach(), mask)
         batch = Moments(own.count, *_Derived.apply(x, mask, own))
         pools = self.pools() and self.window > 1 and self.running_mean is not None
@@ -192,13 +193,14 @@ class CrossIterationBatchNorm(Remembering):
         return y
 
     def _earlier(self, weight: Tensor | None) -> Moments | None:
-        """The moments of the window's earlier batches, brought to the present weight, merged."""
-        parts = [_brought_to(weight, *batch) for batch in self._last]
+        """The merged moments of the window's earlier batches, corrected for the present weight."""
+        parts = [_corrected(weight, *batch) for batch in self._last]
         return Moments.merge_all(parts) if parts else None
 
     def _slopes(self, x: Tensor, batch: Moments, mask: Tensor | None, weight: Tensor) -> _Slopes:
-        # ∂mean/∂x = 1/M and ∂var/∂x = 2(x − mean)/M, in two factors √M, so that float16 neither over- nor underflows.
-        # A channel depends on its own rows of the weight alone, so one product with all channels gives each row its.
+        """The derivatives of the batch's moments by the weight."""
+        # ∂mean/∂x = 1/M and ∂var/∂x = 2(x − mean)/M, as two factors √M, so that float16 neither over- nor underflows.
+        # A channel depends only on its own rows of the weight, so one product gives the derivatives of all channels.
         scale = batch.count.clamp(min=1).rsqrt().to(compute_dtype(x))
         share = scale.expand(x.shape[1])
         dmean = per_channel(share, x).expand_as(x)
@@ -222,12 +224,12 @@ class CrossIterationBatchNorm(Remembering):
         return _Slopes(weight.detach().clone(), *slopes)
 
     def _weight(self) -> Tensor:
-        """The producer's weight as it is now."""
+        """The producer's present weight."""
         if self._given is not None:
             return self._given
         if not self._producer:
             raise ValueError(
-                f"{type(self).__name__}: the moments of earlier batches are brought to the present weights, so the "
+                f"{type(self).__name__}: the moments of earlier batches are corrected for changed weights, so the "
                 "module in front must be known: layer.attach(conv) once, or layer(x, producer_weight=conv.weight) at "
                 "each call; compensate=False does without"
             )
@@ -243,11 +245,12 @@ class CrossIterationBatchNorm(Remembering):
             )
 
     def extra_repr(self) -> str:
+        """The options, for the layer's repr."""
         return f"{super().extra_repr()}, compensate={self.compensate}"
 
 
 class _Derived(torch.autograd.Function):
-    """Mean and m2 of x, which are known already, with their derivatives: ∂mean/∂x = 1/M, ∂m2/∂x = 2(x − mean)."""
+    """Gives the known mean and m2 of x their derivatives: ∂mean/∂x = 1/M, ∂m2/∂x = 2(x − mean)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor | None, moments: Moments) -> tuple[Tensor, Tensor]:
@@ -260,20 +263,20 @@ class _Derived(torch.autograd.Function):
         x, mask, mean, count = ctx.saved_tensors
         dtype = compute_dtype(x)
         share = per_channel((dmean / count.clamp(min=1)).to(dtype), x)
-        centred = x.to(dtype) - per_channel(mean.to(dtype), x)
-        dx = share + centred * per_channel((2 * dm2).to(dtype), x)
+        centered = x.to(dtype) - per_channel(mean.to(dtype), x)
+        dx = share + centered * per_channel((2 * dm2).to(dtype), x)
         return (dx if mask is None else torch.where(mask, dx, 0)).to(x.dtype), None, None
 
 
-def _brought_to(weight: Tensor | None, batch: Moments, slopes: _Slopes | None) -> Moments:
-    """An earlier batch's moments as they would be under this weight, empty in channels where they are not finite."""
+def _corrected(weight: Tensor | None, batch: Moments, slopes: _Slopes | None) -> Moments:
+    """An earlier batch's moments, corrected for this weight; channels that are not finite are empty."""
     mean, var = batch.mean, batch.m2 / batch.count.clamp(min=1)
     if weight is not None and slopes is not None:
         dtype = slopes.mean.dtype
         step = (weight.detach().to(dtype) - slopes.weight.to(dtype)).reshape(mean.shape[0], -1)
         shift = (slopes.mean * step).sum(1).to(mean.dtype)
         mean = mean + shift
-        # ν − mean² at the present weight; below zero ν takes the value of mean² (the paper's maximum).
+        # ν − mean² at the present weight; a negative value becomes 0, which is the paper's maximum.
         var = (var + (slopes.var * step).sum(1).to(var.dtype) - shift * shift).clamp(min=0)
     good = mean.isfinite() & var.isfinite()
     count = torch.where(good, batch.count, 0)

@@ -1,4 +1,4 @@
-"""Batch normalization by a scale that needs no squares: the mean absolute deviation, or the range."""
+"""Batch normalization by a scale without squares: the mean absolute deviation, or the range."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch import Tensor
 from keelnorm.engine.activations import Activation
 from keelnorm.engine.layout import per_channel, reduced_dims
 from keelnorm.moments import Moments
-from keelnorm.nn._shared.variant import Variant, normalize
+from keelnorm.nn._shared.normalize import normalize
+from keelnorm.nn._shared.variant import Variant
 
 
 class L1BatchNorm(Variant):
-    """Batch normalization by the mean absolute deviation.
+    r"""Batch normalization by the mean absolute deviation.
 
-    Per channel, over the M = N·S values of the batch, or those that the mask counts:
+    Per channel, over the M = N·S values of the batch, or those where the mask is True:
 
         scale = √(π/2) · Σ|x − mean| / M,   y = act((x − mean) / √(scale² + eps) · weight + bias + residual)
 
@@ -29,20 +30,20 @@ class L1BatchNorm(Variant):
         (N, C, *S) -> (N, C, *S)
 
     State:
-        torch.nn's. ``running_var`` keeps the square of the scale, times M/(M − 1) as for a variance, so that whatever
-        takes mean and variance from the buffers (evaluation, folding into a convolution) is right.
+        torch.nn's. ``running_var`` holds the square of the scale, times M/(M − 1) as for a variance, so evaluation and
+        folding, which use the buffers as mean and variance, are right.
 
     Differs:
         From ``torch.nn.BatchNorm*`` by the scale in training. The call takes a ``mask``.
 
     Numerics:
-        Sums in float64. The derivative of \\|v\\| at 0 is taken as 0. A constant channel gives 0, with gradients.
+        Sums in float64. The derivative of \|v\| at 0 is taken as 0. A constant channel gives 0, with gradients.
 
     Cost:
-        As plain torch, several passes over x: it is here for its statistics, not for speed. Evaluation is fused.
+        Plain torch, with several passes over x: the layer is for its statistics, not for speed. Evaluation is fused.
 
     Raises:
-        TypeError, ValueError: as :class:`keelnorm.BatchNorm`.
+        TypeError, ValueError: As :class:`keelnorm.BatchNorm`.
 
     Example:
         >>> L1BatchNorm(1, eps=1e-12)(torch.tensor([[0.0], [2.0]])).flatten()
@@ -53,12 +54,13 @@ class L1BatchNorm(Variant):
         networks", arXiv:1803.01814, section 4.1.
     """
 
-    _masks = True
+    takes_mask = True
     own_scale: str | None = "the square of the mean absolute deviation, scaled, in running_var"
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        """Normalize by the mean absolute deviation."""
         if mask is not None:
-            x = torch.where(mask, x, 0)  # what does not count may be NaN, which would reach the gradients
+            x = torch.where(mask, x, 0)  # a NaN under the mask would reach the gradients
         moments = Moments.from_tensor(x, mask)
         deviation = (x.to(moments.mean.dtype) - per_channel(moments.mean, x)).abs()
         if mask is not None:
@@ -76,8 +78,8 @@ class RangeBatchNorm(Variant):
 
         scale = (max x − min x) / √(2·ln M),   y = act((x − mean) / √(scale² + eps) · weight + bias + residual)
 
-    For Gaussian values the scale lies between the standard deviation and twice it, near twice for very large M: the
-    output is smaller than plain batch normalization's, which the weight can make up for.
+    For Gaussian values the scale is one to two times the standard deviation, close to two for very large M. The output
+    is smaller than with plain batch normalization; the weight can compensate for that.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: As ``torch.nn.BatchNorm2d``.
@@ -86,22 +88,21 @@ class RangeBatchNorm(Variant):
         (N, C, *S) -> (N, C, *S)
 
     State:
-        torch.nn's. ``running_var`` keeps the square of the scale, so that whatever takes mean and variance from the
-        buffers (evaluation, folding into a convolution) is right. It depends on M, so evaluation fits training only
-        where M is about the same in all batches.
+        torch.nn's. ``running_var`` holds the square of the scale, so evaluation and folding, which use the buffers as
+        mean and variance, are right. It depends on M: evaluation fits training only if M is similar in all batches.
 
     Differs:
         From ``torch.nn.BatchNorm*`` by the scale in training. A mask is refused.
 
     Numerics:
-        The mean is summed in float64; maximum and minimum are exact. Where several values share the extreme, they share
-        its gradient. A constant channel gives 0, with gradients.
+        The mean is summed in float64; maximum and minimum are exact. Several values at the extreme share its gradient.
+        A constant channel gives 0, with gradients.
 
     Cost:
-        As plain torch, several passes over x: it is here for its statistics, not for speed. Evaluation is fused.
+        Plain torch, with several passes over x: the layer is for its statistics, not for speed. Evaluation is fused.
 
     Raises:
-        TypeError, ValueError: as :class:`keelnorm.BatchNorm`.
+        TypeError, ValueError: As :class:`keelnorm.BatchNorm`.
 
     Example:
         >>> RangeBatchNorm(1, eps=1e-12)(torch.tensor([[0.0], [2.0]])).flatten()
@@ -115,14 +116,15 @@ class RangeBatchNorm(Variant):
     own_scale: str | None = "the square of the range, scaled, in running_var"
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        """Normalize by the range."""
         moments = Moments.from_tensor(x)
         count, dims = x.numel() // max(x.shape[1], 1), reduced_dims(x)
         if count > 1:
             extent = x.amax(dims).to(moments.mean.dtype) - x.amin(dims).to(moments.mean.dtype)
             var = extent.square() / (2 * math.log(count))
         else:
-            var = torch.zeros_like(moments.mean)  # an empty batch, which has no extremes
+            var = torch.zeros_like(moments.mean)  # an empty batch has no extremes
         y = normalize(x, moments.mean, var, self.weight, self.bias, self.eps, residual, act)
-        # What enters is m2 / (count − 1): here the square of the scale itself.
+        # running_var averages m2 / (count − 1), which is then the square of the scale.
         self.update_running(Moments(moments.count, moments.mean, var * (moments.count - 1)))
         return y

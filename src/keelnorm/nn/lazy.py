@@ -10,11 +10,12 @@ from torch.nn.modules.batchnorm import _LazyNormBase
 
 from keelnorm.engine.error_messages import describe
 from keelnorm.engine.masking import TooFew
+from keelnorm.nn._shared.layer_base import Layer
 from keelnorm.nn.batch_norm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, FusedBatchNorm
 
 
 class _LazyFused(FusedBatchNorm):
-    """What the lazy layers share: the forward is there from the first call on, and what came is checked before."""
+    """What the lazy layers share: the forward is that of the drop-in layers, and the first input is checked."""
 
     num_features: int
 
@@ -31,13 +32,13 @@ class _LazyFused(FusedBatchNorm):
         too_few: TooFew = "error",
     ) -> None:
         newer = {} if bias else {"bias": False}
-        # Past FusedBatchNorm's constructor, which asks for the number of channels.
-        super(FusedBatchNorm, self).__init__(eps, momentum, affine, track_running_stats, device, dtype, **newer)  # type: ignore[arg-type]
-        self.set_policy(too_few)
+        # Skips Layer's constructor, which needs the number of channels.
+        super(Layer, self).__init__(eps, momentum, affine, track_running_stats, device, dtype, **newer)  # type: ignore[arg-type]
+        self.set_too_few(too_few)
         self.count_skipped()
 
     def initialize_parameters(self, input: Any, *args: Any, **kwargs: Any) -> None:
-        """Make parameters and buffers for x's channels, unless the first call, with these arguments, raises."""
+        """Create parameters and buffers for x's channels, unless the first call, with these arguments, raises."""
         what, x = type(self).__name__, input
         legal = "two or more" if self._ranks is None else " or ".join(map(str, self._ranks))
         asked = f"{what}: the first x gives the number of channels, so it must be a floating-point tensor"
@@ -48,13 +49,13 @@ class _LazyFused(FusedBatchNorm):
         if type(x) is Tensor and self.has_uninitialized_params():  # type: ignore[operator]
             self._try(x, *args, **kwargs)
         super().initialize_parameters(x)  # type: ignore[misc]
-        # torch.nn leaves 0 where a state_dict gave the sizes, and where nothing has a size.
+        # torch.nn leaves 0 if a state_dict gave the sizes, or if nothing has a size.
         known = [value for value in (self.weight, self.running_mean) if value is not None]
         self.num_features = known[0].shape[0] if known else x.shape[1]
         self.count_skipped()
 
     def _try(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Make the call with an ordinary layer: if it raises, this one stays lazy."""
+        """Try the call with an ordinary layer: if it raises, this one stays lazy."""
         like = next((value for value in (self.weight, self.running_mean) if value is not None), x)
         become: type[FusedBatchNorm] = self.cls_to_become  # type: ignore[assignment]
         layer = become(
@@ -66,10 +67,10 @@ class _LazyFused(FusedBatchNorm):
 
 
 class LazyBatchNorm(_LazyFused, _LazyNormBase, torch.nn.modules.batchnorm._BatchNorm):  # type: ignore[misc]
-    """:class:`keelnorm.BatchNorm` that learns ``num_features`` from its first input, of any rank from two on.
+    """:class:`keelnorm.BatchNorm` that takes ``num_features`` from its first input, of any rank from two on.
 
-    Until then parameters and running statistics are uninitialized, as those of ``torch.nn``'s lazy modules; with the
-    first forward the layer becomes an ordinary one, of the class ``cls_to_become``.
+    Until then parameters and running statistics are uninitialized, as in ``torch.nn``'s lazy modules. The first forward
+    turns the layer into an ordinary one, of the class ``cls_to_become``.
 
     Args:
         eps, momentum, affine, track_running_stats, device, dtype, bias: As :class:`keelnorm.BatchNorm`.
@@ -78,16 +79,16 @@ class LazyBatchNorm(_LazyFused, _LazyNormBase, torch.nn.modules.batchnorm._Batch
         (N, C, *S) -> (N, C, *S)
 
     State:
-        As ``torch.nn``'s lazy modules: the state_dict has the uninitialized tensors; a lazy layer takes the state_dict
-        of an initialized one, shapes included, and a lazy one's changes nothing in a lazy layer.
+        As ``torch.nn``'s lazy modules: the state_dict has the uninitialized tensors. A lazy layer loads the state_dict
+        of an initialized layer, shapes included; that of a lazy layer changes nothing in it.
 
     Differs:
-        From ``torch.nn.LazyBatchNorm*`` by what the call takes (``residual``, ``activation``, ``inplace``, from the
-        first call on), and by checking the first call, with one more forward, before anything is made from its input.
+        From ``torch.nn.LazyBatchNorm*`` by the arguments of the call (``residual``, ``activation``, ``inplace``, from
+        the first call on), and by one more forward that checks the first call before anything is created.
 
     Raises:
-        TypeError, ValueError: a first input that has no channels, and what :class:`keelnorm.BatchNorm` raises. The
-            layer is then still lazy.
+        TypeError, ValueError: The first input has no channels; or as :class:`keelnorm.BatchNorm`. The layer is then
+            still lazy.
 
     Example:
         >>> layer = LazyBatchNorm()
@@ -99,7 +100,7 @@ class LazyBatchNorm(_LazyFused, _LazyNormBase, torch.nn.modules.batchnorm._Batch
 
 
 class LazyBatchNorm1d(_LazyFused, torch.nn.LazyBatchNorm1d):  # type: ignore[misc]
-    """:class:`keelnorm.BatchNorm1d` that learns ``num_features`` from its first input. See :class:`LazyBatchNorm`.
+    """:class:`keelnorm.BatchNorm1d` that takes ``num_features`` from its first input. See :class:`LazyBatchNorm`.
 
     Example:
         >>> LazyBatchNorm1d()(torch.randn(4, 16)).shape
@@ -111,7 +112,7 @@ class LazyBatchNorm1d(_LazyFused, torch.nn.LazyBatchNorm1d):  # type: ignore[mis
 
 
 class LazyBatchNorm2d(_LazyFused, torch.nn.LazyBatchNorm2d):  # type: ignore[misc]
-    """:class:`keelnorm.BatchNorm2d` that learns ``num_features`` from its first input. See :class:`LazyBatchNorm`.
+    """:class:`keelnorm.BatchNorm2d` that takes ``num_features`` from its first input. See :class:`LazyBatchNorm`.
 
     Example:
         >>> LazyBatchNorm2d()(torch.randn(4, 16, 8, 8)).shape
@@ -123,7 +124,7 @@ class LazyBatchNorm2d(_LazyFused, torch.nn.LazyBatchNorm2d):  # type: ignore[mis
 
 
 class LazyBatchNorm3d(_LazyFused, torch.nn.LazyBatchNorm3d):  # type: ignore[misc]
-    """:class:`keelnorm.BatchNorm3d` that learns ``num_features`` from its first input. See :class:`LazyBatchNorm`.
+    """:class:`keelnorm.BatchNorm3d` that takes ``num_features`` from its first input. See :class:`LazyBatchNorm`.
 
     Example:
         >>> LazyBatchNorm3d()(torch.randn(4, 2, 3, 3, 3)).shape

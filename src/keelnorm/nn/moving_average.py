@@ -1,4 +1,4 @@
-"""Moving average batch normalization: statistics averaged over the last batches, in the forward and in the backward."""
+"""Moving average batch normalization: statistics of forward and backward are averaged over the last batches."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from keelnorm.engine.error_messages import describe
 from keelnorm.engine.layout import per_channel
 from keelnorm.engine.recomputation import is_second_run
 from keelnorm.moments import Moments, compute_dtype
-from keelnorm.nn._shared.recent_batches import Recall, Remembering, has_values, runs_eagerly
-from keelnorm.nn._shared.variant import normalize
+from keelnorm.nn._shared.normalize import normalize
+from keelnorm.nn._shared.recent_batches import Recall, WindowedVariant, has_values, runs_eagerly
 
-_CENTRED = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+_CENTERABLE = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
 
-class MovingAverageBatchNorm(Remembering):
-    """Batch normalization by the root mean square, averaged over the last batches; and so is the gradient's statistic.
+class MovingAverageBatchNorm(WindowedVariant):
+    """Batch normalization by the root mean square, averaged over the last batches, as is the backward's statistic.
 
     The mean is not subtracted; :func:`center_weights` keeps it small. Per channel, over the M = N·S values of batch t:
 
@@ -35,42 +35,42 @@ class MovingAverageBatchNorm(Remembering):
 
         Ψ_t = Σ g·z/M         Ψ̄ = mean of the last m of Ψ                dx = (g − z·Ψ̄)/χ̄
 
-    Ψ is the statistic that batch normalization's own backward takes over the batch without saying so; with m = 1 (and
-    during the burn-in) this is the derivative of the forward. With m > 1 the gradient is, by design, not that of any
-    one batch's loss. In evaluation y = act(x/√(χ̂² + eps)·weight + bias + residual).
+    Ψ is the batch statistic in the backward of batch normalization. With m = 1, and during the burn-in, dx is the
+    derivative of the forward. With m > 1 it is, by design, not the gradient of any one batch's loss. In evaluation
+    y = act(x/√(χ̂² + eps)·weight + bias + residual).
 
     Args:
         num_features, eps, affine, track_running_stats, device, dtype: As for ``torch.nn.BatchNorm2d``. Without running
-            moments nothing is kept from batch to batch, and m = 1.
-        momentum: Of χ̂²; the paper's 1 − α. Default 0.02.
+            statistics nothing is kept between batches, and m = 1.
+        momentum: The momentum of χ̂²; the paper's 1 − α. Default 0.02.
         window: m, the number of batches that are averaged. Default 16.
-        burn_in: Number of batches at the beginning that are normalized alone, with r = 1. Default 100.
-        r_max: λ, the bound of r from above and, as 1/r_max, from below; at least 1. Default 1.05.
+        burn_in: Number of batches, at the start of training, that are normalized alone, with r = 1. Default 100.
+        r_max: λ, the upper bound of r; 1/r_max is the lower bound. At least 1. Default 1.05.
 
     Shape:
         (N, C, *S) -> (N, C, *S)
 
     State:
         ``running_var`` is χ̂², the mean square; ``running_mean`` stays 0, and a loaded one decays to 0 in training. The
-        state_dict is that of ``torch.nn.BatchNorm2d``. Both windows are no part of it: they are empty after loading,
-        and fill again. An empty batch adds nothing to them.
+        state_dict is that of ``torch.nn.BatchNorm2d``; it does not contain the two windows, which are empty after
+        loading and fill again. An empty batch adds nothing to them.
 
     Differs:
-        From the authors' code: χ̂² takes in each batch's χ² in place of χ̄²; a window that is not full yet is averaged
-        over what it has; r is bounded by 1.05 in place of 5, from the end of the burn-in on. A channel that is not
+        From the authors' code: χ̂² averages each batch's χ² instead of χ̄²; a window that is not full yet is averaged
+        over its batches; r is bounded by 1.05 instead of 5, from the end of the burn-in on. A channel that is not
         finite in a batch is left out of the averages.
 
     Numerics:
         χ² and Ψ in float64.
 
     Cost:
-        In training one pass over x for χ², as batch normalization, and its gradient; 2·m vectors. In evaluation
-        nothing.
+        In training one pass over x for χ², as in batch normalization, and its gradient; 2·m vectors. In evaluation that
+        of batch normalization.
 
     Raises:
-        TypeError, ValueError: for input that can't be normalized; all state is then as before.
-        RuntimeError: under ``torch.jit``, ``torch.func`` and ``torch.compile(fullgraph=True)``: the backward has a
-            state.
+        TypeError, ValueError: The input can't be normalized; all state is then as before.
+        RuntimeError: The layer runs under ``torch.jit``, ``torch.func`` or ``torch.compile(fullgraph=True)``: its
+            backward has state.
 
     Example:
         >>> conv = center_weights(torch.nn.Conv2d(3, 8, 3))
@@ -83,7 +83,7 @@ class MovingAverageBatchNorm(Remembering):
         Normalization", arXiv:2001.06838, section 4: SMAS in both directions, renormalization, weight centralization.
     """
 
-    _masks = True
+    takes_mask = True
     own_scale: str | None = "the mean square about 0 in running_var"
 
     def __init__(
@@ -93,8 +93,8 @@ class MovingAverageBatchNorm(Remembering):
         momentum: float | None = 0.02,
         affine: bool = True,
         track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         window: int = 16,
         burn_in: int = 100,
@@ -106,12 +106,14 @@ class MovingAverageBatchNorm(Remembering):
         self.r_max = r_max
 
     def reset_window(self) -> None:
+        """Empty both windows."""
         self._squares: deque[Tensor] = deque(maxlen=self.window - 1)
         self._products: deque[Tensor] = deque(maxlen=self.window - 1)
         self._recall: Recall[tuple[Tensor, Tensor, bool]] = Recall(maxlen=self._recalled)
 
     @runs_eagerly
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        """Normalize with the averaged mean square."""
         moments = functional.moments(x.detach(), mask)
         count = moments.count.expand(x.shape[1])
         square = moments.m2 / count.clamp(min=1) + moments.mean.square()
@@ -121,7 +123,7 @@ class MovingAverageBatchNorm(Remembering):
             average, r, pools = found[0]
         else:
             pools = self.pools()
-            # Without values there is nothing to average, and any will do.
+            # A batch without values is left out of the average; where it is alone, any value will do.
             current = torch.where(count > 0, square, torch.nan if pools and self._squares else 1)
             average = _finite_mean([*self._squares, current], current) if pools else current
             r = self._renormalization(average) if pools else torch.ones_like(average)
@@ -134,8 +136,8 @@ class MovingAverageBatchNorm(Remembering):
         if counts and not found:
             self._recall.append((square, (average, r, pools)))
             self._squares.append(torch.where(count > 0, square, torch.nan))
-            # About 0, which is known: no degree of freedom is spent on a mean, so that the unbiased variance of one
-            # value more is the mean square itself.
+            # The mean is known to be 0, so there is no loss of a degree of freedom: with a count of one more, the
+            # unbiased variance is the mean square itself.
             one_more = torch.where(count > 0, count + 1, 0)
             self.update_running(Moments(one_more, torch.zeros_like(square), square * count))
         return y
@@ -147,14 +149,15 @@ class MovingAverageBatchNorm(Remembering):
         return r.clamp(1 / self.r_max, self.r_max)
 
     def extra_repr(self) -> str:
+        """The options, for the layer's repr."""
         return f"{super().extra_repr()}, r_max={self.r_max}"
 
 
 class _Averaged(torch.autograd.Function):
-    """χ̄² of x, whose gradient carries Ψ̄ in place of the batch's Ψ.
+    """Returns χ̄² of x; its backward uses Ψ̄ instead of the batch's Ψ.
 
-    What :func:`normalize` hands back for χ̄² is d = Σ g·x·(−½)(χ̄² + eps)^(−3/2) = −M·Ψ/(2(χ̄² + eps)), and the second
-    term of dx, −z·Ψ̄/χ̄, is −x·Ψ̄/(χ̄² + eps).
+    The gradient of :func:`normalize` by χ̄² is d = Σ g·x·(−½)(χ̄² + eps)^(−3/2) = −M·Ψ/(2(χ̄² + eps)). The second term of
+    dx, −z·Ψ̄/χ̄, is −x·Ψ̄/(χ̄² + eps).
     """
 
     @staticmethod
@@ -187,34 +190,34 @@ class _Averaged(torch.autograd.Function):
 
 
 def _finite_mean(batches: list[Tensor], current: Tensor) -> Tensor:
-    """The mean over the batches of what is finite; the current one's value where nothing is."""
+    """The mean of the finite values over the batches; the current value if none is finite."""
     stacked = torch.stack(batches)
     finite = stacked.isfinite()
     number = finite.sum(0)
     return torch.where(number > 0, torch.where(finite, stacked, 0).sum(0) / number.clamp(min=1), current)
 
 
-class _Centred(torch.nn.Module):
+class _CenteredWeight(torch.nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True)
 
 
 def center_weights(module: torch.nn.Module) -> torch.nn.Module:
-    """Centre a layer's weight: the mean over each output channel's weights is subtracted wherever the weight is used.
+    """Center a layer's weight: subtract the mean of each output channel's weights wherever the weight is used.
 
         weight ← weight − mean over (in, *kernel)
 
-    so that an input whose channels have equal means gives an output of mean 0. A parametrization of
+    An input whose channels have equal means then gives an output of mean 0. This is a parametrization of
     ``torch.nn.utils.parametrize``: the layer is changed in place and returned, its state_dict has
-    ``parametrizations.weight.original`` in place of ``weight``, and ``parametrize.remove_parametrizations(module,
-    "weight")`` leaves the centred weight, for deployment.
+    ``parametrizations.weight.original`` instead of ``weight``, and ``parametrize.remove_parametrizations(module,
+    "weight")`` leaves the centered weight, for deployment.
 
     Args:
-        module: ``torch.nn.Linear`` or ``torch.nn.Conv1d``, ``2d``, ``3d``, centred at most once.
+        module: ``torch.nn.Linear`` or ``torch.nn.Conv1d``, ``2d``, ``3d``.
 
     Raises:
-        TypeError: another module. Transposed convolutions have their output channels elsewhere.
-        ValueError: it is centred already.
+        TypeError: Another module; the output channels of transposed convolutions are in another dimension.
+        ValueError: The weight is centered already.
 
     Example:
         >>> conv = center_weights(torch.nn.Conv2d(3, 8, 3))
@@ -224,13 +227,13 @@ def center_weights(module: torch.nn.Module) -> torch.nn.Module:
     Source:
         Yan et al. (2020), arXiv:2001.06838, section 4.
     """
-    if not isinstance(module, _CENTRED):
-        names = ", ".join(kind.__name__ for kind in _CENTRED)
+    if not isinstance(module, _CENTERABLE):
+        names = ", ".join(kind.__name__ for kind in _CENTERABLE)
         raise TypeError(f"center_weights takes one layer of {names}; got {describe(module)}")
     if parametrize.is_parametrized(module, "weight") and any(
-        isinstance(each, _Centred)
+        isinstance(each, _CenteredWeight)
         for each in module.parametrizations["weight"]  # type: ignore[index, union-attr]
     ):
-        raise ValueError(f"center_weights: the weight of {module} is centred already")
-    parametrize.register_parametrization(module, "weight", _Centred())
+        raise ValueError(f"center_weights: the weight of {module} is centered already")
+    parametrize.register_parametrization(module, "weight", _CenteredWeight())
     return module

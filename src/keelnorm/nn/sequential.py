@@ -1,23 +1,23 @@
-"""A Sequential in which batch norms run as one kernel with what follows them."""
+"""A Sequential in which a batch norm and the operation after it run as one kernel."""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from keelnorm.engine.fusion.expectations import ATTRIBUTE, Memory
 from keelnorm.engine.fusion.scope import scope_of
-from keelnorm.nn._shared.variant import Variant
-from keelnorm.nn.batch_norm import FusedBatchNorm, refuse_script
+from keelnorm.nn._shared.layer_base import Layer
+from keelnorm.nn._shared.module_errors import KeelnormModule
 
 
-class Sequential(torch.nn.Sequential):
-    """``torch.nn.Sequential`` that runs an keelnorm batch norm and the activation after it as one fused operation.
+class Sequential(KeelnormModule, torch.nn.Sequential):
+    """``torch.nn.Sequential`` that runs a keelnorm batch norm and the activation after it as one fused operation.
 
-    Its batch norms' results wait for what follows, as in a model that :func:`keelnorm.convert` has converted: the first
-    call learns what that is. The modules stay what and where they are: names, state_dict, indexing and slicing are
-    ``torch.nn.Sequential``'s.
+    The result of a batch norm waits for the operation that follows, as in a model that :func:`keelnorm.convert` has
+    converted; the first call records which one that is. The modules stay unchanged: names, state_dict, indexing and
+    slicing are those of ``torch.nn.Sequential``.
 
     Example:
         >>> import keelnorm as kn
@@ -31,10 +31,7 @@ class Sequential(torch.nn.Sequential):
         if torch.compiler.is_compiling() or not isinstance(input, torch.Tensor):
             return super().forward(input)
         for module in self._modules.values():
-            if isinstance(module, FusedBatchNorm | Variant) and ATTRIBUTE not in module.__dict__:
+            if isinstance(module, Layer) and ATTRIBUTE not in module.__dict__:
                 module.__dict__[ATTRIBUTE] = Memory()
         with scope_of(self):
             return super().forward(input)
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        refuse_script(self)

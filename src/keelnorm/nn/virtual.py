@@ -1,4 +1,4 @@
-"""Virtual batch normalization: each sample by the moments of a fixed reference batch and its own."""
+"""Virtual batch normalization: each sample is normalized with a fixed reference batch."""
 
 from __future__ import annotations
 
@@ -13,36 +13,37 @@ from keelnorm.engine.activations import Activation
 from keelnorm.engine.arguments import State, check_arguments, check_numbers
 from keelnorm.engine.error_messages import check_module
 from keelnorm.moments import Moments
-from keelnorm.nn._shared.variant import Variant, normalize
+from keelnorm.nn._shared.normalize import normalize
+from keelnorm.nn._shared.variant import Variant
 
 
 class VirtualBatchNorm(Variant):
-    """Normalization of each sample by the pooled moments of a reference batch and of the sample itself.
+    """Normalization of each sample with the pooled moments of a reference batch and the sample itself.
 
-    With R the reference batch's number of samples, and x_n one sample, per channel over all positions:
+    For a reference batch of R samples, and one sample x_n, per channel over all positions:
 
         mean_n, var_n = moments of the R + 1 samples {reference batch, x_n}
         y_n = act((x_n − mean_n) / √(var_n + eps) · weight + bias + residual_n)
 
-    so that a sample's output depends on no other sample of its batch: a generator's samples do not correlate by their
-    normalization. This holds in training and in evaluation alike. The reference batch is chosen once; what a layer
-    needs of it are its moments there, which change with the weights before the layer: run the reference batch through
-    the model before each step, within :func:`collect_reference`, and once before evaluation.
+    A sample's output then depends on no other sample of its batch, in training and in evaluation; normalization does
+    not correlate a generator's samples. The reference batch is chosen once. Its moments at a layer change with the
+    weights in front of it: run the reference batch through the model before each step, within
+    :func:`collect_reference`, and once before evaluation.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: As for ``torch.nn.BatchNorm2d``.
 
     Shape:
-        (N, C, *S) -> (N, C, *S). One sample of one value is legal.
+        (N, C, *S) -> (N, C, *S). One sample with one value per channel is legal.
 
     State:
-        The reference's moments, not in the state_dict: collect them anew after loading. The state_dict is that of
+        The reference's moments, not in the state_dict: collect them again after loading. The state_dict is that of
         ``torch.nn.BatchNorm2d``: each reference pass in training updates the running statistics. This layer does not
-        use them; ``torch.nn.BatchNorm2d`` with this state_dict evaluates by them.
+        use them; ``torch.nn.BatchNorm2d`` with this state_dict does in evaluation.
 
     Differs:
-        From the paper's code: moments are merged exactly, by numbers of values, in place of
-        (R·E_ref[x²] + E_n[x²])/(R + 1) − mean², and equal that where a sample has as many positions as one of the
+        From the paper's code: moments are merged exactly, weighted by their numbers of values, instead of
+        (R·E_ref[x²] + E_n[x²])/(R + 1) − mean². Both are equal if a sample has as many positions as one of the
         reference.
 
     Numerics:
@@ -52,8 +53,8 @@ class VirtualBatchNorm(Variant):
         One pass over x for the samples' moments, in evaluation too, and one forward of the reference batch a step.
 
     Raises:
-        TypeError, ValueError: for input that can't be normalized.
-        RuntimeError: there is no reference; under ``torch.jit``.
+        TypeError, ValueError: The input can't be normalized.
+        RuntimeError: There is no reference; or the layer runs under ``torch.jit``.
 
     Example:
         >>> norm = VirtualBatchNorm(3)
@@ -67,39 +68,43 @@ class VirtualBatchNorm(Variant):
         arXiv:1606.03498, section 3.4.
     """
 
-    _masks = True
+    takes_mask = True
     own_data: str | None = "of the reference batch"
     own_evaluation: str | None = "by the moments of the reference batch and of each sample"
     _reference: Moments | None = None
-    #: None, or whether a reference pass that is going on leaves gradients out.
+    #: Whether the present reference pass runs without gradients; None outside of a pass.
     _collecting: bool | None = None
 
     def set_reference(self, x: Tensor, mask: Tensor | None = None, *, detach: bool = True) -> None:
-        """Take the moments of this layer's input for the reference batch.
+        """Set the reference batch's moments from its input to this layer.
 
         Args:
-            x: Shape (R, C, *S).
-            mask: Which values count, as :meth:`keelnorm.Moments.from_tensor` takes it.
-            detach: Keep them as constants. False lets gradients flow into x, as the paper's code does.
+            x: The input, shape (R, C, *S).
+            mask: Which values count, as in :meth:`keelnorm.Moments.from_tensor`.
+            detach: Keep the moments as constants. False lets gradients flow into x, as in the paper's code.
 
         Raises:
-            TypeError, ValueError: ``x`` is no batch for this layer; the reference is then as before.
+            TypeError, ValueError: ``x`` is not an input for this layer; the reference is then as before.
         """
         what = f"{type(self).__name__}.set_reference"
         check_arguments(what, x, None, self.weight, self.bias, self._state()._replace(training=True), self._ranks)
         self._reference = Moments.from_tensor(x.detach() if detach else x, mask)
 
     def check(self, x: Any, residual: Any) -> None:
+        """Raise unless the layer can normalize x and update its running statistics."""
         super().check(x, residual)
         check_numbers(type(self).__name__, self.eps, self.momentum, True, self.training and self.track_running_stats)
 
     def uses_batch(self) -> bool:
+        """Whether the input's own moments take part: always."""
         return True
 
     def unready(self) -> str | None:
+        """What the layer lacks for evaluation: a reference."""
         return None if self._reference is not None else "has no reference batch: see kn.collect_reference"
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        """Normalize each sample with the reference; or collect the reference."""
         if self._collecting is not None:
             if self._reference is not None:
                 raise RuntimeError(
@@ -134,12 +139,12 @@ class VirtualBatchNorm(Variant):
         return merged.mean.view(shape), (merged.m2 / merged.count.clamp(min=1)).view(shape)
 
     def _state(self) -> State:
-        # A single value has a variance here, the reference's.
+        # One value is legal: its variance is the reference's.
         training = self._collecting is not None or self.running_mean is None
         return super()._state()._replace(training=training)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take: the reference without its graph, which can't be copied, and no pass."""
+        """The state for copies and pickles: the reference without its graph, and no reference pass."""
         state: dict[str, Any] = super().__getstate__()
         state.pop("_collecting", None)
         if (reference := self._reference) is not None:
@@ -149,21 +154,20 @@ class VirtualBatchNorm(Variant):
 
 @contextmanager
 def collect_reference(model: torch.nn.Module, *, detach: bool = True) -> Iterator[None]:
-    """Within this context, a forward of the model is that of the reference batch for its :class:`VirtualBatchNorm`.
+    """Take the forward inside the block as that of the reference batch, for each :class:`VirtualBatchNorm` of a model.
 
-    Each layer normalizes its input by the input's own moments, and keeps these as its reference. Run the whole
-    reference batch once, in one forward; do so before each training step, since the moments belong to the weights.
+    Each layer normalizes its input with the input's own moments, and keeps them as its reference. Run the whole
+    reference batch once, in one forward, before each training step, since the moments change with the weights.
 
     Args:
         model: Any module with :class:`VirtualBatchNorm` layers.
-        detach: Run the pass without gradients, and keep the moments as constants. False keeps the pass's graph, so that
-            the loss has gradients through the reference's moments too, as in the paper's code: one backward for each
-            pass, and no activation checkpointing.
+        detach: Run the pass without gradients, and keep the moments as constants. False keeps the pass's graph, so the
+            loss has gradients through the reference's moments too, as in the paper's code. There is then one backward
+            for each pass, and no activation checkpointing.
 
     Raises:
         ValueError: The model has no :class:`VirtualBatchNorm`.
-        RuntimeError: A layer ran twice, or a context is open already. After any exception, all references are as
-            before.
+        RuntimeError: A layer ran twice, or a block is open already. After any exception, all references are as before.
 
     Cost:
         One forward of the reference batch.

@@ -1,4 +1,4 @@
-"""Batch normalization that also takes the correlations of the channels away."""
+"""Whitening batch normalization: removes the correlations between channels too."""
 
 from __future__ import annotations
 
@@ -22,53 +22,53 @@ METHODS = get_args(Method)
 
 
 class WhiteningBatchNorm(Variant):
-    """Batch normalization by the covariance matrix of a group of channels in place of each channel's variance.
+    """Batch normalization with the covariance matrix of a group of channels instead of each channel's variance.
 
-    With x the D channels of a group at one position, over the M = N·S positions of the batch:
+    For the D channels x of a group at one position, over the M = N·S positions of the batch:
 
         mean = Σx / M,   cov = Σ(x − mean)(x − mean)ᵀ / M                                  (biased)
         y = act(weight · (cov + eps·I)^(−1/2) · (x − mean) + bias + residual)
 
-    The output's channels have variance 1 and no correlation within a group. Of all matrices that do this the symmetric
-    one changes x least (ZCA), and does not turn its axes from batch to batch.
+    The output's channels have variance 1 and no correlation within a group. Of all matrices with this property the
+    symmetric one changes x least (ZCA), and its axes do not rotate from batch to batch.
 
     Args:
         num_features: Number of channels C.
         eps: Added to the diagonal of the covariance. Default 1e-5.
         momentum: Weight of the batch in the running statistics; None averages over all batches. Default 0.1.
         affine: Whether there are a learnable weight and bias, one per channel. Default True.
-        track_running_stats: Whether there are running statistics; without them the batch's are used in evaluation too.
+        track_running_stats: Whether there are running statistics; without them the batch normalizes in evaluation too.
         device, dtype: Of the parameters and buffers.
         bias: Whether affine includes a bias. Default True.
-        group_size: Number D of neighbouring channels that are whitened together; C where it is larger than C, else it
-            must divide C. 1 is plain batch normalization. The batch needs more than D positions. Default 64.
-        method: ``"newton"``, Newton's iteration, which approaches the inverse root and leaves directions of very
-            small variance below 1, or ``"zca"``, the eigendecomposition, which is exact. Default ``"newton"``.
-        iterations: Of Newton's iteration, at least 1; without effect on ``"zca"``. Default 5.
+        group_size: Number D of adjacent channels that are whitened together. It must divide C, or be larger, which
+            means C. 1 is plain batch normalization. The batch needs more than D positions. Default 64.
+        method: ``"newton"``, Newton's iteration, which approximates the inverse root and leaves directions of very
+            small variance below 1; or ``"zca"``, the eigendecomposition, which is exact. Default ``"newton"``.
+        iterations: Number of Newton iterations, at least 1; no effect on ``"zca"``. Default 5.
 
     Shape:
         (N, C, *S) -> (N, C, *S)
 
     State:
         torch.nn's, and ``running_cov`` of shape (C/D, D, D), initially I: the running covariance, unbiased, updated
-        with the others. Evaluation whitens by it; ``running_var`` holds the variances, as a plain layer's does. A value
-        that is not finite leaves its group's ``running_cov`` as it was.
+        with the other statistics. Evaluation whitens with it; ``running_var`` holds the variances, as in a plain layer.
+        A value that is not finite leaves its group's ``running_cov`` as it was.
 
     Differs:
-        From the papers, which keep a running average of the whitening matrix: covariances average and merge rightly,
-        their inverse roots do not. A mask is refused.
+        From the papers, which keep a running average of the whitening matrix: covariances can be averaged and merged,
+        their inverse roots can't. A mask is refused.
 
     Numerics:
-        Covariances of centred values are summed in float32 (float64 for float64); the root is taken in float64.
-        Autocast does not reach inside. First and second derivatives are exact, also where eigenvalues coincide.
+        Covariances of centered values are summed in float32 (float64 for float64); the root is taken in float64.
+        Autocast has no effect inside. First and second derivatives are exact, for equal eigenvalues too.
 
     Cost:
-        2·D multiplications per value on top of plain batch normalization in training, D in evaluation; and, in both,
-        3·T products of D×D matrices per group, or an eigendecomposition. Saved: the centred values.
+        On top of batch normalization 2·D multiplications per value in training, D in evaluation; and in both 3·T
+        products of D×D matrices per group, or an eigendecomposition. Saved: the centered values.
 
     Raises:
-        ValueError: a group size that does not divide C, an unknown method, an illegal number of iterations; else as
-            :class:`keelnorm.BatchNorm`.
+        ValueError: The group size does not divide C, the method is unknown, or the number of iterations is illegal;
+            else as :class:`keelnorm.BatchNorm`.
 
     Example:
         >>> x = torch.randn(1000, 2) @ torch.tensor([[1.0, 0.9], [0.0, 0.1]])
@@ -82,7 +82,7 @@ class WhiteningBatchNorm(Variant):
     """
 
     own_scale: str | None = "covariances beside running_var"
-    own_evaluation: str | None = "by the covariances of groups of channels"
+    own_evaluation: str | None = "with the covariances of groups of channels"
     running_cov: Tensor | None
 
     group_size: int
@@ -120,35 +120,39 @@ class WhiteningBatchNorm(Variant):
         groups = num_features // self.group_size
         identity = torch.eye(self.group_size, device=device, dtype=dtype).repeat(groups, 1, 1)
         self.register_buffer("running_cov", identity if track_running_stats else None)
-        self._cov_updates = UpdateCounts()  # of the groups
+        self._cov_updates = UpdateCounts()  # a count per group
 
     def reset_running_stats(self) -> None:
+        """As torch.nn's; ``running_cov`` becomes I."""
         super().reset_running_stats()
-        running_cov = self._buffers.get("running_cov")  # not there yet in torch.nn's constructor
+        running_cov = self._buffers.get("running_cov")  # not yet set in torch.nn's constructor
         if running_cov is not None:
             running_cov.copy_(torch.eye(self.group_size))
 
     def extra_repr(self) -> str:
+        """The options, for the layer's repr."""
         iterations = f", iterations={self.iterations}" if self.method == "newton" else ""
         return f"{super().extra_repr()}, group_size={self.group_size}, method={self.method!r}{iterations}"
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        """Whiten with the batch's covariances."""
         with torch.autocast(x.device.type, enabled=False):
             values = self._grouped(x)
             count = values.shape[-1]
-            # Around a first estimate, so that a large mean costs the covariance no digits.
-            centre = values.detach().sum(-1, keepdim=True) / max(count, 1)
-            values = values - centre
+            # Centered twice, so that the covariance stays accurate when the mean is large.
+            center = values.detach().sum(-1, keepdim=True) / max(count, 1)
+            values = values - center
             rest = values.sum(-1, keepdim=True) / max(count, 1)
             values = values - rest
             cov = values @ values.mT / max(count, 1)
             y = self._whiten(values, cov, x, residual, act)
         with torch.no_grad():
             wide = wide_dtype(x.device)
-            self._update(count, (centre.to(wide) + rest.to(wide)).flatten(), cov.to(wide))
+            self._update(count, (center.to(wide) + rest.to(wide)).flatten(), cov.to(wide))
         return y
 
     def normalize_running(self, x: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
+        """Whiten with the running covariances."""
         assert self.running_mean is not None
         assert self.running_cov is not None
         with torch.autocast(x.device.type, enabled=False):
@@ -157,12 +161,12 @@ class WhiteningBatchNorm(Variant):
             return self._whiten(values, self.running_cov, x, residual, act)
 
     def whitening(self, cov: Tensor) -> Tensor:
-        """(cov + eps·I)^(−1/2) by the layer's method, for matrices of shape (..., D, D)."""
+        """Compute (cov + eps·I)^(−1/2) by the layer's method, for matrices of shape (..., D, D)."""
         cov = cov + self.eps * torch.eye(self.group_size, dtype=cov.dtype, device=cov.device)
         return zca(cov, self.eps) if self.method == "zca" else newton(cov, self.iterations)
 
     def _whiten(self, values: Tensor, cov: Tensor, x: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
-        """Centred values (C/D, D, M) to the layer's output."""
+        """The layer's output for centered values (C/D, D, M)."""
         matrix = self.whitening(cov.to(wide_dtype(x.device)))
         if self.weight is not None:
             matrix = self.weight.view(-1, self.group_size, 1) * matrix
@@ -175,7 +179,7 @@ class WhiteningBatchNorm(Variant):
         return act.forward(y).to(x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
 
     def _grouped(self, x: Tensor) -> Tensor:
-        """(N, C, *S) as (C/D, D, M); a channels-last x as a view of its memory."""
+        """View (N, C, *S) as (C/D, D, M); a copy unless x is channels-last."""
         if x.shape[1] != self.num_features:
             raise ValueError(f"{type(self).__name__}: x must have {self.num_features} channels; got {describe(x)}")
         count = x.numel() // self.num_features
@@ -188,6 +192,7 @@ class WhiteningBatchNorm(Variant):
         self.update_running(Comoments(number, mean, m2, products=cov * count))
 
     def enter(self, moments: Moments, momentum: float | None) -> None:
+        """Update the running statistics and covariances."""
         super().enter(moments, momentum)
         if self.running_cov is None:
             return
@@ -198,7 +203,7 @@ class WhiteningBatchNorm(Variant):
         if factor is None:
             assert batches is not None
             counts = self._cov_updates.beside(groups)
-            so_far = averaged_so_far(batches - enough.to(batches.dtype), counts)  # these are counted already
+            so_far = averaged_so_far(batches - enough.to(batches.dtype), counts)  # the present batch is counted already
             factor = (1 / (so_far + 1).to(products.dtype))[:, None, None]
         with torch.no_grad():
             running = self.running_cov.to(products.dtype)
@@ -212,9 +217,9 @@ class WhiteningBatchNorm(Variant):
 
 @dataclass(frozen=True, eq=False)
 class Comoments(Moments):
-    """Moments of channels in groups of D, with the sums of products of deviations within each group; these merge too.
+    """Moments with the sums of products of deviations within each group of D channels; these merge too.
 
-    Args:
+    Attributes:
         products: Σ(v − mean)(v − mean)ᵀ, shape (C/D, D, D).
     """
 
@@ -224,14 +229,14 @@ class Comoments(Moments):
         assert isinstance(other, Comoments)
         merged = super()._merge_one(other)
         delta = (other.mean - self.mean).view(len(self.products), -1, 1)
-        # Where one side is empty, its weight is 0.
+        # If one side is empty, the weight is 0.
         weight = self.count * other.count / merged.count.clamp(min=1)
         products = self.products + other.products + weight * (delta @ delta.mT)
         return Comoments(merged.count, merged.mean, merged.m2, products=products)
 
 
 def _ungrouped(y: Tensor, x: Tensor) -> Tensor:
-    """(C/D, D, M) as (N, C, *S), in x's layout where that is one of the two dense ones."""
+    """Reshape (C/D, D, M) to (N, C, *S); channels-last if x is, else contiguous."""
     y = y.reshape(x.shape[1], x.shape[0], *x.shape[2:])
     if is_channels_last(x) and not x.is_contiguous():
         return y.movedim(0, -1).contiguous().movedim(-1, 1)

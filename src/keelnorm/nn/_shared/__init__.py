@@ -1,1 +1,1 @@
-"""Parts that several layers use."""
+"""Code that several layers share."""

@@ -1,7 +1,7 @@
-"""Batch normalization of consecutive groups of samples, each by its own moments.
+"""Batch normalization of consecutive groups of samples, each with its own moments.
 
-The native operators walk the groups and write into one result. Elsewhere each group is a batch normalization, and the
-results are put together.
+The native operators process all groups and write into one result. Otherwise each group is normalized by itself, and the
+results are concatenated.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from keelnorm.moments import Moments
 
 
 def merge_rows(rows: Moments, groups: Tensor | None = None, number: int = 1) -> Moments:
-    """Merge moments that stand in rows, as :meth:`Moments.merge` does, all at once.
+    """Merge rows of moments at once, as :meth:`Moments.merge` does one by one.
 
     Args:
         rows: count (R, 1), mean and m2 (R, C).
-        groups: Which of ``number`` groups each row belongs to, shape (R,); None merges all rows to one.
+        groups: The group of each row, from 0 to ``number`` − 1, shape (R,); None merges all rows.
+        number: Number of groups.
 
     Returns:
         count (number, 1), mean and m2 (number, C); without groups count () and (C,).
@@ -46,16 +47,14 @@ def normalize_groups(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, sizes: list[int], state: State,
     act: Activation, pooled: bool = True,
 ) -> tuple[Tensor, Moments | None]:  # fmt: skip
-    """``act(bn(x) + residual)`` with each group of samples normalized by itself, and the groups' moments in rows.
+    """Compute ``act(bn(x) + residual)``, where each group of consecutive samples is normalized by itself.
 
-    Args:
-        sizes: Samples per group, the same but for the last; their sum is N, and each has two values per channel (or
-            there is one group).
-        state: Where its ``update`` says so, the native operators let the groups enter the running statistics.
-        pooled: Let the groups enter the running statistics merged, as one batch; else one by one.
+    ``sizes`` are the samples per group, equal except for the last; their sum is N, and each group has two values per
+    channel (or there is one group). If ``state.update`` is set, the native operators update the running statistics:
+    with the merged moments of all groups if ``pooled``, else with one group after the other.
 
     Returns:
-        y, and the moments of the groups, or None where they have entered the running ones.
+        y, and the moments of the groups in rows; None if the running statistics have been updated already.
     """
     if len(sizes) > 1 and _native(x):
         inputs = [t for t in (x, residual, weight, bias) if t is not None]
@@ -90,7 +89,7 @@ def _native(x: Tensor) -> bool:
         and x.numel() > 0
         and not torch.compiler.is_compiling()
         and not is_transformed()
-        and registry.operators(x) is torch.ops.keelnorm  # the others have no operators for groups
+        and registry.operators(x) is torch.ops.keelnorm  # other operators have none for groups
     )
 
 

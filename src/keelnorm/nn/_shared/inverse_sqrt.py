@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def newton(matrix: Tensor, iterations: int) -> Tensor:
-    """An approximation by Newton's iteration, which only multiplies matrices.
+    """Approximate Σ^(−1/2) by Newton's iteration, which only multiplies matrices.
 
-    P₀ = I, Pₖ = (3·Pₖ₋₁ − Pₖ₋₁³·Σ/tr Σ) / 2, and the result is P_T / √tr Σ. Convergence is quadratic once it sets in;
-    in a direction whose eigenvalue is the share s of the trace, it takes about log(1/√s) / log 1.5 iterations to start.
+    P₀ = I, Pₖ = (3·Pₖ₋₁ − Pₖ₋₁³·Σ/tr Σ) / 2, and the result is P_T / √tr Σ. Convergence is quadratic once it starts;
+    for an eigenvalue that is the share s of the trace, starting takes about log(1/√s) / log 1.5 iterations.
 
     Numerics:
-        Pₖ³·Σ is computed as Pₖ·(Pₖ·Σ)·Pₖ with the product Pₖ·Σ carried along (the coupled iteration). In exact
-        arithmetic that is the same; iterated beyond convergence, the form above lets rounding errors grow.
+        Pₖ³·Σ is computed as Pₖ·(Pₖ·Σ)·Pₖ, where Pₖ·Σ is updated along with Pₖ (the coupled iteration). In exact
+        arithmetic that is the same; but iterated beyond convergence, the form above amplifies rounding errors.
 
     Source:
         Huang et al. (2019), arXiv:1904.03441, algorithm 1. Higham (2008), "Functions of Matrices", chapter 6, on the
@@ -30,16 +30,17 @@ def newton(matrix: Tensor, iterations: int) -> Tensor:
 
 
 def zca(matrix: Tensor, least: float) -> Tensor:
-    """U·Λ^(−1/2)·Uᵀ by eigendecomposition. A matrix that is not finite gives NaN, without an error.
+    """Compute Σ^(−1/2) = U·Λ^(−1/2)·Uᵀ by eigendecomposition. A matrix that is not finite gives NaN without an error.
 
     Args:
-        least: A lower bound of the eigenvalues that rounding may have broken; those below are taken for it.
+        matrix: Σ, shape (..., D, D).
+        least: A lower bound of the eigenvalues; those that rounding has made smaller are raised to it.
 
     Numerics:
-        Autograd's way through the eigenvectors divides by the differences of eigenvalues. Here the decomposition is a
-        constant, and Newton steps on W·Σ·W = I that start from it make the result depend on Σ:
-        W ← W − U·[Uᵀ(W·Σ·W − I)U / (√λᵢ + √λⱼ)]·Uᵀ. They change the value by no more than rounding, and the k-th makes
-        the derivative of order k exact, where eigenvalues coincide too. There are two; higher derivatives are wrong.
+        The derivative of an eigendecomposition divides by differences of eigenvalues. So the decomposition is taken as
+        a constant, and Newton steps on W·Σ·W = I from there make the result depend on Σ:
+        W ← W − U·[Uᵀ(W·Σ·W − I)U / (√λᵢ + √λⱼ)]·Uᵀ. They change the value by rounding only, and step k makes the
+        derivative of order k exact, for equal eigenvalues too. There are two steps; third derivatives are wrong.
     """
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     finite = matrix.isfinite().all(-1).all(-1)[..., None, None]

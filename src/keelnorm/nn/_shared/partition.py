@@ -1,4 +1,4 @@
-"""Samples of several kinds: taken apart by kind, and put back in their order."""
+"""Split a batch by group and restore its order."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from torch import Tensor
 from keelnorm.engine.layout import is_channels_last
 
 
-class Groups:
-    """The samples of a batch, grouped by a number that each of them has.
+class Partition:
+    """A partition of a batch's samples into groups.
 
     Args:
-        numbers: One per sample; at least one.
-        device: Where the samples are.
+        numbers: The group of each sample; at least one.
+        device: The device of the samples.
     """
 
     def __init__(self, numbers: list[int], device: torch.device) -> None:
-        #: The numbers that there are, in order.
+        #: The groups that have samples, in order.
         self.present = sorted(set(numbers))
         self._sizes = [numbers.count(number) for number in self.present]
         order = sorted(range(len(numbers)), key=numbers.__getitem__)
-        # Samples that come grouped are not copied.
+        # None if the samples are in order already: nothing is copied then.
         self._order = None if order == list(range(len(order))) else torch.tensor(order, device=device)
 
     def split(self, values: Tensor | None) -> list[Any]:
-        """The samples of each group; None for each where there are no values."""
+        """The samples of each group; None for each group if ``values`` is None."""
         if values is None:
             return [None] * len(self.present)
         return list((values if self._order is None else _take(values, self._order)).split(self._sizes))
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """What was made of the groups, in the order of the samples."""
+        """Concatenate the groups' results in the order of the samples."""
         values = parts[0] if len(parts) == 1 else torch.cat(parts)
         return values if self._order is None else _take(values, self._order.argsort())
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
-    """The samples in another order, in the layout that they have."""
+    """The samples in another order, in the same memory layout."""
     if is_channels_last(values):
         return values.movedim(1, -1).index_select(0, index).movedim(-1, 1)
     return values.index_select(0, index)

@@ -1,4 +1,4 @@
-"""What variants share that keep something of their last batches: a window outside the state_dict, and a burn-in."""
+"""Variants with a window of recent batches, outside the state_dict, and a burn-in."""
 
 from __future__ import annotations
 
@@ -8,43 +8,43 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo  # torch.compiler.disable, without its import before it is needed
 
 from keelnorm.engine.error_messages import describe, is_count
+from keelnorm.engine.torch_internals import disable_compiler
 from keelnorm.nn._shared.variant import Variant
 
 Value = TypeVar("Value")
 
-#: For a forward that keeps in Python what differs from batch to batch, or differentiates: torch.compile runs it as it
-#: is, between two graphs (an error with fullgraph=True).
-runs_eagerly = _disable_dynamo
+#: Decorates a forward that keeps Python state or differentiates: torch.compile breaks the graph there and calls it
+#: (an error with fullgraph=True).
+runs_eagerly = disable_compiler
 
 
 class Recall(deque[tuple[Tensor, Value]]):
-    """What the last forwards computed with, so that a checkpoint's second run of one computes with the same.
+    """The values that the last forwards used, for a checkpoint's second run of one of them.
 
-    Such a layer's forward changes what it computes with next, and the second run comes after that. It is told by the
-    statistics of its batch, which are those of the first run to the bit.
+    A forward of such a layer changes the values that the next one uses, and the second run comes later. It is
+    recognized by the statistics of its batch, which are bitwise those of the first run.
     """
 
     def find(self, statistics: Tensor) -> tuple[Value] | None:
-        """The value of the newest forward with these statistics, in a tuple, or None where there is none."""
+        """The value of the latest forward with these statistics, in a tuple; None if there is none."""
         for known, value in reversed(self):
             if known.device == statistics.device and torch.equal(known, statistics):
                 return (value,)
         return None
 
 
-class Remembering(Variant):
-    """A variant that keeps something of its last batches. A subclass empties what it keeps in :meth:`reset_window`.
+class WindowedVariant(Variant):
+    """A variant with a window of recent batches; a subclass empties it in :meth:`reset_window`.
 
     Args:
-        window: Number of batches that normalize together, the current one included.
-        burn_in: So many batches are normalized alone, at the beginning of training.
+        window: Number of batches that normalize together, including the current one.
+        burn_in: Number of batches, at the start of training, that are normalized alone.
     """
 
-    #: Forwards whose second run finds what the first computed with: more than are ever between a forward and its
-    #: backward, pipelines included. A few vectors each.
+    changed_by_forward = ("_burning_in",)
+    #: Number of forwards in :class:`Recall`: more than ever lie between a forward and its backward, even in pipelines.
     _recalled = 64
 
     def __init__(
@@ -54,8 +54,8 @@ class Remembering(Variant):
         momentum: float | None,
         affine: bool,
         track_running_stats: bool,
-        device: Any,
-        dtype: Any,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
         window: int,
         burn_in: int,
     ) -> None:
@@ -70,30 +70,32 @@ class Remembering(Variant):
         self.reset_window()
 
     def reset_window(self) -> None:
-        """Forget the last batches. Loading a state_dict does so, and so does ``reset_running_stats``."""
+        """Empty the window, as loading a state_dict and ``reset_running_stats`` also do."""
         raise NotImplementedError
 
     def reset_running_stats(self) -> None:
+        """As torch.nn's; the window is emptied too."""
         super().reset_running_stats()
-        if "_burning_in" in self.__dict__:  # not while torch.nn's constructor runs
+        if "_burning_in" in self.__dict__:  # not yet set in torch.nn's constructor
             self._burning_in = self.burn_in > 0
             self.reset_window()
 
     def pools(self) -> bool:
-        """Whether the last batches take part in this forward: the burn-in is over."""
+        """Whether recent batches take part in this forward: in training, after the burn-in."""
         if self._burning_in and self.num_batches_tracked is not None:
-            # Read only until it is over, as it waits for the device.
+            # Reading the counter waits for the device, so it is read during the burn-in only.
             self._burning_in = int(self.num_batches_tracked) < self.burn_in
         return self.training and not self._burning_in
 
     def extra_repr(self) -> str:
+        """The options, for the layer's repr."""
         return f"{super().extra_repr()}, window={self.window}, burn_in={self.burn_in}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Remembering:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WindowedVariant:
         before = None if self.running_mean is None else self.running_mean.device
         super()._apply(fn, recurse)
         if self.running_mean is not None and self.running_mean.device != before:
-            self.reset_window()  # what it holds lies on the other device
+            self.reset_window()  # its tensors are on the other device
         return self
 
     def _load_from_state_dict(self, *args: Any, **keywords: Any) -> None:
@@ -103,5 +105,5 @@ class Remembering(Variant):
 
 
 def has_values(x: Tensor, mask: Tensor | None) -> bool:
-    """Whether the batch counts at all. A mask is looked at by the host for it."""
+    """Whether any value of the batch counts; reads the mask on the host."""
     return x.numel() > 0 and (mask is None or bool(mask.any()))

@@ -1,4 +1,4 @@
-"""What blocks around a layer's calls choose for it."""
+"""Choices that ``with`` blocks make for a layer."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ Value = TypeVar("Value")
 
 
 class Choices(Generic[Value]):
-    """The choices of the blocks that are open; they may end in any order. Copies and pickles begin with none."""
+    """The choices of the open blocks, which may end in any order. Copies and pickles start with none."""
 
     def __init__(self) -> None:
-        self._open: list[list[Value]] = []  # of one value each, which is told from others by being itself
+        self._open: list[list[Value]] = []  # each a list of one value, so that equal values are told apart
 
     @contextmanager
     def choosing(self, value: Value) -> Iterator[None]:
-        """Inside, the value is chosen, unless a later block chooses another."""
+        """Choose a value inside the block, unless a later block chooses another."""
         block = [value]
         self._open.append(block)
         try:
@@ -26,7 +26,7 @@ class Choices(Generic[Value]):
             self._open[:] = [other for other in self._open if other is not block]
 
     def latest(self) -> Value | None:
-        """What the last of the open blocks has chosen; None where none is open."""
+        """The choice of the block that was opened last; None if none is open."""
         return self._open[-1][0] if self._open else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Choices[Value]:

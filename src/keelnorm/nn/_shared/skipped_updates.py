@@ -1,4 +1,4 @@
-"""The count of running-statistics updates that a layer left out."""
+"""The count of updates of the running statistics that a layer skipped."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from keelnorm.engine.update_counts import SKIPPED, UpdateCounts
 
 
 class CountsSkipped(_BatchNorm):
-    """A batch normalization with ``skipped_updates``, which is no buffer: parameters and buffers are torch.nn's."""
+    """A batch normalization with ``skipped_updates``, which is not a buffer: the buffers are torch.nn's."""
 
-    #: None where someone has made a layer of another class one of these.
+    #: None if the layer's class was changed to this one after its construction.
     _updates: UpdateCounts | None = None
 
     @property
     def skipped_updates(self) -> Tensor | None:
-        """How many updates were left out, per channel, (C,) int64, because something not finite would have been stored.
+        """Number of updates that were skipped, per channel, because a stored value would not have been finite.
 
-        The counter itself, on the device of the running statistics; None without them. It is no part of the state_dict.
+        The counter itself, int64 (C,), on the device of the running statistics; None without these. It is not part of
+        the state_dict.
         """
         counts = self.update_counts()
         return None if counts is None else counts[SKIPPED]
@@ -41,15 +42,15 @@ class CountsSkipped(_BatchNorm):
         return (self._updates or self.count_skipped()).beside(self.running_mean)  # type: ignore[arg-type]
 
     def count_skipped(self) -> UpdateCounts:
-        """Begin to count, from 0 on, the updates that are left out."""
+        """Set all counts to 0."""
         updates = self._updates = self._updates or UpdateCounts()
         self._place_counts()
         if updates.tensor is not None:
-            updates.tensor.zero_()  # where it is: a CUDA graph may count there
+            updates.tensor.zero_()  # in place: a CUDA graph may count there
         return updates
 
     def reset_running_stats(self) -> None:
-        """As torch.nn's, whose constructor calls it too."""
+        """As torch.nn's, and set the counts to 0; torch.nn's constructor calls it too."""
         super().reset_running_stats()
         self.count_skipped()
 
@@ -57,7 +58,7 @@ class CountsSkipped(_BatchNorm):
         return self.running_mean is not None and not is_lazy(self.running_mean)
 
     def _place_counts(self) -> None:
-        """Have the counts beside the running mean before they are needed: a CUDA graph can't make them."""
+        """Put the counts on the running mean's device before they are needed: a CUDA graph can't create them."""
         if self._knows_channels() and self._updates is not None:
             self._updates.beside(self.running_mean)  # type: ignore[arg-type]
 
@@ -77,12 +78,12 @@ class CountsSkipped(_BatchNorm):
         return replica  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take: the counts as a tensor, so that a file names no class that torch.nn's lacks."""
+        """The state for copies and pickles: counts are a tensor, so that a file names no class of keelnorm for them."""
         updates = self.__dict__.get("_updates")
         return self.__dict__ | {"_updates": None if updates is None else updates.tensor}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # In files from before, the counter was a buffer.
+        # In older files the counter is a buffer.
         counter = state["_buffers"].pop("skipped_updates", None)
         state["_non_persistent_buffers_set"].discard("skipped_updates")
         counts = state.pop("_updates", None)
@@ -90,7 +91,7 @@ class CountsSkipped(_BatchNorm):
         if not isinstance(counts, UpdateCounts):
             self._updates = UpdateCounts()
             self._updates.tensor = counts
-        else:  # of a subclass that says itself what its copies take
+        else:  # of a subclass with a __getstate__ of its own
             self._updates = counts
         if counter is not None:
             self.skipped_updates = counter

@@ -1,4 +1,4 @@
-"""What the blocks around a layer's calls ask of its statistics, beside what is set on the layer itself."""
+"""Control of a layer's running statistics by ``with`` blocks: whether they are updated, or pooled."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.engine.arguments import State
+from keelnorm.engine.torch_internals import transform_stack
 from keelnorm.moments import Moments
 
 
 class Pool:
-    """The moments that a layer has seen, merged, in place of entering its running ones."""
+    """Merges the moments of a layer's batches, instead of updating its running statistics."""
 
     def __init__(self, layer: _BatchNorm) -> None:
         self.layer = layer
         self.moments: Moments | None = None
-        #: The layer's at the last forward.
+        #: The layer's momentum at the last forward.
         self.momentum: float | None = None
         self._lock = threading.Lock()
 
     def take(self, moments: Moments) -> None:
-        """Merge a batch's moments in."""
-
+        """Merge a batch's moments into the pool."""
         parts = {name: value.detach() for name, value in vars(moments).items() if value is not None}
 
         def merge(*values: Tensor) -> None:
@@ -35,21 +35,22 @@ class Pool:
                 self.moments = own if self.moments is None else self.moments.merge(own)
                 self.momentum = self.layer.momentum
 
-        if torch._C._functorch.peek_interpreter_stack() is None:
+        if transform_stack() is None:
             merge(*parts.values())
         else:
-            _Given.apply(merge, *parts.values())
+            _PassOut.apply(merge, *parts.values())
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Empty the pool."""
         self.moments = None
 
 
-class _Given(torch.autograd.Function):
-    """Gives the values inside function transforms to what is outside; under vmap those of each instance."""
+class _PassOut(torch.autograd.Function):
+    """Passes values out of function transforms to a callable; under vmap those of each instance."""
 
     @staticmethod
     def forward(to: Callable[..., None], *values: Tensor) -> Tensor:
+        """Call ``to``."""
         to(*values)
         return values[0].new_zeros(())
 
@@ -61,37 +62,37 @@ class _Given(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *given: Any) -> tuple[Tensor, None]:
         for index in range(info.batch_size):
             parts = zip(given, in_dims, strict=True)
-            none = _Given.apply(*(value if dim is None else value.select(dim, index) for value, dim in parts))
+            none = _PassOut.apply(*(value if dim is None else value.select(dim, index) for value, dim in parts))
         return none, None
 
 
 class Control:
-    """What is asked of one layer, while a block around it is open.
+    """What open blocks ask of one layer.
 
-    The layer holds it apart from what the user sets. Copies and pickles, whose statistics are their own, go without. A
-    shallow copy (a replica of DataParallel) shares the layer's statistics and so the control.
+    It is kept apart from what the user sets. Copies and pickles have statistics of their own, and no control. A shallow
+    copy (a replica of DataParallel) shares the layer's statistics, and so its control.
     """
 
     def __init__(self) -> None:
-        #: How many blocks hold the control.
+        #: Number of open blocks that use this control.
         self.blocks = 0
-        #: How many of them hold the layer off its running statistics, and whether one does.
+        #: Number of blocks that pause the running statistics, and whether there is one.
         self.pauses = 0
         self.paused = False
-        #: Where the moments go, if not into the running ones.
+        #: Takes the moments instead of the running statistics.
         self.pool: Pool | None = None
 
     def pause(self, blocks: int) -> None:
-        """Count blocks that hold the layer off its running statistics."""
+        """Add to the number of blocks that pause the running statistics."""
         self.pauses += blocks
         self.paused = self.pauses > 0
 
     def applied(self, state: State) -> State:
-        """How a call that would update the running statistics uses the state."""
+        """The state of a call that would update the running statistics, changed as the blocks ask."""
         return state._replace(update=state.update and not self.paused, sink=self.sink())
 
     def sink(self) -> Callable[[Moments], None] | None:
-        """What takes the moments in place of the running ones."""
+        """The function that takes moments instead of the running statistics; None without a pool."""
         pool = self.pool
         return None if pool is None else pool.take
 
@@ -103,12 +104,12 @@ class Control:
 
 
 class Controlled(_BatchNorm):
-    """A batch normalization that asks its :class:`Control`, where it has one, before it counts a batch."""
+    """A batch normalization that follows its :class:`Control`, if it has one."""
 
     _control: Control | None = None
 
     def reset_running_stats(self) -> None:
-        """As torch.nn's; what a block around has pooled is forgotten too."""
+        """As torch.nn's; the pool of an open block is emptied too."""
         super().reset_running_stats()
         if self._control is not None and self._control.pool is not None:
             self._control.pool.forget()

@@ -1,9 +1,9 @@
-"""What the variants of batch normalization share: a layer that chooses whose moments normalize, and the arithmetic."""
+"""The base class of the variants of batch normalization."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,62 +14,47 @@ from keelnorm.engine.arguments import State, check_arguments
 from keelnorm.engine.error_messages import locate
 from keelnorm.engine.fusion.call import begin, passes_by
 from keelnorm.engine.fusion.scope import current
-from keelnorm.engine.layout import counted, dense, per_channel
+from keelnorm.engine.layout import counted, dense
 from keelnorm.engine.masking import Padding, check_padding, named_mask
 from keelnorm.engine.normalization_steps import Normalization, is_plain
 from keelnorm.engine.recomputation import is_second_run
 from keelnorm.engine.rollback import Unchanged
 from keelnorm.engine.running_statistics import averaged, update_running
 from keelnorm.functional import Options, check_layer_call, refuse_jit
-from keelnorm.moments import Moments, Weighting, check_weighting, compute_dtype
-from keelnorm.nn._shared.constructor_errors import Constructed
-from keelnorm.nn._shared.skipped_updates import CountsSkipped
-from keelnorm.nn._shared.statistics_control import Controlled
-from keelnorm.nn.batch_norm import fx_node, refuse_script
+from keelnorm.moments import Moments, Weighting, check_weighting
+from keelnorm.nn._shared.layer_base import Layer
+from keelnorm.nn.batch_norm import fx_node
 
 passes_by(__file__)
-#: Where a state_dict's metadata say whose running_var is no variance.
+#: The key in a state_dict's metadata that says what running_var holds, if it is not the variance.
 OWN_SCALE = "running_var"
 
 
-class Variant(Constructed, Controlled, CountsSkipped):
-    """A batch normalization whose training forward is its own; constructor, state and evaluation are ``torch.nn``'s.
+class Variant(Layer):
+    """A batch normalization with a training forward of its own; constructor, state and evaluation are ``torch.nn``'s.
 
-    A subclass supplies :meth:`normalize_batch`, and buffers or arguments of its own where it has any. In evaluation the
-    running statistics normalize, on the fused kernels.
+    A subclass implements :meth:`normalize_batch`, and adds buffers or arguments if it has any. In evaluation the
+    running statistics normalize, on the fused kernels. The class attributes below say how a variant differs from
+    ``torch.nn``'s layers, for the code that recalibrates, merges, folds, exports or defers.
+
+    Attributes:
+        takes_mask: Whether a call may have a mask.
+        own_data: Whose moments the running statistics are, if not those of all inputs of the layer; else None.
+            Continues the sentence "keeps moments ...". Such a layer can't be recalibrated or adapted.
+        own_scale: What ``running_var`` holds, if not the variance of the inputs; else None. Continues the sentence
+            "keeps ...". Such a layer can't be recalibrated or merged.
+        own_evaluation: How evaluation differs from one scale and shift per channel; else None. Continues the sentence
+            "evaluates ...". Such a layer can't be folded.
+        changed_by_forward: Names of plain attributes that a forward in training changes, besides buffers and deques.
     """
 
-    #: Legal numbers of dimensions of the input; None for any from two on.
-    _ranks: tuple[int, ...] | None = None
-    #: Whether a mask has a meaning for this variant.
-    _masks = False
     #: What one value per channel is in training; see arguments.check_arguments.
     _too_few = "error"
-    #: Whether a result in training can wait for what follows; in evaluation all can.
-    defers_in_training = False
-    # What a variant keeps and how it evaluates, for whoever sets, merges or folds running statistics. Each is None
-    # where it is as in torch.nn's layers, else in words that go on after "keeps moments", "keeps" and "evaluates".
-    #: Whose moments the running ones are, where they are not those of all that goes into the layer.
+    takes_mask: bool = False
     own_data: str | None = None
-    #: What running_var holds, where that is not the variance of these values.
     own_scale: str | None = None
-    #: How evaluation differs from scaling and shifting each channel by what the running statistics say.
     own_evaluation: str | None = None
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        bias: bool = True,
-    ) -> None:
-        newer = {} if bias else {"bias": False}  # older versions of torch do not have it
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **newer)
+    changed_by_forward: tuple[str, ...] = ()
 
     def forward(  # type: ignore[override]
         self,
@@ -83,15 +68,17 @@ class Variant(Constructed, Controlled, CountsSkipped):
         weighting: Weighting = "frequency",
         padding: Padding = "zero",
     ) -> Tensor:
-        """``activation(bn(x) + residual)``.
+        """Compute ``activation(bn(x) + residual)``.
 
         Args:
             input: x, shape (N, C, *S).
             residual: Added before the activation; of x's shape.
             activation: None, a name or a module, as :func:`keelnorm.functional.batch_norm` lists them.
-            mask: Which values count, True for those; shape (N,) or (N, *S).
-            padding: What the mask leaves out comes out as: "zero", or "keep" for what it is in x.
-            inplace, sample_weight, weighting: Refused: only :class:`keelnorm.BatchNorm` and its kin take them.
+            inplace: Refused; only :class:`keelnorm.BatchNorm` and its subclasses take it.
+            mask: True for values that count; shape (N,) or (N, *S).
+            sample_weight: Refused, as ``inplace``.
+            weighting: Refused, as ``inplace``.
+            padding: The output where the mask is False: "zero", or "keep" for the value of x.
         """
         if residual is None and activation is None and mask is None and not torch.compiler.is_compiling():
             scope = current()
@@ -100,14 +87,10 @@ class Variant(Constructed, Controlled, CountsSkipped):
                 deferred = begin(self, scope, input, Variant.forward)
                 if deferred is not None:
                     return deferred
-        return self._call(input, residual, Options(activation, inplace, mask, sample_weight, padding, weighting))
+        return self._call(input, residual, Options(activation, inplace, mask, sample_weight, weighting, padding))
 
     def _call(self, x: Tensor, residual: Tensor | None, options: Options, **more: Any) -> Tensor:
-        """A call, or an error that leaves the layer as it was.
-
-        Args:
-            more: What the calls of this class take besides; passed on to :meth:`check` and :meth:`compute`.
-        """
+        """Run a call; an error leaves the layer as it was. :meth:`check` and :meth:`compute` get ``more``."""
         refuse_jit(type(self).__name__)
         if not isinstance(x, Tensor):
             node = fx_node(self, x, residual, options, **more)
@@ -123,12 +106,13 @@ class Variant(Constructed, Controlled, CountsSkipped):
             raise
 
     def _answer(self, x: Tensor, residual: Tensor | None, options: Options, **more: Any) -> Tensor:
-        what, (activation, inplace, mask, sample_weight, padding, weighting) = type(self).__name__, options
+        what = type(self).__name__
+        activation, inplace, mask, sample_weight, weighting, padding = options
         act = resolve(what, activation)
         refused = {"inplace=True": inplace, "sample_weight": sample_weight is not None}
         check_weighting(what, weighting)
         refused[f"{weighting=}"] = weighting != "frequency"
-        refused["a mask"] = mask is not None and not self._masks
+        refused["a mask"] = mask is not None and not self.takes_mask
         for name, asked in refused.items():
             if asked:
                 raise ValueError(f"{what}: {name} has no meaning for this layer; leave it out, or use kn.BatchNorm")
@@ -138,14 +122,14 @@ class Variant(Constructed, Controlled, CountsSkipped):
         counts = None
         if mask is not None:
             counts = named_mask(what, mask, x)
-            # NaN in what is masked would reach the parameters' gradients, as 0·NaN.
+            # A NaN under the mask would reach the parameters' gradients as 0·NaN.
             x = counted(counts, x)
             residual = None if residual is None else counted(counts, residual)
         y = self.compute(x, residual, act, counts, **more)
         return y if counts is None else counted(counts, y, given if padding == "keep" else None)
 
     def _guard(self, options: Options) -> AbstractContextManager[None]:
-        """What leaves the layer as it was when a call raises."""
+        """The context that restores the layer if a call raises."""
         return Unchanged(modules=self.modules() if self._modules else (self,))
 
     def check(self, x: Any, residual: Any) -> None:
@@ -154,26 +138,25 @@ class Variant(Constructed, Controlled, CountsSkipped):
         check_arguments(what, x, residual, self.weight, self.bias, self._checked(), self._ranks, self._too_few)
 
     def compute(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
-        """The forward of legal arguments.
+        """Run the forward of legal arguments.
 
-        Args:
-            x: Contiguous or channels-last, 0 where the mask does not count.
-            mask: None, or boolean with as many dimensions as x, broadcastable to it.
+        x is contiguous or channels-last, and 0 where the mask is False. ``mask`` is None, or boolean with as many
+        dimensions as x, broadcastable to it.
         """
         if self.uses_batch():
             return self.normalize_batch(x, residual, act, mask)
         return self.normalize_running(x, residual, act)
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
-        """:meth:`compute` where the batch does: in training, and without running statistics always."""
+        """Normalize with the batch's moments: in training, and without running statistics always."""
         raise NotImplementedError
 
     def normalize_running(self, x: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
-        """:meth:`compute` where the running statistics do."""
+        """Normalize with the running statistics."""
         return dispatch.batch_norm(x, residual, self.weight, self.bias, self._state(), act)
 
     def normalization(self, x: Tensor) -> Normalization | None:
-        """As :meth:`keelnorm.BatchNorm.normalization`; in training only where the class says that it can wait."""
+        """As :meth:`keelnorm.BatchNorm.normalization`; None where the batch normalizes."""
         weight, bias = self.weight, self.bias
         own = type(self).normalize_running is not Variant.normalize_running
         if own or self.uses_batch() or x.is_inference():
@@ -184,18 +167,18 @@ class Variant(Constructed, Controlled, CountsSkipped):
         return Normalization(state, weight, bias) if check_layer_call(x, weight, bias, state, self._ranks) else None
 
     def uses_batch(self) -> bool:
-        """Whether the batch's moments normalize."""
+        """Whether the batch's moments normalize, and not the running statistics."""
         return self.training or self.running_mean is None
 
     def counts(self) -> bool:
-        """Whether this forward counts: not in evaluation or paused, nor when a checkpoint runs it a second time."""
+        """Whether this forward updates the running statistics: not if paused, nor in a checkpoint's second run."""
         if not (self.training and self.track_running_stats) or (self._control is not None and self._control.paused):
             return False
-        # The compiler traces a checkpoint's forward once, and can't ask.
+        # The compiler traces a checkpoint's forward once, and can't trace is_second_run.
         return torch.compiler.is_compiling() or not is_second_run()
 
     def update_running(self, moments: Moments) -> None:
-        """Let a batch's moments enter the running ones, once; see `engine.running_statistics`.
+        """Update the running statistics with a batch's moments, or pass these to an open block's pool.
 
         Moments and running statistics may have a row per domain, (D, C), each with its own count.
         """
@@ -208,13 +191,13 @@ class Variant(Constructed, Controlled, CountsSkipped):
             sink(moments)
 
     def enter(self, moments: Moments, momentum: float | None) -> None:
-        """Let moments enter the running ones, whatever the mode."""
+        """Update the running statistics with moments, in any mode; see :mod:`keelnorm.engine.running_statistics`."""
         state = self._state()._replace(momentum=momentum, sink=None)
-        with torch.no_grad():  # a checkpoint counts what is kept for the backward
+        with torch.no_grad():  # a checkpoint counts the tensors saved for the backward
             update_running(state, moments.mean, moments.var_or_zero, moments.count, self.averaged_var, moments.squares)
 
     def averaged_var(self, running: Tensor, biased: Tensor, unbiased: Tensor, momentum: float | Tensor) -> Tensor:
-        """The running variance after ``running`` when a batch's enters it with the weight ``momentum``."""
+        """The new running variance, from the old one and the batch's biased and unbiased variance."""
         return averaged(running, unbiased, momentum)
 
     def _state(self) -> State:
@@ -225,7 +208,7 @@ class Variant(Constructed, Controlled, CountsSkipped):
         )  # fmt: skip
 
     def unready(self) -> str | None:
-        """What the layer lacks to evaluate, in words that follow its path; None for nothing."""
+        """What the layer lacks for evaluation, in words that follow its path; None if nothing."""
         return None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -234,45 +217,5 @@ class Variant(Constructed, Controlled, CountsSkipped):
             destination._metadata[prefix[:-1]][OWN_SCALE] = f"{type(self).__name__}, which keeps {self.own_scale}"
 
     def _checked(self) -> State:
-        """The state as check_arguments is to see it: variants update their moments themselves."""
+        """The state for check_arguments, with ``update`` as in torch.nn: variants update the statistics themselves."""
         return self._state()._replace(update=self.training and self.track_running_stats)
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        """torch.nn's hook for the same check; the forward makes it itself."""
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        refuse_script(self)
-
-
-def normalize(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    act: Activation,
-) -> Tensor:
-    """``act((x − mean) / √(var + eps) · weight + bias + residual)`` in plain torch, differentiable in every argument.
-
-    Args:
-        mean, var, weight, bias: Shape (C,), or broadcastable against x.
-    """
-    dtype = compute_dtype(x)
-    mean, var = _broadcast(mean, x), _broadcast(var, x)
-    # The mean enters as a rounded part, from which x differs exactly, and the rest: a large one costs no digits.
-    centre = mean.detach().to(dtype)
-    rest = (mean - centre).to(dtype)
-    y = (x.to(dtype) - centre - rest) * (var + eps).rsqrt().to(dtype)
-    if weight is not None:
-        y = y * _broadcast(weight, x).to(dtype)
-    if bias is not None:
-        y = y + _broadcast(bias, x).to(dtype)
-    if residual is not None:
-        y = y + residual
-    return act.forward(y).to(x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
-
-
-def _broadcast(values: Tensor, x: Tensor) -> Tensor:
-    return per_channel(values, x) if values.dim() == 1 else values

@@ -1,4 +1,4 @@
-"""The domains of a whole model: choosing one for all its layers, and converting its batch normalizations."""
+"""Domains of a whole model: choose one for all layers, and convert the batch normalizations."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.engine.error_messages import check_module
 from keelnorm.nn._shared.replace_layers import replace_layers
-from keelnorm.nn._shared.rows import options_of
-from keelnorm.nn.domain.domain_batch_norm import Domain, DomainBatchNorm
+from keelnorm.nn._shared.take_over import options_of
+from keelnorm.nn.domain.domain_batch_norm import DomainBatchNorm
+from keelnorm.nn.domain.domain_names import Domain, rows_of
 
 
 @contextmanager
 def use_domain(model: torch.nn.Module, domain: Domain) -> Iterator[torch.nn.Module]:
-    """Within the block, all domain layers of the model normalize with this domain; blocks may be nested.
+    """Let all domain layers of a model normalize with this domain inside the block.
 
-    They may end in any order. The choice is kept beside the layers (``layer.domain`` tells it), so it holds in whatever
-    thread runs them; threads that want different domains of one model give ``domain=`` to the layers. It ends with the
-    block, also by an exception, and a copy of the model that is made inside has none. Activation checkpointing runs the
-    forward again in the backward: that belongs inside the block too, and outside of every block it is an error.
+    Blocks may be nested and end in any order. The layers hold the choice (``layer.domain``), so it applies in every
+    thread; threads that need different domains of one model pass ``domain=`` to the layers. It ends with the block, by
+    an exception too, and a copy of the model made inside has none. Activation checkpointing runs the forward again in
+    the backward, which therefore belongs inside the block; outside of every block it is an error.
 
     Args:
         model: A model with at least one :class:`DomainBatchNorm`.
         domain: A name, a number, or an int64 tensor with a number for each sample of the batch.
 
     Raises:
-        TypeError, ValueError: the model is no module; there is no such layer, or one has no such domain; nothing has
+        TypeError, ValueError: ``model`` is not a module; it has no domain layer, or one has no such domain. Nothing is
             changed then.
 
     Example:
@@ -46,7 +47,7 @@ def use_domain(model: torch.nn.Module, domain: Domain) -> Iterator[torch.nn.Modu
             "in the place of each batch normalization"
         )
     for path, layer in layers.items():
-        layer.rows_of(domain, f"use_domain: {path or type(layer).__name__}")
+        rows_of(f"use_domain: {path or type(layer).__name__}", layer.domains, domain)
     with ExitStack() as stack:
         for layer in layers.values():
             stack.enter_context(layer._choices.choosing(domain))
@@ -58,17 +59,18 @@ def convert_domains(
 ) -> torch.nn.Module:
     """Put a :class:`DomainBatchNorm` in the place of each batch normalization of a model, and return the model.
 
-    Every domain starts with the moments that are there. Shared weights and biases stay the model's parameters; with
-    ``share_affine=False`` they are new ones. A layer in several places stays one layer; a DomainBatchNorm stays.
+    Every domain starts with the present running statistics. A shared weight and bias stay the model's parameters; with
+    ``share_affine=False`` there are new ones. A layer in several places stays one layer; a DomainBatchNorm stays.
 
     Args:
-        model: Changed in place; where it is itself a batch normalization, what is returned takes its place.
-        domains, share_affine: As for :class:`DomainBatchNorm`.
+        model: Changed in place; if it is itself a batch normalization, use the returned layer instead.
+        domains: As for :class:`DomainBatchNorm`.
+        share_affine: As for :class:`DomainBatchNorm`.
 
     Raises:
-        TypeError: the model is no module; or a batch normalization is of another class than torch.nn's and keelnorm's
-            drop-in layers, or has hooks; the message names its path.
-        ValueError: there is none. The model is then as before.
+        TypeError: ``model`` is not a module; or a batch normalization is not torch.nn's or keelnorm's drop-in layer, or
+            has hooks (the message names its path).
+        ValueError: The model has no batch normalization. It is then as before.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
@@ -76,7 +78,7 @@ def convert_domains(
         'DomainBatchNorm'
     """
     check_module("convert_domains", model)
-    new: dict[torch.nn.Module, torch.nn.Module] = {}
+    new: dict[_BatchNorm, torch.nn.Module] = {}
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, DomainBatchNorm):
             options_of(f"convert_domains: {path or 'the model'}", module)

@@ -1,4 +1,4 @@
-"""Domain-specific batch normalization: a bank of running statistics, and if wanted of γ and β, for each domain."""
+"""Domain-specific batch normalization: running statistics, and optionally γ and β, for each domain."""
 
 from __future__ import annotations
 
@@ -12,57 +12,55 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from keelnorm.engine import dispatch
 from keelnorm.engine.activations import Activation, ActivationLike
 from keelnorm.engine.arguments import State, check_arguments, check_channels
-from keelnorm.engine.error_messages import describe, is_count
+from keelnorm.engine.error_messages import describe
 from keelnorm.engine.masking import Padding
 from keelnorm.functional import Options
 from keelnorm.moments import Moments, Weighting
-from keelnorm.nn._shared.partition import Groups
-from keelnorm.nn._shared.plain_norm import by_batch
-from keelnorm.nn._shared.rows import adopt, expand_rows, options_of
+from keelnorm.nn._shared.normalize import normalize_by_batch
+from keelnorm.nn._shared.partition import Partition
 from keelnorm.nn._shared.scoped_choice import Choices
+from keelnorm.nn._shared.take_over import adopt, expand_rows, options_of
 from keelnorm.nn._shared.variant import Variant
-
-#: One domain for all samples, by name or number; or a number per sample, int64 (N,).
-Domain = str | int | Tensor
+from keelnorm.nn.domain.domain_names import Domain, names_of, rows_of
 
 
 class DomainBatchNorm(Variant):
-    """Batch normalization with separate statistics for each domain; which one is said by the call or the context.
+    """Batch normalization with separate statistics for each domain, which the call or a ``with`` block chooses.
 
-    The samples of a domain d are normalized as if they were alone, by their own moments in training and by the
-    domain's running statistics in evaluation:
+    The samples of a domain d are normalized as if they were alone: with their own moments in training, with the
+    domain's running statistics in evaluation.
 
         y = act((x − mean_d) / √(var_d + eps) · weight_d + bias_d + residual)
 
-    ``with use_domain(model, "target"):`` chooses for a whole model, ``layer(x, domain="target")`` for one call. In the
-    place of a name there may be a domain's number, or an int64 tensor (N,) with a number per sample.
+    ``with use_domain(model, "target"):`` chooses for a whole model, ``layer(x, domain="target")`` for one call. Instead
+    of a name there may be a domain's number, or an int64 tensor (N,) with a number per sample.
 
     Args:
         num_features: Number of channels C.
-        domains: Names, distinct; or how many domains D there are, which are then called "0", "1" and so on.
+        domains: Distinct names; or the number D of domains, which are then called "0", "1" and so on.
         eps, momentum, affine, track_running_stats, device, dtype: As for ``torch.nn.BatchNorm2d``.
-        share_affine: Whether all domains have the same weight and bias, (C,), or their own, (D, C). Default True.
+        share_affine: Whether all domains use one weight and bias, (C,); else each has its own, (D, C). Default True.
 
     Shape:
         (N, C, *S) -> (N, C, *S)
 
     State:
         ``running_mean`` and ``running_var`` (D, C), ``num_batches_tracked`` (D,), a row for each domain in the order of
-        ``domains``. A batch updates the rows of the domains that are in it. A checkpoint of a plain batch normalization
-        loads, and its vectors go to every row. The choice of ``use_domain`` is ``layer.domain``, not in the state_dict.
+        ``domains``. A batch updates the rows of its domains. A plain batch normalization's checkpoint loads into every
+        row. The choice of ``use_domain`` is ``layer.domain``; it is not in the state_dict.
 
     Differs:
-        Without a choice the call is an error: no domain is the default one. ``mask`` is as for
-        :class:`~keelnorm.nn._shared.variant.Variant`.
+        A call without a choice is an error: there is no default domain.
 
     Cost:
-        One domain for the batch: the fused kernel, and one more reading of x for the running statistics. A number per
-        sample: the same for each domain that is there, one look at the numbers by the host, and a copy of x and y
-        unless the samples come grouped by domain.
+        One domain for the batch: the fused kernel, and one more pass over x for the running statistics. A number per
+        sample: the same for each domain in the batch, reading the numbers on the host, and a copy of x and y unless the
+        samples are sorted by domain.
 
     Raises:
-        TypeError, ValueError: no domain, or one that there is not; a domain with one value per channel in training,
-            by name; what :class:`~keelnorm.BatchNorm` raises. The running statistics are then as before.
+        TypeError, ValueError: No domain is chosen, or one that does not exist; a domain has one value per channel in
+            training (the message names it); or as :class:`~keelnorm.BatchNorm`. The running statistics are then as
+            before.
 
     Example:
         >>> layer = DomainBatchNorm(16, ["source", "target"])
@@ -76,9 +74,9 @@ class DomainBatchNorm(Variant):
         "Revisiting Batch Normalization For Practical Domain Adaptation", arXiv:1603.04779 (AdaBN: statistics alone).
     """
 
-    _masks = True
+    takes_mask = True
     own_data: str | None = "of each domain"
-    own_evaluation: str | None = "by the moments of the domain"
+    own_evaluation: str | None = "with the statistics of the domain"
 
     weight: torch.nn.Parameter
     bias: torch.nn.Parameter
@@ -99,7 +97,7 @@ class DomainBatchNorm(Variant):
         *,
         share_affine: bool = True,
     ) -> None:
-        names = _names(type(self).__name__, domains)
+        names = names_of(type(self).__name__, domains)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         #: The domains' names, in the order of the rows.
         self.domains = names
@@ -120,7 +118,7 @@ class DomainBatchNorm(Variant):
 
     @property
     def domain(self) -> Domain | None:
-        """What :func:`use_domain` has chosen, in the innermost open block; else what was set."""
+        """The choice of the :func:`use_domain` block opened last; else the value that was set."""
         chosen = self._choices.latest()
         return self._domain if chosen is None else chosen
 
@@ -132,9 +130,9 @@ class DomainBatchNorm(Variant):
     def from_batch_norm(
         cls, bn: _BatchNorm, domains: Sequence[str] | int, *, share_affine: bool = True
     ) -> DomainBatchNorm:
-        """A layer whose every domain starts as ``bn`` is.
+        """Make a layer in which every domain starts as ``bn``.
 
-        Shared weight and bias are the parameters of ``bn`` themselves, so an optimizer that has them keeps them.
+        A shared weight and bias are the parameters of ``bn`` themselves, so an optimizer that holds them stays valid.
 
         Raises:
             TypeError: ``bn`` is not ``torch.nn``'s or keelnorm's drop-in layer, or has hooks.
@@ -162,25 +160,24 @@ class DomainBatchNorm(Variant):
         weighting: Weighting = "frequency",
         padding: Padding = "zero",
     ) -> Tensor:
-        """``activation(bn(x) + residual)`` with the domain's statistics.
+        """Compute ``activation(bn(x) + residual)`` with the domain's statistics.
 
-        Args:
-            input: x, shape (N, C, *S).
-            domain: A name, a number, or a number per sample, int64 (N,); else what ``use_domain`` has chosen.
-            residual, activation, inplace, mask, sample_weight, weighting, padding: As for
-                :meth:`keelnorm.nn._shared.variant.Variant.forward`.
+        ``domain`` is a name, a number, or a number per sample, int64 (N,); by default the choice of ``use_domain``. The
+        other arguments are as for every variant.
         """
-        rows = self.rows_of(self.domain if domain is None else domain, type(self).__name__)
+        rows = rows_of(type(self).__name__, self.domains, self.domain if domain is None else domain)
         return self._call(
-            input, residual, Options(activation, inplace, mask, sample_weight, padding, weighting), rows=rows
+            input, residual, Options(activation, inplace, mask, sample_weight, weighting, padding), rows=rows
         )
 
     def check(self, x: Any, residual: Any, rows: int | list[int] = 0) -> None:
+        """Raise unless the domain of the (first) sample can normalize x."""
         self._check(rows[0] if isinstance(rows, list) else rows, x, residual)
 
     def compute(
         self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None, rows: int | list[int] = 0
     ) -> Tensor:
+        """Normalize each domain's samples, and update the rows of these domains."""
         found: dict[int, Moments] = {}
         if isinstance(rows, list):
             y = self._by_sample(x, residual, rows, act, mask, found)
@@ -199,11 +196,11 @@ class DomainBatchNorm(Variant):
         mask: Tensor | None,
         found: dict[int, Moments],
     ) -> Tensor:
-        """The forward of one domain's samples; their moments go to ``found``."""
+        """Normalize the samples of one domain, and put their moments into ``found``."""
         weight, bias, state = self._bank(row)
         if not state.training:
             return dispatch.batch_norm(x, residual, weight, bias, state, act)
-        y, moments = by_batch(x, residual, weight, bias, self.eps, act, mask, self.counts())
+        y, moments = normalize_by_batch(x, residual, weight, bias, self.eps, act, mask, self.counts())
         if moments is not None:
             found[row] = moments
         return y
@@ -217,12 +214,12 @@ class DomainBatchNorm(Variant):
         mask: Tensor | None,
         found: dict[int, Moments],
     ) -> Tensor:
-        """The forward of samples of several domains, which are grouped, normalized by themselves, and put back."""
+        """Normalize samples of several domains: split them by domain, normalize each part, restore the order."""
         if x.shape[0] != len(rows):
             raise ValueError(
                 f"{type(self).__name__}: {len(rows)} domains came for the samples of {describe(x)}; each needs its own"
             )
-        groups = Groups(rows, x.device)
+        groups = Partition(rows, x.device)
         parts = list(zip(groups.present, groups.split(x), groups.split(residual), strict=True))
         for part in parts:
             self._check(*part)
@@ -230,7 +227,7 @@ class DomainBatchNorm(Variant):
         return groups.join([self._one(*part, act, valid, found) for part, valid in zip(parts, masks, strict=True)])
 
     def _bank(self, row: int) -> tuple[Tensor | None, Tensor | None, State]:
-        """A domain's weight, bias and state."""
+        """Weight, bias and state of a domain."""
         state = self._checked()
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
@@ -251,60 +248,25 @@ class DomainBatchNorm(Variant):
         check_arguments(what, x, residual, weight, bias, state, self._ranks)
         check_channels(what, x, self.num_features)
 
-    def rows_of(self, domain: Any, what: str) -> int | list[int]:
-        """The domain's row, or the row of each sample; raise where there is no such domain."""
-        if isinstance(domain, Tensor) and domain.dtype == torch.int64 and domain.dim() == 1 and len(domain) > 0:
-            given: list[int] = domain.tolist()
-            if min(given) >= 0 and max(given) < len(self.domains):
-                return given
-            came = f"numbers from {min(given)} to {max(given)}"
-        elif isinstance(domain, str) and domain in self.domains:
-            return self.domains.index(domain)
-        elif isinstance(domain, int) and not isinstance(domain, bool) and 0 <= domain < len(self.domains):
-            return domain
-        else:
-            came = describe(domain)
-        legal = (
-            f"one of {list(self.domains)}, a number from 0 to {len(self.domains) - 1}, or an int64 tensor (N,) of these"
-        )
-        if domain is None:
-            raise ValueError(
-                f"{what}: which domain? Call the layer with domain=..., or the model inside "
-                f"`with use_domain(model, ...)`; legal are {legal}"
-            )
-        kind = ValueError if isinstance(domain, str | int | Tensor) else TypeError
-        raise kind(f"{what}: the domain must be {legal}; got {came}")
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         expand_rows(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
+        """The options, for the layer's repr."""
         return f"domains={list(self.domains)}, share_affine={self.share_affine}, {super().extra_repr()}"
-
-
-def _names(what: str, domains: Any) -> tuple[str, ...]:
-    if is_count(domains):
-        return tuple(map(str, range(domains)))
-    if (
-        isinstance(domains, Sequence)
-        and not isinstance(domains, str)
-        and all(isinstance(name, str) for name in domains)
-    ):
-        names = tuple(domains)
-        if names and len(set(names)) == len(names):
-            return names
-    raise ValueError(f"{what}: domains are distinct names in a list, or their number; got {describe(domains)}")
 
 
 def _row(values: Tensor | None, row: int) -> Tensor | None:
     if values is not None and (values.dim() == 0 or values.shape[0] <= row):
-        raise ValueError(f"DomainBatchNorm: each domain has a row of weights and moments; got {describe(values)}")
+        raise ValueError(
+            f"DomainBatchNorm: each domain has a row of weights and running statistics; got {describe(values)}"
+        )
     return None if values is None else values[row]
 
 
 def _rows(found: dict[int, Moments], count: int) -> Moments:
-    """The moments of some domains as those of all, (D, C); the others have no values."""
+    """Stack the moments of some domains to (D, C); those of the other domains are empty."""
     like = next(iter(found.values())).mean
     parts = [found.get(row) or Moments.empty(len(like), device=like.device) for row in range(count)]
     return Moments(

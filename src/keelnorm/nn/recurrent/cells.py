@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,7 @@ from torch import Tensor
 from keelnorm.engine.rollback import unchanged
 from keelnorm.functional import refuse_jit
 from keelnorm.moments import compute_dtype
-from keelnorm.nn._shared.constructor_errors import Constructed
-from keelnorm.nn.batch_norm import refuse_script
+from keelnorm.nn._shared.module_errors import KeelnormModule
 from keelnorm.nn.recurrent.equations import (
     GRU,
     LSTM,
@@ -30,8 +29,8 @@ from keelnorm.nn.recurrent.equations import (
 from keelnorm.nn.recurrent.stepwise import Run, check_step
 
 
-class _BatchNormCell(Constructed):
-    """What both cells share."""
+class _BatchNormCell(KeelnormModule):
+    """Base of both cells."""
 
     _kind: Equations
 
@@ -64,7 +63,7 @@ class _BatchNormCell(Constructed):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As torch.nn's cell, and the normalizations as they were made."""
+        """Initialize the weights as torch.nn's cell does, and reset the normalizations."""
         initialize(self, self.hidden_size)
 
     def _forward(self, x: Tensor, hx: Any, step: int) -> State:
@@ -87,30 +86,28 @@ class _BatchNormCell(Constructed):
         return tuple((part if x.dim() == 2 else part.squeeze(0)).to(x.dtype) for part in state)
 
     def extra_repr(self) -> str:
+        """The options, for the layer's repr."""
         return f"{self.input_size}, {self.hidden_size}" + ("" if self.bias else ", bias=False")
-
-    def __prepare_scriptable__(self) -> NoReturn:
-        refuse_script(self)
 
 
 class BatchNormLSTMCell(_BatchNormCell):
     """One step of a batch-normalized LSTM: ``cell(x, (h, c), step=t) -> (h, c)``.
 
-    With BN_t the batch normalization of :class:`StepwiseBatchNorm` at step t, over the batch in training and with the
-    running statistics of step t in evaluation; σ the logistic function, ⊙ the product by elements:
+    BN_t is the batch normalization of :class:`StepwiseBatchNorm` at step t: over the batch in training, with the
+    running statistics of step t in evaluation. σ is the logistic function, ⊙ the elementwise product:
 
         i, f, g, o = BN_t(W_ih x) + b_ih + BN_t(W_hh h) + b_hh        one BN each, γ only
         c' = σ(f) ⊙ c + σ(i) ⊙ tanh(g)
         h' = σ(o) ⊙ tanh(BN_t(c'))                                    with γ and β
 
-    The cell state itself is carried on as it is, so that gradients flow through it.
+    The cell state itself is passed on without normalization, so that gradients flow through it.
 
     Args:
         input_size, hidden_size, bias, device, dtype: As in ``torch.nn.LSTMCell``.
-        max_length, eps, momentum, gamma: Of the three normalizations, see :class:`StepwiseBatchNorm`.
+        max_length, eps, momentum, gamma: Options of the three normalizations, see :class:`StepwiseBatchNorm`.
 
     Shape:
-        x (N, input_size), h and c (N, hidden_size), zeros where no state is given; or all without N.
+        x (N, input_size), h and c (N, hidden_size), zeros if no state is given; or all without N.
 
     State:
         ``weight_ih``, ``weight_hh``, ``bias_ih``, ``bias_hh`` as in ``torch.nn.LSTMCell``, and the normalizations
@@ -123,8 +120,7 @@ class BatchNormLSTMCell(_BatchNormCell):
         Gates and states are computed in float32 or wider, and returned in x's dtype.
 
     Raises:
-        TypeError, ValueError: for input that is not legal, or one sample in training at step 0; nothing has changed
-            then.
+        TypeError, ValueError: The input is not legal, or one sample in training at step 0; nothing has changed then.
 
     Example:
         >>> cell, state = BatchNormLSTMCell(3, 5), None
@@ -141,7 +137,7 @@ class BatchNormLSTMCell(_BatchNormCell):
     _kind = LSTM
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, step: int) -> tuple[Tensor, Tensor]:
-        """One step; see the class."""
+        """Compute one step."""
         h, c = self._forward(input, hx, step)
         return h, c
 
@@ -156,7 +152,7 @@ class BatchNormGRUCell(_BatchNormCell):
         n = tanh(BN_t(W_in x) + b_in + r ⊙ (BN_t(W_hn h) + b_hn))
         h' = (1 − z) ⊙ n + z ⊙ h
 
-    h' is what is carried on, so it is left as it is, like the cell state of the LSTM.
+    h' is passed on without normalization, like the cell state of the LSTM.
 
     Args, Shape, Differs, Numerics, Raises:
         As :class:`BatchNormLSTMCell`; the state is h alone.
@@ -176,5 +172,5 @@ class BatchNormGRUCell(_BatchNormCell):
     _kind = GRU
 
     def forward(self, input: Tensor, hx: Tensor | None = None, *, step: int) -> Tensor:
-        """One step; see the class."""
+        """Compute one step."""
         return self._forward(input, hx, step)[0]

@@ -1,4 +1,4 @@
-"""The equations of batch-normalized LSTM and GRU, and what their cells and layers share."""
+"""The equations of batch-normalized LSTM and GRU, and functions that cells and layers share."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Weights(NamedTuple):
 
 
 class Equations(NamedTuple):
-    """What tells one kind of recurrent layer from the other.
+    """The differences between the two kinds of recurrent layers.
 
     Args:
         name: "LSTM" or "GRU".
         gates: Rows of the weights, in units of the hidden size.
-        states: The names of what is carried from step to step; the first is the output.
+        states: Names of the states that are passed from step to step; the first is the output.
         normalized: What is normalized besides the input and the hidden term: "c", the LSTM's cell state.
         step: (input term W_x x_t, state, weights, runs of the normalizations or None, t) -> new state. Without runs
-            the input term has its bias already.
+            the input term includes its bias.
     """
 
     name: str
@@ -82,7 +82,7 @@ def add_normalizations(
 ) -> None:
     """Give ``module`` the normalizations ``norm_ih``, ``norm_hh`` and, in an LSTM, ``norm_c`` of one layer.
 
-    The first two have no β: the recurrent layer's own biases take its place.
+    The first two have no β: the biases of the recurrent layer serve as β.
     """
     for name in ("ih", "hh"):
         module.add_module(f"norm_{name}{suffix}", StepwiseBatchNorm(kind.gates * hidden_size, bias=False, **options))
@@ -91,7 +91,7 @@ def add_normalizations(
 
 
 def normalizations(module: nn.Module, kind: Equations, suffix: str = "") -> list[StepwiseBatchNorm]:
-    """What :func:`add_normalizations` made, in the order in which the equations take them."""
+    """The normalizations of :func:`add_normalizations`, in the order of the equations."""
     return [getattr(module, f"norm_{name}{suffix}") for name in ("ih", "hh", *kind.normalized)]
 
 
@@ -114,13 +114,13 @@ def add_weights(
 
 
 def weights(module: nn.Module, suffix: str = "") -> Weights:
-    """What :func:`add_weights` made."""
+    """The parameters of :func:`add_weights`."""
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     return Weights(*(getattr(module, name + suffix, None) for name in names))  # type: ignore[arg-type]
 
 
 def initialize(module: nn.Module, hidden_size: int) -> None:
-    """torch's own initialization of the weights, and the normalizations as they were made."""
+    """Initialize the weights as torch does, and reset the normalizations."""
     bound = 1 / math.sqrt(hidden_size)
     for parameter in module.parameters(recurse=False):
         nn.init.uniform_(parameter, -bound, bound)
@@ -135,7 +135,7 @@ def check_size(what: str, name: str, value: Any) -> None:
 
 
 def check_features(what: str, x: Any, size: int, weight: Tensor, ranks: tuple[int, ...]) -> None:
-    """Raise unless ``x`` is what the layer's weights can be applied to, apart from its batch."""
+    """Raise unless the layer's weights can be applied to ``x``."""
     legal = " or ".join(map(str, ranks))
     if not isinstance(x, Tensor):
         raise TypeError(f"{what}: the input must be a tensor of {legal} dimensions; got {describe(x)}")
@@ -156,7 +156,7 @@ def check_features(what: str, x: Any, size: int, weight: Tensor, ranks: tuple[in
 
 
 def check_state(what: str, kind: Equations, hx: Any, shape: tuple[int, ...], x: Tensor) -> State:
-    """The initial state as a tuple; zeros where ``hx`` is None. Raise unless each part has the shape."""
+    """The initial state as a tuple, zeros if ``hx`` is None; raise unless each part has the shape."""
     if hx is None:
         return tuple(x.new_zeros(shape) for _ in kind.states)
     parts = hx if len(kind.states) > 1 else (hx,)

@@ -1,4 +1,4 @@
-"""A batch of sequences, of one length or several, in the order in which a recurrent layer walks it."""
+"""A batch of sequences of equal or different lengths, in the order in which a recurrent layer processes it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from keelnorm.engine.error_messages import describe
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """Sequences sorted by falling length, step after step: the first ``sizes[t]`` of them take step t.
+    """Sequences in decreasing length, step after step: the first ``sizes[t]`` of them have a step t.
 
-    That is the form of ``torch.nn.utils.rnn.PackedSequence``. Padding is not in it.
+    This is the form of ``torch.nn.utils.rnn.PackedSequence``, which has no padding.
 
-    Args:
+    Attributes:
         data: The values of all steps one after another, (M, F) with M = Σ sizes.
-        sizes: Number of sequences at each step, falling.
-        batch: Number of sequences N; those of no step at all come last.
-        order, inverse: Indices that sort the batch by falling length, and that undo it; None where it is sorted.
-        rows: Where each of the M rows lies in a padded batch (T·N, F); None where ``data`` is all of it.
-        padded: T and N of the padded batch; None for a packed one.
-        packed: The packed sequence that this was, or None.
+        sizes: Number of sequences at each step, decreasing.
+        batch: Number of sequences N; those without any step come last.
+        order: Index that sorts the batch by decreasing length; None if it is sorted.
+        inverse: Index that restores the order.
+        rows: Index of each of the M rows in the padded batch (T·N, F); None if there is no padding.
+        padded: T and N of the padded batch; None if the input was packed.
+        packed: The packed input, or None.
     """
 
     data: Tensor
@@ -39,12 +40,13 @@ class Sequences:
 
     @classmethod
     def from_packed(cls, packed: PackedSequence) -> Sequences:
+        """Make it from a packed sequence."""
         sizes = packed.batch_sizes.tolist()
         return cls(packed.data, sizes, sizes[0], packed.sorted_indices, packed.unsorted_indices, packed=packed)
 
     @classmethod
     def from_padded(cls, x: Tensor, valid: Tensor | None = None) -> Sequences:
-        """From x of shape (T, N, F), and which of its steps are there, (T, N)."""
+        """Make it from x of shape (T, N, F), and a mask (T, N) of the steps that are there."""
         steps, batch = x.shape[:2]
         flat = x.reshape(steps * batch, *x.shape[2:])
         if valid is None:
@@ -52,17 +54,17 @@ class Sequences:
         lengths = valid.sum(0)
         order = lengths.argsort(descending=True, stable=True)
         there = torch.arange(steps, device=x.device).unsqueeze(1) < lengths[order]
-        # The steps of a sequence that are there, in their order, come before those that are not.
+        # For each sequence first the steps that are there, in their order.
         times = (~valid).to(torch.uint8).argsort(dim=0, stable=True)[:, order]
         rows = (times * batch + order)[there]
         sizes = [size for size in there.sum(1).tolist() if size]
         return cls(flat[rows], sizes, batch, order, order.argsort(), rows, (steps, batch))
 
     def backwards(self) -> Tensor:
-        """The index (M,) that reverses each sequence within its own length; it undoes itself."""
+        """The index (M,) that reverses each sequence within its own length; applied twice it is the identity."""
         count, batch = len(self.sizes), self.batch
         sizes = torch.tensor(self.sizes, dtype=torch.long)
-        if not self.sizes or self.sizes[-1] == batch:  # all have one length
+        if not self.sizes or self.sizes[-1] == batch:  # all lengths are equal
             return torch.arange(count * batch, device=self.data.device).view(count, batch).flip(0).flatten()
         step, sample = torch.arange(count).unsqueeze(1), torch.arange(batch)
         lengths = (sizes.unsqueeze(1) > sample).sum(0)
@@ -71,7 +73,7 @@ class Sequences:
         return index[step < lengths].to(self.data.device)
 
     def restore(self, data: Tensor) -> Tensor | PackedSequence:
-        """Values (M, H) of the same rows as the user gave them: packed, or (T, N, H) with zeros for padding."""
+        """Put values (M, H) into the form of the input: packed, or (T, N, H) with zeros for padding."""
         if self.packed is not None:
             given = self.packed
             return PackedSequence(data, given.batch_sizes, given.sorted_indices, given.unsorted_indices)
@@ -82,18 +84,18 @@ class Sequences:
         return data.view(*self.padded, data.shape[1])
 
     def sort(self, state: Tensor) -> Tensor:
-        """A state (…, N, H) in the order of the sequences here."""
+        """Put a state (…, N, H) into the sorted order."""
         return state if self.order is None else state.index_select(-2, self.order)
 
     def unsort(self, state: Tensor) -> Tensor:
-        """A state (…, N, H) in the user's order."""
+        """Put a state (…, N, H) into the order of the input."""
         return state if self.inverse is None else state.index_select(-2, self.inverse)
 
 
 def valid_steps(
     what: str, x: Tensor, mask: Tensor | None, lengths: Tensor | Sequence[int] | None, batch_first: bool
 ) -> Tensor | None:
-    """Which steps of x (T, N, F) are there, boolean (T, N), from what the user gave; None for all.
+    """The mask (T, N) of the steps of x (T, N, F) that are there, from ``mask`` or ``lengths``; None for all.
 
     Raises:
         TypeError, ValueError: ``mask`` or ``lengths`` doesn't fit, or both were given.

@@ -1,4 +1,4 @@
-"""Batch normalization with moments of its own for each time step of a sequence."""
+"""Batch normalization with separate statistics for each time step of a sequence."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from keelnorm.nn._shared.variant import Variant
 
 
 class StepwiseBatchNorm(Variant):
-    """Batch normalization of one time step after another: γ and β are shared, the moments are each step's own.
+    """Batch normalization with separate statistics for each time step, and one γ and β for all steps.
 
     At step t, per channel, over the N samples of the batch in training, with the step's running statistics in
     evaluation:
 
         y = act((x − mean_t) / √(var_t + eps) · weight + bias + residual)
 
-    with the biased variance. In evaluation, a step that is ``max_length`` or more, or that no training batch has
-    reached, takes the moments of the last step that has some. In training every step takes its own batch; steps from
-    ``max_length`` on enter no running statistics.
+    with the biased variance. In evaluation, steps from ``max_length`` on, and steps that no training batch has reached,
+    use the statistics of the last step that has some. In training every step normalizes with its own batch; steps from
+    ``max_length`` on update no running statistics.
 
     Args:
         num_features: Number of channels C.
-        max_length: Number T of steps with running statistics of their own. Default 100.
+        max_length: Number T of steps with separate running statistics. Default 100.
         eps: Added to the variance. Default 1e-5.
         momentum: Weight of the batch in the running statistics; None averages over all batches of a step. Default 0.1.
-        gamma: What γ is at the start. Default 0.1: with 1, activations saturate and gradients vanish over time.
+        gamma: Initial value of γ. Default 0.1: with 1, activations saturate and gradients vanish over time.
         bias: Whether there is a learnable β. Default True.
         device, dtype: Of the parameters and buffers.
 
@@ -48,19 +48,19 @@ class StepwiseBatchNorm(Variant):
         ``num_batches_tracked`` (T,), in the state_dict. A forward in training updates the row of its step.
 
     Differs:
-        From ``torch.nn.BatchNorm1d`` by the argument ``step``, the shapes of the buffers, and γ at the start.
+        From ``torch.nn.BatchNorm1d`` by the argument ``step``, the shapes of the buffers, and the initial γ.
 
     Numerics:
-        As :func:`keelnorm.functional.batch_norm`. A single sample has no variance: at any step but the first it is
-        normalized with the running statistics of the step (mean 0 and variance 1 before any update), which stay as they
-        are; at the first step it is an error.
+        As :func:`keelnorm.functional.batch_norm`. A single sample has no variance. At the first step it is an error; at
+        later steps the running statistics of the step normalize it (mean 0 and variance 1 before any update), and stay
+        as they are.
 
     Cost:
-        That of a batch normalization per step; T·C values twice in the buffers.
+        One batch normalization per step; 2·T·C values in the buffers.
 
     Raises:
-        TypeError, ValueError: for input or a step that is not legal, or one sample in training at step 0.
-        RuntimeError: under ``torch.jit``.
+        TypeError, ValueError: The input or the step is not legal, or one sample in training at step 0.
+        RuntimeError: The layer runs under ``torch.jit``.
 
     Example:
         >>> layer = StepwiseBatchNorm(3, max_length=5)
@@ -75,7 +75,7 @@ class StepwiseBatchNorm(Variant):
 
     _ranks = (2,)
     own_data: str | None = "of each time step"
-    own_evaluation: str | None = "by the moments of the time step"
+    own_evaluation: str | None = "with the statistics of the time step"
 
     max_length: int
     gamma: float
@@ -97,7 +97,7 @@ class StepwiseBatchNorm(Variant):
     ) -> None:
         if not is_count(max_length):
             raise ValueError(
-                f"StepwiseBatchNorm: max_length is the number of steps with running statistics of their own, an "
+                f"StepwiseBatchNorm: max_length is the number of steps with separate running statistics, an "
                 f"integer from 1 on; got {describe(max_length)}"
             )
         self.max_length, self.gamma, self._biased = max_length, gamma, bias
@@ -111,7 +111,7 @@ class StepwiseBatchNorm(Variant):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """γ to ``gamma``, β to 0, and the running statistics as they were made."""
+        """Set γ to ``gamma`` and β to 0, and reset the running statistics."""
         self.reset_running_stats()
         torch.nn.init.constant_(self.weight, float(self.gamma))
         if self.bias is not None:
@@ -130,44 +130,43 @@ class StepwiseBatchNorm(Variant):
         weighting: Weighting = "frequency",
         padding: Padding = "zero",
     ) -> Tensor:
-        """``activation(bn(x) + residual)`` at one time step.
+        """Compute ``activation(bn(x) + residual)`` at one time step.
 
-        Args:
-            input: x, shape (N, C).
-            residual: Added before the activation; of x's shape.
-            step: Which time step x is, from 0 on.
-            activation: None, a name or a module, as :func:`keelnorm.functional.batch_norm` lists them.
-            inplace, mask, sample_weight, weighting, padding: Refused: these calls have no use for them.
+        ``step`` is the number of the time step, from 0 on. ``residual`` and ``activation`` are as for every variant;
+        the other arguments are refused.
         """
         return self._call(
-            input, residual, Options(activation, inplace, mask, sample_weight, padding, weighting), step=step
+            input, residual, Options(activation, inplace, mask, sample_weight, weighting, padding), step=step
         )
 
     def check(self, x: Any, residual: Any, step: Any = 0) -> None:
+        """Raise unless the layer can normalize x at this step."""
         what = type(self).__name__
         check_step(what, step)
         self._check_tensors()
         mean = None if self.running_mean is None else self.running_mean[0]
         var = None if self.running_var is None else self.running_var[0]
-        # The running statistics are there for a single sample: check_legal knows when it may use them.
+        # A single sample may use the running statistics; check_legal knows at which steps.
         training = self.uses_batch()
-        state = State(mean, var, self.num_batches_tracked, training, training, self.momentum, self.eps, what)
+        state = self._state()._replace(running_mean=mean, running_var=var, training=training, update=training)
         check_arguments(what, x, residual, self.weight, self.bias, state, self._ranks, "others")
         self.check_legal([x.shape[0]], step)
 
     def compute(
         self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None, step: int = 0
     ) -> Tensor:
+        """Normalize x at one step, and update the step's running statistics."""
         run = Run(self)
         y = run(x, step, self.bias, residual, act)
         run.finish()
         return y
 
     def check_legal(self, batch_sizes: Sequence[int], first: int = 0) -> None:
-        """Raise unless steps with as many samples each can be normalized, before anything is written.
+        """Raise unless a run of steps can be normalized, before anything is written.
 
         Args:
-            batch_sizes: Samples at the steps ``first``, ``first + 1`` and so on, never rising.
+            batch_sizes: Samples at the steps ``first``, ``first + 1`` and so on, never increasing.
+            first: The first step.
         """
         self._check_tensors()
         batch = self.uses_batch()
@@ -182,7 +181,7 @@ class StepwiseBatchNorm(Variant):
             )
 
     def _check_tensors(self) -> None:
-        """Raise unless parameters and buffers are what the constructor makes."""
+        """Raise unless parameters and buffers have the types and shapes that the constructor gives them."""
         what, rows = type(self).__name__, (self.max_length, self.num_features)
         kept = {"running_mean": self.running_mean, "running_var": self.running_var}
         if len({value is None for value in (*kept.values(), self.num_batches_tracked)}) > 1:
@@ -203,15 +202,16 @@ class StepwiseBatchNorm(Variant):
                 )
 
     def population(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance (T, C) for evaluation; after the last step that a batch has reached, that step's."""
+        """Mean and variance (T, C) for evaluation; later steps have those of the last step that a batch has reached."""
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         reached = (self.num_batches_tracked > 0).sum()
-        # With no step reached, someone may have set the moments by hand: each step has its own.
+        # If no step is reached, the statistics may have been set by hand: each step keeps its own.
         last = torch.where(reached > 0, reached, self.max_length) - 1
         index = torch.arange(self.max_length, device=last.device).minimum(last)
         return self.running_mean.index_select(0, index), self.running_var.index_select(0, index)
 
     def extra_repr(self) -> str:
+        """The options, for the layer's repr."""
         return (
             f"{self.num_features}, max_length={self.max_length}, eps={self.eps}, momentum={self.momentum}, "
             f"gamma={self.gamma}, bias={self._biased}"
@@ -219,9 +219,9 @@ class StepwiseBatchNorm(Variant):
 
 
 class Run:
-    """One run of a :class:`StepwiseBatchNorm` over a sequence; the running statistics change at its end, or not at all.
+    """One run of a :class:`StepwiseBatchNorm` over a sequence; :meth:`finish` updates the running statistics.
 
-    Calls are taken to be legal, see :meth:`StepwiseBatchNorm.check_legal`.
+    Calls have to be legal, see :meth:`StepwiseBatchNorm.check_legal`.
     """
 
     def __init__(self, layer: StepwiseBatchNorm) -> None:
@@ -236,12 +236,13 @@ class Run:
     def __call__(
         self, x: Tensor, step: int, bias: Tensor | None, residual: Tensor | None = None, act: Activation = NONE
     ) -> Tensor:
+        """Normalize x at one step."""
         layer = self.layer
         row = min(step, layer.max_length - 1)
         batch = self._batch and x.shape[0] != 1
         if batch:
-            # With momentum 1, the batch's own moments are what a layer's running ones become. Where the batch's are not
-            # finite they may stay as they are: -1 is no variance.
+            # With momentum 1 the running statistics of this call become the batch's moments. If these are not finite,
+            # they may stay as they are: the variance -1 tells that.
             wide = wide_dtype(x.device)
             mean = torch.zeros(layer.num_features, dtype=wide, device=x.device)
             var = torch.full_like(mean, -1)
@@ -256,7 +257,7 @@ class Run:
         return dispatch.batch_norm(x, residual, layer.weight, bias, state, act)
 
     def finish(self) -> None:
-        """Let the batches' moments enter the running ones."""
+        """Update the running statistics with the moments of all steps."""
         layer = self.layer
         if not (layer.counts() and self._taken):
             return

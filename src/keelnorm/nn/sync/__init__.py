@@ -1,1 +1,1 @@
-"""Synchronized batch normalization: the layer, and its autograd function."""
+"""Synchronized batch normalization: the layer and its autograd function."""

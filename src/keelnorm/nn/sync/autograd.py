@@ -1,4 +1,4 @@
-"""The autograd function of synchronized batch normalization, from the four operators that every back end supplies."""
+"""The autograd function of synchronized batch normalization, made of the four operators of every back end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Call(NamedTuple):
-    """What the backward has to know besides tensors."""
+    """What the backward needs besides tensors."""
 
     act: Activation
     group: ProcessGroup
@@ -31,7 +31,7 @@ class Call(NamedTuple):
 
 
 class Synchronized(torch.autograd.Function):
-    """``act(bn(x) + residual)`` with moments that are functions of all ranks' x."""
+    """Compute ``act(bn(x) + residual)``, where the moments depend on the x of all ranks."""
 
     @staticmethod
     def forward(
@@ -44,6 +44,7 @@ class Synchronized(torch.autograd.Function):
         count: Tensor,
         call: Call,
     ) -> Tensor:
+        """Normalize x with the pooled moments ``saved``."""
         mean, _, rstd = saved
         y: Tensor = _run("apply", x, x, mean, rstd, weight, bias, residual, act=call.act)
         ctx.save_for_backward(x, weight, saved, count, *ops.gate_needs(call.act.code, residual, bias, y))
@@ -52,6 +53,7 @@ class Synchronized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients, with sums over all ranks."""
         x, weight, saved, count, bias, y, residual = ctx.saved_tensors
         need, call = ctx.needs_input_grad[:4], ctx.call
         if torch.is_grad_enabled() or is_transformed():
@@ -61,6 +63,7 @@ class Synchronized(torch.autograd.Function):
 
 
 def refuse_second_derivative(what: str) -> NoReturn:
+    """Raise because ranks synchronize in the first derivative only."""
     raise RuntimeError(
         f"{what}: there is no second derivative through synchronized ranks (create_graph=True asks for one); "
         "use kn.BatchNorm, or a process group of one rank"
@@ -79,7 +82,10 @@ def synchronized_backward(
     call: Call,
     need: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """dx, dresidual, dweight, dbias, as far as they are needed; from what ``ops.gate_needs`` left."""
+    """Compute dx, dresidual, dweight and dbias, each only if ``need`` says so.
+
+    ``bias``, ``y`` and ``residual`` are what ``ops.gate_needs`` keeps of them.
+    """
     act, group, what, step = call.act, call.group, call.what, call.step
     need_x, need_residual, need_weight, need_bias = need
     mean, _, rstd = saved
@@ -103,6 +109,6 @@ def synchronized_backward(
 
 
 def _run(stem: str, x: Tensor, *given: Tensor | None, act: Activation) -> Any:
-    """One of the four operators, a fast one where it takes x."""
+    """Run one of the four operators: a fast one if it accepts x, else the reference."""
     found = run_fast(stem, x, *given, act.code, act.a, act.b)
     return getattr(reference, stem)(*given, act) if found is None else found

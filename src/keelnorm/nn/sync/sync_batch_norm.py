@@ -1,4 +1,4 @@
-"""Batch normalization over the ranks of torch.distributed, as one process with the whole batch would compute it."""
+"""Batch normalization over the ranks of torch.distributed, with the result of one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -9,41 +9,39 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.engine import dispatch, preflight
-from keelnorm.engine.activations import Activation, ActivationLike, is_untouched
-from keelnorm.engine.arguments import State, check_arguments
+from keelnorm.engine.activations import Activation, ActivationLike
 from keelnorm.engine.collectives import group_of
-from keelnorm.engine.error_messages import check_module, describe, locate, module_path
-from keelnorm.engine.masking import Padding, TooFew, check_policy, without_variance
+from keelnorm.engine.error_messages import describe, locate, module_path
+from keelnorm.engine.masking import Padding, TooFew, without_variance
 from keelnorm.engine.normalization_steps import Normalization, is_plain
 from keelnorm.engine.preflight import Step, agree
 from keelnorm.engine.torch_internals import is_transformed
 from keelnorm.functional import Options, check_layer_call, moments
 from keelnorm.moments import Moments, Weighting
-from keelnorm.nn._shared.replace_layers import replace_layers
-from keelnorm.nn._shared.skipped_updates import CountsSkipped
-from keelnorm.nn._shared.variant import Variant, normalize
-from keelnorm.nn.batch_norm import FusedBatchNorm, policy_repr
-from keelnorm.nn.sync.autograd import Call, Synchronized, refuse_second_derivative, synchronized_backward
+from keelnorm.nn._shared.normalize import normalize
+from keelnorm.nn._shared.too_few_option import HasTooFew
+from keelnorm.nn._shared.variant import Variant
+from keelnorm.nn.sync.autograd import Call, Synchronized
+from keelnorm.nn.sync.sync_normalization import SyncNormalization
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class SyncBatchNorm(Variant):
-    """Batch normalization whose batch is that of all ranks of a process group together.
+class SyncBatchNorm(HasTooFew, Variant):
+    """Batch normalization over the batches of all ranks of a process group together.
 
-    Each rank r takes the moments (n_r, mean_r, M2_r) of its part, all ranks gather them, and each merges them:
+    Each rank r computes the moments (n_r, mean_r, M2_r) of its part. All ranks gather them, and each rank merges them:
 
         n = Σ n_r      mean = Σ n_r·mean_r / n      var = (Σ M2_r + Σ n_r·(mean_r − mean)²) / n
         y = act((x − mean) / √(var + eps) · weight + bias + residual)
         dx = weight·rstd·(g − (Σg)/n − xhat·(Σ g·xhat)/n),  both sums over all ranks
 
-    so that outputs, gradients and running statistics are those of one process with the whole batch, whatever the ranks'
-    shares. In evaluation the running statistics normalize, and nothing is exchanged. Without torch.distributed, or with
-    one rank, it is :class:`keelnorm.BatchNorm`.
+    Outputs, gradients and running statistics are then those of one process with the whole batch, however it is split.
+    In evaluation the running statistics normalize, and nothing is exchanged. Without torch.distributed, or with one
+    rank, the layer computes what :class:`keelnorm.BatchNorm` does.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: As :class:`keelnorm.BatchNorm`.
@@ -51,35 +49,35 @@ class SyncBatchNorm(Variant):
         too_few: As :class:`keelnorm.BatchNorm`, for one value per channel over all ranks.
 
     Shape:
-        (N, C, *S) -> (N, C, *S). N and S may differ between ranks, and N may be 0 on some: such a rank takes part, in
-        the backward too, for which its (empty) output has to enter its loss.
+        (N, C, *S) -> (N, C, *S). N and S may differ between ranks, and N may be 0 on some. A rank without samples takes
+        part in the backward too, so its empty output has to enter its loss.
 
     State:
-        As ``torch.nn.SyncBatchNorm``, with the same state_dict; the running statistics are updated with the moments of
-        all ranks, the unbiased variance for the whole count, and so stay the same on all ranks.
+        As ``torch.nn.SyncBatchNorm``, with the same state_dict. The running statistics are updated with the moments of
+        all ranks (the unbiased variance of the whole count), so they stay the same on all ranks.
 
     Differs:
         From ``torch.nn.SyncBatchNorm``: runs on the CPU (gloo) as well; takes a residual, an activation and a mask;
-        keeps its digits when the mean is large against the deviation. It is no subclass of it, because
-        ``DistributedDataParallel`` refuses those on the CPU; ``isinstance`` of ``_BatchNorm`` holds. As there,
-        the gradients of weight and bias are those of the rank's own samples: ``DistributedDataParallel`` averages
-        them over ranks, as it does all others; without it, add them up.
+        stays accurate when the mean is much larger than the standard deviation. It is not a subclass, because
+        ``DistributedDataParallel`` refuses those on the CPU; it is a subclass of ``_BatchNorm``. As there, the
+        gradients of weight and bias are those of the rank's own samples: ``DistributedDataParallel`` averages them over
+        ranks like all others; without it, sum them.
 
     Numerics:
-        Moments and sums are exchanged and merged in float64, and have the same bits on all ranks.
+        Moments and sums are exchanged and merged in float64, and are bitwise equal on all ranks.
 
     Cost:
-        One collective in the forward (4·C values of float64 from each rank) and, where x wants a gradient, one in the
-        backward (2·C); on the CPU each after a small one that compares sizes. x is read once for the moments and once
-        to normalize; in the backward once for the sums, once for dx, and once more for dresidual behind an activation.
-        Saved: as :class:`keelnorm.BatchNorm`.
+        One collective in the forward (4·C float64 values from each rank) and, if x requires a gradient, one in the
+        backward (2·C). On the CPU a small collective that compares sizes precedes each. x is read once for the moments
+        and once to normalize; in the backward once for the sums, once for dx, and once for dresidual if there is an
+        activation. Saved: as :class:`keelnorm.BatchNorm`.
 
     Raises:
-        TypeError, ValueError: as :class:`keelnorm.BatchNorm`; one value per channel over all ranks (on the CPU: other
-            devices would have to be waited for); a rank that is not in the process group.
-        RuntimeError: a rank did not come, within the time that ``init_process_group`` was given; a second derivative,
-            a transform of torch.func, or a forward-mode derivative. :func:`keelnorm.distributed.preflight` finds the
-            layer where ranks part ways. Under torch.compile the graph breaks here while ranks synchronize.
+        TypeError, ValueError: As :class:`keelnorm.BatchNorm`; one value per channel over all ranks (found on the CPU
+            only, as other devices would have to be synchronized); this process is not in the process group.
+        RuntimeError: A rank does not take part within the timeout of ``init_process_group``; a second derivative, a
+            transform of torch.func, or a forward-mode derivative. :func:`keelnorm.distributed.preflight` finds the
+            layer at which ranks differ. Under torch.compile the graph breaks here while ranks synchronize.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
@@ -92,11 +90,10 @@ class SyncBatchNorm(Variant):
         arXiv:1711.07240, cross-GPU batch normalization. The merge: Chan, Golub, LeVeque (1979).
     """
 
-    _masks = True
+    takes_mask = True
     defers_in_training = True
-    #: Where a layer that was made from another one remembers the class of that.
+    #: The attribute in which a converted layer keeps the class that it was converted from.
     CAME_FROM = "_came_from"
-    too_few: TooFew = "error"
 
     def __init__(
         self,
@@ -113,14 +110,8 @@ class SyncBatchNorm(Variant):
         too_few: TooFew = "error",
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-        self.set_policy(too_few)
+        self.set_too_few(too_few)
         self.process_group = process_group
-
-    def set_policy(self, too_few: TooFew) -> None:
-        """As :meth:`keelnorm.BatchNorm.set_policy`."""
-        check_policy(type(self).__name__, too_few)
-        if too_few != self.too_few:
-            self.too_few = too_few
 
     def forward(  # type: ignore[override]
         self,
@@ -134,17 +125,16 @@ class SyncBatchNorm(Variant):
         weighting: Weighting = "frequency",
         padding: Padding = "zero",
     ) -> Tensor:
-        """``activation(bn(x) + residual)``; see :class:`Variant`. The ranks may differ in x's
-        batch and positions, in its mask, and in which of them have one."""
+        """Compute ``activation(bn(x) + residual)``; ranks may differ in batch size, positions and mask."""
         keywords: dict[str, Any] = {"activation": activation, "inplace": inplace, "mask": mask, "padding": padding}
         keywords |= {"sample_weight": sample_weight, "weighting": weighting}
         if torch.compiler.is_compiling() and self._group() is not None:
-            from keelnorm.nn._shared import outside_compile
+            from keelnorm.nn._shared.graph_break import call_uncompiled
 
-            return outside_compile.run(SyncBatchNorm.forward, self, input, residual, **keywords)  # type: ignore[no-any-return]
+            return call_uncompiled(SyncBatchNorm.forward, self, input, residual, **keywords)  # type: ignore[no-any-return]
         if not torch.compiler.is_compiling() and preflight.preflight_is_on():
             try:
-                self._compare_notes(input)
+                self._preflight(input)
             except (ValueError, RuntimeError) as error:
                 locate(error, self)
                 raise
@@ -152,16 +142,16 @@ class SyncBatchNorm(Variant):
 
     def _guard(self, options: Options) -> AbstractContextManager[None]:
         alone = options.mask is None and self._group() is None
-        return nullcontext() if alone else super()._guard(options)  # alone it is fused.batch_norm, which needs none
+        return nullcontext() if alone else super()._guard(options)  # dispatch.batch_norm needs no guard
 
     def normalization(self, x: Tensor) -> Normalization | None:
-        """As :meth:`keelnorm.BatchNorm.normalization`, with the moments of all ranks in training."""
+        """As :meth:`keelnorm.BatchNorm.normalization`; in training with the moments of all ranks."""
         if not self.uses_batch():
             return super().normalization(x)
         group, weight, bias = self._group(), self.weight, self.bias
-        if x.is_inference() or (group is not None and preflight.preflight_is_on()):
+        if x.is_inference() or not is_plain(weight) or not is_plain(bias):
             return None
-        if not is_plain(weight) or not is_plain(bias):
+        if group is not None and preflight.preflight_is_on():
             return None
         state = self._state()._replace(update=self.counts())
         if group is not None:
@@ -169,6 +159,7 @@ class SyncBatchNorm(Variant):
         return Normalization(state, weight, bias) if check_layer_call(x, weight, bias, state, self._ranks) else None
 
     def normalize_batch(self, x: Tensor, residual: Tensor | None, act: Activation, mask: Tensor | None) -> Tensor:
+        """Normalize with the moments of all ranks."""
         group, what = self._group(), type(self).__name__
         if group is None and mask is None:
             state = self._state()._replace(update=self.counts())
@@ -193,26 +184,30 @@ class SyncBatchNorm(Variant):
         return y
 
     def pooled(self, x: Tensor, mask: Tensor | None, group: ProcessGroup) -> tuple[Moments, Tensor, Tensor]:
-        """The moments of all ranks; (mean, var, rstd) that normalize, (3, C); and the count that the backward needs."""
+        """Pool the moments of all ranks.
+
+        Returns:
+            The pooled moments; mean, var and rstd that normalize, (3, C); and the count for the backward.
+        """
         with torch.no_grad():
             total = moments(x.detach(), mask).all_reduce(group, what=type(self).__name__, step=partial(self._step, x))
             mean, var, count = self._normalizing(total)
             return total, torch.stack([mean, var, (var + self.eps).rsqrt()]), count
 
     def _normalizing(self, total: Moments) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and variance that normalize, and for how many values they stand; where they are constants, infinity."""
+        """Mean and variance that normalize, and their count: infinite in channels where they are constants."""
         mean, var, count = total.mean, total.var_or_zero, total.count
         single = count == 1
         if self.too_few == "running" and self.running_mean is not None and self.running_var is not None:
             mean = torch.where(single, self.running_mean.to(mean.dtype), mean)
             var = torch.where(single, self.running_var.to(var.dtype), var)
             count = torch.where(single, torch.inf, count)
-        # Other devices would have to be waited for.
+        # Looking at values on another device would wait for it.
         elif self.too_few != "skip" and count.device.type == "cpu" and mean.numel() > 0 and bool(single.all()):
-            legal = "too_few='running' (which needs running statistics) or 'skip'"
             raise ValueError(
                 f"{type(self).__name__}: one value per channel, counted over all ranks, has no variance, so it can't "
-                f"normalize; use larger batches, evaluate with model.eval(), or give the layer {legal}"
+                "normalize; use larger batches, evaluate with model.eval(), or give the layer too_few='running' (which "
+                "needs running statistics) or 'skip'"
             )
         return mean, var, count
 
@@ -223,77 +218,43 @@ class SyncBatchNorm(Variant):
         """Put a synchronized layer in the place of each batch normalization, with its parameters and buffers.
 
         Args:
-            module: A model, or a batch normalization: of torch.nn or of keelnorm, of any kind of input.
+            module: A model, or a batch normalization of torch.nn or keelnorm.
             process_group: See :class:`SyncBatchNorm`.
 
         Returns:
-            The module itself, changed; or the new layer where it is itself a batch normalization.
+            The module itself, changed; or the new layer where the module is itself a batch normalization.
 
         Differs:
-            From ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``: refuses a layer whose forward is not batch
-            normalization's own, which would be lost; a layer in several places stays one.
+            From ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``: a layer whose forward is not that of batch
+            normalization is refused, since the forward would be lost; a layer in several places stays one layer.
 
         Raises:
-            TypeError: what is given is no module.
-            ValueError: a layer that has a forward, hooks or parametrizations of its own, or is lazy; before anything
-                is changed.
+            TypeError: ``module`` is not a module.
+            ValueError: A layer has a forward, hooks or parametrizations of its own, or is lazy. Nothing is changed.
         """
-        check_module("convert_sync_batchnorm", module)
-        new: dict[torch.nn.Module, torch.nn.Module] = {
-            layer: cls._from(layer, name, process_group)
-            for name, layer in module.named_modules()
-            if isinstance(layer, _BatchNorm)
-        }
-        return replace_layers(module, new)
+        from keelnorm.nn.sync.convert_sync import convert_sync  # which imports this module
 
-    @classmethod
-    def _from(cls, layer: _BatchNorm, name: str, process_group: ProcessGroup | None) -> SyncBatchNorm:
-        known = (_BatchNorm, torch.nn.SyncBatchNorm, FusedBatchNorm, SyncBatchNorm)
-        if not any(type(layer).forward is kind.forward for kind in known):
-            reason = "has a forward of its own"
-        elif not is_untouched(layer.__dict__) or layer._modules:
-            reason = "has hooks, parametrizations or a forward of its own"
-        elif isinstance(layer, torch.nn.modules.lazy.LazyModuleMixin):
-            reason = "doesn't know its channels yet; run the model once first"
-        else:
-            new = cls(
-                layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats, process_group,
-                device="meta", too_few=getattr(layer, "too_few", "error"),
-            )  # fmt: skip
-            new.weight, new.bias = layer.weight, layer.bias
-            new.running_mean, new.running_var = layer.running_mean, layer.running_var
-            new.num_batches_tracked = layer.num_batches_tracked
-            if isinstance(layer, CountsSkipped):
-                new._updates = layer._updates
-            new._place_counts()
-            vars(new)[cls.CAME_FROM] = vars(layer).get(cls.CAME_FROM, type(layer))
-            return new.train(layer.training)
-        raise ValueError(
-            f"convert_sync_batchnorm: {name!r}, a {type(layer).__name__}, {reason}, which a synchronized layer would "
-            "not have; replace it by hand, or convert the parts of the model without it"
-        )
+        return convert_sync(cls, module, process_group)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
-        """A process group can't be copied: the copy talks to the same ranks."""
+        """Copy all but the process group, which can't be copied: the copy talks to the same ranks."""
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         memo[id(self.process_group)] = self.process_group
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}{policy_repr(self.too_few)}"
-
     def _group(self) -> ProcessGroup | None:
-        """The ranks to normalize with now, or None where this one is alone."""
+        """The ranks to normalize with now; None if this one is alone."""
         return group_of(self.process_group, type(self).__name__) if self.training else None
 
     @property
     def _too_few(self) -> str:  # type: ignore[override]
-        """One value per channel on this rank will do if other ranks have more."""
+        """One value per channel on this rank is legal: other ranks may have more."""
         return self.too_few if self._group() is None else "others"
 
     def _step(self, x: Any) -> Step:
+        """What this rank is about to do, for the others to compare."""
         legal = isinstance(x, Tensor) and x.dim() >= 2
         return Step(
             repr(module_path(self)) if module_path(self) else f"a {type(self).__name__}",
@@ -304,49 +265,8 @@ class SyncBatchNorm(Variant):
             legal and x.requires_grad and torch.is_grad_enabled(),
         )
 
-    def _compare_notes(self, x: Any) -> None:
-        """The forward's preflight. In evaluation where autograd records alone: that is not a single rank's test."""
+    def _preflight(self, x: Any) -> None:
+        """Compare steps before the forward; in evaluation only where autograd records, as one rank may test alone."""
         group = group_of(self.process_group, type(self).__name__)
         if group is not None and (self.training or torch.is_grad_enabled()):
             agree(self._step(x), group, type(self).__name__)
-
-
-class SyncNormalization(Normalization):
-    """A synchronized batch norm in its parts."""
-
-    __slots__ = ("count", "group", "layer")
-
-    def __init__(
-        self, state: State, weight: Tensor | None, bias: Tensor | None, layer: SyncBatchNorm, group: ProcessGroup
-    ) -> None:
-        super().__init__(state, weight, bias)
-        self.layer, self.group = layer, group
-
-    def run(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, act: Activation | None
-    ) -> tuple[Tensor | None, Tensor]:
-        check_arguments(self.state.what, x, None, weight, bias, self.state, None, "others")
-        total, saved, self.count = self.layer.pooled(x, None, self.group)
-        y = None if act is None else self.apply(x, None, weight, bias, saved, act)
-        self.layer.update_running(total)
-        return y, saved
-
-    def backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        saved: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        y: Tensor | None,
-        act: Activation,
-        need: tuple[bool, bool, bool, bool],
-    ) -> tuple[Tensor | None, ...]:
-        call = Call(act, self.group, self.state.what, dy.dtype, None)
-        return synchronized_backward(dy, x, saved, self.count, weight, bias if act.code else None, y, None, call, need)
-
-    def differentiable(self, *_: Any) -> Tensor:
-        refuse_second_derivative(self.state.what)
-
-    def differentiable_backward(self, *_: Any) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative(self.state.what)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
+from keelnorm.engine.torch_internals import without_torch_function_and_modes
 from keelnorm.surgery.observation.nested_tensors import tensors_in
 
 
@@ -129,7 +129,7 @@ class Trace:
         """The values of all tensors in ``root``, which are kept alive so that their ``id`` stays theirs."""
         tensors = tensors_in(root)
         self._alive.append(tensors)
-        with torch._C.DisableTorchFunction():
+        with without_torch_function_and_modes():
             return tuple(dict.fromkeys(Value(id(tensor), version_of(tensor)) for tensor in tensors))
 
     def _finish(self, call: Call, given: tuple[Value, ...]) -> None:

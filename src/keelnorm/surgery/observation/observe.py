@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from keelnorm.engine.fusion.operations import METADATA
 from keelnorm.engine.fusion.scope import has_global_hooks, has_hooks
+from keelnorm.engine.torch_internals import TorchDispatchMode
 from keelnorm.surgery.observation.call_record import FunctionCall, ModuleCall, Trace
 from keelnorm.surgery.snapshot import preserved
 

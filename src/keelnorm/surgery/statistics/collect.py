@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from keelnorm.control.layer_hooks import held_off
-from keelnorm.control.layer_overrides import is_held
+from keelnorm.control.frozen_layer import has_frozen_statistics
+from keelnorm.control.layer_hooks import paused
 from keelnorm.functional import moments as moments_of
 from keelnorm.moments import Moments
 from keelnorm.nn._shared.variant import Variant
@@ -30,7 +30,7 @@ def reason_to_leave(layer: _BatchNorm) -> str | None:
         return "has no running statistics"
     if is_frozen(layer):
         return f"is a {type(layer).__name__}, whose statistics are fixed"
-    if is_held(layer):
+    if has_frozen_statistics(layer):
         return "is frozen"
     if isinstance(layer, Variant):
         if layer.own_data is not None:
@@ -217,7 +217,7 @@ def normalizing_with_batch(targets: Iterable[_BatchNorm]) -> Iterator[None]:
         x: Tensor = args[0] if args else keywords["input"]
         layer.training = x.numel() != x.shape[1]
 
-    with held_off(targets), ExitStack() as stack:
+    with paused(targets), ExitStack() as stack:
         for layer in targets:
             stack.callback(layer.register_forward_pre_hook(choose, with_kwargs=True).remove)
         try:

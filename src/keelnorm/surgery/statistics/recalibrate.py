@@ -43,7 +43,7 @@ def recalibrate(
     tolerance: float | None = None,
     forward: Forward | None = None,
     max_batches: int | None = None,
-    group: ProcessGroup | None = None,
+    process_group: ProcessGroup | None = None,
     progress: bool | None = None,
 ) -> tuple[Model, Report]:
     """Set the running statistics of a model's batch norms to the moments of a data set ("precise BN"), in place.
@@ -66,8 +66,8 @@ def recalibrate(
             (divided by the variance) are below this. They are estimated from how the batches differ, from three on.
         forward: ``forward(model, batch)``, for batches of another kind.
         max_batches: The largest number of batches to take from the loader; None for all.
-        group: The ranks of torch.distributed whose moments are merged, each having run over its part; None for all, if
-            it is initialized. Ranks may have different numbers of batches, except with ``SyncBatchNorm`` in one pass.
+        process_group: The ranks of torch.distributed whose moments are merged, each having run over its part; None for
+            all, if it is initialized. Ranks may have different numbers of batches, except with ``SyncBatchNorm`` in one pass.
         progress: Whether to show a progress bar; None shows it in a terminal if rich is installed.
 
     Returns:
@@ -119,7 +119,7 @@ def recalibrate(
         passes_over(loader, max_batches, progress, "recalibrate", passes) as start,
     ):
         run = partial(forward or run_batch, model)
-        pooled = collect(list(targets.values()), run, start, set_statistics, tolerance, group)
+        pooled = collect(list(targets.values()), run, start, set_statistics, tolerance, process_group)
     rows = [_row(path, layer, pooled.get(layer), before.get(layer), left[path]) for path, layer in layers.items()]
     batches = max((one.batches for one in pooled.values()), default=0)
     summary = {"layers": len(targets), "left": len(layers) - len(targets), "batches": batches}

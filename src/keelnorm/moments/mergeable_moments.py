@@ -1,33 +1,37 @@
-"""Mergeable moments per channel: what every feature of keelnorm computes with."""
+"""Mergeable moments per channel: count, mean and sum of squared deviations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from keelnorm.engine.collectives import gather, group_of
 from keelnorm.engine.error_messages import describe, is_count
-from keelnorm.engine.layout import check_kind, per_channel, reduced_dims
+from keelnorm.engine.layout import per_channel, reduced_dims
+from keelnorm.moments.moments_arguments import (
+    Weighting,
+    broadcast_mask,
+    broadcast_weight,
+    check_values,
+    check_weighting,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from keelnorm.engine.preflight import Step
 
-#: What weights mean: how often a value is there, or how much it matters beside the others.
-Weighting: TypeAlias = Literal["frequency", "importance"]
-WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
-#: Frequencies that add up to less leave no variance to learn from: above 1, by more than the rounding, in any dtype, of
-#: weights that were scaled to add up to 1.
+#: The least sum of frequencies that has an unbiased variance: above 1, by more than the rounding, in any dtype, of
+#: weights that were scaled to sum to 1.
 LEAST_FREQUENCY = 1 + 1 / 64
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of moments: float64 where the device has it."""
+    """The dtype of moments: float64 if the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -42,15 +46,15 @@ class Moments:
 
     For the values v of a channel: mean = Σv / count and m2 = Σ(v − mean)²; with weights w, count = Σw,
     mean = Σwv / count and m2 = Σw(v − mean)². Two sets a and b merge to
-    n = n_a + n_b, δ = mean_b − mean_a, mean = mean_a + δ·n_b/n, m2 = m2_a + m2_b + δ²·n_a·n_b/n, which is free of the
-    cancellation that Σv² − (Σv)²/n suffers from.
+    n = n_a + n_b, δ = mean_b − mean_a, mean = mean_a + δ·n_b/n, m2 = m2_a + m2_b + δ²·n_a·n_b/n, without the
+    cancellation of Σv² − (Σv)²/n.
 
-    Args:
-        count: Number of values per channel, or their weight; shape () when it is the same for all channels, else (C,).
+    Attributes:
+        count: Number of values per channel, or their weight; shape () if it is the same for all channels, else (C,).
         mean: Shape (C,). Zero where the count is zero.
         m2: Shape (C,), not negative. Zero where the count is zero.
-        squares: Σw² of weights that say how much values matter, shape as ``count``; merging adds it up. None is the
-            count itself: that of values which count once, or as often as their weights say.
+        squares: Σw² of importance weights, shape as ``count``; merging adds it up. None for values without weights or
+            with frequency weights, for which it is the count.
 
     Numerics:
         float64 (float32 on devices without it), whatever the values' dtype.
@@ -72,7 +76,7 @@ class Moments:
     squares: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Raise unless these are tensors whose shapes fit together."""
+        """Raise unless the fields are tensors whose shapes fit together."""
         if not (isinstance(self.count, Tensor) and isinstance(self.mean, Tensor) and isinstance(self.m2, Tensor)):
             given = ", ".join(f"{name} {describe(getattr(self, name))}" for name in ("count", "mean", "m2"))
             raise TypeError(
@@ -87,10 +91,10 @@ class Moments:
 
     @classmethod
     def empty(cls, channels: int, *, device: torch.device | str | None = None) -> Moments:
-        """The moments of no values at all: the neutral element of :meth:`merge`.
+        """The moments of no values: the neutral element of :meth:`merge`.
 
         Raises:
-            ValueError: ``channels`` is no number of them.
+            ValueError: ``channels`` is not an integer from 0 on.
         """
         if not is_count(channels, 0):
             raise ValueError(f"Moments.empty: channels must be an integer from 0 on; got {describe(channels)}")
@@ -106,24 +110,23 @@ class Moments:
         sample_weight: Tensor | None = None,
         weighting: Weighting = "frequency",
     ) -> Moments:
-        """Moments of each channel of ``x``, over its batch and all its positions.
+        """Compute the moments of each channel of ``x``, over its batch and all its positions.
 
         Args:
             x: Floating-point values, shape (N, C, *S).
-            mask: Which values count, boolean; shape (N,), (N, *S), or any that broadcasts against ``x`` with as many
-                dimensions. Values that do not count may be anything, NaN included.
-            sample_weight: Of each value, floating-point, not negative; shape (N,) or (N, *S).
-            weighting: What weights mean: ``"frequency"``, how often a value is there, or ``"importance"``, how much it
-                matters beside the others, in any unit. Mean and variance are the same; see :attr:`var_unbiased`.
+            mask: True for values that count, boolean; shape (N,), (N, *S), or as many dimensions as ``x``,
+                broadcastable to it. Other values may be anything, NaN included.
+            sample_weight: Weights of the values, floating-point, not negative; shape (N,) or (N, *S).
+            weighting: Meaning of the weights: ``"frequency"``, how often a value occurs, or ``"importance"``, how much
+                it matters relative to the others. It changes :attr:`var_unbiased` only.
 
         Raises:
-            TypeError: ``x`` is not a floating-point tensor, ``mask`` is not boolean, or the weights are not
-                floating-point.
-            ValueError: ``x`` has fewer than two dimensions, ``mask`` or the weights do not fit, some are negative or
-                not finite (looked at on the CPU alone), or there is no such weighting.
+            TypeError: ``x`` or the weights are not floating-point tensors, or ``mask`` is not boolean.
+            ValueError: ``x`` has fewer than two dimensions; ``mask`` or the weights do not fit; a weight is negative or
+                not finite (checked on the CPU only); or there is no such weighting.
 
         Numerics:
-            Two passes around a first estimate of the mean, so that a mean of 10⁶ deviations costs no digits.
+            Two passes around a first estimate of the mean: accurate if the mean is 10⁶ times the standard deviation.
             Differentiable with respect to ``x``.
         """
         check_values(x)
@@ -138,27 +141,25 @@ class Moments:
             return _of_weighted(values, weights, weighting)
         if mask is None:
             count = torch.tensor(x.numel() // max(x.shape[1], 1), dtype=wide, device=x.device)
-            divisor = count.clamp(min=1)
-            centre = values.detach().sum(dims) / divisor
-            deviation = values - per_channel(centre, x)
         else:
             mask = broadcast_mask(mask, x).expand_as(x)
             values = torch.where(mask, values, 0)
             count = mask.sum(dims).to(wide)
-            divisor = count.clamp(min=1)
-            centre = values.detach().sum(dims) / divisor
-            deviation = torch.where(mask, values - per_channel(centre, x), 0)
-        # The centre's own rounding error is measured and put right.
-        correction = deviation.sum(dims) / count.clamp(min=1)
+        divisor = count.clamp(min=1)
+        center = values.detach().sum(dims) / divisor
+        deviation = values - per_channel(center, x)
+        if mask is not None:
+            deviation = torch.where(mask, deviation, 0)
+        correction = deviation.sum(dims) / divisor  # the rounding error of the center
         m2 = (deviation * deviation).sum(dims) - count * correction * correction
-        return cls(count, centre + correction, m2.clamp(min=0))
+        return cls(count, center + correction, m2.clamp(min=0))
 
     def merge(self, *others: Moments) -> Moments:
-        """The moments of all values together. Any order gives the same, up to rounding; empty parts change nothing.
+        """The moments of all values together. The order matters only in rounding; empty parts change nothing.
 
         Raises:
-            TypeError: one of them is no :class:`Moments`.
-            ValueError: they have other numbers of channels.
+            TypeError: An argument is not a :class:`Moments`.
+            ValueError: The numbers of channels differ.
         """
         merged = self
         for other in others:
@@ -170,8 +171,8 @@ class Moments:
         """Merge one or more parts.
 
         Raises:
-            TypeError: these are no :class:`Moments`.
-            ValueError: there is no part, so the number of channels is unknown (start from :meth:`empty` instead).
+            TypeError: A part is not a :class:`Moments`.
+            ValueError: There is no part, so the number of channels is unknown (start from :meth:`empty` instead).
         """
         if not isinstance(parts, Iterable):
             raise TypeError(f"merge_all takes several Moments; got {describe(parts)}")
@@ -191,7 +192,7 @@ class Moments:
         count = self.count + other.count
         share = other.count / count.where(count > 0, 1)
         delta = other.mean - self.mean
-        # An empty side has the mean 0, which must not enter; share is then exactly 0 or 1.
+        # The mean 0 of an empty side must not count; share is then exactly 0 or 1.
         mean = torch.where(other.count > 0, self.mean + delta * share, self.mean)
         mean = torch.where(self.count > 0, mean, other.mean)
         m2 = self.m2 + other.m2 + delta * delta * (self.count * share)
@@ -205,33 +206,33 @@ class Moments:
 
     def all_reduce(
         self,
-        group: ProcessGroup | None = None,
+        process_group: ProcessGroup | None = None,
         *,
         what: str = "Moments.all_reduce",
         step: Callable[[], Step] | None = None,
     ) -> Moments:
-        """The moments of all ranks' values together, with the same bits on every rank; these themselves where
-        torch.distributed is not initialized, or the group has one rank.
+        """The moments of all ranks' values together, bitwise equal on all ranks.
 
-        Every rank of the group calls it, with as many channels; one without values gives :meth:`empty` ones. One
-        collective of 4·C values; the parts are merged pairwise in the ranks' order.
+        All ranks of the group call it, with equally many channels; a rank without values has :meth:`empty` moments. One
+        collective of 4·C values; the parts are merged pairwise in the ranks' order. Without torch.distributed, or with
+        one rank, the result is the moments themselves.
 
         Args:
-            group: Default: all ranks.
+            process_group: The ranks; default: all.
             what: What was called, the first words of an error.
-            step: What this rank is doing, for an error where the ranks differ.
+            step: What this rank is doing, for an error if the ranks differ.
 
         Raises:
-            RuntimeError: a gradient is asked for (``kn.SyncBatchNorm`` is differentiable, this is not); a rank did not
-                come; or, on the CPU, the ranks have other numbers of channels, which is then said on all of them.
-            ValueError: this process is not in the group.
+            RuntimeError: A gradient is asked for (``kn.SyncBatchNorm`` is differentiable, this is not); a rank does not
+                take part; or, on the CPU, the ranks have different numbers of channels (an error on all of them).
+            ValueError: This process is not in the group.
         """
         if torch.is_grad_enabled() and any(part.requires_grad for part in (self.count, self.mean, self.m2)):
             raise RuntimeError(f"{what}: moments lose their gradient between ranks; take them under torch.no_grad()")
-        members = group_of(group, what)
+        members = group_of(process_group, what)
         if members is None:
             return self
-        # The squares always: ranks that differ in having weights send as much.
+        # With squares always, so that ranks with and without weights send equally much.
         counts = self.count.expand_as(self.mean), self._squares.expand_as(self.mean)
         packed = torch.stack([counts[0], self.mean, self.m2, counts[1]])
         rows = gather(packed, members, what, step).unbind(1)  # count, mean, m2, squares of (ranks, C) each
@@ -244,19 +245,19 @@ class Moments:
 
     @property
     def var(self) -> Tensor:
-        """Biased variance m2 / count, the one that normalizes; NaN where there is no value."""
+        """Biased variance m2 / count, which normalizes; NaN without values."""
         return self.m2 / self.count
 
     @property
     def var_or_zero(self) -> Tensor:
-        """As :attr:`var`, and 0 where there is no value."""
+        """As :attr:`var`, but 0 without values."""
         return self.m2 / self.count.where(self.count > 0, 1)
 
     @property
     def var_unbiased(self) -> Tensor:
-        """Unbiased variance, the one that running statistics keep; NaN where that many values have none.
+        """Unbiased variance, which running statistics hold; NaN if there are too few values.
 
-        m2 / (count − 1); with weights for importance m2 / (Σw − Σw²/Σw), which is the same where all are 1.
+        m2 / (count − 1); with importance weights m2 / (Σw − Σw²/Σw), which is the same if all weights are 1.
         """
         freedom = degrees_of_freedom(self.count, self.squares)
         return self.m2 / freedom.where(freedom > 0, torch.nan)
@@ -267,92 +268,32 @@ class Moments:
 
 
 def degrees_of_freedom(count: Tensor, squares: Tensor | None) -> Tensor:
-    """What m2 is divided by for the unbiased variance: n − 1, or Σw − Σw²/Σw. 0 where there is none."""
+    """The divisor of m2 for the unbiased variance: n − 1, or Σw − Σw²/Σw; 0 if there is no variance."""
     if squares is None:
         return (count - 1).where(count >= LEAST_FREQUENCY, 0)
     lost = squares / count.where(count > 0, 1)
-    # One weight alone leaves the rounding of the quotient.
+    # For a single weight only the rounding of the quotient is left.
     return (count - lost).where(lost < count * (1 - 8 * torch.finfo(count.dtype).eps), 0)
 
 
 def _of_weighted(values: Tensor, weights: Tensor, weighting: Weighting) -> Moments:
-    """The moments of values (N, C, *S) with weights that broadcast to them; those of a mask's False are 0 in both."""
+    """The moments of values (N, C, *S) with broadcastable weights; both are 0 where a mask is False."""
     dims = reduced_dims(values)
     common = weights.shape[1] == 1
     weights = weights.expand(values.shape[0], -1, *values.shape[2:])
     count = weights.sum() if common else weights.sum(dims)
     divisor = count.where(count > 0, 1)
     share = weights / (divisor if common else per_channel(divisor, values))
-    centre = (share * values).detach().sum(dims)
-    deviation = values - per_channel(centre, values)
+    center = (share * values).detach().sum(dims)
+    deviation = values - per_channel(center, values)
     correction = (share * deviation).sum(dims)
     m2 = (weights * deviation * deviation).sum(dims) - count * correction * correction
     squares = None
     if weighting == "importance":
         squares = weights.square().sum() if common else weights.square().sum(dims)
-    return Moments(count, centre + correction, m2.clamp(min=0), squares)
-
-
-def check_weighting(what: str, weighting: Any) -> None:
-    """Raise unless it says what weights mean."""
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"{what}: weighting must be one of {WEIGHTINGS}; got {describe(weighting)}")
-
-
-def broadcast_weight(what: str, sample_weight: Any, x: Tensor) -> Tensor:
-    """Weights with as many dimensions as x, broadcastable to its shape."""
-    legal = (x.shape[0],), (x.shape[0], *x.shape[2:])
-    if not isinstance(sample_weight, Tensor) or not sample_weight.is_floating_point():
-        raise TypeError(f"{what}: sample_weight must be a floating-point tensor; got {describe(sample_weight)}")
-    check_kind(what, "sample_weight", sample_weight)
-    if tuple(sample_weight.shape) not in legal or sample_weight.device != x.device:
-        raise ValueError(
-            f"{what}: sample_weight must have shape {' or '.join(map(str, dict.fromkeys(legal)))} and be on "
-            f"{x.device}; got {describe(sample_weight)}"
-        )
-    if sample_weight.is_cpu and not torch.compiler.is_compiling():
-        illegal = sample_weight[~((sample_weight >= 0) & (sample_weight < torch.inf))]
-        if illegal.numel() > 0:
-            raise ValueError(
-                f"{what}: sample_weight must not be negative, infinite or NaN; it has {illegal.flatten()[0].item()}"
-            )
-    if sample_weight.dim() == 1:
-        return sample_weight.view(-1, *([1] * (x.dim() - 1)))
-    return sample_weight.unsqueeze(1)
+    return Moments(count, center + correction, m2.clamp(min=0), squares)
 
 
 def _check_moments(value: object) -> None:
     if not isinstance(value, Moments):
         raise TypeError(f"moments merge with Moments, such as Moments.from_tensor(x); got {describe(value)}")
-
-
-def check_values(x: Tensor) -> None:
-    """Raise unless ``x`` is a floating-point tensor of shape (N, C, *S)."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"moments are taken of a tensor of shape (N, C, *S); got {describe(x)}")
-    check_kind("moments", "x", x)
-    if not x.is_floating_point():
-        raise TypeError(f"moments need floating-point values; got {describe(x)}. Convert it first, as with x.float()")
-    if x.dim() < 2:
-        raise ValueError(f"moments need a batch and a channel dimension (N, C, *S); got {describe(x)}")
-
-
-def broadcast_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """``mask`` with as many dimensions as ``x``, broadcastable to its shape."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"a mask is a boolean tensor, True where a value counts; got {describe(mask)}")
-    check_kind("moments", "the mask", mask)
-    if mask.device != x.device:
-        raise ValueError(f"the mask must be on the device of x, {x.device}; got {describe(mask)}")
-    without_channels = (x.shape[0], *x.shape[2:])
-    shape = tuple(mask.shape)
-    if shape == (x.shape[0],) and x.dim() != 1:
-        return mask.view(-1, *([1] * (x.dim() - 1)))
-    if shape == without_channels:
-        return mask.unsqueeze(1)
-    if mask.dim() == x.dim() and all(m in (1, size) for m, size in zip(shape, x.shape, strict=True)):
-        return mask
-    raise ValueError(
-        f"the mask does not fit x of shape {tuple(x.shape)}; got {describe(mask)}. Legal are ({x.shape[0]},), "
-        f"{without_channels}, and {x.dim()} dimensions that broadcast against x"
-    )

@@ -1,4 +1,4 @@
-"""How a layer is held frozen: what is set on it, how that is undone, and all layers or none."""
+"""How one layer is frozen and unfrozen: attributes set on the instance, and all layers changed or none."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
-#: Where a frozen layer remembers which of its parameters were turned off.
+#: The attribute with the names of the parameters that freezing turned off.
 _TURNED_OFF = "_frozen_parameters"
 #: The instance attributes that freezing sets.
 _ATTRIBUTES = ("train", "reset_running_stats", _TURNED_OFF)
 
 
-class _Held:
-    """What ``layer.train`` is while the statistics are frozen: the layer stays in evaluation, the mode is remembered.
+class _FrozenTrain:
+    """Takes the place of ``layer.train`` while statistics are frozen: keeps evaluation, and notes the mode asked for.
 
-    An attribute of the layer and not a hook: a hook that comes after ``torch.compile`` goes unnoticed there, and makes
+    It is an attribute and not a hook: compiled code ignores a hook set after ``torch.compile``, and a hook makes
     ``kn.Sequential`` run unfused.
     """
 
     def __init__(self, layer: _BatchNorm) -> None:
         self.layer = layer
         self.mode = layer.training
-        #: What someone else had set in the place of what freezing sets.
+        #: Attributes of these names that someone else had set.
         self.before = {
             name: value
             for name, value in vars(layer).items()
@@ -40,21 +40,24 @@ class _Held:
 
 
 def _keep_running_stats() -> None:
-    """What ``layer.reset_running_stats`` is while the statistics are frozen."""
+    """Takes the place of ``layer.reset_running_stats`` while statistics are frozen."""
 
 
-def is_held(layer: _BatchNorm) -> bool:
-    return isinstance(layer.__dict__.get("train"), _Held)
+def has_frozen_statistics(layer: _BatchNorm) -> bool:
+    """Whether :func:`freeze_statistics` is in force."""
+    return isinstance(layer.__dict__.get("train"), _FrozenTrain)
 
 
-def hold_statistics(layer: _BatchNorm) -> None:
-    if not is_held(layer):
-        vars(layer).update(train=_Held(layer), reset_running_stats=_keep_running_stats)
+def freeze_statistics(layer: _BatchNorm) -> None:
+    """Keep a layer in evaluation, whatever ``train()`` asks for."""
+    if not has_frozen_statistics(layer):
+        vars(layer).update(train=_FrozenTrain(layer), reset_running_stats=_keep_running_stats)
     layer.train(layer.__dict__["train"].mode)
 
 
-def let_go_statistics(layer: _BatchNorm) -> None:
-    if is_held(layer):
+def unfreeze_statistics(layer: _BatchNorm) -> None:
+    """Undo :func:`freeze_statistics`, and set the mode that was last asked for."""
+    if has_frozen_statistics(layer):
         held = vars(layer).pop("train")
         if vars(layer).get("reset_running_stats") is _keep_running_stats:
             del vars(layer)["reset_running_stats"]
@@ -62,7 +65,8 @@ def let_go_statistics(layer: _BatchNorm) -> None:
         layer.train(held.mode)
 
 
-def turn_off(layer: _BatchNorm) -> None:
+def freeze_parameters(layer: _BatchNorm) -> None:
+    """Turn off the gradients of a layer's parameters, and note which were on."""
     parameters = dict(layer.named_parameters())
     names = [name for name, parameter in parameters.items() if parameter.requires_grad]
     for parameter in parameters.values():
@@ -71,7 +75,8 @@ def turn_off(layer: _BatchNorm) -> None:
     vars(layer)[_TURNED_OFF] = (*vars(layer).get(_TURNED_OFF, ()), *names)
 
 
-def turn_on(layer: _BatchNorm) -> None:
+def unfreeze_parameters(layer: _BatchNorm) -> None:
+    """Turn on the gradients that :func:`freeze_parameters` turned off."""
     names = vars(layer).pop(_TURNED_OFF, ())
     for name, parameter in layer.named_parameters():
         if name in names:
@@ -79,17 +84,17 @@ def turn_on(layer: _BatchNorm) -> None:
 
 
 def all_or_none(layers: dict[str, _BatchNorm], change: Callable[[_BatchNorm], None]) -> None:
-    """Change all layers, or none if there is an error."""
+    """Change all layers; after an error, none is changed."""
     with ExitStack() as undo:
         for layer in layers.values():
-            undo.callback(_restore, layer, *_as_it_is(layer))
+            undo.callback(_restore, layer, *_snapshot(layer))
             change(layer)
         undo.pop_all()
 
 
-def _as_it_is(layer: _BatchNorm) -> tuple[Any, ...]:
+def _snapshot(layer: _BatchNorm) -> tuple[Any, ...]:
     attributes = {name: value for name, value in vars(layer).items() if name in _ATTRIBUTES}
-    mode = vars(layer)["train"].mode if is_held(layer) else None
+    mode = vars(layer)["train"].mode if has_frozen_statistics(layer) else None
     modes = [(module, module.training) for module in layer.modules()]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in layer.parameters()]
     return attributes, mode, modes, parameters

@@ -1,28 +1,36 @@
-"""Layers that say what is wrong with a keyword that their constructor does not take."""
+"""Errors of all modules: a keyword that the constructor does not take, and torch.jit.script."""
 
 from __future__ import annotations
 
 from inspect import Parameter, signature
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
+
+from keelnorm.functional import INSTEAD_OF_JIT
 
 T = TypeVar("T")
 
 
-class Constructed(torch.nn.Module):
-    """A module whose constructor refuses, by name, what belongs to its calls or to another layer."""
+class KeelnormModule(torch.nn.Module):
+    """A module that refuses torch.jit.script, and whose constructor tells if a wrong keyword belongs to the call."""
 
     def __new__(cls: type[T], *args: Any, **keywords: Any) -> T:
         if keywords:
             _check(cls, keywords)
         return object.__new__(cls)
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError(
+            f"keelnorm.{type(self).__name__} does not go through torch.jit.script, which can't express what it fuses. "
+            f"{INSTEAD_OF_JIT}"
+        )
+
 
 def _check(kind: Any, keywords: dict[str, Any]) -> None:
     what, legal = kind.__name__, signature(kind.__init__).parameters
     if any(each.kind is Parameter.VAR_KEYWORD for each in legal.values()):
-        return  # whoever takes everything knows what to do with it
+        return  # a constructor with **keywords checks them itself
     for name in keywords:
         if name in legal:
             continue

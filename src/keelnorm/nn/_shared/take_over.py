@@ -1,4 +1,4 @@
-"""Layers that keep a row per class or domain where batch normalization keeps one vector, and how they start from it."""
+"""How a layer takes the place of a plain batch normalization: options, values, checkpoints, place in the model."""
 
 from __future__ import annotations
 
@@ -7,31 +7,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.engine.activations import is_untouched
 from keelnorm.nn.batch_norm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-#: The layers that keep nothing but torch.nn's state, by their exact type, and the ranks that they take.
+#: The layers that can be taken over: exact types, whose whole state is torch.nn's, and the ranks of their inputs.
 _RANKS: dict[type, tuple[int, ...] | None] = {
-    torch.nn.BatchNorm1d: (2, 3),
-    torch.nn.BatchNorm2d: (4,),
-    torch.nn.BatchNorm3d: (5,),
-    BatchNorm: None,
-    BatchNorm1d: (2, 3),
-    BatchNorm2d: (4,),
-    BatchNorm3d: (5,),
+    kind: kind._ranks for kind in (BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d)
 }
+_RANKS |= {torch.nn.BatchNorm1d: (2, 3), torch.nn.BatchNorm2d: (4,), torch.nn.BatchNorm3d: (5,)}
 
 
 def options_of(what: str, bn: Any) -> dict[str, Any]:
-    """The constructor's arguments of a batch normalization that another layer is to take over.
+    """Constructor arguments of a batch normalization, for the layer that takes its place.
 
     Args:
-        what: Who asks, the first words of an error.
+        what: What was called, the first words of an error.
+        bn: One of torch.nn's or keelnorm's drop-in layers.
 
     Raises:
-        TypeError: it is none of torch.nn's nor of keelnorm's drop-in layers, or does more than these.
+        TypeError: It is another layer, or has a hook, a forward or a ``too_few`` of its own.
     """
     if type(bn) not in _RANKS:
         raise TypeError(
@@ -46,7 +43,7 @@ def options_of(what: str, bn: Any) -> dict[str, Any]:
     if getattr(bn, "too_few", "error") != "error":
         raise TypeError(
             f"{what}: the {type(bn).__name__} has too_few={bn.too_few!r}, which would be lost; go without it by "
-            "bn.set_policy('error')"
+            "bn.set_too_few('error')"
         )
     of = next(chain(bn.parameters(), bn.buffers()), None)
     return {
@@ -61,7 +58,7 @@ def options_of(what: str, bn: Any) -> dict[str, Any]:
 
 
 def adopt(layer: Any, bn: _BatchNorm) -> None:
-    """Give a new layer the values, the mode and the legal ranks of the batch normalization that it takes over."""
+    """Copy values, mode and legal ranks from a batch normalization to the layer that takes its place."""
     if bn.bias is None:
         layer.register_parameter("bias", None)
     layer.load_state_dict(bn.state_dict(), strict=False)
@@ -71,8 +68,8 @@ def adopt(layer: Any, bn: _BatchNorm) -> None:
     layer._ranks = _RANKS[type(bn)]
 
 
-def expand_rows(layer: torch.nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Give every row of the layer's tables the one vector that a single batch normalization's checkpoint has."""
+def expand_rows(layer: Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Repeat the vectors of a plain batch norm's checkpoint for each row of a layer with a row per class or domain."""
     for name, own in chain(layer._parameters.items(), layer._buffers.items()):
         given = state_dict.get(prefix + name)
         if isinstance(own, Tensor) and isinstance(given, Tensor) and given.shape == own.shape[1:] and own.dim() > 0:

@@ -1,4 +1,4 @@
-"""What torch.compile calls instead of tracing it. Imported late: torch.compiler.disable loads the compiler."""
+"""A call that torch.compile does not trace. Imported late: torch.compiler.disable loads the compiler."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ import torch
     reason="a synchronized batch normalization talks to other ranks in its forward and in its backward, in an order "
     "that is the same on all of them, which a compiled graph would not keep"
 )
-def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``function(*args, **kwargs)``, outside of any graph."""
+def call_uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call ``function(*args, **kwargs)`` outside of any graph."""
     return function(*args, **kwargs)

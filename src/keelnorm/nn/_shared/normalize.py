@@ -1,0 +1,72 @@
+"""Normalization as a step of a variant: by given moments in plain torch, or by those of the batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from keelnorm import functional
+from keelnorm.engine import dispatch
+from keelnorm.engine.activations import Activation
+from keelnorm.engine.arguments import State
+from keelnorm.engine.layout import per_channel
+from keelnorm.moments import Moments, compute_dtype
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    act: Activation,
+) -> Tensor:
+    """Compute ``act((x − mean) / √(var + eps) · weight + bias + residual)``, differentiable in every argument.
+
+    ``mean``, ``var``, ``weight`` and ``bias`` have the shape (C,), or broadcast to x.
+    """
+    dtype = compute_dtype(x)
+    mean, var = _broadcast(mean, x), _broadcast(var, x)
+    # The mean is split into its rounded value and the rest: subtracting both keeps the digits when the mean is large.
+    center = mean.detach().to(dtype)
+    rest = (mean - center).to(dtype)
+    y = (x.to(dtype) - center - rest) * (var + eps).rsqrt().to(dtype)
+    if weight is not None:
+        y = y * _broadcast(weight, x).to(dtype)
+    if bias is not None:
+        y = y + _broadcast(bias, x).to(dtype)
+    if residual is not None:
+        y = y + residual
+    return act.forward(y).to(x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
+
+
+def _broadcast(values: Tensor, x: Tensor) -> Tensor:
+    return per_channel(values, x) if values.dim() == 1 else values
+
+
+def normalize_by_batch(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: Activation,
+    mask: Tensor | None,
+    keep_moments: bool,
+) -> tuple[Tensor, Moments | None]:
+    """Normalize x by its own moments: ``act(bn(x) + residual)``, on the fused kernels where there is no mask.
+
+    ``mask`` is None, or boolean with as many dimensions as x, broadcastable to it.
+
+    Returns:
+        The result, and the moments without their gradient; None unless ``keep_moments``, which costs a pass over x.
+    """
+    if mask is None:
+        y = dispatch.batch_norm(x, residual, weight, bias, State(None, None, None, True, False, None, eps), act)
+        return y, functional.moments(x.detach()) if keep_moments else None
+    moments = Moments.from_tensor(x, mask)
+    var = moments.m2 / moments.count.clamp(min=1)  # 0 if the mask leaves no value
+    detached = Moments(moments.count, moments.mean.detach(), moments.m2.detach())
+    return normalize(x, moments.mean, var, weight, bias, eps, residual, act), detached
