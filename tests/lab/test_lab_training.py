@@ -3,18 +3,17 @@ import torch
 from torch import nn
 
 import keelnorm as kn
-from keelnorm.lab.claims.convergence import curves
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.data import digits
 from keelnorm.lab.training.arms import arm_named
 from keelnorm.lab.training.input_shift import Wander, received_by, unit_moments
 from keelnorm.lab.training.networks import StackedMLP
 from keelnorm.lab.training.train import batch_moments, batches, plain, train
+from keelnorm.lab.training.trials import trial
 
 AXES = {
     "data": "digits",
     "activation": "relu",
-    "scale": 1.0,
     "centred": True,
     "seed": 0,
     "rates": (0.1, 0.5),
@@ -77,24 +76,24 @@ def test_looking_leaves_no_trace_after_an_error_either():
 
 
 def test_the_two_batch_norms_train_alike():
-    theirs, ours = (curves(arm=arm, **AXES) for arm in ("torch", "bn"))
+    theirs, ours = (trial(arm=arm, **AXES) for arm in ("torch", "bn"))
     first, second = (torch.tensor(each["loss"][1:]) for each in (theirs, ours))
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
 
 
 def test_a_cell_run_again_alone_gives_the_same_numbers():
-    assert curves(arm="bn", **AXES) == curves(arm="bn", **AXES)
+    assert trial(arm="bn", **AXES) == trial(arm="bn", **AXES)
 
 
 def test_evaluating_more_often_changes_nothing_but_what_is_seen():
-    often = curves(arm="torch", **AXES)
-    seldom = curves(arm="torch", **AXES | {"evaluate_at": (10,)})
+    often = trial(arm="torch", **AXES)
+    seldom = trial(arm="torch", **AXES | {"evaluate_at": (10,)})
     assert seldom["test"][-1] == often["test"][-1]
     assert seldom["validation"][-1] == often["validation"][-1]
 
 
 def test_training_learns_and_a_lost_run_is_none_in_the_store():
-    result = curves(arm="none", **AXES | {"rates": (0.1, 1e6), "evaluate_at": (0, 60)})
+    result = trial(arm="none", **AXES | {"rates": (0.1, 1e6), "evaluate_at": (0, 60)})
     assert result["test"][0][0] < 40 < 80 < result["test"][-1][0]
     assert result["loss"][-1][1] is None
     assert result["loss"][0] == []

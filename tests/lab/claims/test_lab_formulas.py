@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 import keelnorm as kn
-from keelnorm.lab.claims import _shifts, inference, loss_landscape, placement, scales, small_batches, weight_decay
-from keelnorm.lab.claims._shifts import ShiftingNoise, cosine_after_earlier_layers
+from keelnorm.lab.claims import _covariate_shift_training, inference, loss_landscape, placement, scales
+from keelnorm.lab.claims import _small_batches_training as small_batches
+from keelnorm.lab.claims import _weight_decay_training as weight_decay
+from keelnorm.lab.claims._covariate_shift_training import ShiftingNoise, cosine_after_earlier_layers
 from keelnorm.lab.claims.gradients import THEORY, gradient_norms
 from keelnorm.lab.claims.hyperparameters import LEAST_MOMENTUM_LEFT, RATES, SCALES, settings
 from keelnorm.lab.core.seeds import generator
@@ -169,7 +171,7 @@ class TestShifts:
 
     def test_every_layer_and_seed_has_noise_of_its_own(self):
         def noises(seed):
-            stack = _shifts._network("digits", "sigmoid", "noisy", seed, (1.0,), 6, 3)
+            stack = _covariate_shift_training._network("digits", "sigmoid", "noisy", seed, (1.0,), 6, 3)
             return [module for module in stack.modules() if isinstance(module, ShiftingNoise)]
 
         x = torch.randn(20, 100)

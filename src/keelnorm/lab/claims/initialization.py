@@ -9,11 +9,11 @@ from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import LONGER, Plan, seeds_text, steps_for
 from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
 from keelnorm.lab.reading.results_by_arm import Runs
-from keelnorm.lab.reading.verdicts import Finding
-from keelnorm.lab.reading.wording import listed
+from keelnorm.lab.reading.verdicts import difference_findings
+from keelnorm.lab.reading.wording import ACTIVATION_NAMES, listed, where_text
 from keelnorm.lab.training.arms import BN, NONE
-from keelnorm.lab.training.trials import ACTIVATION_NAMES, trial_cell, where_text
-from keelnorm.measure.statistics import Interval, difference, mean
+from keelnorm.lab.training.trials import trial_cell
+from keelnorm.measure.statistics import Interval, mean
 
 ARMS = (NONE, BN)
 ACTIVATIONS = ("sigmoid", "tanh", "relu")
@@ -25,6 +25,7 @@ QUICK_RATES = (0.3, 1.0)
 
 
 def cells(plan: Plan) -> Sequence[Cell]:
+    """Both arms with each activation."""
     return [cell for data, activation in _conditions(plan) for cell in _cells(plan, data, activation)]
 
 
@@ -70,16 +71,15 @@ def share(history: Result) -> float:
 
 
 def read(plan: Plan, results: Results) -> Reading:
+    """The share of scales and rates that work, by activation."""
     findings, figures, rows, words = [], [], [], []
     for data, activation in _conditions(plan):
         runs = Runs(_cells(plan, data, activation), results)
         by_arm = {arm.name: runs.of(arm.name) for arm in ARMS}
         where = where_text(data, ACTIVATION_NAMES[activation])
         shares = {name: [share(history) for history in histories] for name, histories in by_arm.items()}
-        gain = difference(shares[BN.name], shares[NONE.name])
-        findings.append(
-            Finding("share of scales and rates that reach 90 %, batch norm − none", where, gain, 0.0, digits=0)
-        )
+        gain = {"share of scales and rates that reach 90 %, batch norm − none": (BN.name, NONE.name)}
+        findings += difference_findings(where, shares, gain, digits=0)
         averages = {name: mean(values) for name, values in shares.items()}
         words.append(f"{averages[NONE.name].value:.0f} % → {averages[BN.name].value:.0f} % ({where})")
         figures += [_figure(plan, where, arm.label, by_arm[arm.name], averages[arm.name]) for arm in ARMS]

@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, seeds_text
-from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
-from keelnorm.lab.reading.results_by_arm import Runs, band
-from keelnorm.lab.reading.verdicts import Finding
-from keelnorm.lab.reading.wording import listed, times
+from keelnorm.lab.reading.figures import Axis, Figure, Table
+from keelnorm.lab.reading.learning_rates import rate_figure
+from keelnorm.lab.reading.results_by_arm import Runs
+from keelnorm.lab.reading.series import bars
+from keelnorm.lab.reading.verdicts import Finding, difference_finding, ratio_finding
+from keelnorm.lab.reading.wording import ACTIVATION_NAMES, listed, times, where_text
 from keelnorm.lab.training.arms import BN, LN, NONE, Arm
-from keelnorm.lab.training.trials import ACTIVATION_NAMES, trial_cell, where_text
-from keelnorm.measure.statistics import Interval, difference, geometric_mean, mean, ratio
+from keelnorm.lab.training.trials import trial_cell
+from keelnorm.measure.statistics import Interval, geometric_mean, mean, ratio
 
 ACTIVATIONS = ("relu", "tanh")
 PIXELS = {False: "raw pixels", True: "centred pixels"}
@@ -31,6 +33,7 @@ LARGEST = "largest rate that learns"
 
 
 def cells(plan: Plan) -> Sequence[Cell]:
+    """Every arm under every condition."""
     return [cell for condition in _conditions(plan) for cell in _cells(plan, *condition)]
 
 
@@ -97,6 +100,7 @@ def usable(history: Result, rates: Sequence[float]) -> tuple[float, float] | Non
 
 
 def read(plan: Plan, results: Results) -> Reading:
+    """How many times higher the largest rate that learns is, by condition."""
     findings, asides, figures, rows, words, notes = [], [], [], [], [], []
     rates, arms = _rates(plan), _arms(plan)
     gains: dict[str, Interval] = {}
@@ -111,30 +115,28 @@ def read(plan: Plan, results: Results) -> Reading:
         width = {name: [0.0 if one is None else one[1] for one in each] for name, each in seen.items()}
         alone[data, activation, centred] = dict(zip(runs.seeds(), largest[NONE.name], strict=True))
         gain = gains[where] = ratio(largest[BN.name], largest[NONE.name])
-        findings.append(Finding(f"{LARGEST}, batch norm over none", where, gain, 1.0, unit="×"))
-        asides.append(_wider(where, difference(width[BN.name], width[NONE.name])))
+        findings.append(ratio_finding(f"{LARGEST}, with batch norm ÷ without", where, gain, digits=1))
+        wider = "powers of ten of rates that learn, batch norm − none"
+        asides.append(
+            difference_finding(wider, where, width[BN.name], width[NONE.name], unit="", digits=2, decisive=False)
+        )
         if LN in arms:
-            asides.append(_aside("layer norm over none", where, ratio(largest[LN.name], largest[NONE.name])))
+            asides.append(_aside("with layer norm ÷ without", where, ratio(largest[LN.name], largest[NONE.name])))
         if centred and (data, activation, False) in alone:
             asides += _centring(data, activation, alone[data, activation, True], alone[data, activation, False])
         words.append(f"{times(gain, 'higher', 'lower', 'not clearly different')} ({where})")
-        figures.append(_figure(where, arms, by_arm, rates, gain))
+        said = (
+            f". The largest rate that reaches {TARGET:.0f} % is, with batch norm, ×{gain.text(1)} that of the network "
+            "without normalization."
+        )
+        reference = (TARGET, f"{TARGET:.0f} %")
+        figures.append(rate_figure(where, arms, by_arm, rates, said, reference=reference))
         rows += [
             [where, arm.label, geometric_mean(largest[arm.name]).text(None), mean(width[arm.name]).text(2)]
             for arm in arms
         ]
-        notes += [
-            f"{where}: with {arm.label} a network still learns at the largest rate of the grid, {rates[-1]:g}; the "
-            "true limit is higher."
-            for arm in arms
-            if max(largest[arm.name]) >= rates[-1]
-        ]
-        notes += [
-            f"{where}: {arm.label} learns at no rate tried in {seen[arm.name].count(None)} of {len(seen[arm.name])} "
-            f"runs, which count with the lowest one, {rates[0]:g}; with more steps they might learn."
-            for arm in arms
-            if None in seen[arm.name]
-        ]
+        for arm in arms:
+            notes += _notes(where, arm.label, rates, largest[arm.name], seen[arm.name].count(None))
     return Reading(
         f"The largest rate at which a network still reaches {TARGET:.0f} % is, with batch norm, {listed(words)}.",
         [*findings, *asides],
@@ -146,21 +148,7 @@ def read(plan: Plan, results: Results) -> Reading:
                 rows,
             )
         ],
-        setup=[
-            ("Network", f"fully connected, {' - '.join(map(str, WIDTHS))} hidden units, Xavier's initialization"),
-            (
-                "Pixels",
-                "raw: from 0 to 1, as they come; centred: the mean image subtracted, divided by one overall deviation",
-            ),
-            (
-                "Training",
-                f"{_steps(plan, True)} steps on centred and {_steps(plan, False)} on raw pixels, of gradient descent "
-                "without momentum, batches of 60, constant rate",
-            ),
-            ("Rates", f"{len(rates)} from {rates[0]:g} to {rates[-1]:g}, evenly spaced in the logarithm"),
-            ("A rate learns", f"where the test accuracy at the end is at least {TARGET:.0f} %"),
-            ("Seeds", seeds_text(_seeds(plan))),
-        ],
+        setup=_setup(plan),
         notes=[
             *notes,
             "The factor depends on the baseline: a network without normalization takes higher rates, too, when its "
@@ -169,13 +157,43 @@ def read(plan: Plan, results: Results) -> Reading:
     )
 
 
+def _setup(plan: Plan) -> list[tuple[str, str]]:
+    rates = _rates(plan)
+    return [
+        ("Network", f"fully connected, {' - '.join(map(str, WIDTHS))} hidden units, Xavier's initialization"),
+        (
+            "Pixels",
+            "raw: from 0 to 1, as they come; centred: the mean image subtracted, divided by one overall deviation",
+        ),
+        (
+            "Training",
+            f"{_steps(plan, True)} steps on centred and {_steps(plan, False)} on raw pixels, of gradient descent "
+            "without momentum, batches of 60, constant rate",
+        ),
+        ("Rates", f"{len(rates)} from {rates[0]:g} to {rates[-1]:g}, evenly spaced in the logarithm"),
+        ("A rate learns", f"where the test accuracy at the end is at least {TARGET:.0f} %"),
+        ("Seeds", seeds_text(_seeds(plan))),
+    ]
+
+
+def _notes(where: str, label: str, rates: Sequence[float], largest: Sequence[float], never: int) -> list[str]:
+    """Where the grid ends before what was looked for."""
+    notes = []
+    if max(largest) >= rates[-1]:
+        notes.append(
+            f"{where}: with {label} a network still learns at the largest rate of the grid, {rates[-1]:g}; the true "
+            "limit is higher."
+        )
+    if never:
+        notes.append(
+            f"{where}: {label} learns at no rate tried in {never} of {len(largest)} runs, which count with the lowest "
+            f"one, {rates[0]:g}; with more steps they might learn."
+        )
+    return notes
+
+
 def _aside(compared: str, where: str, effect: Interval) -> Finding:
-    return Finding(f"{LARGEST}, {compared}", where, effect, 1.0, unit="×", decisive=False)
-
-
-def _wider(where: str, effect: Interval) -> Finding:
-    quantity = "powers of ten of rates that learn, batch norm − none"
-    return Finding(quantity, where, effect, 0.0, unit="", digits=2, decisive=False)
+    return ratio_finding(f"{LARGEST}, {compared}", where, effect, digits=1, decisive=False)
 
 
 def _centring(data: str, activation: str, after: dict[object, float], before: dict[object, float]) -> list[Finding]:
@@ -184,44 +202,19 @@ def _centring(data: str, activation: str, after: dict[object, float], before: di
     if not both:
         return []
     gain = ratio([after[seed] for seed in both], [before[seed] for seed in both])
-    return [_aside("centred over raw pixels", where_text(data, ACTIVATION_NAMES[activation], NONE.label), gain)]
+    return [_aside("centred ÷ raw pixels", where_text(data, ACTIVATION_NAMES[activation], NONE.label), gain)]
 
 
 def _gains(gains: dict[str, Interval]) -> Figure:
-    names, values = list(gains), list(gains.values())
-    bars = Series(
-        "with over without batch norm",
-        BN.name,
-        list(range(len(names))),
-        [each.value for each in values],
-        [each.low for each in values],
-        [each.high for each in values],
-    )
+    said = listed([f"{name}: ×{gain.text(1)}" for name, gain in gains.items()])
     return Figure(
         "How many times higher the largest rate that learns is",
-        Axis("condition", categories=names),
+        Axis("condition", categories=list(gains)),
         Axis("largest rate, with over without batch norm", scale="log"),
-        [bars],
-        f"The largest learning rate that reaches {TARGET:.0f} %, with over without batch norm. "
-        + listed([f"{name}: ×{gain.text(1)}" for name, gain in gains.items()])
-        + ".",
+        [bars("with over without batch norm", BN.name, list(gains.values()))],
+        f"The largest learning rate that reaches {TARGET:.0f} %, with over without batch norm. {said}.",
         kind="bars",
         reference=(1.0, "no gain"),
-    )
-
-
-def _figure(
-    where: str, arms: Sequence[Arm], by_arm: dict[str, list[Result]], rates: Sequence[float], gain: Interval
-) -> Figure:
-    series = [band(arm.label, arm.name, rates, [h["test"][-1] for h in by_arm[arm.name]]) for arm in arms]
-    return Figure(
-        f"Accuracy by learning rate: {where}",
-        Axis("learning rate", scale="log"),
-        Axis("test accuracy, %", limits=(0.0, 100.0)),
-        series,
-        f"Test accuracy at the end of training over the learning rate, {where}. The largest rate that reaches "
-        f"{TARGET:.0f} % is, with batch norm, ×{gain.text(1)} that of the network without normalization.",
-        reference=(TARGET, f"{TARGET:.0f} %"),
     )
 
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, kind_of, seeds_text
+from keelnorm.lab.core.plan import Plan, seeds_text
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.data import images
 from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
 from keelnorm.lab.reading.results_by_arm import Runs
-from keelnorm.lab.reading.verdicts import Finding
-from keelnorm.lab.reading.wording import listed, times
+from keelnorm.lab.reading.verdicts import ratio_finding
+from keelnorm.lab.reading.wording import ACTIVATION_NAMES, listed, times, where_text
 from keelnorm.lab.training.arms import BN, NONE, arm_named
 from keelnorm.lab.training.networks import Stack, StackedMLP
 from keelnorm.lab.training.train import Descent, batches, losses, paused, percent, plain, right
@@ -116,6 +116,7 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 
 def cells(plan: Plan) -> Sequence[Cell]:
+    """Both arms with each activation."""
     return [cell for data, activation in _conditions(plan) for cell in _cells(plan, data, activation)]
 
 
@@ -156,27 +157,20 @@ def _typical(history: Result, name: str) -> float:
 
 
 def read(plan: Plan, results: Results) -> Reading:
+    """How much less the loss and its gradient change with batch norm, by activation."""
     findings, figures, rows, words = [], [], [], []
     for data, activation in _conditions(plan):
         runs = Runs(_cells(plan, data, activation), results)
         by_arm = {arm.name: runs.of(arm.name) for arm in ARMS}
-        where = f"{kind_of(data)}, {NAMES[activation]}"
+        where = where_text(data, ACTIVATION_NAMES[activation])
         ratios = {
             name: ratio(*([_typical(history, name) for history in by_arm[arm.name]] for arm in ARMS))
             for name in QUANTITIES
         }
-        for name, title in QUANTITIES.items():
-            findings.append(
-                Finding(
-                    f"{title}, none over batch norm",
-                    where,
-                    ratios[name],
-                    1.0,
-                    unit="×",
-                    digits=2,
-                    decisive=name in DECISIVE,
-                )
-            )
+        findings += [
+            ratio_finding(f"{title}, without batch norm ÷ with it", where, ratios[name], decisive=name in DECISIVE)
+            for name, title in QUANTITIES.items()
+        ]
         words.append(
             f"{_less(ratios['variation'], 'the loss varies')}, {_less(ratios['change'], 'the gradient moves')} and "
             f"{_less(ratios['smoothness'], 'over the distance it moves')} ({where})"
@@ -194,22 +188,7 @@ def read(plan: Plan, results: Results) -> Reading:
                 rows,
             )
         ],
-        setup=[
-            ("Network", f"fully connected, {len(WIDTHS)} hidden layers of {WIDTHS[0]}, Xavier's initialization"),
-            ("Training", f"gradient descent at the rate {RATE:g} in both arms, batches of {BATCH}"),
-            (
-                "Looking around",
-                f"every {EVERY} steps, on the batch at hand: the loss and its gradient at the network's weights and at "
-                f"{', '.join(f'{size:g}' for size in REACH)} times the gradient from them",
-            ),
-            ("Range of the loss", "the largest minus the smallest of these losses"),
-            (
-                "Change of the gradient",
-                "the largest distance of these gradients from the first one; over distance: the largest of these, "
-                "each over the length of its step",
-            ),
-            ("Seeds", seeds_text(_seeds(plan))),
-        ],
+        setup=_setup(plan),
         notes=[
             "Steps are the same in absolute terms. With batch norm the loss does not depend on the length of the "
             "weights ahead "
@@ -220,7 +199,23 @@ def read(plan: Plan, results: Results) -> Reading:
     )
 
 
-NAMES = {"relu": "ReLU", "tanh": "tanh"}
+def _setup(plan: Plan) -> list[tuple[str, str]]:
+    return [
+        ("Network", f"fully connected, {len(WIDTHS)} hidden layers of {WIDTHS[0]}, Xavier's initialization"),
+        ("Training", f"gradient descent at the rate {RATE:g} in both arms, batches of {BATCH}"),
+        (
+            "Looking around",
+            f"every {EVERY} steps, on the batch at hand: the loss and its gradient at the network's weights and at "
+            f"{', '.join(f'{size:g}' for size in REACH)} times the gradient from them",
+        ),
+        ("Range of the loss", "the largest minus the smallest of these losses"),
+        (
+            "Change of the gradient",
+            "the largest distance of these gradients from the first one; over distance: the largest of these, "
+            "each over the length of its step",
+        ),
+        ("Seeds", seeds_text(_seeds(plan))),
+    ]
 
 
 def _less(ratio_: Interval, what: str) -> str:

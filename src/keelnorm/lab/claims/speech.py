@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,12 @@ from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, kind_of
 from keelnorm.lab.core.seeds import generator, seed_from
 from keelnorm.lab.data import Split, speakers_of, spoken
-from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
-from keelnorm.lab.reading.verdicts import Finding
+from keelnorm.lab.reading.figures import Axis, Figure, Table
+from keelnorm.lab.reading.series import bars
+from keelnorm.lab.reading.verdicts import Finding, difference_findings
 from keelnorm.lab.reading.wording import listed, signed
 from keelnorm.lab.training.train import batches
-from keelnorm.measure.statistics import Interval, difference, mean
+from keelnorm.measure.statistics import difference, mean
 
 ARMS = {
     "none": ("no normalization", "none"),
@@ -89,6 +91,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def cells(plan: Plan) -> Sequence[Cell]:
+    """Random splits, and splits by speaker."""
     return [cell for data in _sets(plan) for cell in (*_random_cells(plan, data), *_speaker_cells(plan, data))]
 
 
@@ -120,111 +123,150 @@ def _seeds(plan: Plan) -> range:
 
 
 def read(plan: Plan, results: Results) -> Reading:
-    findings, rows, words = [], [], []
-    names: list[str] = []
-    bars: dict[str, list[Interval]] = {arm: [] for arm in ARMS}
-    for data in _sets(plan):
-        what = "spoken words" if kind_of(data) == "speech" else "the stand-in"
+    """What batch norm gains on a random split and on a held-out speaker, and what adapting to the speaker gains."""
+    found = [Accuracies.of(plan, data, results) for data in _sets(plan)]
+    words = listed([each.words() for each in found])
+    parts = [(where, by_arm) for each in found for where, by_arm in each.parts().items()]
+    stand_in = all(kind_of(data) == "digits" for data in _sets(plan))
+    return Reading(
+        f"In accuracy, {words}." + (" No recordings were given: the stand-in is no speech." if stand_in else ""),
+        [finding for each in found for finding in each.findings()],
+        [
+            Figure(
+                "Test accuracy by split",
+                Axis("split", categories=[where for where, _ in parts]),
+                Axis("test accuracy, %", limits=(0.0, 100.0)),
+                [
+                    bars(label, style, [mean(by_arm[arm]) for _, by_arm in parts])
+                    for arm, (label, style) in ARMS.items()
+                ],
+                f"Test accuracy by split: {words}.",
+                kind="bars",
+            )
+        ],
+        [
+            Table(
+                "Test accuracy in percent", ["where", "arm", "accuracy"], [row for each in found for row in each.rows()]
+            )
+        ],
+        setup=_setup(plan),
+        notes=["A held-out speaker's recordings are all adapted to at once: they hold every word about as often."],
+    )
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """Test accuracies on one data set by arm: on random splits by seed, and by the speaker held out.
+
+    Args:
+        what: the data in words.
+        group: what is held out.
+        speakers: their names.
+        mixed: on random splits.
+        held_out: on each speaker, the mean over seeds.
+    """
+
+    what: str
+    group: str
+    speakers: Sequence[str]
+    mixed: dict[str, list[float]]
+    held_out: dict[str, list[float]]
+
+    @classmethod
+    def of(cls, plan: Plan, data: str, results: Results) -> Accuracies:
+        """From the results.
+
+        Raises:
+            ValueError: when no random split has one, or fewer than two speakers.
+        """
+        speech = kind_of(data) == "speech"
+        what = "spoken words" if speech else "the stand-in"
         random = [result for _, result in results.of(_random_cells(plan, data))]
         by_speaker: dict[str, list[Result]] = {}
         for _, result in results.of(_speaker_cells(plan, data)):
             by_speaker.setdefault(result["name"], []).append(result)
         if not random or len(by_speaker) < 2:
             raise ValueError(f"too few runs on {what} have a result")
-        held_out = {
-            arm: [sum(each[arm] for each in found) / len(found) for found in by_speaker.values()] for arm in ARMS
+        return cls(
+            what,
+            "a speaker" if speech else "a group of strokes",
+            list(by_speaker),
+            {arm: [each[arm] for each in random] for arm in ARMS},
+            {arm: [sum(each[arm] for each in found) / len(found) for found in by_speaker.values()] for arm in ARMS},
+        )
+
+    def parts(self) -> dict[str, dict[str, list[float]]]:
+        """The accuracies of each kind of split, by its name."""
+        return {
+            f"{self.what}, random split": self.mixed,
+            f"{self.what}, {self.group} held out": self.held_out,
         }
-        mixed = {arm: [each[arm] for each in random] for arm in ARMS}
-        group = "a speaker" if kind_of(data) == "speech" else "a group of strokes"
-        gain = difference(held_out["bn"], held_out["none"])
-        remedy = difference(held_out["adapted"], held_out["bn"])
-        findings += [
-            Finding(
-                "test accuracy, batch norm − none", f"{what}, random split", difference(mixed["bn"], mixed["none"]), 0.0
+
+    def findings(self) -> list[Finding]:
+        """What batch norm gains on either split, and adapting on the one by speaker."""
+        gain = {"test accuracy, batch norm − none": ("bn", "none")}
+        asides = {
+            "the remedy: test accuracy, adapted − batch norm": ("adapted", "bn"),
+            "the remedy against none: test accuracy, adapted − none": ("adapted", "none"),
+        }
+        (random, mixed), (speaker, held_out) = self.parts().items()
+        return [
+            *difference_findings(random, mixed, gain),
+            *difference_findings(speaker, held_out, gain),
+            *difference_findings(speaker, held_out, asides, decisive=False),
+        ]
+
+    def words(self) -> str:
+        """The accuracies on a held-out speaker."""
+        none, bn, adapted = (mean(self.held_out[arm]).value for arm in ARMS)
+        remedy = difference(self.held_out["adapted"], self.held_out["bn"])
+        return (
+            f"with {self.group} held out, {none:.1f} % without, {bn:.1f} % with batch norm and {adapted:.1f} % with "
+            f"moments adapted to it ({signed(remedy, 1)}; {self.what})"
+        )
+
+    def rows(self) -> list[list[str]]:
+        """The mean of each split and arm, then each speaker's."""
+        return [
+            *(
+                [where, label, mean(by_arm[arm]).text(1)]
+                for where, by_arm in self.parts().items()
+                for arm, (label, _) in ARMS.items()
             ),
-            Finding("test accuracy, batch norm − none", f"{what}, {group} held out", gain, 0.0),
-            Finding(
-                "the remedy: test accuracy, adapted − batch norm",
-                f"{what}, {group} held out",
-                remedy,
-                0.0,
-                decisive=False,
-            ),
-            Finding(
-                "the remedy against none: test accuracy, adapted − none",
-                f"{what}, {group} held out",
-                difference(held_out["adapted"], held_out["none"]),
-                0.0,
-                decisive=False,
+            *(
+                [
+                    f"{self.what}, held out: {name}",
+                    "none / batch norm / adapted",
+                    " / ".join(f"{self.held_out[arm][place]:.1f}" for arm in ARMS),
+                ]
+                for place, name in enumerate(self.speakers)
             ),
         ]
-        words.append(
-            f"with {group} held out, {mean(held_out['none']).value:.1f} % without, {mean(held_out['bn']).value:.1f} "
-            f"% with batch norm and "
-            f"{mean(held_out['adapted']).value:.1f} % with moments adapted to it ({signed(remedy, 1)}; {what})"
-        )
-        for where, by_arm in ((f"{what}, random split", mixed), (f"{what}, {group} held out", held_out)):
-            names.append(where)
-            for arm, (label, _) in ARMS.items():
-                bars[arm].append(mean(by_arm[arm]))
-                rows.append([where, label, mean(by_arm[arm]).text(1)])
-        for name, found in by_speaker.items():
-            texts = " / ".join(f"{sum(each[arm] for each in found) / len(found):.1f}" for arm in ARMS)
-            rows.append([f"{what}, held out: {name}", "none / batch norm / adapted", texts])
-    stand_in = all(kind_of(data) == "digits" for data in _sets(plan))
-    return Reading(
-        f"In accuracy, {listed(words)}."
-        + (" No recordings were given: the stand-in is no speech." if stand_in else ""),
-        findings,
-        [
-            Figure(
-                "Test accuracy by split",
-                Axis("split", categories=names),
-                Axis("test accuracy, %", limits=(0.0, 100.0)),
-                [
-                    Series(
-                        label,
-                        style,
-                        list(range(len(names))),
-                        [i.value for i in bars[arm]],
-                        [i.low for i in bars[arm]],
-                        [i.high for i in bars[arm]],
-                    )
-                    for arm, (label, style) in ARMS.items()
-                ],
-                f"Test accuracy by split: {listed(words)}.",
-                kind="bars",
-            )
-        ],
-        [Table("Test accuracy in percent", ["where", "arm", "accuracy"], rows)],
-        setup=[
-            (
-                "Recordings",
-                "WAV files of words by several speakers, as 24 log-mel bands and 64 frames (with --data-dir)",
-            ),
-            (
-                "Stand-in",
-                "scikit-learn's digits, read as eight frames of eight bands; the groups held out are sixths of the "
-                "images by the thickness of "
-                "their strokes",
-            ),
-            (
-                "Network",
-                f"three convolutions over time of {CHANNELS} channels with ReLU, mean over time, one linear layer",
-            ),
-            (
-                "Training",
-                f"Adam at {RATE:g}, batches of {BATCH}; the same in all arms, nothing chosen on the part held out",
-            ),
-            ("Adapted", "kn.adapt with the recordings of the part held out, without their words"),
-            (
-                "Unit",
-                f"of a held-out interval: the speaker or group, each over {1 if plan.quick else 3} seed(s); of a "
-                f"random split: {len(_seeds(plan))} seeds",
-            ),
-        ],
-        notes=["A held-out speaker's recordings are all adapted to at once: they hold every word about as often."],
-    )
+
+
+def _setup(plan: Plan) -> list[tuple[str, str]]:
+    return [
+        (
+            "Recordings",
+            "WAV files of words by several speakers, as 24 log-mel bands and 64 frames (with --data-dir)",
+        ),
+        (
+            "Stand-in",
+            "scikit-learn's digits, read as eight frames of eight bands; the groups held out are sixths of the "
+            "images by the thickness of their strokes",
+        ),
+        ("Network", f"three convolutions over time of {CHANNELS} channels with ReLU, mean over time, one linear layer"),
+        (
+            "Training",
+            f"Adam at {RATE:g}, batches of {BATCH}; the same in all arms, nothing chosen on the part held out",
+        ),
+        ("Adapted", "kn.adapt with the recordings of the part held out, without their words"),
+        (
+            "Unit",
+            f"of a held-out interval: the speaker or group, each over {1 if plan.quick else 3} seed(s); of a "
+            f"random split: {len(_seeds(plan))} seeds",
+        ),
+    ]
 
 
 CLAIM = Claim(

@@ -112,8 +112,7 @@ def _lengths(stack: Stack) -> list[float]:
 
 @torch.no_grad()
 def change_when_doubled(stack: Stack, x: Tensor) -> float:
-    """The largest change of the outputs, over the largest output, when every hidden layer's weights and biases are
-    doubled.
+    """The largest change of an output over the largest output when all hidden weights and biases are doubled.
 
     With batch norm the batch's own moments normalize, since the running ones belong to the weights as they were.
     """
