@@ -58,7 +58,7 @@ def read(plan: Plan, results: Results) -> Reading:
             ),
         ],
         [Table("Numbers", ["arm", "accuracy"], [[arm, mean(values).text()] for arm, values in by_arm.items()])],
-        setup=[("Data", "made up")],
+        setup={"Data": "made up"},
         notes=["A note."],
     )
 

@@ -47,7 +47,7 @@ def nasty_reading(plan, results):
             Figure(NASTY, named, Axis(NASTY), listed, NASTY, kind="heatmap", value=Axis(NASTY)),
         ],
         [Table(NASTY, [NASTY], [[NASTY]])],
-        setup=[(NASTY, NASTY)],
+        setup={NASTY: NASTY},
         notes=[NASTY],
     )
 

@@ -80,6 +80,8 @@ class TestBothDirections:
         rest = {}
         for cell in claim.cells(plan):
             axes = dict(cell.axes)
+            if claim is convergence.CLAIM:
+                del axes["evaluate_at"]  # batch norm is trained for fewer steps, which a test of its own looks at
             rest.setdefault(axes.pop("arm"), set()).add(tuple(sorted(axes.items())))
         assert len(rest) >= 2
         assert len({frozenset(each) for each in rest.values()}) == 1

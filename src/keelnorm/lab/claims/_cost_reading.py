@@ -40,15 +40,11 @@ def ratios_by_size(plan: Plan, results: Results) -> dict[str, Ratios]:
     return {size: Ratios(by_seed) for size, by_seed in by_size(plan, results).items()}
 
 
-def measured_setup(found: dict[str, Ratios], *between: tuple[str, str]) -> list[tuple[str, str]]:
-    """The lines of the set-up that say how time and bytes were measured; others stand ahead of the seeds."""
+def measured_setup(found: dict[str, Ratios]) -> dict[str, str]:
+    """The lines of the set-up that say how time and bytes were measured."""
     seeds = len(next(iter(found.values())).by_seed)
-    return [
-        (
-            "Time",
-            "on one thread; arms take turns within a run, each round gives a ratio, and their median is a seed's",
-        ),
-        ("Bytes", "of the distinct tensors that the forward keeps for the backward, without parameters and input"),
-        *between,
-        ("Seeds", f"{seeds}; intervals are 95 % t-intervals of the logarithm"),
-    ]
+    return {
+        "Time": "on one thread; arms take turns within a run, each round gives a ratio, and their median is a seed's",
+        "Bytes": "of the distinct tensors that the forward keeps for the backward, without parameters and input",
+        "Seeds": f"{seeds}; intervals are 95 % t-intervals of the logarithm",
+    }

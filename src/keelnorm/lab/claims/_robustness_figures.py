@@ -52,7 +52,7 @@ def by_severity(where: str, severities: Sequence[int], by_way: Mapping[str, Sequ
         Axis("severity", categories=[str(each) for each in severities]),
         Axis("corruption"),
         [Series(name, "bn", list(range(len(severities))), row) for name, row in rows.items()],
-        f"Accuracy with batch norm minus that without, in points, by corruption (rows) and severity (columns), "
+        "Accuracy with batch norm minus that without, in points, by corruption (rows) and severity (columns), "
         f"{where}: from {low:+.0f} ({least}, severity {at_least}) to {high:+.0f} ({most}, severity {at_most}).",
         kind="heatmap",
         value=Axis("points"),

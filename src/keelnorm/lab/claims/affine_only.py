@@ -126,20 +126,14 @@ def read(plan: Plan, results: Results) -> Reading:
                 rows,
             )
         ],
-        setup=[
-            (
-                "Network",
-                f"fully connected, hidden layers of {WIDTH} with ReLU behind batch norm, He's initialization, "
-                f"centred pixels",
-            ),
-            (
-                "Training",
-                f"{_steps(plan)} steps of gradient descent, batches of {BATCH}; what is not trained stays as it was "
-                "drawn",
-            ),
-            CHOSEN_BY_VALIDATION,
-            ("Seeds", seeds_text(_seeds(plan))),
-        ],
+        setup={
+            "Network": f"fully connected, hidden layers of {WIDTH} with ReLU behind batch norm, He's initialization, "
+            "centred pixels",
+            "Training": f"{_steps(plan)} steps of gradient descent, batches of {BATCH}; what is not trained stays as "
+            "it was drawn",
+            "Learning rate": CHOSEN_BY_VALIDATION,
+            "Seeds": seeds_text(_seeds(plan)),
+        },
         notes=[*notes, "With γ and β alone the output layer is random too."],
     )
 
@@ -176,10 +170,9 @@ CLAIM = Claim(
     title="γ and β alone",
     statement="The affine parameters of batch normalization alone can learn.",
     question="How far does a network get when only γ and β are trained?",
-    literature="Frankle, Schwab and Morcos train only γ and β of randomly initialized residual networks and reach 82 "
-    "% on CIFAR-10 with a very deep "
-    "one, far more than by training as many other parameters. The γ often goes to zero: random features are switched "
-    "off.",
+    literature="Frankle, Schwab and Morcos train only γ and β of randomly initialized residual networks and reach 82 % "
+    "on CIFAR-10 with a very deep one, far more than by training as many other parameters. The γ often goes to zero: "
+    "random features are switched off.",
     sources=[Source("Frankle, Schwab, Morcos 2020", "https://arxiv.org/abs/2003.00152")],
     criterion="Holds if, at every depth, the test accuracy with γ and β alone lies above chance. How it compares "
     "with training the output layer alone, which has 1,290 parameters where γ and β have 256 a layer, and with "

@@ -107,10 +107,9 @@ def read(plan: Plan, results: Results) -> Reading:
         setup=_setup(plan),
         notes=[
             *notes,
-            "Small batches get more steps and yet see fewer samples; arms are compared at the same size, with the "
-            "same steps. The faint curve "
-            "evaluates the same networks with the test data's own moments: where it is as low, the training itself "
-            "was hurt.",
+            "Small batches get more steps and yet see fewer samples; arms are compared at the same size, with the same "
+            "steps. The faint curve evaluates the same networks with the test data's own moments: where it is as low, "
+            "the training itself was hurt.",
         ],
     )
 
@@ -139,20 +138,15 @@ def _words(where: str, best: BestBySize) -> str:
     )
 
 
-def _setup(plan: Plan) -> list[tuple[str, str]]:
-    return [
-        ("Network", "fully connected, 64 - 64 hidden units with ReLU, Xavier's initialization, centred pixels"),
-        (
-            "Training",
-            "gradient descent; " + ", ".join(f"{_steps(plan, size)} steps at batch {size}" for size in _sizes(plan)),
-        ),
-        (
-            "Learning rate",
-            f"for each arm and size the one with the highest validation accuracy, of "
-            f"{', '.join(f'{rate:g}' for rate in _rates(plan))}",
-        ),
-        ("Seeds", seeds_text(_seeds(plan))),
-    ]
+def _setup(plan: Plan) -> dict[str, str]:
+    return {
+        "Network": "fully connected, 64 - 64 hidden units with ReLU, Xavier's initialization, centred pixels",
+        "Training": "gradient descent; "
+        + ", ".join(f"{_steps(plan, size)} steps at batch {size}" for size in _sizes(plan)),
+        "Learning rate": "for each arm and size the one with the highest validation accuracy, of "
+        f"{', '.join(f'{rate:g}' for rate in _rates(plan))}",
+        "Seeds": seeds_text(_seeds(plan)),
+    }
 
 
 CLAIM = Claim(
@@ -160,18 +154,15 @@ CLAIM = Claim(
     title="Dependence on the batch's size",
     statement="Batch normalization depends on the batch's size, and fails with very small batches.",
     question="What does batch norm lose with small batches?",
-    literature="Wu and He show that ResNet-50's error rises steeply below 16 samples a batch, and propose group "
-    "norm; Ioffe's batch "
-    "renormalization is about the same. With two samples a normalized value can only be +1 or −1 times a factor: "
-    "what the network learns from "
-    "is the order of the two.",
+    literature="Wu and He show that ResNet-50's error rises steeply below 16 samples a batch, and propose group norm; "
+    "Ioffe's batch renormalization is about the same. With two samples a normalized value can only be +1 or −1 times a "
+    "factor: what the network learns from is the order of the two.",
     sources=[
         Source("Wu, He 2018: group normalization, figure 1", "https://arxiv.org/abs/1803.08494"),
         Source("Ioffe 2017: batch renormalization", "https://arxiv.org/abs/1702.03275"),
     ],
     criterion=f"Holds if the accuracy of batch norm at batch 2 is lower than at {LARGE}, and loses more than the "
-    f"network without "
-    "normalization does (both intervals above 0); depends if one is.",
+    "network without normalization does (both intervals above 0); depends if one is.",
     data=("digits", "mnist"),
     cells=cells,
     read=read,

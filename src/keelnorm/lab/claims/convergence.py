@@ -113,18 +113,15 @@ def read(plan: Plan, results: Results) -> Reading:
         findings,
         [_ladder(ladder), *figures],
         [Table("Steps to 90 % on test data at the rate chosen on validation data", COLUMNS, rows)],
-        setup=[
-            ("Network", f"fully connected, {' - '.join(map(str, WIDTHS))} hidden units, Xavier's initialization"),
-            ("Training", f"gradient descent without momentum, batches of {BATCH}, constant learning rate"),
-            ("Learning rate", "for each arm the one with the fewest steps to the target on validation data"),
-            (
-                "Steps to target",
-                "on test data, linear between evaluations; a run that does not get there counts at its "
-                "last step, and the ratio is then a bound. Runs with batch norm are shorter; those "
-                f"on larger images {LONGER} times as long",
-            ),
-            ("Seeds", seeds_text(_seeds(plan))),
-        ],
+        setup={
+            "Network": f"fully connected, {' - '.join(map(str, WIDTHS))} hidden units, Xavier's initialization",
+            "Training": f"gradient descent without momentum, batches of {BATCH}, constant learning rate",
+            "Learning rate": "for each arm the one with the fewest steps to the target on validation data",
+            "Steps to target": "on test data, linear between evaluations; a run that does not get there counts at its "
+            "last step, and the ratio is then a bound. Runs with batch norm are shorter; those "
+            f"on larger images {LONGER} times as long",
+            "Seeds": seeds_text(_seeds(plan)),
+        },
         notes=[
             *notes,
             "Running statistics start at (0, 1) and lag in the first steps; the faint curve shows the same network "

@@ -103,21 +103,14 @@ def read(plan: Plan, results: Results) -> Reading:
         findings,
         figures,
         [rate_table(rates, rows)],
-        setup=[
-            (
-                "Network",
-                f"{len(CHANNELS)} convolutions of 3 × 3 with {', '.join(map(str, CHANNELS))} channels and ReLU, "
-                f"every second of stride 2, mean over "
-                "positions, one linear layer; He's initialization, centred pixels",
-            ),
-            (
-                "Training",
-                "gradient descent, batches of 60; "
-                + ", ".join(f"{_steps(plan, data)} steps on {where_text(data)}" for data in _sets(plan)),
-            ),
-            CHOSEN_BY_VALIDATION,
-            ("Seeds", seeds_text(_seeds(plan))),
-        ],
+        setup={
+            "Network": f"{len(CHANNELS)} convolutions of 3 × 3 with {', '.join(map(str, CHANNELS))} channels and ReLU, "
+            "every second of stride 2, mean over positions, one linear layer; He's initialization, centred pixels",
+            "Training": "gradient descent, batches of 60; "
+            + ", ".join(f"{_steps(plan, data)} steps on {where_text(data)}" for data in _sets(plan)),
+            "Learning rate": CHOSEN_BY_VALIDATION,
+            "Seeds": seeds_text(_seeds(plan)),
+        },
         notes=[
             *notes,
             "Small images saturate: where both arms are near the top there is little left to gain at the best rate.",
@@ -131,18 +124,15 @@ CLAIM = Claim(
     statement="Batch normalization helps convolutional networks.",
     question="How much accuracy does batch norm gain in a convolutional network?",
     literature="Most convolutional networks since 2015 have it, residual networks among them. In a convolution a "
-    "channel's moments come from all "
-    "positions of all samples, so that even small batches have many values. Networks without it can reach the same "
-    "accuracy with scaled weights "
-    "and clipped gradients (Brock et al. 2021).",
+    "channel's moments come from all positions of all samples, so that even small batches have many values. Networks "
+    "without it can reach the same accuracy with scaled weights and clipped gradients (Brock et al. 2021).",
     sources=[
         Source("Ioffe, Szegedy 2015, section 3.2", "https://arxiv.org/abs/1502.03167"),
         Source("He, Zhang, Ren, Sun 2016: deep residual learning", "https://arxiv.org/abs/1512.03385"),
         Source("Brock, De, Smith, Simonyan 2021", "https://arxiv.org/abs/2102.06171"),
     ],
-    criterion=f"Holds if, on every data set, the test accuracy with batch norm is higher both at each arm's best "
-    f"rate and at the high rate {HIGH:g}; "
-    "depends if in some of these.",
+    criterion="Holds if, on every data set, the test accuracy with batch norm is higher both at each arm's best rate "
+    f"and at the high rate {HIGH:g}; depends if in some of these.",
     data=("digits", "mnist", "images"),
     cells=cells,
     read=read,

@@ -54,21 +54,13 @@ def read(plan: Plan, results: Results) -> Reading:
                 ],
             )
         ],
-        setup=[
-            (
-                "Networks",
-                "digits of 8 × 8 pixels, for the convolutional network enlarged to 32 × 32; the batch norms stand "
-                "between every hidden layer and its ReLU",
-            ),
-            *measured_setup(
-                found,
-                (
-                    "Folding",
-                    "kn.fold takes every batch norm into the layer ahead of it; its outputs are checked against the "
-                    "network's",
-                ),
-            ),
-        ],
+        setup={
+            "Networks": "digits of 8 × 8 pixels, for the convolutional network enlarged to 32 × 32; the batch norms "
+            "stand between every hidden layer and its ReLU",
+            "Folding": "kn.fold takes every batch norm into the layer ahead of it; its outputs are checked against the "
+            "network's",
+            **measured_setup(found),
+        },
         notes=["Ratios are of this machine: with more cores or a GPU they differ."],
     )
 
@@ -98,18 +90,16 @@ CLAIM = Claim(
     statement="Batch normalization costs computation and memory.",
     question="How much longer is a training step with torch.nn's batch norm?",
     literature="Batch norm has few operations, and moves the whole activation through memory several times: twice or "
-    "more in the forward, again in "
-    "the backward. Jung et al. measure that in training such layers take a large part of the time of modern "
-    "convolutional networks. At inference it is "
-    "one multiplication and addition, which can be folded into the layer ahead.",
+    "more in the forward, again in the backward. Jung et al. measure that in training such layers take a large part of "
+    "the time of modern convolutional networks. At inference it is one multiplication and addition, which can be "
+    "folded into the layer ahead.",
     sources=[
         Source(
             "Jung, Jung, Kim, Chung, Chang 2019: Restructuring batch normalization", "https://arxiv.org/abs/1807.01702"
         ),
     ],
-    criterion="Holds if the time of a training step with torch.nn's batch norm over that without lies above 1 in "
-    "every network; depends if in some. "
-    "Memory and inference are shown beside.",
+    criterion="Holds if the time of a training step with torch.nn's batch norm over that without lies above 1 in every "
+    "network; depends if in some. Memory and inference are shown beside.",
     data=("digits",),
     cells=cost_cells,
     read=read,

@@ -57,24 +57,17 @@ def read(plan: Plan, results: Results) -> Reading:
                 ],
             )
         ],
-        setup=[
-            (
-                "Networks",
-                "digits of 8 × 8 pixels, for the convolutional network enlarged to 32 × 32; keelnorm's are "
-                "torch.nn's after kn.convert, which fuses batch norm and ReLU",
-            ),
-            (
-                "Checked",
-                "keelnorm's and torch.nn's losses in the first steps, and the folded network's outputs, agree before "
-                "anything is timed",
-            ),
-            *measured_setup(found),
-        ],
+        setup={
+            "Networks": "digits of 8 × 8 pixels, for the convolutional network enlarged to 32 × 32; keelnorm's are "
+            "torch.nn's after kn.convert, which fuses batch norm and ReLU",
+            "Checked": "keelnorm's and torch.nn's losses in the first steps, and the folded network's outputs, agree "
+            "before anything is timed",
+            **measured_setup(found),
+        },
         notes=[
-            "In the fully connected networks a batch norm's values fit into a cache, and its time is that of calls, "
-            "of which keelnorm's layer makes no "
-            "fewer; `keelnorm bench` and `keelnorm bench models` time large layers "
-            "and published architectures.",
+            "In the fully connected networks a batch norm's values fit into a cache, and its time is that of calls, of "
+            "which keelnorm's layer makes no fewer; `keelnorm bench` and `keelnorm bench models` time large layers and "
+            "published architectures.",
         ],
     )
 
@@ -112,18 +105,16 @@ CLAIM = Claim(
     statement="Fused kernels and folding remove batch normalization's cost.",
     question="What is left of the cost with keelnorm's layers, and after folding?",
     literature="Batch norm and ReLU together need to move no more bytes than ReLU alone when a channel's values stay "
-    "in the cache; fusing the two, as "
-    "Jung et al. do, removes most of the cost. At inference a batch norm that follows a linear layer can be folded "
-    "into it (Jacob et al. 2018).",
+    "in the cache; fusing the two, as Jung et al. do, removes most of the cost. At inference a batch norm that follows "
+    "a linear layer can be folded into it (Jacob et al. 2018).",
     sources=[
         Source("Jung, Jung, Kim, Chung, Chang 2019", "https://arxiv.org/abs/1807.01702"),
         Source("Jacob et al. 2018: Quantization and training, section 3.2", "https://arxiv.org/abs/1712.05877"),
         Source("Rota Bulò, Porzi, Kontschieder 2018: In-place activated BatchNorm", "https://arxiv.org/abs/1712.02616"),
     ],
-    criterion=f"Holds if, in every network, a training step with keelnorm's batch norm takes less time than with "
-    f"torch.nn's (the ratio's interval lies below "
-    f"1), and folded inference takes less than {FREE:g} times what the network without batch norm takes; depends if "
-    f"some of these hold.",
+    criterion="Holds if, in every network, a training step with keelnorm's batch norm takes less time than with "
+    f"torch.nn's (the ratio's interval lies below 1), and folded inference takes less than {FREE:g} times what the "
+    "network without batch norm takes; depends if some of these hold.",
     data=("digits",),
     cells=cost_cells,
     read=read,

@@ -238,27 +238,18 @@ def read(plan: Plan, results: Results) -> Reading:
     )
 
 
-def _setup(plan: Plan) -> list[tuple[str, str]]:
-    return [
-        ("Network", f"fully connected, {' - '.join(map(str, WIDTHS))} hidden units, Xavier's initialization"),
-        (
-            "(a) Drift",
-            "distance of a unit's mean at the last activation's input from its mean before training, over its "
-            "deviation, averaged over units; in training mode on the validation images; sigmoid, centred pixels",
-        ),
-        (
-            "(b) Gradient",
-            f"of hidden layer {PROBED + 1}'s weights on the same batch, before and after the step of the layers ahead "
-            "of it; the cosine's mean over training; the same rate in both arms, the middle one decides",
-        ),
-        (
-            "(c) Noise",
-            f"behind every batch norm in training: times 1 + {NOISE_SCALE:g}·N(0, 1), plus {NOISE_SHIFT:g}·N(0, 1), "
-            "drawn anew for each layer, channel and step; the networks of (a)",
-        ),
-        ("Learning rate", "in (a) and (c) for each arm the one with the fewest steps to 90 % on validation data"),
-        ("Seeds", seeds_text(_seeds(plan))),
-    ]
+def _setup(plan: Plan) -> dict[str, str]:
+    return {
+        "Network": f"fully connected, {' - '.join(map(str, WIDTHS))} hidden units, Xavier's initialization",
+        "(a) Drift": "distance of a unit's mean at the last activation's input from its mean before training, over its "
+        "deviation, averaged over units; in training mode on the validation images; sigmoid, centred pixels",
+        "(b) Gradient": f"of hidden layer {PROBED + 1}'s weights on the same batch, before and after the step of the "
+        "layers ahead of it; the cosine's mean over training; the same rate in both arms, the middle one decides",
+        "(c) Noise": f"behind every batch norm in training: times 1 + {NOISE_SCALE:g}·N(0, 1), plus {NOISE_SHIFT:g}·"
+        "N(0, 1), drawn anew for each layer, channel and step; the networks of (a)",
+        "Learning rate": "in (a) and (c) for each arm the one with the fewest steps to 90 % on validation data",
+        "Seeds": seeds_text(_seeds(plan)),
+    }
 
 
 def _steps_text(needed: Sequence[float | None]) -> str:
@@ -272,10 +263,9 @@ CLAIM = Claim(
     statement="Batch normalization reduces internal covariate shift, and that is why networks train faster.",
     question="Does a layer's input hold still with batch norm, and is that what helps?",
     literature="Ioffe and Szegedy name the drift of a layer's inputs internal covariate shift, and its reduction as "
-    "the reason for what batch norm gains. "
-    "Santurkar et al. define it by the change of a layer's gradient when earlier layers move, find no reduction by "
-    "batch norm, and show that a network whose "
-    "shift is put back by noise trains as fast.",
+    "the reason for what batch norm gains. Santurkar et al. define it by the change of a layer's gradient when earlier "
+    "layers move, find no reduction by batch norm, and show that a network whose shift is put back by noise trains as "
+    "fast.",
     sources=[
         Source("Ioffe, Szegedy 2015, sections 1 and 4.1, figure 1", "https://arxiv.org/abs/1502.03167"),
         Source("Santurkar, Tsipras, Ilyas, Mądry 2018, sections 2.1 and 2.2", "https://arxiv.org/abs/1805.11604"),

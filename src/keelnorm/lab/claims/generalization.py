@@ -92,20 +92,17 @@ def read(plan: Plan, results: Results) -> Reading:
             ),
             rate_table(RATES, rate_rows),
         ],
-        setup=[
-            (
-                "Network",
-                "fully connected, 100 - 100 - 100 hidden units with ReLU, Xavier's initialization, centred pixels",
-            ),
-            ("Training", f"{QUICK_STEPS if plan.quick else STEPS} steps of gradient descent, batches of 60"),
-            ("Learning rate", "for each arm the one with the highest validation accuracy at the end"),
-            ("Seeds", seeds_text(_seeds(plan))),
-        ],
+        setup={
+            "Network": "fully connected, 100 - 100 - 100 hidden units with ReLU, Xavier's initialization, centred "
+            "pixels",
+            "Training": f"{QUICK_STEPS if plan.quick else STEPS} steps of gradient descent, batches of 60",
+            "Learning rate": "for each arm the one with the highest validation accuracy at the end",
+            "Seeds": seeds_text(_seeds(plan)),
+        },
         notes=[
             *notes,
             "Both arms fit the training part (almost) wholly, so what is left is generalization. Test parts of "
-            "different seeds overlap, "
-            "which makes the intervals a little too narrow.",
+            "different seeds overlap, which makes the intervals a little too narrow.",
         ],
     )
 
@@ -116,19 +113,16 @@ CLAIM = Claim(
     statement="Networks with batch normalization generalize better.",
     question="Is the test accuracy higher with batch norm, each arm at its best rate?",
     literature="Ioffe and Szegedy see it as a side effect of the noise in a batch's moments; Luo et al. derive a "
-    "regularizing term from it. "
-    "Bjorck et al. attribute it to the larger rates. Networks without any normalization reach the same accuracy on "
-    "ImageNet with "
-    "other means (Brock et al. 2021).",
+    "regularizing term from it. Bjorck et al. attribute it to the larger rates. Networks without any normalization "
+    "reach the same accuracy on ImageNet with other means (Brock et al. 2021).",
     sources=[
         Source("Ioffe, Szegedy 2015, section 3.4", "https://arxiv.org/abs/1502.03167"),
         Source("Luo, Wang, Shao, Peng 2019", "https://arxiv.org/abs/1809.00846"),
         Source("Bjorck, Gomes, Selman, Weinberger 2018", "https://arxiv.org/abs/1806.02375"),
         Source("Brock, De, Smith, Simonyan 2021", "https://arxiv.org/abs/2102.06171"),
     ],
-    criterion="Holds if, on every data set, the interval of the paired difference in test accuracy lies above 0, "
-    "each arm at the rate that is "
-    "best on validation data; does not hold if it lies below.",
+    criterion="Holds if, on every data set, the interval of the paired difference in test accuracy lies above 0, each "
+    "arm at the rate that is best on validation data; does not hold if it lies below.",
     data=("digits", "mnist", "images"),
     cells=cells,
     read=read,

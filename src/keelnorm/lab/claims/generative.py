@@ -115,8 +115,7 @@ def read(plan: Plan, results: Results) -> Reading:
         setup=_setup(plan),
         notes=[
             "With batches of their own a discriminator tells real from fake by the batch, not by the image: its "
-            "normalized values say how an image stands "
-            "in its batch, and what is common to all of a batch is lost."
+            "normalized values say how an image stands in its batch, and what is common to all of a batch is lost."
         ],
     )
 
@@ -194,28 +193,19 @@ def _gan_figure(where: str, distance: dict[str, list[float]], real: Interval) ->
     )
 
 
-def _setup(plan: Plan) -> list[tuple[str, str]]:
-    return [
-        ("Data", "images with values from 0 to 1, as they come"),
-        (
-            "VAE",
-            f"fully connected, 2 or 5 layers of {HIDDEN} on either side of {LATENT} latent numbers, pixels as "
-            f"probabilities; Adam, {_vae_steps(plan)} steps of {BATCH}, the rate with the best validation score of "
-            f"{', '.join(f'{rate:g}' for rate in _vae_rates(plan))}; test data in evaluation mode",
-        ),
-        (
-            "GAN",
-            f"fully connected, two layers of {HIDDEN} on either side, leaky ReLU in the discriminator; Adam at "
-            f"{GAN_RATE:g} with β₁ = 0.5, {_gan_steps(plan)} steps of {BATCH}; the same in all arms",
-        ),
-        (
-            "Fréchet distance",
-            "between 1,000 generated and the held-out real images, on the 32 features of a classifier that was "
-            "trained on real ones",
-        ),
-        ("Virtual", "kn.VirtualBatchNorm, whose reference batch is half real, half generated"),
-        ("Seeds", seeds_text(plan.seed_range(quick=3, full=5))),
-    ]
+def _setup(plan: Plan) -> dict[str, str]:
+    return {
+        "Data": "images with values from 0 to 1, as they come",
+        "VAE": f"fully connected, 2 or 5 layers of {HIDDEN} on either side of {LATENT} latent numbers, pixels as "
+        f"probabilities; Adam, {_vae_steps(plan)} steps of {BATCH}, the rate with the best validation score of "
+        f"{', '.join(f'{rate:g}' for rate in _vae_rates(plan))}; test data in evaluation mode",
+        "GAN": f"fully connected, two layers of {HIDDEN} on either side, leaky ReLU in the discriminator; Adam at "
+        f"{GAN_RATE:g} with β₁ = 0.5, {_gan_steps(plan)} steps of {BATCH}; the same in all arms",
+        "Fréchet distance": "between 1,000 generated and the held-out real images, on the 32 features of a classifier "
+        "that was trained on real ones",
+        "Virtual": "kn.VirtualBatchNorm, whose reference batch is half real, half generated",
+        "Seeds": seeds_text(plan.seed_range(quick=3, full=5)),
+    }
 
 
 CLAIM = Claim(
@@ -223,11 +213,10 @@ CLAIM = Claim(
     title="Generative models",
     statement="Batch normalization helps generative models.",
     question="Do a VAE and a GAN get better with batch norm, and where must it stand?",
-    literature="Radford, Metz and Chintala put batch norm into both networks of their GAN, but not at the "
-    "generator's output nor the discriminator's input, because "
-    "there it made training oscillate. Salimans et al. propose virtual batch norm, since otherwise an output depends "
-    "on the others of its batch. Later GANs mostly "
-    "leave it out of the discriminator (Miyato et al. 2018).",
+    literature="Radford, Metz and Chintala put batch norm into both networks of their GAN, but not at the generator's "
+    "output nor the discriminator's input, because there it made training oscillate. Salimans et al. propose virtual "
+    "batch norm, since otherwise an output depends on the others of its batch. Later GANs mostly leave it out of the "
+    "discriminator (Miyato et al. 2018).",
     sources=[
         Source("Radford, Metz, Chintala 2016: DCGAN, section 3", "https://arxiv.org/abs/1511.06434"),
         Source(

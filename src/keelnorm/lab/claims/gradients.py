@@ -173,37 +173,24 @@ def read(plan: Plan, results: Results) -> Reading:
         notes=[
             *notes,
             "A factor is measured at initialization. Training can start from exploding gradients where the rate is "
-            "small enough, and a "
-            "skip connection takes the growth away.",
+            "small enough, and a skip connection takes the growth away.",
         ],
     )
 
 
-def _setup(plan: Plan) -> list[tuple[str, str]]:
+def _setup(plan: Plan) -> dict[str, str]:
     trained = " and ".join(f"{depth} layers with {ACTIVATION_NAMES[name]}" for name, depth in TRAINED_DEPTH.items())
-    return [
-        (
-            "Network",
-            f"fully connected, {DEPTH} hidden layers of {WIDTH}; Xavier's initialization with sigmoid and tanh, "
-            f"He's with ReLU",
-        ),
-        (
-            "Factor",
-            "the norm of the loss's gradient with respect to what a layer's activation block receives, over that one "
-            f"layer later; geometric mean without the first and last {SKIPPED} layers, on a batch of {BATCH}, in "
-            "float64",
-        ),
-        (
-            "Vanishing, exploding",
-            f"a factor below 1/{MARGIN:.3f} or above {MARGIN:.3f}: tenfold over {DEPTH} layers",
-        ),
-        (
-            "Trained",
-            f"{trained}, gradient descent, batches of {BATCH}, the rate with the highest validation accuracy for each "
-            "arm",
-        ),
-        ("Seeds", seeds_text(_seeds(plan))),
-    ]
+    return {
+        "Network": f"fully connected, {DEPTH} hidden layers of {WIDTH}; Xavier's initialization with sigmoid and tanh, "
+        "He's with ReLU",
+        "Factor": "the norm of the loss's gradient with respect to what a layer's activation block receives, over that "
+        f"one layer later; geometric mean without the first and last {SKIPPED} layers, on a batch of {BATCH}, in "
+        "float64",
+        "Vanishing, exploding": f"a factor below 1/{MARGIN:.3f} or above {MARGIN:.3f}: tenfold over {DEPTH} layers",
+        "Trained": f"{trained}, gradient descent, batches of {BATCH}, the rate with the highest validation accuracy "
+        "for each arm",
+        "Seeds": seeds_text(_seeds(plan)),
+    }
 
 
 def _factor_findings(where: str, bn: Interval, none: Interval) -> list[Finding]:
@@ -241,9 +228,8 @@ def _norm_figure(where: str, by_arm: dict[str, list[Result]], factors: dict[str,
         Axis("gradient over that of the last layer, powers of ten"),
         series,
         f"The gradient's norm at each layer relative to the last hidden layer, {where}, in powers of ten. For each "
-        f"layer that it goes "
-        f"back it is multiplied by {factors[NONE.name].text(2)} without batch norm and by {factors[BN.name].text(2)} "
-        f"with it.",
+        f"layer that it goes back it is multiplied by {factors[NONE.name].text(2)} without batch norm and by "
+        f"{factors[BN.name].text(2)} with it.",
         reference=(0.0, "unchanged"),
     )
 
@@ -253,16 +239,14 @@ CLAIM = Claim(
     title="Vanishing and exploding gradients",
     statement="Batch normalization prevents vanishing and exploding gradients.",
     question="Does batch norm keep the gradient's size from layer to layer?",
-    literature="Ioffe and Szegedy give it as a reason why higher rates work. Yang et al. compute the opposite for "
-    "deep plain "
-    "networks: with ReLU, batch norm multiplies the gradient by √(π/(π − 1)) ≈ 1.21 a layer at initialization, so "
-    "that it "
-    "explodes, unless there are skip connections.",
+    literature="Ioffe and Szegedy give it as a reason why higher rates work. Yang et al. compute the opposite for deep "
+    "plain networks: with ReLU, batch norm multiplies the gradient by √(π/(π − 1)) ≈ 1.21 a layer at initialization, "
+    "so that it explodes, unless there are skip connections.",
     sources=[
         Source("Ioffe, Szegedy 2015, section 3.3", "https://arxiv.org/abs/1502.03167"),
         Source("Yang, Pennington, Rao, Sohl-Dickstein, Schoenholz 2019", "https://arxiv.org/abs/1902.08129"),
     ],
-    criterion=f"Holds if, with each activation, the factor a layer with batch norm, or its inverse where that is "
+    criterion="Holds if, with each activation, the factor a layer with batch norm, or its inverse where that is "
     f"larger, lies below {MARGIN:.3f} with its whole interval; depends if with some; does not hold if it lies above "
     "with some and below with none.",
     data=("digits", "mnist"),

@@ -125,26 +125,19 @@ def read(plan: Plan, results: Results) -> Reading:
         findings,
         [_figure(by_condition)],
         [Table("Share of the settings that reach 90 %, in percent", ["where", *(arm.label for arm in ARMS)], rows)],
-        setup=[
-            (
-                "Settings",
-                f"drawn log-uniformly by a Sobol sequence, the same for all arms: learning rate {RATES[0]:g} to "
-                f"{RATES[1]:g}, initial weights "
-                f"{SCALES[0]:g} to {SCALES[1]:g} times Xavier's, 1 − momentum {LEAST_MOMENTUM_LEFT:g} to 1",
-            ),
-            ("Network", f"fully connected, hidden layers of {WIDTH}, centred pixels"),
-            (
-                "Training",
-                f"{50 if plan.quick else 100} steps of gradient descent with momentum (larger images: {LONGER} times "
-                "as many), batches of 60",
-            ),
-            ("Counted", "settings with 90 % test accuracy at the end; a seed has its own draw of settings"),
-            ("Seeds", seeds_text(_seeds(plan))),
-        ],
+        setup={
+            "Settings": f"drawn log-uniformly by a Sobol sequence, the same for all arms: learning rate {RATES[0]:g} "
+            f"to {RATES[1]:g}, initial weights {SCALES[0]:g} to {SCALES[1]:g} times Xavier's, 1 − momentum "
+            f"{LEAST_MOMENTUM_LEFT:g} to 1",
+            "Network": f"fully connected, hidden layers of {WIDTH}, centred pixels",
+            "Training": f"{50 if plan.quick else 100} steps of gradient descent with momentum (larger images: {LONGER} "
+            "times as many), batches of 60",
+            "Counted": "settings with 90 % test accuracy at the end; a seed has its own draw of settings",
+            "Seeds": seeds_text(_seeds(plan)),
+        },
         notes=[
-            "A share is one of the ranges that were drawn from: other ranges give other shares. The comparison of "
-            "arms over the same "
-            "settings is what counts."
+            "A share is one of the ranges that were drawn from: other ranges give other shares. The comparison of arms "
+            "over the same settings is what counts."
         ],
     )
 
@@ -172,17 +165,14 @@ CLAIM = Claim(
     statement="Networks with batch normalization depend less on hyperparameters.",
     question="Do more settings of rate, initial weights and momentum work with batch norm?",
     literature="Follows from what is said about learning rates and initialization; Bjorck et al. find that networks "
-    "with batch norm train "
-    "over a wider range of rates. Layer norm widens the range too. A share of working settings means something only "
-    "for the "
-    "ranges that are drawn from.",
+    "with batch norm train over a wider range of rates. Layer norm widens the range too. A share of working settings "
+    "means something only for the ranges that are drawn from.",
     sources=[
         Source("Bjorck, Gomes, Selman, Weinberger 2018", "https://arxiv.org/abs/1806.02375"),
         Source("Ba, Kiros, Hinton 2016: layer normalization", "https://arxiv.org/abs/1607.06450"),
     ],
     criterion="Holds if, with each activation, the share of settings that reach 90 % is larger with batch norm than "
-    "without; depends if "
-    "with one only.",
+    "without; depends if with one only.",
     data=("digits", "mnist"),
     cells=cells,
     read=read,

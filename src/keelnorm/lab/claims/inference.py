@@ -176,14 +176,14 @@ def read(plan: Plan, results: Results) -> Reading:
             )
         ],
         [Table("Test accuracy in percent", ["where", "layer", "what normalizes", "accuracy"], rows)],
-        setup=[
-            ("Network", f"fully connected, three hidden layers of {WIDTH} with ReLU"),
-            ("Training", f"200 steps of gradient descent at {RATE:g}, batches of {BATCH}"),
-            (f"Momentum {SLOW:g}", "a second set of running statistics of the same training"),
-            ("Inf", "one forward in training mode of a batch in which one image is infinite; no step is made with it"),
-            ("kn.recalibrate", "sets the running statistics to those of the training part, exactly"),
-            ("Seeds", seeds_text(plan.seed_range(quick=3, full=10))),
-        ],
+        setup={
+            "Network": f"fully connected, three hidden layers of {WIDTH} with ReLU",
+            "Training": f"200 steps of gradient descent at {RATE:g}, batches of {BATCH}",
+            f"Momentum {SLOW:g}": "a second set of running statistics of the same training",
+            "Inf": "one forward in training mode of a batch in which one image is infinite; no step is made with it",
+            "kn.recalibrate": "sets the running statistics to those of the training part, exactly",
+            "Seeds": seeds_text(plan.seed_range(quick=3, full=10)),
+        },
         notes=[
             "keelnorm's layers leave the running statistics alone in a batch that is not finite and count it "
             "(skipped_updates)."
@@ -218,9 +218,8 @@ def _words(where: str, ours: ByState, theirs: ByState) -> str:
     back = difference(theirs["inf, recalibrated"], theirs["inf"])
     return (
         f"{good:.1f} % with good running statistics, {by_label:.1f} % with the batch's own on images sorted by label, "
-        f"{slow:.1f} % with momentum {SLOW:g}; one batch with Inf leaves torch.nn's at "
-        f"{mean(theirs['inf']).value:.1f} % and keelnorm's at {hit:.1f} %, and kn.recalibrate brings torch.nn's back "
-        f"by {signed(back, 1)} ({where})"
+        f"{slow:.1f} % with momentum {SLOW:g}; one batch with Inf leaves torch.nn's at {mean(theirs['inf']).value:.1f} "
+        f"% and keelnorm's at {hit:.1f} %, and kn.recalibrate brings torch.nn's back by {signed(back, 1)} ({where})"
     )
 
 
@@ -229,19 +228,16 @@ CLAIM = Claim(
     title="Inference with the population's statistics",
     statement="At inference batch normalization must use the population's statistics, and good ones.",
     question="What happens to accuracy when the running statistics are not used, late, or lost?",
-    literature="Ioffe and Szegedy fix the transform at inference so that an output depends on its input alone. "
-    "Moving averages lag behind and, "
-    "with a small momentum, far; Wu and Johnson recommend precise statistics. A single batch with NaN or Inf stays "
-    "in an average for ever.",
+    literature="Ioffe and Szegedy fix the transform at inference so that an output depends on its input alone. Moving "
+    "averages lag behind and, with a small momentum, far; Wu and Johnson recommend precise statistics. A single batch "
+    "with NaN or Inf stays in an average for ever.",
     sources=[
         Source("Ioffe, Szegedy 2015, section 3.1", "https://arxiv.org/abs/1502.03167"),
         Source("Wu, Johnson 2021: Rethinking “batch” in BatchNorm", "https://arxiv.org/abs/2105.07576"),
     ],
-    criterion=f"Holds if outputs alone and in a batch agree to {SAME:g}, and if accuracy is lower with the batch's "
-    f"own moments on images sorted by "
-    f"label, with a momentum of {SLOW:g}, and (in torch.nn's layer) after one batch with Inf. What keelnorm's layer "
-    f"and kn.recalibrate repair is "
-    "shown beside.",
+    criterion=f"Holds if outputs alone and in a batch agree to {SAME:g}, and if accuracy is lower with the batch's own "
+    f"moments on images sorted by label, with a momentum of {SLOW:g}, and (in torch.nn's layer) after one batch with "
+    "Inf. What keelnorm's layer and kn.recalibrate repair is shown beside.",
     data=("digits", "mnist"),
     cells=cells,
     read=read,

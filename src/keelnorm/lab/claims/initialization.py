@@ -86,32 +86,22 @@ def read(plan: Plan, results: Results) -> Reading:
         rows.append([where, *(averages[arm.name].text(0) for arm in ARMS)])
     scales, rates = _grid(plan)
     return Reading(
-        f"Of all combinations of initial scale and learning rate, those that reach {TARGET:.0f} % are, without → "
-        f"with batch norm, "
-        f"{listed(words)}.",
+        f"Of all combinations of initial scale and learning rate, those that reach {TARGET:.0f} % are, without → with "
+        f"batch norm, {listed(words)}.",
         findings,
         figures,
         [Table("Share of the combinations that reach 90 %, in percent", ["where", *(arm.label for arm in ARMS)], rows)],
-        setup=[
-            (
-                "Network",
-                "fully connected, three hidden layers of 64, centred pixels; Xavier's weights times the scale, zero "
-                "biases",
-            ),
-            (
-                "Combinations",
-                f"scales {', '.join(f'{s:g}' for s in scales)}; rates {', '.join(f'{r:g}' for r in rates)}",
-            ),
-            (
-                "Training",
-                f"{_steps(plan)} steps of gradient descent (larger images: {LONGER} times as many), batches of 60",
-            ),
-            ("Seeds", seeds_text(_seeds(plan))),
-        ],
+        setup={
+            "Network": "fully connected, three hidden layers of 64, centred pixels; Xavier's weights times the scale, "
+            "zero biases",
+            "Combinations": f"scales {', '.join(f'{s:g}' for s in scales)}; rates {', '.join(f'{r:g}' for r in rates)}",
+            "Training": f"{_steps(plan)} steps of gradient descent (larger images: {LONGER} times as many), batches of "
+            "60",
+            "Seeds": seeds_text(_seeds(plan)),
+        },
         notes=[
-            "Ahead of a batch norm the scale of the weights does not change what the network computes; it changes "
-            "how fast the "
-            "weights turn. That is why very large scales can still be too large for a given number of steps."
+            "Ahead of a batch norm the scale of the weights does not change what the network computes; it changes how "
+            "fast the weights turn. That is why very large scales can still be too large for a given number of steps."
         ],
     )
 
@@ -129,8 +119,7 @@ def _figure(plan: Plan, where: str, label: str, histories: list[Result], average
         Axis("scale of the initial weights"),
         series,
         f"Mean test accuracy by initial scale (rows) and learning rate (columns), {where}, {label}. "
-        f"{average.value:.0f} % of the "
-        f"combinations reach {TARGET:.0f} %.",
+        f"{average.value:.0f} % of the combinations reach {TARGET:.0f} %.",
         kind="heatmap",
         value=Axis("test accuracy, %", limits=(0.0, 100.0)),
     )
@@ -142,18 +131,15 @@ CLAIM = Claim(
     statement="Networks with batch normalization are less sensitive to the initial weights.",
     question="Over which scales of the initial weights does a network still learn?",
     literature="Ioffe and Szegedy argue that a layer's output after batch norm does not depend on the scale of its "
-    "weights. That makes the "
-    "forward pass indifferent to it; the gradient, and with it how far a step turns the weights, still falls as they "
-    "grow. "
-    "Initialization made for the purpose can train deep residual networks without any normalization (Zhang, Dauphin, "
-    "Ma 2019).",
+    "weights. That makes the forward pass indifferent to it; the gradient, and with it how far a step turns the "
+    "weights, still falls as they grow. Initialization made for the purpose can train deep residual networks without "
+    "any normalization (Zhang, Dauphin, Ma 2019).",
     sources=[
         Source("Ioffe, Szegedy 2015, section 3.3", "https://arxiv.org/abs/1502.03167"),
         Source("Zhang, Dauphin, Ma 2019: Fixup initialization", "https://arxiv.org/abs/1901.09321"),
     ],
     criterion="Holds if, with each activation, more combinations of scale and rate reach 90 % with batch norm than "
-    "without (the interval "
-    "of the difference lies above 0); depends if with some only.",
+    "without (the interval of the difference lies above 0); depends if with some only.",
     data=("digits", "mnist"),
     cells=cells,
     read=read,

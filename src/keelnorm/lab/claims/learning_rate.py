@@ -157,23 +157,18 @@ def read(plan: Plan, results: Results) -> Reading:
     )
 
 
-def _setup(plan: Plan) -> list[tuple[str, str]]:
+def _setup(plan: Plan) -> dict[str, str]:
     rates = _rates(plan)
-    return [
-        ("Network", f"fully connected, {' - '.join(map(str, WIDTHS))} hidden units, Xavier's initialization"),
-        (
-            "Pixels",
-            "raw: from 0 to 1, as they come; centred: the mean image subtracted, divided by one overall deviation",
-        ),
-        (
-            "Training",
-            f"{_steps(plan, True)} steps on centred and {_steps(plan, False)} on raw pixels, of gradient descent "
-            "without momentum, batches of 60, constant rate",
-        ),
-        ("Rates", f"{len(rates)} from {rates[0]:g} to {rates[-1]:g}, evenly spaced in the logarithm"),
-        ("A rate learns", f"where the test accuracy at the end is at least {TARGET:.0f} %"),
-        ("Seeds", seeds_text(_seeds(plan))),
-    ]
+    return {
+        "Network": f"fully connected, {' - '.join(map(str, WIDTHS))} hidden units, Xavier's initialization",
+        "Pixels": "raw: from 0 to 1, as they come; centred: the mean image subtracted, divided by one overall "
+        "deviation",
+        "Training": f"{_steps(plan, True)} steps on centred and {_steps(plan, False)} on raw pixels, of gradient "
+        "descent without momentum, batches of 60, constant rate",
+        "Rates": f"{len(rates)} from {rates[0]:g} to {rates[-1]:g}, evenly spaced in the logarithm",
+        "A rate learns": f"where the test accuracy at the end is at least {TARGET:.0f} %",
+        "Seeds": seeds_text(_seeds(plan)),
+    }
 
 
 def _notes(where: str, label: str, rates: Sequence[float], largest: Sequence[float], never: int) -> list[str]:

@@ -191,31 +191,24 @@ def read(plan: Plan, results: Results) -> Reading:
         setup=_setup(plan),
         notes=[
             "Steps are the same in absolute terms. With batch norm the loss does not depend on the length of the "
-            "weights ahead "
-            "of it, and its gradient falls as that length grows, so a step of a given length means different things "
-            "in the two "
-            f"arms; the aside repeats the loss's range for steps of {100 * SPAN:g} % of the weights' length.",
+            "weights ahead of it, and its gradient falls as that length grows, so a step of a given length means "
+            f"different things in the two arms; the aside repeats the loss's range for steps of {100 * SPAN:g} % of "
+            "the weights' length.",
         ],
     )
 
 
-def _setup(plan: Plan) -> list[tuple[str, str]]:
-    return [
-        ("Network", f"fully connected, {len(WIDTHS)} hidden layers of {WIDTHS[0]}, Xavier's initialization"),
-        ("Training", f"gradient descent at the rate {RATE:g} in both arms, batches of {BATCH}"),
-        (
-            "Looking around",
-            f"every {EVERY} steps, on the batch at hand: the loss and its gradient at the network's weights and at "
-            f"{', '.join(f'{size:g}' for size in REACH)} times the gradient from them",
-        ),
-        ("Range of the loss", "the largest minus the smallest of these losses"),
-        (
-            "Change of the gradient",
-            "the largest distance of these gradients from the first one; over distance: the largest of these, "
-            "each over the length of its step",
-        ),
-        ("Seeds", seeds_text(_seeds(plan))),
-    ]
+def _setup(plan: Plan) -> dict[str, str]:
+    return {
+        "Network": f"fully connected, {len(WIDTHS)} hidden layers of {WIDTHS[0]}, Xavier's initialization",
+        "Training": f"gradient descent at the rate {RATE:g} in both arms, batches of {BATCH}",
+        "Looking around": f"every {EVERY} steps, on the batch at hand: the loss and its gradient at the network's "
+        f"weights and at {', '.join(f'{size:g}' for size in REACH)} times the gradient from them",
+        "Range of the loss": "the largest minus the smallest of these losses",
+        "Change of the gradient": "the largest distance of these gradients from the first one; over distance: the "
+        "largest of these, each over the length of its step",
+        "Seeds": seeds_text(_seeds(plan)),
+    }
 
 
 def _less(ratio_: Interval, what: str) -> str:
@@ -255,12 +248,10 @@ CLAIM = Claim(
     statement="Batch normalization makes the loss landscape smoother.",
     question="Do loss and gradient change less along the gradient with batch norm?",
     literature="Santurkar et al. explain the effect of batch norm by this, with measurements on VGG and bounds for a "
-    "single "
-    "layer, against the explanation by covariate shift. A bound by the weights' length is no smoothness of the network "
-    "itself: the loss of a network whose weights' length does not matter is as smooth as those weights are long (van "
-    "Laarhoven 2017). Yang et al. show that deep plain networks with batch norm have exploding gradients at "
-    "initialization, "
-    "which is the opposite of smooth.",
+    "single layer, against the explanation by covariate shift. A bound by the weights' length is no smoothness of the "
+    "network itself: the loss of a network whose weights' length does not matter is as smooth as those weights are "
+    "long (van Laarhoven 2017). Yang et al. show that deep plain networks with batch norm have exploding gradients at "
+    "initialization, which is the opposite of smooth.",
     sources=[
         Source("Santurkar, Tsipras, Ilyas, Mądry 2018, section 3 and figure 4", "https://arxiv.org/abs/1805.11604"),
         Source("van Laarhoven 2017", "https://arxiv.org/abs/1706.05350"),

@@ -88,16 +88,14 @@ def read(plan: Plan, results: Results) -> Reading:
         findings,
         [_figure(by_condition)],
         [rate_table(_rates(plan), rows)],
-        setup=[
-            (
-                "Network",
-                f"fully connected, {len(WIDTHS)} hidden layers of {WIDTHS[0]}, Xavier's initialization, centred pixels",
-            ),
-            ("At every layer's input", "the network's input and the output layer's input are normalized too"),
-            ("Training", "gradient descent, batches of 60, a number of steps that is the same for all"),
-            ("Learning rate", "for each place the one with the highest validation accuracy"),
-            ("Seeds", seeds_text(_seeds(plan))),
-        ],
+        setup={
+            "Network": f"fully connected, {len(WIDTHS)} hidden layers of {WIDTHS[0]}, Xavier's initialization, centred "
+            "pixels",
+            "At every layer's input": "the network's input and the output layer's input are normalized too",
+            "Training": "gradient descent, batches of 60, a number of steps that is the same for all",
+            "Learning rate": "for each place the one with the highest validation accuracy",
+            "Seeds": seeds_text(_seeds(plan)),
+        },
         notes=notes,
     )
 
@@ -129,11 +127,9 @@ CLAIM = Claim(
     statement="Batch normalization belongs before the activation.",
     question="Does batch norm work best before the activation?",
     literature="Ioffe and Szegedy put it before, because a sum of many inputs is closer to a Gaussian than what an "
-    "activation gives. "
-    "Mishkin, Sergievskiy and Matas find it better after the activation on ImageNet (49.3 % against 47.8 % before it, "
-    "with γ and β). Before the activation "
-    "it can be folded "
-    "into the weights ahead of it and fused with the activation, which is a practical reason.",
+    "activation gives. Mishkin, Sergievskiy and Matas find it better after the activation on ImageNet (49.3 % against "
+    "47.8 % before it, with γ and β). Before the activation it can be folded into the weights ahead of it and fused "
+    "with the activation, which is a practical reason.",
     sources=[
         Source("Ioffe, Szegedy 2015, section 3.2", "https://arxiv.org/abs/1502.03167"),
         Source("Mishkin, Sergievskiy, Matas 2017", "https://arxiv.org/abs/1606.02228"),

@@ -200,38 +200,23 @@ def read(plan: Plan, results: Results) -> Reading:
     )
 
 
-def _setup(plan: Plan) -> list[tuple[str, str]]:
+def _setup(plan: Plan) -> dict[str, str]:
     form = _form(plan)
     steps = ", ".join(f"{task.steps[form]} steps for {task.words}" for task in TASKS.values())
     rates = "; ".join(f"{', '.join(f'{r:g}' for r in task.rates[form])} for {task.words}" for task in TASKS.values())
-    return [
-        (
-            "Networks",
-            "one recurrent layer (64 units for text, 32 for images) and a linear layer; kn.BatchNormLSTM "
-            "normalizes the input term, the recurrent term and the cell with moments of their own for each step",
-        ),
-        ("Rows", "an image row by row, classified at the end"),
-        (
-            "Text",
-            f"the source code of Python's standard library, the next character in windows of {WINDOW}; files are "
-            f"held out",
-        ),
-        (
-            "Pixels",
-            "an image pixel by pixel, 64 steps (larger images are averaged to 10 × 10: 100); with a "
-            "margin of one pixel around, as larger images have: 100 steps",
-        ),
-        (
-            "Training",
-            f"Adam, rate falling to zero, clipped gradients, batches of {BATCH}; {steps} ({LONG_STEPS} for larger "
-            "images)",
-        ),
-        (
-            "Learning rate",
-            f"of {rates}; where there are several, the one with the best validation score for each arm",
-        ),
-        ("Seeds", seeds_text(plan.seed_range(quick=3, full=5))),
-    ]
+    return {
+        "Networks": "one recurrent layer (64 units for text, 32 for images) and a linear layer; kn.BatchNormLSTM "
+        "normalizes the input term, the recurrent term and the cell with moments of their own for each step",
+        "Rows": "an image row by row, classified at the end",
+        "Text": f"the source code of Python's standard library, the next character in windows of {WINDOW}; files are "
+        "held out",
+        "Pixels": "an image pixel by pixel, 64 steps (larger images are averaged to 10 × 10: 100); with a "
+        "margin of one pixel around, as larger images have: 100 steps",
+        "Training": f"Adam, rate falling to zero, clipped gradients, batches of {BATCH}; {steps} ({LONG_STEPS} for "
+        "larger images)",
+        "Learning rate": f"of {rates}; where there are several, the one with the best validation score for each arm",
+        "Seeds": seeds_text(plan.seed_range(quick=3, full=5)),
+    }
 
 
 CLAIM = Claim(
@@ -240,10 +225,8 @@ CLAIM = Claim(
     statement="Batch normalization helps recurrent networks.",
     question="Does a batch-normalized LSTM learn better than an LSTM?",
     literature="Laurent et al. found no gain from normalizing the recurrent term, Cooijmans et al. a clear one with "
-    "moments of each step's own and a "
-    "small initial γ, on text and on MNIST pixel by pixel, to whose inputs they add noise because the first pixels "
-    "do not vary. Layer norm has "
-    "largely replaced it there.",
+    "moments of each step's own and a small initial γ, on text and on MNIST pixel by pixel, to whose inputs they add "
+    "noise because the first pixels do not vary. Layer norm has largely replaced it there.",
     sources=[
         Source("Cooijmans, Ballas, Laurent, Gülçehre, Courville 2017", "https://arxiv.org/abs/1603.09025"),
         Source("Laurent, Pereyra, Brakel, Zhang, Bengio 2015", "https://arxiv.org/abs/1510.01378"),

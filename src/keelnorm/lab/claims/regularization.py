@@ -124,8 +124,8 @@ def read(plan: Plan, results: Results) -> Reading:
             *notes,
             "Batch norm without noise, minus no normalization, is what batch norm gains by training differently; batch "
             "norm minus batch norm without noise is what the noise of its moments adds.",
-            f"The share that dropout drops was not tuned for each arm. On other seeds 0.1 and 0.3 were about as good "
-            f"as each other, with and without batch norm, and 0.5 was worse; {DROPOUT:g} lies between.",
+            "The share that dropout drops was not tuned for each arm. On other seeds 0.1 and 0.3 were about as good as "
+            f"each other, with and without batch norm, and 0.5 was worse; {DROPOUT:g} lies between.",
             "A step without noise runs the whole training part through the network: that is for telling causes "
             "apart, not for use.",
         ],
@@ -174,26 +174,20 @@ def _words(where: str, test: Mapping[str, list[float]]) -> str:
     )
 
 
-def _setup(plan: Plan) -> list[tuple[str, str]]:
-    return [
-        (
-            "Network",
-            f"fully connected, {WIDTHS[0]} - {WIDTHS[1]} hidden units with ReLU, He's initialization, centred pixels",
-        ),
-        (
-            "Training",
-            f"{SAMPLES} samples, {_steps(plan)} steps of gradient descent, batches of {BATCH}, the same for all arms",
-        ),
-        ("Without noise", "the loss of the same batch, but the moments are those of the whole training part"),
-        ("Groups", "kn.GhostBatchNorm: moments of groups of 10 or 2 within the same batch, which is more noise"),
-        ("Dropout", f"a share of {DROPOUT:g} behind each activation, with and without batch norm"),
-        CHOSEN_BY_VALIDATION,
-        (
-            "Test data",
-            f"all that {SAMPLES} samples for training and {VALIDATION} for validation leave, at most {MOST_TEST}",
-        ),
-        ("Seeds", seeds_text(_seeds(plan))),
-    ]
+def _setup(plan: Plan) -> dict[str, str]:
+    return {
+        "Network": f"fully connected, {WIDTHS[0]} - {WIDTHS[1]} hidden units with ReLU, He's initialization, centred "
+        "pixels",
+        "Training": f"{SAMPLES} samples, {_steps(plan)} steps of gradient descent, batches of {BATCH}, the same for "
+        "all arms",
+        "Without noise": "the loss of the same batch, but the moments are those of the whole training part",
+        "Groups": "kn.GhostBatchNorm: moments of groups of 10 or 2 within the same batch, which is more noise",
+        "Dropout": f"a share of {DROPOUT:g} behind each activation, with and without batch norm",
+        "Learning rate": CHOSEN_BY_VALIDATION,
+        "Test data": f"all that {SAMPLES} samples for training and {VALIDATION} for validation leave, at most "
+        f"{MOST_TEST}",
+        "Seeds": seeds_text(_seeds(plan)),
+    }
 
 
 CLAIM = Claim(
@@ -202,23 +196,18 @@ CLAIM = Claim(
     statement="Batch normalization regularizes, so that dropout is needed less.",
     question="Does the noise of a batch's moments help, and is dropout then needed less?",
     literature="Ioffe and Szegedy see a regularizer in that a sample's values depend on the others in its batch, and "
-    "leave dropout out of their "
-    "network. Luo et al. derive a regularizing term from the noise of the moments. Hoffer et al. bring the noise of "
-    "small batches to "
-    "large ones, and generalize better. Li et al. find that dropout ahead of a batch norm can harm, because it "
-    "changes the variance "
-    "between training and use.",
+    "leave dropout out of their network. Luo et al. derive a regularizing term from the noise of the moments. Hoffer "
+    "et al. bring the noise of small batches to large ones, and generalize better. Li et al. find that dropout ahead "
+    "of a batch norm can harm, because it changes the variance between training and use.",
     sources=[
         Source("Ioffe, Szegedy 2015, section 3.4", "https://arxiv.org/abs/1502.03167"),
         Source("Luo, Wang, Shao, Peng 2019", "https://arxiv.org/abs/1809.00846"),
         Source("Hoffer, Hubara, Soudry 2017", "https://arxiv.org/abs/1705.08741"),
         Source("Li, Chen, Hu, Yang 2019", "https://arxiv.org/abs/1801.05134"),
     ],
-    criterion="Holds if, with few training data, batch norm raises the test accuracy, does so more than the same "
-    "batch norm without noise in its "
-    "moments, and leaves less to dropout than a network without batch norm does: three intervals above 0. Depends if "
-    "some are; does not "
-    "hold if none is and one lies below 0.",
+    criterion="Holds if, with few training data, batch norm raises the test accuracy, does so more than the same batch "
+    "norm without noise in its moments, and leaves less to dropout than a network without batch norm does: three "
+    "intervals above 0. Depends if some are; does not hold if none is and one lies below 0.",
     data=("digits", "mnist"),
     cells=cells,
     read=read,

@@ -232,31 +232,22 @@ def _findings(where: str, clean: dict[str, list[float]], corrupt: dict[str, list
     ]
 
 
-def _setup(plan: Plan) -> list[tuple[str, str]]:
+def _setup(plan: Plan) -> dict[str, str]:
     severities = f"severity {', '.join(map(str, _severities(plan, 'digits')))}"
     fewer = "" if plan.quick else f" ({', '.join(map(str, FEWER))} on larger images)"
-    return [
-        (
-            "Network",
-            "three convolutions of 8, 16 and 16 channels (for larger images 16, 32 and 32) with ReLU, the mean over "
-            "positions, one linear layer; pixels from 0 to 1; normalization ahead of the activation",
-        ),
-        (
-            "Training",
-            f"{_steps(plan, 'digits')} steps ({_steps(plan, 'images')} on larger images, 4,000 of them) of gradient "
-            f"descent with momentum {MOMENTUM:g}, batches of {BATCH}, on clean images",
-        ),
-        ("Learning rate", "for each arm and seed the one with the highest accuracy on clean validation images"),
-        ("Test", f"on at most {MOST_TESTED} images"),
-        ("Corruptions", f"{', '.join(CORRUPTIONS)}; {severities}{fewer}"),
-        ("Adapted", "kn.adapt: the running statistics are those of the corrupted test images, without labels"),
-        (
-            "Each batch by itself",
-            "kn.adapt(mode='batch'): a tenth of the test images at a time, normalized with its own moments; sorted by "
-            "label, such a batch holds one or two of ten classes",
-        ),
-        ("Seeds", seeds_text(_seeds(plan))),
-    ]
+    return {
+        "Network": "three convolutions of 8, 16 and 16 channels (for larger images 16, 32 and 32) with ReLU, the mean "
+        "over positions, one linear layer; pixels from 0 to 1; normalization ahead of the activation",
+        "Training": f"{_steps(plan, 'digits')} steps ({_steps(plan, 'images')} on larger images, 4,000 of them) of "
+        f"gradient descent with momentum {MOMENTUM:g}, batches of {BATCH}, on clean images",
+        "Learning rate": "for each arm and seed the one with the highest accuracy on clean validation images",
+        "Test": f"on at most {MOST_TESTED} images",
+        "Corruptions": f"{', '.join(CORRUPTIONS)}; {severities}{fewer}",
+        "Adapted": "kn.adapt: the running statistics are those of the corrupted test images, without labels",
+        "Each batch by itself": "kn.adapt(mode='batch'): a tenth of the test images at a time, normalized with its own "
+        "moments; sorted by label, such a batch holds one or two of ten classes",
+        "Seeds": seeds_text(_seeds(plan)),
+    }
 
 
 def _tuned(by_seed: Sequence[Result], rates: Sequence[float]) -> list[str]:

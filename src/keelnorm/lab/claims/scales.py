@@ -136,24 +136,16 @@ def read(plan: Plan, results: Results) -> Reading:
             )
         ],
         [rate_table(_rates(plan), rows)],
-        setup=[
-            (
-                "Data",
-                "scikit-learn's wine (178 samples, 13 columns with deviations from 0.12 to 315) and breast cancer (569 "
-                "samples, 30 columns, from 0.0026 to 569), as they come; half is for training, a fifth for validation",
-            ),
-            (
-                "Network",
-                f"fully connected, {WIDTHS[0]} - {WIDTHS[1]} hidden units with ReLU, the initialization of torch.nn",
-            ),
-            (
-                "Arms",
-                "batch norm on the input has no γ and β; standardized: with the training part's mean and deviation",
-            ),
-            ("Training", f"{FEWER_STEPS if plan.quick else STEPS} steps of gradient descent, batches of {BATCH}"),
-            CHOSEN_BY_VALIDATION,
-            ("Seeds", seeds_text(plan.seed_range(quick=4, full=16))),
-        ],
+        setup={
+            "Data": "scikit-learn's wine (178 samples, 13 columns with deviations from 0.12 to 315) and breast cancer "
+            "(569 samples, 30 columns, from 0.0026 to 569), as they come; half is for training, a fifth for validation",
+            "Network": f"fully connected, {WIDTHS[0]} - {WIDTHS[1]} hidden units with ReLU, the initialization of "
+            "torch.nn",
+            "Arms": "batch norm on the input has no γ and β; standardized: with the training part's mean and deviation",
+            "Training": f"{FEWER_STEPS if plan.quick else STEPS} steps of gradient descent, batches of {BATCH}",
+            "Learning rate": CHOSEN_BY_VALIDATION,
+            "Seeds": seeds_text(plan.seed_range(quick=4, full=16)),
+        },
         notes=notes,
     )
 

@@ -147,37 +147,23 @@ def _words(where: str, best: BestBySize, large: int) -> str:
     )
 
 
-def _setup(plan: Plan) -> list[tuple[str, str]]:
-    return [
-        (
-            "Network",
-            f"fully connected, {WIDTHS[0]} - {WIDTHS[1]} hidden units with ReLU, Xavier's initialization, "
-            f"centred pixels",
-        ),
-        (
-            "Training",
-            "gradient descent; " + ", ".join(f"{_steps(plan, size)} steps at batch {size}" for size in _sizes(plan)),
-        ),
-        (
-            "Batch renormalization",
-            "kn.BatchRenorm, r_max from 1 to 3 and d_max from 0 to 5 between batch 50 and 250",
-        ),
-        ("Cross-iteration", f"kn.CrossIterationBatchNorm over {WINDOW} batches, told the weight ahead of it"),
-        ("Moving average", f"kn.MovingAverageBatchNorm over {WINDOW} batches, weights ahead of it centred"),
-        (
-            "Synchronized",
-            f"what kn.SyncBatchNorm computes on {ACCUMULATED} processes, or kn.backward_as_one_batch with "
-            f"{ACCUMULATED} micro-batches: the moments of {ACCUMULATED} batches; the same samples in {ACCUMULATED} "
-            "times fewer steps",
-        ),
-        ("Ghost", f"kn.GhostBatchNorm with groups of {GHOST}: a remedy for large batches, shown as a control"),
-        (
-            "Learning rate",
-            f"for each arm and size the one with the highest validation accuracy, of "
-            f"{', '.join(f'{rate:g}' for rate in _rates(plan))}",
-        ),
-        ("Seeds", seeds_text(_seeds(plan))),
-    ]
+def _setup(plan: Plan) -> dict[str, str]:
+    return {
+        "Network": f"fully connected, {WIDTHS[0]} - {WIDTHS[1]} hidden units with ReLU, Xavier's initialization, "
+        "centred pixels",
+        "Training": "gradient descent; "
+        + ", ".join(f"{_steps(plan, size)} steps at batch {size}" for size in _sizes(plan)),
+        "Batch renormalization": "kn.BatchRenorm, r_max from 1 to 3 and d_max from 0 to 5 between batch 50 and 250",
+        "Cross-iteration": f"kn.CrossIterationBatchNorm over {WINDOW} batches, told the weight ahead of it",
+        "Moving average": f"kn.MovingAverageBatchNorm over {WINDOW} batches, weights ahead of it centred",
+        "Synchronized": f"what kn.SyncBatchNorm computes on {ACCUMULATED} processes, or kn.backward_as_one_batch with "
+        f"{ACCUMULATED} micro-batches: the moments of {ACCUMULATED} batches; the same samples in {ACCUMULATED} "
+        "times fewer steps",
+        "Ghost": f"kn.GhostBatchNorm with groups of {GHOST}: a remedy for large batches, shown as a control",
+        "Learning rate": "for each arm and size the one with the highest validation accuracy, of "
+        f"{', '.join(f'{rate:g}' for rate in _rates(plan))}",
+        "Seeds": seeds_text(_seeds(plan)),
+    }
 
 
 CLAIM = Claim(
@@ -186,12 +172,10 @@ CLAIM = Claim(
     statement="What batch normalization loses with small batches, its remedies bring back.",
     question="Which remedy repairs batch norm at batches of 2 to 8?",
     literature="Batch renormalization corrects the batch's moments to the running ones, cross-iteration and "
-    "moving-average batch norm take "
-    "the last batches' moments in, synchronization those of other processes. Their papers report accuracies near "
-    "those of large batches, "
-    "mostly on ImageNet with 2 to 32 samples of many positions each; a fully connected layer has no positions, and "
-    "at batch 2 two values "
-    "a channel. Group norm does not look at the batch at all.",
+    "moving-average batch norm take the last batches' moments in, synchronization those of other processes. Their "
+    "papers report accuracies near those of large batches, mostly on ImageNet with 2 to 32 samples of many positions "
+    "each; a fully connected layer has no positions, and at batch 2 two values a channel. Group norm does not look at "
+    "the batch at all.",
     sources=[
         Source("Ioffe 2017: batch renormalization", "https://arxiv.org/abs/1702.03275"),
         Source("Yao, Cao, Zheng, Huang, Lin 2021: cross-iteration", "https://arxiv.org/abs/2002.05712"),
@@ -200,10 +184,8 @@ CLAIM = Claim(
         Source("Wu, He 2018: group normalization", "https://arxiv.org/abs/1803.08494"),
     ],
     criterion="Holds if at batch 2 every remedy (renormalization, cross-iteration, moving average, synchronization) "
-    "has a higher test accuracy than "
-    "batch norm (each interval above 0); depends if some have. What they gain at 4 and 8, and what is left to batch "
-    "norm with a large batch, "
-    "is shown beside.",
+    "has a higher test accuracy than batch norm (each interval above 0); depends if some have. What they gain at 4 and "
+    "8, and what is left to batch norm with a large batch, is shown beside.",
     data=("digits", "mnist"),
     cells=cells,
     read=read,

@@ -244,29 +244,17 @@ class Accuracies:
         ]
 
 
-def _setup(plan: Plan) -> list[tuple[str, str]]:
-    return [
-        (
-            "Recordings",
-            "WAV files of words by several speakers, as 24 log-mel bands and 64 frames (with --data-dir)",
-        ),
-        (
-            "Stand-in",
-            "scikit-learn's digits, read as eight frames of eight bands; the groups held out are sixths of the "
-            "images by the thickness of their strokes",
-        ),
-        ("Network", f"three convolutions over time of {CHANNELS} channels with ReLU, mean over time, one linear layer"),
-        (
-            "Training",
-            f"Adam at {RATE:g}, batches of {BATCH}; the same in all arms, nothing chosen on the part held out",
-        ),
-        ("Adapted", "kn.adapt with the recordings of the part held out, without their words"),
-        (
-            "Unit",
-            f"of a held-out interval: the speaker or group, each over {1 if plan.quick else 3} seed(s); of a "
-            f"random split: {len(_seeds(plan))} seeds",
-        ),
-    ]
+def _setup(plan: Plan) -> dict[str, str]:
+    return {
+        "Recordings": "WAV files of words by several speakers, as 24 log-mel bands and 64 frames (with --data-dir)",
+        "Stand-in": "scikit-learn's digits, read as eight frames of eight bands; the groups held out are sixths of the "
+        "images by the thickness of their strokes",
+        "Network": f"three convolutions over time of {CHANNELS} channels with ReLU, mean over time, one linear layer",
+        "Training": f"Adam at {RATE:g}, batches of {BATCH}; the same in all arms, nothing chosen on the part held out",
+        "Adapted": "kn.adapt with the recordings of the part held out, without their words",
+        "Unit": f"of a held-out interval: the speaker or group, each over {1 if plan.quick else 3} seed(s); of a "
+        f"random split: {len(_seeds(plan))} seeds",
+    }
 
 
 CLAIM = Claim(
@@ -275,18 +263,15 @@ CLAIM = Claim(
     statement="Batch normalization helps with speech.",
     question="Does batch norm gain accuracy on spoken words, and on a speaker not heard in training?",
     literature="Batch norm is common in convolutional acoustic models (Deep Speech 2 reports gains, in its recurrent "
-    "layers from normalizing the input "
-    "term). A new speaker shifts the features' moments; adapting only these to the speaker, without labels, is a "
-    "cheap adaptation (as Li et al. "
-    "2017 do for images).",
+    "layers from normalizing the input term). A new speaker shifts the features' moments; adapting only these to the "
+    "speaker, without labels, is a cheap adaptation (as Li et al. 2017 do for images).",
     sources=[
         Source("Amodei et al. 2015: Deep Speech 2, section 3.2", "https://arxiv.org/abs/1512.02595"),
         Source("Li, Wang, Shi, Liu, Hou 2017: AdaBN", "https://arxiv.org/abs/1603.04779"),
         Source("Jackson et al.: Free Spoken Digit Dataset", "https://github.com/Jakobovski/free-spoken-digit-dataset"),
     ],
     criterion="Holds if the test accuracy is higher with batch norm than without, both on a random split and with a "
-    "speaker held out; depends if in one "
-    "of these. What adapting the moments to the speaker gains is shown beside.",
+    "speaker held out; depends if in one of these. What adapting the moments to the speaker gains is shown beside.",
     data=("digits (a stand-in)", "speech"),
     cells=cells,
     read=read,

@@ -139,32 +139,20 @@ def read(plan: Plan, results: Results) -> Reading:
     )
 
 
-def _setup(plan: Plan) -> list[tuple[str, str]]:
-    return [
-        ("Network", f"fully connected, {WIDTHS[0]} - {WIDTHS[1]} hidden units with ReLU, He's initialization"),
-        (
-            "Data",
-            f"{SAMPLES} centred training samples, of which {WRONG:.0%} have a wrong label, so that there is "
-            "something to regularize; validation and test labels are right",
-        ),
-        (
-            "Training",
-            f"gradient descent, batches of {BATCH}; {_steps(plan)[0]} steps of the arms at one rate, "
-            f"{_steps(plan)[1]} of those that are tuned",
-        ),
-        (
-            "Decay",
-            "w ← (1 − η·λ)·w − η·gradient: of the hidden weights, which stand ahead of a batch norm; of all "
-            "weights, the output layer's with them; of all parameters, γ, β and biases with them",
-        ),
-        (
-            "The same effective rate",
-            "no decay; each hidden layer's rate is η·(‖w‖ here / ‖w‖ with decay)² / (1 − η·λ), step by step, which "
-            "by calculation keeps the direction of the weights the same; outputs are compared on test samples, "
-            "with the batch's moments",
-        ),
-        ("Seeds", seeds_text(_seeds(plan))),
-    ]
+def _setup(plan: Plan) -> dict[str, str]:
+    return {
+        "Network": f"fully connected, {WIDTHS[0]} - {WIDTHS[1]} hidden units with ReLU, He's initialization",
+        "Data": f"{SAMPLES} centred training samples, of which {WRONG:.0%} have a wrong label, so that there is "
+        "something to regularize; validation and test labels are right",
+        "Training": f"gradient descent, batches of {BATCH}; {_steps(plan)[0]} steps of the arms at one rate, "
+        f"{_steps(plan)[1]} of those that are tuned",
+        "Decay": "w ← (1 − η·λ)·w − η·gradient: of the hidden weights, which stand ahead of a batch norm; of all "
+        "weights, the output layer's with them; of all parameters, γ, β and biases with them",
+        "The same effective rate": "no decay; each hidden layer's rate is η·(‖w‖ here / ‖w‖ with decay)² / (1 − η·λ), "
+        "step by step, which by calculation keeps the direction of the weights the same; outputs are compared on test "
+        "samples, with the batch's moments",
+        "Seeds": seeds_text(_seeds(plan)),
+    }
 
 
 CLAIM = Claim(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -30,7 +30,7 @@ class Reading:
         answer: one sentence (two at most) made from the figures, never written before.
         findings: the effects with intervals that the verdict is computed from.
         figures, tables: what is shown; the first figure is the claim's own.
-        setup: (term, text) pairs: data, networks, training, learning rates, metric, seeds.
+        setup: texts by term: data, networks, training, learning rates, metric, seeds.
         notes: what a reader has to know to read it right.
     """
 
@@ -38,7 +38,7 @@ class Reading:
     findings: Sequence[Finding]
     figures: Sequence[Figure]
     tables: Sequence[Table]
-    setup: Sequence[tuple[str, str]]
+    setup: Mapping[str, str]
     notes: Sequence[str] = ()
 
 

@@ -41,7 +41,7 @@ def cluster(address: str | None) -> AbstractContextManager[Any]:
         return _on_ray(address, _connected_to_ray(address))
     if not address.startswith(("tcp://", "tls://")):
         raise ValueError(
-            f"a cluster's address is that of a Dask scheduler (tcp://host:8786) or of a Ray head (ray://host:10001); "
+            "a cluster's address is that of a Dask scheduler (tcp://host:8786) or of a Ray head (ray://host:10001); "
             f"got {address!r}"
         )
     _need("dask", "distributed")

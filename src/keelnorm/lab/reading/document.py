@@ -69,7 +69,7 @@ def section(claim: Claim, plan: Plan, outcome: Outcome, *, command: str) -> dict
     try:
         reading = claim.read(plan, Results(outcome.results))
     except Exception as error:  # the other claims' figures stand
-        reading = Reading(f"No answer: {error}.", (), (), (), ())
+        reading = Reading(f"No answer: {error}.", (), (), (), {})
     return {
         "name": claim.name,
         "number": claim.number,
@@ -85,7 +85,7 @@ def section(claim: Claim, plan: Plan, outcome: Outcome, *, command: str) -> dict
         "findings": [_told(finding) for finding in reading.findings],
         "figures": [asdict(figure) for figure in reading.figures],
         "tables": [asdict(table) for table in reading.tables],
-        "setup": [list(pair) for pair in reading.setup],
+        "setup": [list(pair) for pair in reading.setup.items()],
         "notes": list(reading.notes),
         "failures": [_said(failure) for failure in failed],
         "cells": len(keys),

@@ -16,8 +16,8 @@ from keelnorm.measure.statistics import first_crossing, mean
 
 T = TypeVar("T")
 
-CHOSEN_BY_VALIDATION = ("Learning rate", "for each arm the one with the highest validation accuracy")
-"""A line of a claim's set-up."""
+CHOSEN_BY_VALIDATION = "for each arm the one with the highest validation accuracy"
+"""How a claim's set-up says that a learning rate was chosen."""
 
 
 @dataclass(frozen=True)
