@@ -205,11 +205,11 @@ class TestWeightDecay:
 
     def test_the_matched_arm_has_the_effective_rate_of_the_one_with_decay(self):
         decay, matched = (
-            weight_decay.decayed(data="digits", arm=arm, seed=0, steps=60)["effective"]
+            weight_decay.train_at_one_setting(data="digits", arm=arm, seed=0, steps=60)["effective"]
             for arm in ("bn decay", "bn rate")
         )
         assert matched == pytest.approx(decay, rel=1e-3)
-        plain = weight_decay.decayed(data="digits", arm="bn", seed=0, steps=60)["effective"]
+        plain = weight_decay.train_at_one_setting(data="digits", arm="bn", seed=0, steps=60)["effective"]
         assert plain[-1] < decay[-1]
 
 

@@ -126,7 +126,7 @@ def test_only_what_an_arm_names_is_trained(monkeypatch):
     monkeypatch.setattr(affine_only, "train", watched)
     counts = {}
     for arm in affine_only.ARMS:
-        found = affine_only.partly_trained(data="digits", arm=arm, depth=2, seed=0, rates=(0.1, 0.3), steps=3)
+        found = affine_only.train_partly(data="digits", arm=arm, depth=2, seed=0, rates=(0.1, 0.3), steps=3)
         counts[arm] = found["trained"]
         assert found["total"] == 64 * 128 + 128 * 128 + 128 * 10 + 10 + 4 * 128
     assert moved["affine"] == {f"blocks.{layer}.0.{name}" for layer in (0, 1) for name in ("weight", "bias")}
@@ -147,7 +147,7 @@ RUNS = {
     ),
     "norms": (gradients.gradient_norms, "arm", ("none", "bn"), {"activation": "tanh"}),
     "affine": (
-        affine_only.partly_trained,
+        affine_only.train_partly,
         "arm",
         tuple(affine_only.ARMS),
         {"depth": 2, "rates": (0.1, 0.3), "steps": 3},

@@ -236,7 +236,9 @@ class TestWeightDecay:
         shares = {}
         for name in ("bn", "none"):
             without, with_decay, twin = (
-                _weight_decay_training.decayed(data="digits", arm=f"{name}{how}", seed=0, steps=60)["outputs"]
+                _weight_decay_training.train_at_one_setting(data="digits", arm=f"{name}{how}", seed=0, steps=60)[
+                    "outputs"
+                ]
                 for how in ("", " decay", " rate")
             )
             shares[name] = math.dist(with_decay, twin) / math.dist(with_decay, without)
@@ -244,24 +246,24 @@ class TestWeightDecay:
         assert shares["none"] > 0.5
 
     def test_a_setting_among_many_is_trained_as_the_network_alone(self):
-        alone = _weight_decay_training.decayed(data="digits", arm="bn decay", seed=0, steps=40)
+        alone = _weight_decay_training.train_at_one_setting(data="digits", arm="bn decay", seed=0, steps=40)
         how = {"rates": (_weight_decay_training.RATE,), "decays": (_weight_decay_training.DECAY,), "between": (0.1,)}
-        many = _weight_decay_training.tried(data="digits", arm="bn", seed=0, steps=40, **how)
+        many = _weight_decay_training.train_at_settings(data="digits", arm="bn", seed=0, steps=40, **how)
         place = _weight_decay_training.settings(**how).index(
             ("hidden", _weight_decay_training.RATE, _weight_decay_training.DECAY)
         )
         assert many["test"][place] == pytest.approx(alone["test"], abs=0.4)  # one of 300 samples may tip over
-        assert many == _weight_decay_training.tried(data="digits", arm="bn", seed=0, steps=40, **how)
+        assert many == _weight_decay_training.train_at_settings(data="digits", arm="bn", seed=0, steps=40, **how)
 
     def test_each_kind_decays_what_it_says(self, monkeypatch):
         """One step with a huge decay and no rate to speak of leaves only what does not decay."""
         kept = {}
         monkeypatch.setattr(
-            _weight_decay_training, "right", lambda stack, x, y: kept.setdefault("stack", stack)(x)[..., 0] > 0
+            _weight_decay_training, "correct", lambda stack, x, y: kept.setdefault("stack", stack)(x)[..., 0] > 0
         )
         rate = 1e-6
         how = {"rates": (rate,), "decays": (1 / rate,), "between": ()}
-        _weight_decay_training.tried(data="digits", arm="bn", seed=0, steps=1, **how)
+        _weight_decay_training.train_at_settings(data="digits", arm="bn", seed=0, steps=1, **how)
         stack, kinds = kept["stack"], [kind for kind, _, _ in _weight_decay_training.settings(**how)]
         gammas = next(module.weight for module in stack.modules() if isinstance(module, torch.nn.BatchNorm1d))
         for name, parameter in (("hidden", stack.weights[0]), ("weights", stack.weights[-1]), ("all", gammas)):

@@ -12,9 +12,19 @@ from keelnorm.lab.core.cell import Result
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.data import images
 from keelnorm.lab.training.arms import BN, NONE, Arm, arm_named
-from keelnorm.lab.training.input_shift import Wander, received_by
+from keelnorm.lab.training.input_shift import MeanDrift, received_by
 from keelnorm.lab.training.networks import Stack, StackedMLP
-from keelnorm.lab.training.train import Descent, batch_moments, batches, losses, paused, percent, plain, right, train
+from keelnorm.lab.training.train import (
+    Descent,
+    batch_moments,
+    batches,
+    correct,
+    losses,
+    percent,
+    rounded,
+    statistics_paused,
+    train,
+)
 
 WIDTHS = (100, 100, 100)
 BATCH = 60
@@ -96,11 +106,11 @@ def drift(*, data: str, arm: str, seed: int, steps: int, rates: tuple[float, ...
 
     Returns:
         The fields of `training.train.History`; at each evaluation and for each replica, `shift` (see
-        `Wander.shift`) and the 15th, 50th and 85th percentile of one unit's input (`percentiles`).
+        `MeanDrift.shift`) and the 15th, 50th and 85th percentile of one unit's input (`percentiles`).
     """
     split = images(data, seed)
     stack = _network(data, "sigmoid", arm, seed, rates, split.train_x[0].numel(), split.classes)
-    wanders = [Wander() for _ in rates]
+    drifts = [MeanDrift() for _ in rates]
     percentiles: list[list[list[float | None]]] = []
     at = torch.tensor([0.15, 0.5, 0.85])
 
@@ -111,15 +121,15 @@ def drift(*, data: str, arm: str, seed: int, steps: int, rates: tuple[float, ...
         with batch_moments(model), received_by(block[-1]) as inside:
             model(split.validation_x)
         received = inside[0].chunk(len(rates), dim=1)
-        for wander, own in zip(wanders, received, strict=True):
-            wander.add(own)
-        percentiles.append([plain(torch.quantile(own[:, 0], at), 4) for own in received])
+        for each, own in zip(drifts, received, strict=True):
+            each.add(own)
+        percentiles.append([rounded(torch.quantile(own[:, 0], at), 4) for own in received])
 
     order = generator(draw="order", data=data, seed=seed)
     history = train(
         stack, split, torch.tensor(rates), batch=BATCH, evaluate_at=marks(steps), generator=order, probe=probe
     )
-    by_rate = [plain(wander.shift(), 5) for wander in wanders]
+    by_rate = [rounded(each.shift(), 5) for each in drifts]
     return dict(vars(history)) | {
         "shift": [list(row) for row in zip(*by_rate, strict=True)],
         "percentiles": percentiles,
@@ -155,11 +165,11 @@ def gradient_change(
         losses(stack, x, y).sum().backward()
         if step % every == 0:
             at.append(step)
-            cosines.append(plain(cosine_after_earlier_layers(stack, x, y, descent.rates), 5))
+            cosines.append(rounded(cosine_after_earlier_layers(stack, x, y, descent.rates), 5))
         descent.step(stack)
     stack.eval()
     with torch.no_grad():
-        accuracy = percent(right(stack, split.test_x, split.test_y))
+        accuracy = percent(correct(stack, split.test_x, split.test_y))
     return {"steps": at, "cosine": cosines, "accuracy": accuracy}
 
 
@@ -176,7 +186,7 @@ def cosine_after_earlier_layers(stack: Stack, x: Tensor, y: Tensor, rates: Tenso
     before = probed.grad
     assert before is not None
     kept = [parameter.detach().clone() for parameter in moving]
-    with paused(stack):
+    with statistics_paused(stack):
         try:
             with torch.no_grad():
                 for parameter in moving:

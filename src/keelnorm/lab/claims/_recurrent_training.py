@@ -138,7 +138,7 @@ def sequences(task: str, data: str, seed: int) -> Sequences:
     )
 
 
-def trained(*, task: str, data: str, arm: str, seed: int, rate: float, steps: int) -> Result:
+def train_reader(*, task: str, data: str, arm: str, seed: int, rate: float, steps: int) -> Result:
     """Train one network with Adam at a rate that falls to zero, and look at it along the way.
 
     A training that meets a gradient that is not finite ends there: clipping turns it into weights that are no numbers.

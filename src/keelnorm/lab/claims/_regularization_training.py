@@ -13,7 +13,7 @@ from keelnorm.lab.data.images import all_images
 from keelnorm.lab.data.split import Split, split
 from keelnorm.lab.training.arms import BN, NONE, Arm
 from keelnorm.lab.training.networks import Stack, StackedMLP
-from keelnorm.lab.training.train import Descent, batches, losses, percent, plain, right
+from keelnorm.lab.training.train import Descent, batches, correct, losses, percent, rounded
 
 SAMPLES = 500
 VALIDATION = 300
@@ -57,7 +57,7 @@ def losses_without_noise(stack: Stack, x: Tensor, y: Tensor, chosen: Tensor) -> 
     return each.view(stack.replicas, -1).mean(dim=1)
 
 
-def regularized(*, data: str, arm: str, seed: int, rates: tuple[float, ...], steps: int) -> Result:
+def train_arm(*, data: str, arm: str, seed: int, rates: tuple[float, ...], steps: int) -> Result:
     """Train one arm at every learning rate on a small training part.
 
     Returns:
@@ -84,9 +84,9 @@ def regularized(*, data: str, arm: str, seed: int, rates: tuple[float, ...], ste
     stack.eval()
     with torch.no_grad():
         return {
-            "validation": [percent(right(stack, part.validation_x, part.validation_y))],
-            "test": [percent(right(stack, part.test_x, part.test_y))],
-            "train": percent(right(stack, part.train_x, part.train_y)),
-            "test_loss": plain(losses(stack, part.test_x, part.test_y), 5),
-            "train_loss": plain(losses(stack, part.train_x, part.train_y), 5),
+            "validation": [percent(correct(stack, part.validation_x, part.validation_y))],
+            "test": [percent(correct(stack, part.test_x, part.test_y))],
+            "train": percent(correct(stack, part.train_x, part.train_y)),
+            "test_loss": rounded(losses(stack, part.test_x, part.test_y), 5),
+            "train_loss": rounded(losses(stack, part.train_x, part.train_y), 5),
         }

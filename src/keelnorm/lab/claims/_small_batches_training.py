@@ -72,7 +72,7 @@ class RemedyStack(StackedMLP):
         return y
 
 
-def remedied(*, data: str, arm: str, batch: int, seed: int, rates: tuple[float, ...], steps: int) -> Result:
+def train_remedy(*, data: str, arm: str, batch: int, seed: int, rates: tuple[float, ...], steps: int) -> Result:
     """Train one arm at one batch size and every learning rate; the synchronized arm in fewer, larger steps.
 
     What synchronization over k processes of b samples computes is one batch of k·b: that is what runs here.

@@ -38,7 +38,7 @@ RATES = {
 CHANCE = 10.0
 
 
-def partly_trained(*, data: str, arm: str, depth: int, seed: int, rates: tuple[float, ...], steps: int) -> Result:
+def train_partly(*, data: str, arm: str, depth: int, seed: int, rates: tuple[float, ...], steps: int) -> Result:
     """Train the parameters that the arm names, and leave the others at their random start."""
     split = images(data, seed)
     stack = StackedMLP(
@@ -79,7 +79,7 @@ def _cells(plan: Plan, data: str, depth: int) -> Sequence[Cell]:
     steps = _steps(plan)
     return [
         Cell(
-            partly_trained,
+            train_partly,
             {"data": data, "arm": arm, "depth": depth, "seed": seed, "rates": _rates(plan, arm), "steps": steps},
             cost=steps * depth * len(_rates(plan, arm)) * 3e-4,
         )

@@ -25,7 +25,7 @@ from keelnorm.lab.reading.verdicts import Finding, difference_findings
 from keelnorm.lab.reading.wording import ACTIVATION_NAMES, inverse, where_text
 from keelnorm.lab.training.arms import BN, NONE, arm_named
 from keelnorm.lab.training.networks import Initialization, StackedMLP
-from keelnorm.lab.training.train import batches, losses, plain
+from keelnorm.lab.training.train import batches, losses, rounded
 from keelnorm.lab.training.trials import trial_cell
 from keelnorm.measure.statistics import Interval, geometric_mean, mean
 
@@ -71,7 +71,7 @@ def gradient_norms(*, data: str, activation: str, arm: str, seed: int) -> Result
     norms = torch.stack([x.grad.norm() for x in kept if x.grad is not None])
     middle = norms[SKIPPED:-SKIPPED]
     factor = (middle[0] / middle[-1]) ** (1 / (len(middle) - 1))
-    return {"log10": plain(norms.log10(), 4), "factor": plain(factor.view(1), 6)[0]}
+    return {"log10": rounded(norms.log10(), 4), "factor": rounded(factor.view(1), 6)[0]}
 
 
 def _norm_cells(plan: Plan, data: str) -> list[Cell]:

@@ -49,7 +49,7 @@ def network(layer: type[nn.Module], features: int, classes: int) -> nn.Sequentia
     return nn.Sequential(*modules, nn.Linear(WIDTH, classes))
 
 
-def states(*, data: str, arm: str, seed: int, steps: int) -> Result:
+def accuracy_by_state(*, data: str, arm: str, seed: int, steps: int) -> Result:
     """Train one network, and evaluate it with running statistics in several states.
 
     Returns:
@@ -136,7 +136,7 @@ def _sets(plan: Plan) -> list[str]:
 
 def _cells(plan: Plan, data: str) -> Sequence[Cell]:
     return [
-        Cell(states, {"data": data, "arm": arm, "seed": seed, "steps": 200}, cost=0.7)
+        Cell(accuracy_by_state, {"data": data, "arm": arm, "seed": seed, "steps": 200}, cost=0.7)
         for seed in plan.seed_range(quick=3, full=10)
         for arm in ARMS
     ]

@@ -23,7 +23,7 @@ from keelnorm.lab.reading.verdicts import ratio_finding
 from keelnorm.lab.reading.wording import ACTIVATION_NAMES, listed, times, where_text
 from keelnorm.lab.training.arms import BN, NONE, arm_named
 from keelnorm.lab.training.networks import Stack, StackedMLP
-from keelnorm.lab.training.train import Descent, batches, losses, paused, percent, plain, right
+from keelnorm.lab.training.train import Descent, batches, correct, losses, percent, rounded, statistics_paused
 from keelnorm.measure.statistics import Interval, geometric_mean, mean, ratio
 
 ARMS = (NONE, BN)
@@ -64,12 +64,12 @@ def landscape(*, data: str, activation: str, arm: str, seed: int, steps: int) ->
         x, y = split.train_x[chosen], split.train_y[chosen]
         if step % EVERY == 0:
             for name, value in look_around(stack, x, y).items():
-                looks.setdefault(name, []).append(plain(torch.tensor([value]), 7)[0])
+                looks.setdefault(name, []).append(rounded(torch.tensor([value]), 7)[0])
         losses(stack, x, y).sum().backward()
         descent.step(stack)
     stack.eval()
     with torch.no_grad():
-        accuracy = percent(right(stack, split.test_x, split.test_y))[0]
+        accuracy = percent(correct(stack, split.test_x, split.test_y))[0]
     return {"step": list(range(0, steps, EVERY)), **looks, "accuracy": accuracy}
 
 
@@ -77,7 +77,7 @@ def look_around(stack: Stack, x: Tensor, y: Tensor) -> dict[str, float]:
     """The loss and its gradient along the gradient; the network is left as it was."""
     parameters = list(stack.parameters())
     before = [parameter.detach().clone() for parameter in parameters]
-    with paused(stack):
+    with statistics_paused(stack):
         loss, gradient = _value_and_gradient(stack, parameters, x, y)
         length = _norm(gradient)
         weights = _norm(before)

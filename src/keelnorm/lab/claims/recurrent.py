@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from keelnorm.lab.claims._recurrent_training import ARMS, BATCH, EPS, TASKS, WINDOW, trained
+from keelnorm.lab.claims._recurrent_training import ARMS, BATCH, EPS, TASKS, WINDOW, train_reader
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, kind_of, seeds_text
@@ -65,7 +65,7 @@ def _cells(plan: Plan, condition: Condition) -> Sequence[Cell]:
     of_task = {"rows": 0.15, "text": 0.5, "pixels": 1.5 if long else 1.0, "margin": 1.5}
     return [
         Cell(
-            trained,
+            train_reader,
             {"task": task, "data": data, "arm": arm, "seed": seed, "rate": rate, "steps": steps},
             cost=step[arm] * of_task[task] * steps,
         )

@@ -18,7 +18,7 @@ from keelnorm.lab.claims._regularization_training import (
     SAMPLES,
     VALIDATION,
     WIDTHS,
-    regularized,
+    train_arm,
 )
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
@@ -68,7 +68,7 @@ def _cells(plan: Plan, data: str) -> Sequence[Cell]:
     slow = {"noiseless": 3.0, "ghost 2": 1.6}
     return [
         Cell(
-            regularized,
+            train_arm,
             {"data": data, "arm": arm, "seed": seed, "rates": _rates(plan), "steps": _steps(plan)},
             cost=_steps(plan) * len(_rates(plan)) * 6e-4 * slow.get(arm, 1.0),
         )

@@ -21,7 +21,7 @@ from keelnorm.lab.reading.verdicts import Finding, difference_finding
 from keelnorm.lab.reading.wording import signed, where_text
 from keelnorm.lab.training.arms import BN, GN, NONE, arm_named
 from keelnorm.lab.training.networks import StackedCNN
-from keelnorm.lab.training.train import Descent, percent, right, train
+from keelnorm.lab.training.train import Descent, correct, percent, train
 from keelnorm.measure.statistics import mean
 
 ARMS = (NONE, BN, GN)
@@ -43,7 +43,7 @@ FEWER = (2, 4)
 MOST_TESTED = 500
 
 
-def under_corruption(
+def train_and_corrupt(
     *, data: str, arm: str, seed: int, rates: tuple[float, ...], steps: int, train_on: int, severities: tuple[int, ...]
 ) -> Result:
     """Train a convolutional network on clean images at every rate, and test the best one on corrupted images.
@@ -108,7 +108,7 @@ def ways(network: StackedCNN, arm: str, x: Tensor, y: Tensor) -> dict[str, float
 
 @torch.no_grad()
 def _accuracy(network: StackedCNN, x: Tensor, y: Tensor, size: int) -> float:
-    return percent(right(network, x, y, size))[0] or 0.0
+    return percent(correct(network, x, y, size))[0] or 0.0
 
 
 def cells(plan: Plan) -> Sequence[Cell]:
@@ -147,7 +147,7 @@ def _cells(plan: Plan, data: str) -> Sequence[Cell]:
     }
     return [
         Cell(
-            under_corruption,
+            train_and_corrupt,
             {"data": data, "arm": arm.name, "seed": seed, **size},
             cost=steps * (4.5e-3 if bundled else 1.4e-2) + (0.02 if arm is BN else 0.003) * len(CORRUPTIONS) * 5,
         )

@@ -62,7 +62,7 @@ def standardized(split: Split) -> Split:
     return Split(parts[0], split.train_y, parts[1], split.validation_y, parts[2], split.test_y)
 
 
-def on_table(*, data: str, arm: str, seed: int, rates: tuple[float, ...], steps: int) -> Result:
+def train_on_table(*, data: str, arm: str, seed: int, rates: tuple[float, ...], steps: int) -> Result:
     """Train one arm at every learning rate on a table of measurements."""
     split = table(data, seed)
     split = standardized(split) if arm == "standardized" else split
@@ -93,7 +93,9 @@ def _cells(plan: Plan, data: str) -> Sequence[Cell]:
     steps = FEWER_STEPS if plan.quick else STEPS
     return [
         Cell(
-            on_table, {"data": data, "arm": arm, "seed": seed, "rates": _rates(plan), "steps": steps}, cost=steps * 8e-4
+            train_on_table,
+            {"data": data, "arm": arm, "seed": seed, "rates": _rates(plan), "steps": steps},
+            cost=steps * 8e-4,
         )
         for seed in plan.seed_range(quick=4, full=16)
         for arm in ARMS

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from keelnorm.lab.claims._small_batches_training import ACCUMULATED, ARMS, GHOST, WIDTHS, WINDOW, remedied
+from keelnorm.lab.claims._small_batches_training import ACCUMULATED, ARMS, GHOST, WIDTHS, WINDOW, train_remedy
 from keelnorm.lab.core.cell import Cell, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, seeds_text
@@ -67,7 +67,7 @@ def _cells(plan: Plan, data: str) -> list[Cell]:
     slow = {"cross": 3.0, "moving": 2.0, "renorm": 2.0}
     return [
         Cell(
-            remedied,
+            train_remedy,
             {
                 "data": data,
                 "arm": arm,

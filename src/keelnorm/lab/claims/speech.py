@@ -56,7 +56,7 @@ def split_of(data: str, held_out: int, seed: int) -> Split:
     return Split(parts[0], split.train_y, parts[1], split.validation_y, parts[2], split.test_y)
 
 
-def heard(*, data: str, held_out: int, seed: int, steps: int) -> Result:
+def train_and_test(*, data: str, held_out: int, seed: int, steps: int) -> Result:
     """Train with and without batch norm, and test on what was held out; with batch norm also after adapting to it.
 
     Returns:
@@ -102,7 +102,7 @@ def _sets(plan: Plan) -> list[str]:
 
 def _cell(plan: Plan, data: str, held_out: int, seed: int) -> Cell:
     steps = (120 if plan.quick else 500) if kind_of(data) == "digits" else (150 if plan.quick else 600)
-    return Cell(heard, {"data": data, "held_out": held_out, "seed": seed, "steps": steps}, cost=steps * 8e-3)
+    return Cell(train_and_test, {"data": data, "held_out": held_out, "seed": seed, "steps": steps}, cost=steps * 8e-3)
 
 
 def _random_cells(plan: Plan, data: str) -> list[Cell]:

@@ -18,9 +18,9 @@ from keelnorm.lab.claims._weight_decay_training import (
     SAMPLES,
     WIDTHS,
     WRONG,
-    decayed,
     settings,
-    tried,
+    train_at_one_setting,
+    train_at_settings,
 )
 from keelnorm.lab.core.cell import Cell, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
@@ -60,7 +60,7 @@ def _twins(plan: Plan, data: str) -> list[Cell]:
     steps, _ = _steps(plan)
     return [
         Cell(
-            decayed,
+            train_at_one_setting,
             {"data": data, "arm": arm, "seed": seed, "steps": steps},
             cost=steps * (1.6e-3 if arm.endswith("rate") else 0.8e-3),
         )
@@ -80,7 +80,7 @@ def _grid(plan: Plan, data: str) -> list[Cell]:
     axes, (_, steps) = _axes(plan), _steps(plan)
     return [
         Cell(
-            tried,
+            train_at_settings,
             {"data": data, "arm": network.name, "seed": seed, "steps": steps, **axes},
             cost=steps * (1e-3 + 1.5e-4 * len(settings(**axes))),
         )

@@ -57,7 +57,7 @@ def losses(stack: Stack, x: Tensor, y: Tensor) -> Tensor:
     return each.view(stack.replicas, -1).mean(dim=1)
 
 
-def right(stack: Stack, x: Tensor, y: Tensor, chunk: int = CHUNK) -> Tensor:
+def correct(stack: Stack, x: Tensor, y: Tensor, chunk: int = CHUNK) -> Tensor:
     """Whether each replica names each sample's class, (R, n), in the stack's present mode.
 
     A replica that has diverged gives NaN for every class, and scores what a constant answer scores. `chunk` samples go
@@ -114,7 +114,7 @@ def _column(amount: Tensor | float) -> Tensor | float:
     return amount.view(-1, 1) if isinstance(amount, Tensor) else amount
 
 
-def paused(stack: Stack) -> AbstractContextManager[object]:
+def statistics_paused(stack: Stack) -> AbstractContextManager[object]:
     """Inside, no running statistics are updated; arms without batch norm have none."""
     has_some = any(isinstance(module, _BatchNorm) for module in stack.modules())
     return kn.pause_statistics(stack) if has_some else nullcontext()
@@ -138,7 +138,7 @@ def batch_moments(model: nn.Module) -> Iterator[None]:
         model.train(mode)
 
 
-def plain(values: Tensor, digits: int) -> list[float | None]:
+def rounded(values: Tensor, digits: int) -> list[float | None]:
     """Numbers for the store; None for what is no number any more, such as the loss of a lost run."""
     rounded = (round(value, digits) for value in values.double().tolist())
     return [value if math.isfinite(value) else None for value in rounded]
@@ -149,7 +149,7 @@ def _evaluate(stack: Stack, split: Split, history: History) -> None:
     x = torch.cat([split.validation_x, split.test_x])
     y = torch.cat([split.validation_y, split.test_y])
     stack.eval()
-    validation, test = right(stack, x, y).split([len(split.validation_y), len(split.test_y)], dim=1)
+    validation, test = correct(stack, x, y).split([len(split.validation_y), len(split.test_y)], dim=1)
     stack.train()
     history.validation.append(percent(validation))
     history.test.append(percent(test))
@@ -157,12 +157,12 @@ def _evaluate(stack: Stack, split: Split, history: History) -> None:
         history.test_batch.append(history.test[-1])
         return
     with batch_moments(stack):
-        history.test_batch.append(percent(right(stack, split.test_x, split.test_y)))
+        history.test_batch.append(percent(correct(stack, split.test_x, split.test_y)))
 
 
 def percent(hits: Tensor) -> list[float | None]:
     """(R, n) of right and wrong -> the accuracy of each replica in percent."""
-    return plain(hits.float().mean(dim=1) * 100.0, 3)
+    return rounded(hits.float().mean(dim=1) * 100.0, 3)
 
 
 def train(
@@ -199,7 +199,7 @@ def train(
     def look(step: int) -> None:
         nonlocal since
         history.steps.append(step)
-        history.loss.append(plain(total / since, 5) if since else [])
+        history.loss.append(rounded(total / since, 5) if since else [])
         total.zero_()
         since = 0
         _evaluate(stack, split, history)

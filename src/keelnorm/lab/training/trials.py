@@ -12,7 +12,7 @@ from keelnorm.lab.core.seeds import Axis, generator
 from keelnorm.lab.data import Split, images
 from keelnorm.lab.training.arms import arm_named
 from keelnorm.lab.training.networks import Initialization, Place, Stack, StackedCNN, StackedMLP
-from keelnorm.lab.training.train import Descent, percent, right, train
+from keelnorm.lab.training.train import Descent, correct, percent, train
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def trial(**axes: Any) -> Result:
         )
     stack.eval()
     with torch.no_grad():
-        training = percent(right(stack, split.train_x, split.train_y))
+        training = percent(correct(stack, split.train_x, split.train_y))
     return dict(vars(history)) | {"train": training}
 
 
