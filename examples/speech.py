@@ -59,9 +59,8 @@ def train(split: Split, steps: int, seed: int, *, normalized: bool) -> nn.Module
 
 def scaled(split: Split) -> Split:
     """Minus the training part's mean, over its deviation: one number each, so that what speakers differ in stays."""
-    centre, width = split.train_x.mean(), split.train_x.std()
-    x = [(part - centre) / width for part in (split.train_x, split.validation_x, split.test_x)]
-    return Split(x[0], split.train_y, x[1], split.validation_y, x[2], split.test_y)
+    center, width = split.train_x.mean(), split.train_x.std()
+    return split.with_inputs(lambda x: (x - center) / width)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from keelnorm.lab.training.trials import trial
 AXES = {
     "data": "digits",
     "activation": "relu",
-    "centred": True,
+    "centered": True,
     "seed": 0,
     "rates": (0.1, 0.5),
     "evaluate_at": (0, 5, 10),
@@ -27,14 +27,14 @@ def test_a_split_divides_all_images_and_is_the_seeds_own():
     assert sizes == [1297, 200, 300]
     assert torch.equal(first.test_x, again.test_x)
     assert not torch.equal(first.test_y, other.test_y)
-    raw = digits(0, centred=False)
+    raw = digits(0, centered=False)
     images = torch.cat([raw.train_x, raw.validation_x, raw.test_x]).flatten(1)
     assert images.min() == 0
     assert images.max() == 1
     assert len(images.mul(16).unique(dim=0)) == 1797  # none of them twice
 
 
-def test_centred_pixels_have_mean_zero_and_deviation_one_on_the_training_part_alone():
+def test_centered_pixels_have_mean_zero_and_deviation_one_on_the_training_part_alone():
     split = digits(0)
     assert split.train_x.mean(dim=0).abs().max() < 1e-5
     assert split.train_x.square().mean().item() == pytest.approx(1.0, abs=1e-4)

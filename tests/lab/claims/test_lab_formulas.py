@@ -81,7 +81,7 @@ class TestSmallBatches:
         for ours, theirs in zip(stack.buffers(), other.buffers(), strict=True):
             torch.testing.assert_close(ours, theirs, check_dtype=False)
 
-    def test_the_moving_average_arm_has_the_centred_weights_of_the_library(self):
+    def test_the_moving_average_arm_has_the_centered_weights_of_the_library(self):
         stack = small_batches.RemedyStack(6, (8,), 3, small_batches.ARMS["moving"], generator(draw="test"))
         layer = nn.Linear(6, 8, bias=False)
         with torch.no_grad():

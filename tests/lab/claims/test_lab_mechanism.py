@@ -143,7 +143,7 @@ RUNS = {
         _covariate_shift_training.gradient_change,
         "arm",
         ("none", "bn"),
-        {"activation": "relu", "centred": True, "steps": 4, "rates": (0.1, 0.3)},
+        {"activation": "relu", "centered": True, "steps": 4, "rates": (0.1, 0.3)},
     ),
     "norms": (gradients.gradient_norms, "arm", ("none", "bn"), {"activation": "tanh"}),
     "affine": (

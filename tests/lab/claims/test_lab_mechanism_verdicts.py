@@ -37,7 +37,7 @@ def covariate_results(drift=1.0, cosine=(0.2, 0.2, 0.2), noisy=600, without=()):
             moved = {"shift": [[0.0] * rates, [shift / 2] * rates, [shift] * rates], "percentiles": percentiles}
             by_key[cell.key] = history(at_step, rates=rates, best=1) | moved
         else:
-            gain = cosine[prepared.index((axes["activation"], axes["centred"]))] if arm == "bn" else 0.0
+            gain = cosine[prepared.index((axes["activation"], axes["centered"]))] if arm == "bn" else 0.0
             value = 0.5 + gain + (jitter if arm == "bn" else 0.0)
             rows = [[value] * rates] * 2
             by_key[cell.key] = {"steps": [0, 3], "cosine": rows, "accuracy": [96.0] * rates}

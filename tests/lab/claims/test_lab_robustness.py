@@ -30,7 +30,7 @@ SMALL = {"data": "digits", "seed": 0, "rates": (0.1, 0.3), "steps": 6, "train_on
 
 
 def test_one_replica_is_taken_out_of_a_stack_as_it_is():
-    split = digits(0, centred=False)
+    split = digits(0, centered=False)
 
     def network(replicas):
         draw = generator(draw="initialization", seed=0)
@@ -48,7 +48,7 @@ def test_one_replica_is_taken_out_of_a_stack_as_it_is():
 
 
 def test_each_way_of_adapting_is_the_one_it_is_called():
-    split = digits(0, centred=False)
+    split = digits(0, centered=False)
     draw = generator(draw="initialization", seed=0)
     network = StackedCNN(1, 8, *robustness.SMALL, 10, BN, draw, pool=True)
     how = Descent(torch.tensor([0.1]), momentum=0.9)

@@ -31,12 +31,12 @@ BATCH = 60
 RATES = {"relu": (0.03, 0.1, 0.3), "sigmoid": (0.3, 1.0, 3.0)}
 DRIFT_RATES = (0.1, 0.3, 1.0, 3.0)
 TARGET = 90.0
-# name: (activation, whether pixels are centred and scaled). Without batch norm the sigmoid network does not learn from
-# raw pixels, so it gets centred ones.
+# name: (activation, whether pixels are centered and scaled). Without batch norm the sigmoid network does not learn from
+# raw pixels, so it gets centered ones.
 PREPARED = {
     "ReLU, raw pixels": ("relu", False),
-    "ReLU, centred pixels": ("relu", True),
-    "sigmoid, centred pixels": ("sigmoid", True),
+    "ReLU, centered pixels": ("relu", True),
+    "sigmoid, centered pixels": ("sigmoid", True),
 }
 PROBED = 2
 """The hidden layer whose gradient is watched while the layers ahead of it move: the last one."""
@@ -145,7 +145,7 @@ def marks(steps: int) -> tuple[int, ...]:
 
 
 def gradient_change(
-    *, data: str, activation: str, centred: bool, arm: str, seed: int, steps: int, rates: tuple[float, ...]
+    *, data: str, activation: str, centered: bool, arm: str, seed: int, steps: int, rates: tuple[float, ...]
 ) -> Result:
     """How a layer's gradient changes when the layers ahead of it make their step, at every rate side by side.
 
@@ -153,7 +153,7 @@ def gradient_change(
         steps; at each of them and for each replica the `cosine` of `cosine_after_earlier_layers`; test accuracy at the
         end (`accuracy`).
     """
-    split = images(data, seed, centred=centred)
+    split = images(data, seed, centered=centered)
     stack = _network(data, activation, arm, seed, rates, split.train_x[0].numel(), split.classes).train()
     descent = Descent(torch.tensor(rates))
     at: list[int] = []

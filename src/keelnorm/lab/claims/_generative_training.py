@@ -72,7 +72,7 @@ class VAE(nn.Module):
 
 def vae(*, data: str, arm: str, layers: int, seed: int, rate: float, steps: int) -> Result:
     """Train a VAE with Adam; its negative ELBO on validation and test data, in nats an image."""
-    split = images(data, seed, centred=False)
+    split = images(data, seed, centered=False)
     train = split.train_x.flatten(1)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed_from(draw="initialization", data=data, layers=layers, seed=seed))
@@ -97,7 +97,7 @@ def vae(*, data: str, arm: str, layers: int, seed: int, rate: float, steps: int)
 @cache
 def feature_network(data: str, seed: int) -> nn.Sequential:
     """A classifier up to its last hidden layer, trained on real images; its features judge generated ones."""
-    split = images(data, seed, centred=False)
+    split = images(data, seed, centered=False)
     x = split.train_x.flatten(1)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed_from(draw="judge", data=data, seed=seed))
@@ -117,7 +117,7 @@ def gan(*, data: str, arm: str, seed: int, steps: int) -> Result:
     Returns:
         distance; real: that between the training and the test images, which is as good as it gets.
     """
-    split = images(data, seed, centred=False)
+    split = images(data, seed, centered=False)
     _, _, in_generator, in_discriminator, batch_of = GANS[arm]
     features = split.train_x[0].numel()
     with torch.random.fork_rng(devices=()):

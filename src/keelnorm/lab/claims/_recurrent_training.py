@@ -120,7 +120,7 @@ def sequences(task: str, data: str, seed: int) -> Sequences:
         if task == "pixels" and x.shape[-1] > MOST_SIDE:
             x = F.adaptive_avg_pool2d(x, MOST_SIDE)  # 100 pixels of MNIST's 784
         if task == "margin":
-            x = F.pad(x, (1, 1, 1, 1))  # a background that never varies is 0 after centring
+            x = F.pad(x, (1, 1, 1, 1))  # a background that never varies is 0 after centering
         rows = x.mean(dim=1)
         return rows if task == "rows" else rows.flatten(1).unsqueeze(2)
 

@@ -47,7 +47,7 @@ def few(data: str, seed: int) -> Split:
     """A small training part, and for test most of what is left: small differences need many samples."""
     x, y = all_images(data)
     test = min(MOST_TEST, len(x) - SAMPLES - VALIDATION)
-    return split(x, y, data=data, seed=seed, validation=VALIDATION, test=test, train=SAMPLES).centred()
+    return split(x, y, data=data, seed=seed, validation=VALIDATION, test=test, train=SAMPLES).centered()
 
 
 def losses_without_noise(stack: Stack, x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:

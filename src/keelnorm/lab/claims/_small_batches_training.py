@@ -56,7 +56,7 @@ class RemedyStack(StackedMLP):
     """A stack whose layers get what some remedies need beside x."""
 
     def linear(self, layer: int, x: Tensor) -> Tensor:
-        """(R, n, in) -> (R, n, out); for the moving average with centred weights, as `kn.center_weights` makes them."""
+        """(R, n, in) -> (R, n, out); for the moving average with centered weights, as `kn.center_weights` makes them."""
         if self.arm.name != "moving" or layer == len(self.blocks):
             return super().linear(layer, x)
         weight = self.weights[layer] - self.weights[layer].mean(dim=1, keepdim=True)

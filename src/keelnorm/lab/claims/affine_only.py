@@ -68,7 +68,7 @@ def cells(plan: Plan) -> Sequence[Cell]:
 
 def _conditions(plan: Plan) -> list[tuple[str, int]]:
     depths = (2, 8) if plan.quick else DEPTHS
-    return [(data, depth) for data in plan.sets("digits", "mnist") for depth in depths]
+    return [(data, depth) for data in plan.data_sets("digits", "mnist") for depth in depths]
 
 
 def _rates(plan: Plan, arm: str) -> tuple[float, ...]:
@@ -128,7 +128,7 @@ def read(plan: Plan, results: Results) -> Reading:
         ],
         setup={
             "Network": f"fully connected, hidden layers of {WIDTH} with ReLU behind batch norm, He's initialization, "
-            "centred pixels",
+            "centered pixels",
             "Training": f"{_steps(plan)} steps of gradient descent, batches of {BATCH}; what is not trained stays as "
             "it was drawn",
             "Learning rate": CHOSEN_BY_VALIDATION,

@@ -40,7 +40,7 @@ def cells(plan: Plan) -> Sequence[Cell]:
 
 
 def _sets(plan: Plan) -> list[str]:
-    return plan.sets("digits", "mnist")
+    return plan.data_sets("digits", "mnist")
 
 
 def _sizes(plan: Plan) -> tuple[int, ...]:
@@ -140,7 +140,7 @@ def _words(where: str, best: BestBySize) -> str:
 
 def _setup(plan: Plan) -> dict[str, str]:
     return {
-        "Network": "fully connected, 64 - 64 hidden units with ReLU, Xavier's initialization, centred pixels",
+        "Network": "fully connected, 64 - 64 hidden units with ReLU, Xavier's initialization, centered pixels",
         "Training": "gradient descent; "
         + ", ".join(f"{_steps(plan, size)} steps at batch {size}" for size in _sizes(plan)),
         "Learning rate": "for each arm and size the one with the highest validation accuracy, of "

@@ -1,7 +1,7 @@
 """Does a network with batch normalization learn in fewer steps?
 
 How much it gains depends on what it is compared with, so there is a ladder of baselines: raw pixels and weights as they
-come, centred pixels, larger weights, both; with sigmoid, where the 2015 paper began, and with ReLU.
+come, centered pixels, larger weights, both; with sigmoid, where the 2015 paper began, and with ReLU.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ QUANTITY = "speed-up: steps to 90 % without batch norm ÷ steps with it"
 COLUMNS = ("where", "arm", "rate", "steps", "seeds that arrive")
 BATCH = 60
 WIDTHS = (100, 100, 100)
-# name: (activation, Xavier's weights times this, centred pixels, steps in quick form or 0, steps in full form); the
+# name: (activation, Xavier's weights times this, centered pixels, steps in quick form or 0, steps in full form); the
 # steps are those without batch norm, and with it, which gets there sooner.
 BASELINES: dict[str, tuple[str, float, bool, tuple[int, int], tuple[int, int]]] = {
     "sigmoid, raw pixels": ("sigmoid", 1.0, False, (160, 70), (1200, 100)),
-    "sigmoid, centred pixels": ("sigmoid", 1.0, True, (0, 0), (350, 100)),
+    "sigmoid, centered pixels": ("sigmoid", 1.0, True, (0, 0), (350, 100)),
     "sigmoid, weights × 4": ("sigmoid", 4.0, False, (0, 0), (250, 70)),
     "sigmoid, both": ("sigmoid", 4.0, True, (100, 50), (150, 70)),
     "ReLU, raw pixels": ("relu", 1.0, False, (0, 0), (170, 60)),
-    "ReLU, centred pixels": ("relu", 1.0, True, (50, 30), (80, 50)),
+    "ReLU, centered pixels": ("relu", 1.0, True, (50, 30), (80, 50)),
 }
 RATES = {"sigmoid": (0.3, 1.0, 3.0, 10.0), "relu": (0.1, 0.3, 1.0, 3.0)}
 QUICK_RATES = {"sigmoid": (1.0, 3.0), "relu": (0.1, 0.3)}
@@ -56,7 +56,7 @@ def cells(plan: Plan) -> Sequence[Cell]:
 
 def _conditions(plan: Plan) -> list[tuple[str, str]]:
     names = [name for name, (*_, quick, _) in BASELINES.items() if any(quick) or not plan.quick]
-    return [(data, name) for data in plan.sets("digits", "mnist", "images") for name in names]
+    return [(data, name) for data in plan.data_sets("digits", "mnist", "images") for name in names]
 
 
 def _rates(plan: Plan, activation: str) -> tuple[float, ...]:
@@ -64,7 +64,7 @@ def _rates(plan: Plan, activation: str) -> tuple[float, ...]:
 
 
 def _cells(plan: Plan, data: str, baseline: str) -> Sequence[Cell]:
-    activation, scale, centred, quick, full = BASELINES[baseline]
+    activation, scale, centered, quick, full = BASELINES[baseline]
     without, with_bn = (steps_for(data, length) for length in (quick if plan.quick else full))
     marks = evaluations(without)
     return [
@@ -78,7 +78,7 @@ def _cells(plan: Plan, data: str, baseline: str) -> Sequence[Cell]:
             widths=WIDTHS,
             activation=activation,
             scales=(scale,),
-            centred=centred,
+            centered=centered,
             batch=BATCH,
         )
         for seed in _seeds(plan)
@@ -182,8 +182,8 @@ CLAIM = Claim(
         Source("Ioffe, Szegedy 2015, section 4.1 and figure 1", "https://arxiv.org/abs/1502.03167"),
         Source("LeCun, Bottou, Orr, Müller 1998: Efficient BackProp", "https://doi.org/10.1007/3-540-49430-8_2"),
     ],
-    criterion="Holds if, under every baseline, the interval of the speed-up (steps without batch norm ÷ steps with "
-    "it) lies above 1; depends if under some only; does not hold if it lies below 1 somewhere and above it nowhere.",
+    criterion="Holds if, under every baseline, the interval of the ratio of steps (none over batch norm) lies above 1; "
+    "depends if under some only; does not hold if it lies below 1 somewhere and above it nowhere.",
     data=("digits", "mnist", "images"),
     cells=cells,
     read=read,

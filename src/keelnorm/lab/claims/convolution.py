@@ -39,7 +39,7 @@ def cells(plan: Plan) -> Sequence[Cell]:
 
 
 def _sets(plan: Plan) -> list[str]:
-    return plan.sets("digits", "mnist", "images")
+    return plan.data_sets("digits", "mnist", "images")
 
 
 def _rates(plan: Plan) -> tuple[float, ...]:
@@ -105,7 +105,7 @@ def read(plan: Plan, results: Results) -> Reading:
         [rate_table(rates, rows)],
         setup={
             "Network": f"{len(CHANNELS)} convolutions of 3 × 3 with {', '.join(map(str, CHANNELS))} channels and ReLU, "
-            "every second of stride 2, mean over positions, one linear layer; He's initialization, centred pixels",
+            "every second of stride 2, mean over positions, one linear layer; He's initialization, centered pixels",
             "Training": "gradient descent, batches of 60; "
             + ", ".join(f"{_steps(plan, data)} steps on {where_text(data)}" for data in _sets(plan)),
             "Learning rate": CHOSEN_BY_VALIDATION,

@@ -63,7 +63,7 @@ def _gradient_cells(plan: Plan, data: str) -> list[Cell]:
             {
                 "data": data,
                 "activation": activation,
-                "centred": centred,
+                "centered": centered,
                 "arm": arm.name,
                 "seed": seed,
                 "steps": length,
@@ -71,7 +71,7 @@ def _gradient_cells(plan: Plan, data: str) -> list[Cell]:
             },
             cost=length * 2e-3,
         )
-        for activation, centred in PREPARED.values()
+        for activation, centered in PREPARED.values()
         for seed in _seeds(plan)
         for arm in (NONE, BN)
     ]
@@ -81,7 +81,7 @@ def cells(plan: Plan) -> Sequence[Cell]:
     """Networks whose drift is followed, and networks whose gradients are."""
     return [
         cell
-        for data in plan.sets("digits", "mnist")
+        for data in plan.data_sets("digits", "mnist")
         for cell in (*_drift_cells(plan, data), *_gradient_cells(plan, data))
     ]
 
@@ -199,10 +199,10 @@ class Cosines:
 def read(plan: Plan, results: Results) -> Reading:
     """The three measurements on every data set."""
     findings, figures, drift_rows, cosine_rows, words, notes = [], [], [], [], [], []
-    for data in plan.sets("digits", "mnist"):
+    for data in plan.data_sets("digits", "mnist"):
         where = where_text(data)
         drifts = Drifts.of(Runs(_drift_cells(plan, data), results))
-        cosines = Cosines.of(where, Runs(_gradient_cells(plan, data), results, where=("activation", "centred")))
+        cosines = Cosines.of(where, Runs(_gradient_cells(plan, data), results, where=("activation", "centered")))
         of_drift = drifts.findings(where)
         findings += [of_drift[0], *cosines.findings, *of_drift[1:]]
         drawn = {name: (histories, drifts.tuned[name].index) for name, histories in drifts.histories.items()}
@@ -242,7 +242,7 @@ def _setup(plan: Plan) -> dict[str, str]:
     return {
         "Network": f"fully connected, {' - '.join(map(str, WIDTHS))} hidden units, Xavier's initialization",
         "(a) Drift": "distance of a unit's mean at the last activation's input from its mean before training, over its "
-        "deviation, averaged over units; in training mode on the validation images; sigmoid, centred pixels",
+        "deviation, averaged over units; in training mode on the validation images; sigmoid, centered pixels",
         "(b) Gradient": f"of hidden layer {PROBED + 1}'s weights on the same batch, before and after the step of the "
         "layers ahead of it; the cosine's mean over training; the same rate in both arms, the middle one decides",
         "(c) Noise": f"behind every batch norm in training: times 1 + {NOISE_SCALE:g}·N(0, 1), plus {NOISE_SHIFT:g}·"

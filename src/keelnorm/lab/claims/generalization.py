@@ -29,7 +29,7 @@ def cells(plan: Plan) -> Sequence[Cell]:
 
 
 def _sets(plan: Plan) -> list[str]:
-    return plan.sets("digits", "mnist", "images")
+    return plan.data_sets("digits", "mnist", "images")
 
 
 def _cells(plan: Plan, data: str) -> Sequence[Cell]:
@@ -93,7 +93,7 @@ def read(plan: Plan, results: Results) -> Reading:
             rate_table(RATES, rate_rows),
         ],
         setup={
-            "Network": "fully connected, 100 - 100 - 100 hidden units with ReLU, Xavier's initialization, centred "
+            "Network": "fully connected, 100 - 100 - 100 hidden units with ReLU, Xavier's initialization, centered "
             "pixels",
             "Training": f"{QUICK_STEPS if plan.quick else STEPS} steps of gradient descent, batches of 60",
             "Learning rate": "for each arm the one with the highest validation accuracy at the end",

@@ -40,7 +40,7 @@ def cells(plan: Plan) -> Sequence[Cell]:
 
 
 def _sets(plan: Plan) -> list[str]:
-    return plan.sets("digits", *([] if plan.quick else ["mnist"]))
+    return plan.data_sets("digits", *([] if plan.quick else ["mnist"]))
 
 
 def _gans(plan: Plan) -> Sequence[str]:

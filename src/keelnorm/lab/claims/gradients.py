@@ -116,7 +116,7 @@ def _seeds(plan: Plan) -> range:
 
 
 def _sets(plan: Plan) -> list[str]:
-    return plan.sets("digits", "mnist")
+    return plan.data_sets("digits", "mnist")
 
 
 def cells(plan: Plan) -> Sequence[Cell]:

@@ -58,7 +58,7 @@ def cells(plan: Plan) -> Sequence[Cell]:
 
 
 def _conditions(plan: Plan) -> list[tuple[str, str]]:
-    return [(data, activation) for data in plan.sets("digits", "mnist") for activation in ACTIVATIONS]
+    return [(data, activation) for data in plan.data_sets("digits", "mnist") for activation in ACTIVATIONS]
 
 
 def _widths(plan: Plan) -> list[tuple[int, ...]]:
@@ -129,7 +129,7 @@ def read(plan: Plan, results: Results) -> Reading:
             "Settings": f"drawn log-uniformly by a Sobol sequence, the same for all arms: learning rate {RATES[0]:g} "
             f"to {RATES[1]:g}, initial weights {SCALES[0]:g} to {SCALES[1]:g} times Xavier's, 1 − momentum "
             f"{LEAST_MOMENTUM_LEFT:g} to 1",
-            "Network": f"fully connected, hidden layers of {WIDTH}, centred pixels",
+            "Network": f"fully connected, hidden layers of {WIDTH}, centered pixels",
             "Training": f"{50 if plan.quick else 100} steps of gradient descent with momentum (larger images: {LONGER} "
             "times as many), batches of 60",
             "Counted": "settings with 90 % test accuracy at the end; a seed has its own draw of settings",

@@ -131,7 +131,7 @@ def cells(plan: Plan) -> Sequence[Cell]:
 
 
 def _sets(plan: Plan) -> list[str]:
-    return plan.sets("digits", "mnist")
+    return plan.data_sets("digits", "mnist")
 
 
 def _cells(plan: Plan, data: str) -> Sequence[Cell]:

@@ -30,7 +30,7 @@ def cells(plan: Plan) -> Sequence[Cell]:
 
 
 def _conditions(plan: Plan) -> list[tuple[str, str]]:
-    return [(data, activation) for data in plan.sets("digits", "mnist") for activation in ACTIVATIONS]
+    return [(data, activation) for data in plan.data_sets("digits", "mnist") for activation in ACTIVATIONS]
 
 
 def _grid(plan: Plan) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -92,7 +92,7 @@ def read(plan: Plan, results: Results) -> Reading:
         figures,
         [Table("Share of the combinations that reach 90 %, in percent", ["where", *(arm.label for arm in ARMS)], rows)],
         setup={
-            "Network": "fully connected, three hidden layers of 64, centred pixels; Xavier's weights times the scale, "
+            "Network": "fully connected, three hidden layers of 64, centered pixels; Xavier's weights times the scale, "
             "zero biases",
             "Combinations": f"scales {', '.join(f'{s:g}' for s in scales)}; rates {', '.join(f'{r:g}' for r in rates)}",
             "Training": f"{_steps(plan)} steps of gradient descent (larger images: {LONGER} times as many), batches of "

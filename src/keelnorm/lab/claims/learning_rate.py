@@ -1,7 +1,7 @@
 """Does batch normalization allow higher learning rates?
 
 The largest rate at which a network still learns, and over how many powers of ten the rates that work reach. Both depend
-on what batch norm is compared with: centred pixels alone raise the limit of a network without it, so raw and centred
+on what batch norm is compared with: centered pixels alone raise the limit of a network without it, so raw and centered
 ones are tried.
 """
 
@@ -24,7 +24,7 @@ from keelnorm.lab.training.trials import trial_cell
 from keelnorm.measure.statistics import Interval, geometric_mean, mean, ratio
 
 ACTIVATIONS = ("relu", "tanh")
-PIXELS = {False: "raw pixels", True: "centred pixels"}
+PIXELS = {False: "raw pixels", True: "centered pixels"}
 TARGET = 90.0
 WIDTHS = (64, 64, 64)
 RATES = tuple(float(f"{0.01 * 10 ** (step / 4):.3g}") for step in range(16))
@@ -39,11 +39,11 @@ def cells(plan: Plan) -> Sequence[Cell]:
 
 def _conditions(plan: Plan) -> list[tuple[str, str, bool]]:
     return [
-        (data, activation, centred)
-        for data in plan.sets("digits", "mnist")
+        (data, activation, centered)
+        for data in plan.data_sets("digits", "mnist")
         for activation in ACTIVATIONS
-        for centred in PIXELS
-        if not plan.quick or (activation, centred) != ("relu", False)  # raw pixels with ReLU need many steps
+        for centered in PIXELS
+        if not plan.quick or (activation, centered) != ("relu", False)  # raw pixels with ReLU need many steps
     ]
 
 
@@ -55,11 +55,11 @@ def _rates(plan: Plan) -> tuple[float, ...]:
     return RATES[4:13] if plan.quick else RATES
 
 
-def _steps(plan: Plan, centred: bool) -> int:
-    return (60 if centred else 120) if plan.quick else 200
+def _steps(plan: Plan, centered: bool) -> int:
+    return (60 if centered else 120) if plan.quick else 200
 
 
-def _cells(plan: Plan, data: str, activation: str, centred: bool) -> Sequence[Cell]:
+def _cells(plan: Plan, data: str, activation: str, centered: bool) -> Sequence[Cell]:
     return [
         trial_cell(
             len(_rates(plan)) * 3e-4,
@@ -67,10 +67,10 @@ def _cells(plan: Plan, data: str, activation: str, centred: bool) -> Sequence[Ce
             arm=arm.name,
             seed=seed,
             rates=_rates(plan),
-            evaluate_at=(_steps(plan, centred),),
+            evaluate_at=(_steps(plan, centered),),
             widths=WIDTHS,
             activation=activation,
-            centred=centred,
+            centered=centered,
         )
         for seed in _seeds(plan)
         for arm in _arms(plan)
@@ -105,15 +105,15 @@ def read(plan: Plan, results: Results) -> Reading:
     rates, arms = _rates(plan), _arms(plan)
     gains: dict[str, Interval] = {}
     alone: dict[tuple[str, str, bool], dict[object, float]] = {}
-    for data, activation, centred in _conditions(plan):
-        runs = Runs(_cells(plan, data, activation, centred), results)
+    for data, activation, centered in _conditions(plan):
+        runs = Runs(_cells(plan, data, activation, centered), results)
         by_arm = {arm.name: runs.of(arm.name) for arm in arms}
-        where = where_text(data, ACTIVATION_NAMES[activation], PIXELS[centred])
+        where = where_text(data, ACTIVATION_NAMES[activation], PIXELS[centered])
         seen = {name: [usable(history, rates) for history in histories] for name, histories in by_arm.items()}
         # A network that learns at no rate counts with the lowest one.
         largest = {name: [rates[0] if one is None else one[0] for one in each] for name, each in seen.items()}
         width = {name: [0.0 if one is None else one[1] for one in each] for name, each in seen.items()}
-        alone[data, activation, centred] = dict(zip(runs.seeds(), largest[NONE.name], strict=True))
+        alone[data, activation, centered] = dict(zip(runs.seeds(), largest[NONE.name], strict=True))
         gain = gains[where] = ratio(largest[BN.name], largest[NONE.name])
         findings.append(ratio_finding(f"{LARGEST}, with batch norm ÷ without", where, gain, digits=1))
         wider = "powers of ten of rates that learn, batch norm − none"
@@ -122,8 +122,8 @@ def read(plan: Plan, results: Results) -> Reading:
         )
         if LN in arms:
             asides.append(_aside("with layer norm ÷ without", where, ratio(largest[LN.name], largest[NONE.name])))
-        if centred and (data, activation, False) in alone:
-            asides += _centring(data, activation, alone[data, activation, True], alone[data, activation, False])
+        if centered and (data, activation, False) in alone:
+            asides += _centering(data, activation, alone[data, activation, True], alone[data, activation, False])
         words.append(f"{times(gain, 'higher', 'lower', 'not clearly different')} ({where})")
         said = (
             f". The largest rate that reaches {TARGET:.0f} % is, with batch norm, ×{gain.text(1)} that of the network "
@@ -152,7 +152,7 @@ def read(plan: Plan, results: Results) -> Reading:
         notes=[
             *notes,
             "The factor depends on the baseline: a network without normalization takes higher rates, too, when its "
-            "pixels are centred. The findings say by how much.",
+            "pixels are centered. The findings say by how much.",
         ],
     )
 
@@ -161,9 +161,9 @@ def _setup(plan: Plan) -> dict[str, str]:
     rates = _rates(plan)
     return {
         "Network": f"fully connected, {' - '.join(map(str, WIDTHS))} hidden units, Xavier's initialization",
-        "Pixels": "raw: from 0 to 1, as they come; centred: the mean image subtracted, divided by one overall "
+        "Pixels": "raw: from 0 to 1, as they come; centered: the mean image subtracted, divided by one overall "
         "deviation",
-        "Training": f"{_steps(plan, True)} steps on centred and {_steps(plan, False)} on raw pixels, of gradient "
+        "Training": f"{_steps(plan, True)} steps on centered and {_steps(plan, False)} on raw pixels, of gradient "
         "descent without momentum, batches of 60, constant rate",
         "Rates": f"{len(rates)} from {rates[0]:g} to {rates[-1]:g}, evenly spaced in the logarithm",
         "A rate learns": f"where the test accuracy at the end is at least {TARGET:.0f} %",
@@ -191,13 +191,13 @@ def _aside(compared: str, where: str, effect: Interval) -> Finding:
     return ratio_finding(f"{LARGEST}, {compared}", where, effect, digits=1, decisive=False)
 
 
-def _centring(data: str, activation: str, after: dict[object, float], before: dict[object, float]) -> list[Finding]:
-    """What centred pixels alone do for the network without normalization, from the seeds that have both."""
+def _centering(data: str, activation: str, after: dict[object, float], before: dict[object, float]) -> list[Finding]:
+    """What centered pixels alone do for the network without normalization, from the seeds that have both."""
     both = [seed for seed in after if seed in before]
     if not both:
         return []
     gain = ratio([after[seed] for seed in both], [before[seed] for seed in both])
-    return [_aside("centred ÷ raw pixels", where_text(data, ACTIVATION_NAMES[activation], NONE.label), gain)]
+    return [_aside("centered ÷ raw pixels", where_text(data, ACTIVATION_NAMES[activation], NONE.label), gain)]
 
 
 def _gains(gains: dict[str, Interval]) -> Figure:

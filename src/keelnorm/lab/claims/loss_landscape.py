@@ -121,7 +121,7 @@ def cells(plan: Plan) -> Sequence[Cell]:
 
 
 def _conditions(plan: Plan) -> list[tuple[str, str]]:
-    return [(data, activation) for data in plan.sets("digits", "mnist", "images") for activation in ACTIVATIONS]
+    return [(data, activation) for data in plan.data_sets("digits", "mnist", "images") for activation in ACTIVATIONS]
 
 
 def _cells(plan: Plan, data: str, activation: str) -> Sequence[Cell]:

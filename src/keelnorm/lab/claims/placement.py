@@ -35,7 +35,7 @@ def cells(plan: Plan) -> Sequence[Cell]:
 
 def _conditions(plan: Plan) -> list[tuple[str, str]]:
     activations = ACTIVATIONS[:2] if plan.quick else ACTIVATIONS
-    return [(data, activation) for data in plan.sets("digits", "mnist") for activation in activations]
+    return [(data, activation) for data in plan.data_sets("digits", "mnist") for activation in activations]
 
 
 def _rates(plan: Plan) -> tuple[float, ...]:
@@ -89,8 +89,8 @@ def read(plan: Plan, results: Results) -> Reading:
         [_figure(by_condition)],
         [rate_table(_rates(plan), rows)],
         setup={
-            "Network": f"fully connected, {len(WIDTHS)} hidden layers of {WIDTHS[0]}, Xavier's initialization, centred "
-            "pixels",
+            "Network": f"fully connected, {len(WIDTHS)} hidden layers of {WIDTHS[0]}, Xavier's initialization, "
+            "centered pixels",
             "At every layer's input": "the network's input and the output layer's input are normalized too",
             "Training": "gradient descent, batches of 60, a number of steps that is the same for all",
             "Learning rate": "for each place the one with the highest validation accuracy",

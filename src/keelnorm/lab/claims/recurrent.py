@@ -40,7 +40,7 @@ def _conditions(plan: Plan) -> list[Condition]:
         elif task == "margin":
             sets = ["digits"]  # larger images have one of their own
         else:
-            sets = plan.sets("digits", *(["mnist"] if task == "rows" or not plan.quick else []))
+            sets = plan.data_sets("digits", *(["mnist"] if task == "rows" or not plan.quick else []))
         found += [(task, data) for data in sets]
     return found
 

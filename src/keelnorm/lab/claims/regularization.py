@@ -53,7 +53,7 @@ def cells(plan: Plan) -> Sequence[Cell]:
 
 
 def _sets(plan: Plan) -> list[str]:
-    return plan.sets("digits", "mnist")
+    return plan.data_sets("digits", "mnist")
 
 
 def _rates(plan: Plan) -> tuple[float, ...]:
@@ -176,7 +176,7 @@ def _words(where: str, test: Mapping[str, list[float]]) -> str:
 
 def _setup(plan: Plan) -> dict[str, str]:
     return {
-        "Network": f"fully connected, {WIDTHS[0]} - {WIDTHS[1]} hidden units with ReLU, He's initialization, centred "
+        "Network": f"fully connected, {WIDTHS[0]} - {WIDTHS[1]} hidden units with ReLU, He's initialization, centered "
         "pixels",
         "Training": f"{SAMPLES} samples, {_steps(plan)} steps of gradient descent, batches of {BATCH}, the same for "
         "all arms",

@@ -53,7 +53,7 @@ def train_and_corrupt(
         corrupted: by way (the arm's own name, with batch norm also those of `ADAPTED`) and corruption, a list over
         severities.
     """
-    split = images(data, seed, centred=False, train=train_on or None)
+    split = images(data, seed, centered=False, train=train_on or None)
     _, into, side, _ = split.train_x.shape
     shape = SMALL if side == 8 else LARGER
 
@@ -117,7 +117,7 @@ def cells(plan: Plan) -> Sequence[Cell]:
 
 
 def _sets(plan: Plan) -> list[str]:
-    return plan.sets("digits", "mnist", "images")
+    return plan.data_sets("digits", "mnist", "images")
 
 
 def _severities(plan: Plan, data: str) -> tuple[int, ...]:

@@ -52,14 +52,14 @@ class NormalizedInput(StackedMLP):
         self.input_norm = kn.BatchNorm1d(features, affine=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The logits of every replica."""
         return super().forward(self.input_norm(x))
 
 
 def standardized(split: Split) -> Split:
-    """Every column minus its mean over its deviation, both of the training part."""
+    """Every column minus its mean over its standard deviation, both of the training part."""
     mean_, width = split.train_x.mean(dim=0), split.train_x.std(dim=0, correction=0).clamp(min=1e-12)
-    parts = [(x - mean_) / width for x in (split.train_x, split.validation_x, split.test_x)]
-    return Split(parts[0], split.train_y, parts[1], split.validation_y, parts[2], split.test_y)
+    return split.with_inputs(lambda x: (x - mean_) / width)
 
 
 def train_on_table(*, data: str, arm: str, seed: int, rates: tuple[float, ...], steps: int) -> Result:

@@ -39,7 +39,7 @@ def cells(plan: Plan) -> Sequence[Cell]:
 
 
 def _sets(plan: Plan) -> list[str]:
-    return plan.sets("digits", "mnist")
+    return plan.data_sets("digits", "mnist")
 
 
 def _sizes(plan: Plan) -> tuple[int, ...]:
@@ -150,12 +150,12 @@ def _words(where: str, best: BestBySize, large: int) -> str:
 def _setup(plan: Plan) -> dict[str, str]:
     return {
         "Network": f"fully connected, {WIDTHS[0]} - {WIDTHS[1]} hidden units with ReLU, Xavier's initialization, "
-        "centred pixels",
+        "centered pixels",
         "Training": "gradient descent; "
         + ", ".join(f"{_steps(plan, size)} steps at batch {size}" for size in _sizes(plan)),
         "Batch renormalization": "kn.BatchRenorm, r_max from 1 to 3 and d_max from 0 to 5 between batch 50 and 250",
         "Cross-iteration": f"kn.CrossIterationBatchNorm over {WINDOW} batches, told the weight ahead of it",
-        "Moving average": f"kn.MovingAverageBatchNorm over {WINDOW} batches, weights ahead of it centred",
+        "Moving average": f"kn.MovingAverageBatchNorm over {WINDOW} batches, weights ahead of it centered",
         "Synchronized": f"what kn.SyncBatchNorm computes on {ACCUMULATED} processes, or kn.backward_as_one_batch with "
         f"{ACCUMULATED} micro-batches: the moments of {ACCUMULATED} batches; the same samples in {ACCUMULATED} "
         "times fewer steps",

@@ -51,9 +51,8 @@ def split_of(data: str, held_out: int, seed: int) -> Split:
     """The recordings, divided at random or by speaker, scaled by the training part."""
     found = spoken(data)
     split = found.at_random(seed) if held_out == RANDOM else found.held_out(held_out, seed)
-    centre, width = split.train_x.mean(), split.train_x.std()
-    parts = [(x - centre) / width for x in (split.train_x, split.validation_x, split.test_x)]
-    return Split(parts[0], split.train_y, parts[1], split.validation_y, parts[2], split.test_y)
+    center, width = split.train_x.mean(), split.train_x.std()
+    return split.with_inputs(lambda x: (x - center) / width)
 
 
 def train_and_test(*, data: str, held_out: int, seed: int, steps: int) -> Result:
@@ -97,7 +96,7 @@ def cells(plan: Plan) -> Sequence[Cell]:
 
 def _sets(plan: Plan) -> list[str]:
     """Real recordings where the reader has some, and the stand-in for whoever has none."""
-    return plan.sets("digits", "speech")
+    return plan.data_sets("digits", "speech")
 
 
 def _cell(plan: Plan, data: str, held_out: int, seed: int) -> Cell:

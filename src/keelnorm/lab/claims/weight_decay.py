@@ -43,7 +43,7 @@ def cells(plan: Plan) -> Sequence[Cell]:
 
 
 def _sets(plan: Plan) -> list[str]:
-    return plan.sets("digits", "mnist")
+    return plan.data_sets("digits", "mnist")
 
 
 def _seeds(plan: Plan) -> range:
@@ -142,7 +142,7 @@ def read(plan: Plan, results: Results) -> Reading:
 def _setup(plan: Plan) -> dict[str, str]:
     return {
         "Network": f"fully connected, {WIDTHS[0]} - {WIDTHS[1]} hidden units with ReLU, He's initialization",
-        "Data": f"{SAMPLES} centred training samples, of which {WRONG:.0%} have a wrong label, so that there is "
+        "Data": f"{SAMPLES} centered training samples, of which {WRONG:.0%} have a wrong label, so that there is "
         "something to regularize; validation and test labels are right",
         "Training": f"gradient descent, batches of {BATCH}; {_steps(plan)[0]} steps of the arms at one rate, "
         f"{_steps(plan)[1]} of those that are tuned",

@@ -1,4 +1,4 @@
-"""What a claim is. Adding one is adding a file to `claims/` that sets `CLAIM`."""
+"""The parts of a claim; each file in `claims/` that sets `CLAIM` is one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spoken words by several speakers: the reader's WAV files, or a stand-in that is no speech."""
+"""Spoken words by several speakers: the reader's WAV files, or a stand-in made of images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from keelnorm.lab.data.data_error import DataError
 from keelnorm.lab.data.data_folder import files_of
 from keelnorm.lab.data.images import all_images
 from keelnorm.lab.data.split import Split, split
-from keelnorm.lab.data.wav import chosen, log_mel, read_wav
+from keelnorm.lab.data.wav import log_mel, read_wav, recordings_used
 
 GROUPS = 6
 
@@ -87,7 +87,7 @@ def read_recordings(files: Sequence[Path], data: str = "") -> Recordings:
     Raises:
         DataError: one can't be read, or all have the same word.
     """
-    named = chosen(files)
+    named = recordings_used(files)
     words, speakers = (sorted(set(each)) for each in zip(*named.values(), strict=True))
     if len(words) < 2:
         raise DataError(f"the WAV files in {files[0].parent} all have the word {words[0]!r}; two or more are needed")

@@ -14,13 +14,13 @@ BySeed = list[T]
 
 
 class Runs:
-    """Results by group and seed.
+    """Results by condition, arm and seed.
 
     Args:
         cells: cells that all have the axis "seed" and the axes below.
         results: what they gave.
-        arms: the axes that name what is compared; only seeds for which every arm has a result count: a comparison is
-            paired or it is none.
+        arms: the axes that name what is compared; only seeds for which every arm has a result count, since comparisons
+            are paired.
         where: the axes that name the conditions, each of which has a comparison of its own.
     """
 

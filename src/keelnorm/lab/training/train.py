@@ -27,8 +27,7 @@ class History:
     """What was seen while training R replicas; every list runs over `steps`, then over replicas.
 
     `loss` is the mean training loss since the evaluation before (empty at step 0). `test_batch` is the accuracy with
-    the test batch's own moments in place of the running ones, which early in training are still on their way from
-    (0, 1).
+    the test batch's own moments in place of running statistics, which start at (0, 1) and lag early in training.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -58,7 +57,7 @@ def losses(stack: Stack, x: Tensor, y: Tensor) -> Tensor:
 
 
 def correct(stack: Stack, x: Tensor, y: Tensor, chunk: int = CHUNK) -> Tensor:
-    """Whether each replica names each sample's class, (R, n), in the stack's present mode.
+    """Whether each replica classifies each sample correctly, (R, n), in the stack's present mode.
 
     A replica that has diverged gives NaN for every class, and scores what a constant answer scores. `chunk` samples go
     through at a time: in training mode it is the batch whose moments normalize.
@@ -115,14 +114,14 @@ def _column(amount: Tensor | float) -> Tensor | float:
 
 
 def statistics_paused(stack: Stack) -> AbstractContextManager[object]:
-    """Inside, no running statistics are updated; arms without batch norm have none."""
+    """Update no running statistics inside the block; arms without batch norm have none."""
     has_some = any(isinstance(module, _BatchNorm) for module in stack.modules())
     return kn.pause_statistics(stack) if has_some else nullcontext()
 
 
 @contextmanager
 def batch_moments(model: nn.Module) -> Iterator[None]:
-    """Normalize with the batch's moments inside, without gradients, and leave no trace in the model.
+    """Normalize with the batch's moments inside the block, without gradients; the model is left as it was.
 
     Works for any normalization that keeps its state in buffers: they are put back on the way out.
     """
@@ -139,7 +138,7 @@ def batch_moments(model: nn.Module) -> Iterator[None]:
 
 
 def rounded(values: Tensor, digits: int) -> list[float | None]:
-    """Numbers for the store; None for what is no number any more, such as the loss of a lost run."""
+    """Rounded numbers for the store; None for those that are not finite, as the loss of a run that diverged."""
     rounded = (round(value, digits) for value in values.double().tolist())
     return [value if math.isfinite(value) else None for value in rounded]
 
@@ -161,7 +160,7 @@ def _evaluate(stack: Stack, split: Split, history: History) -> None:
 
 
 def percent(hits: Tensor) -> list[float | None]:
-    """(R, n) of right and wrong -> the accuracy of each replica in percent."""
+    """(R, n) of correct or not -> the accuracy of each replica in percent."""
     return rounded(hits.float().mean(dim=1) * 100.0, 3)
 
 

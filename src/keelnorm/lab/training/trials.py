@@ -33,7 +33,7 @@ class Trial:
         momenta: a momentum for each replica; none where empty.
         initialization: how weights are drawn.
         place: where a hidden layer normalizes.
-        centred: whether pixels are centred and scaled.
+        centered: whether pixels are centered and scaled.
         batch: samples in a batch.
         samples: in the training part; 0: all.
         dropout: the share of hidden values dropped in training.
@@ -52,7 +52,7 @@ class Trial:
     momenta: tuple[float, ...] = ()
     initialization: Initialization = "xavier"
     place: Place = "before"
-    centred: bool = True
+    centered: bool = True
     batch: int = 60
     samples: int = 0
     dropout: float = 0.0
@@ -94,7 +94,7 @@ def trial(**axes: Any) -> Result:
         The fields of `keelnorm.lab.training.train.History`, and the accuracy on the training part at the end.
     """
     asked = Trial(**axes)
-    split = images(asked.data, asked.seed, centred=asked.centred, train=asked.samples or None)
+    split = images(asked.data, asked.seed, centered=asked.centered, train=asked.samples or None)
     stack = asked.stack(split)
     order = generator(draw="order", data=asked.data, seed=asked.seed)
     with torch.random.fork_rng(devices=()):
