@@ -22,8 +22,8 @@ SEEDS = 2
 EVERYTHING = Plan(quick=False, data=("mnist@00000000", "images@00000000", "speech@00000000.6"))
 
 
-def test_there_are_all_of_them():
-    assert [claim.number for claim in claims().values()] == list(range(1, 24))
+def test_numbers_follow_each_other():
+    assert [claim.number for claim in claims().values()] == list(range(1, len(claims()) + 1))
 
 
 @pytest.mark.parametrize("claim", claims().values(), ids=lambda claim: claim.name)
@@ -81,7 +81,7 @@ def whole(tmp_path_factory):
 def test_every_claim_has_a_verdict_with_intervals(whole):
     made, _ = whole
     assert made["run"]["failed"] == made["run"]["missing"] == 0
-    assert [section["number"] for section in made["sections"]] == list(range(1, 24))
+    assert [section["name"] for section in made["sections"]] == list(claims())
     for section in made["sections"]:
         assert section["verdict"] in ("holds", "depends", "does not hold", "not resolved"), section["answer"]
         decisive = [finding for finding in section["findings"] if finding["decisive"]]

@@ -7,7 +7,7 @@ from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.data import digits
 from keelnorm.lab.training.arms import arm_named
 from keelnorm.lab.training.input_shift import MeanDrift, received_by, unit_moments
-from keelnorm.lab.training.networks import StackedMLP
+from keelnorm.lab.training.stacks import StackedMLP
 from keelnorm.lab.training.train import batch_moments, batches, rounded, train
 from keelnorm.lab.training.trials import trial
 

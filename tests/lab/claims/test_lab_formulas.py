@@ -20,7 +20,7 @@ from keelnorm.lab.data import table
 from keelnorm.lab.training.arms import BN, NONE
 from keelnorm.lab.training.cost_measurement import SIZES, build, networks, saved_bytes
 from keelnorm.lab.training.frechet import frechet_distance
-from keelnorm.lab.training.networks import StackedMLP
+from keelnorm.lab.training.stacks import StackedMLP
 from keelnorm.lab.training.train import losses
 
 

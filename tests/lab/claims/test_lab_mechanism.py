@@ -12,7 +12,7 @@ from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.core.threads import one_thread
 from keelnorm.lab.data import images
 from keelnorm.lab.training.arms import BN, NONE
-from keelnorm.lab.training.networks import StackedMLP
+from keelnorm.lab.training.stacks import StackedMLP
 from keelnorm.lab.training.train import losses
 
 

@@ -111,8 +111,8 @@ class TestTrials:
 
 
 class TestConvergence:
-    def test_marks_end_where_the_training_does(self):
-        found = convergence.marks(100)
+    def test_evaluations_end_where_the_training_does(self):
+        found = convergence.evaluations(100)
         assert found[0] == 0
         assert found[-1] == 100
         assert all(1 <= after - before <= max(3, 0.21 * after) for before, after in pairwise(found))

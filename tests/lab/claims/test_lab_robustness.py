@@ -14,7 +14,7 @@ from keelnorm.lab.core.threads import one_thread
 from keelnorm.lab.data import CORRUPTIONS, corrupted, digits, table
 from keelnorm.lab.reading.verdicts import verdict
 from keelnorm.lab.training.arms import BN, NONE
-from keelnorm.lab.training.networks import StackedCNN, StackedMLP
+from keelnorm.lab.training.stacks import StackedCNN, StackedMLP
 from keelnorm.lab.training.train import Descent, correct, train
 
 PLAN = Plan(quick=True, seeds=3)

@@ -13,7 +13,7 @@ from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.data import images
 from keelnorm.lab.training.arms import BN, NONE, Arm, arm_named
 from keelnorm.lab.training.input_shift import MeanDrift, received_by
-from keelnorm.lab.training.networks import Stack, StackedMLP
+from keelnorm.lab.training.stacks import Stack, StackedMLP
 from keelnorm.lab.training.train import (
     Descent,
     batch_moments,

@@ -13,7 +13,7 @@ from keelnorm.lab.core.cell import Result
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.data import images
 from keelnorm.lab.training.arms import BN, GN, NONE, Arm
-from keelnorm.lab.training.networks import StackedMLP
+from keelnorm.lab.training.stacks import StackedMLP
 from keelnorm.lab.training.train import train
 
 WIDTHS = (64, 64)
@@ -56,7 +56,7 @@ class RemedyStack(StackedMLP):
     """A stack whose layers get what some remedies need beside x."""
 
     def linear(self, layer: int, x: Tensor) -> Tensor:
-        """(R, n, in) -> (R, n, out); for the moving average with centered weights, as `kn.center_weights` makes them."""
+        """(R, n, in) -> (R, n, out); for the moving average with weights as of `kn.center_weights`."""
         if self.arm.name != "moving" or layer == len(self.blocks):
             return super().linear(layer, x)
         weight = self.weights[layer] - self.weights[layer].mean(dim=1, keepdim=True)

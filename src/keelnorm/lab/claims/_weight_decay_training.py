@@ -16,7 +16,7 @@ from keelnorm.lab.core.cell import Result
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.data import Split, images
 from keelnorm.lab.training.arms import arm_named
-from keelnorm.lab.training.networks import Stack, StackedMLP
+from keelnorm.lab.training.stacks import Stack, StackedMLP
 from keelnorm.lab.training.train import batch_moments, batches, correct, losses, percent
 
 SAMPLES = 500

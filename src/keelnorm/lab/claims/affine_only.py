@@ -18,7 +18,7 @@ from keelnorm.lab.reading.series import with_intervals
 from keelnorm.lab.reading.verdicts import Finding, difference_finding, difference_findings
 from keelnorm.lab.reading.wording import listed, where_text
 from keelnorm.lab.training.arms import BN
-from keelnorm.lab.training.networks import StackedMLP
+from keelnorm.lab.training.stacks import StackedMLP
 from keelnorm.lab.training.train import train
 from keelnorm.measure.statistics import mean
 

@@ -24,7 +24,7 @@ from keelnorm.lab.reading.series import band
 from keelnorm.lab.reading.verdicts import Finding, difference_findings
 from keelnorm.lab.reading.wording import ACTIVATION_NAMES, inverse, where_text
 from keelnorm.lab.training.arms import BN, NONE, arm_named
-from keelnorm.lab.training.networks import Initialization, StackedMLP
+from keelnorm.lab.training.stacks import Initialization, StackedMLP
 from keelnorm.lab.training.train import batches, losses, rounded
 from keelnorm.lab.training.trials import trial_cell
 from keelnorm.measure.statistics import Interval, geometric_mean, mean

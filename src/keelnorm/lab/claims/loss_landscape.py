@@ -22,7 +22,7 @@ from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.verdicts import ratio_finding
 from keelnorm.lab.reading.wording import ACTIVATION_NAMES, listed, times, where_text
 from keelnorm.lab.training.arms import BN, NONE, arm_named
-from keelnorm.lab.training.networks import Stack, StackedMLP
+from keelnorm.lab.training.stacks import Stack, StackedMLP
 from keelnorm.lab.training.train import Descent, batches, correct, losses, percent, rounded, statistics_paused
 from keelnorm.measure.statistics import Interval, geometric_mean, mean, ratio
 

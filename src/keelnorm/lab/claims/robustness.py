@@ -20,7 +20,7 @@ from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.verdicts import Finding, difference_finding
 from keelnorm.lab.reading.wording import signed, where_text
 from keelnorm.lab.training.arms import BN, GN, NONE, arm_named
-from keelnorm.lab.training.networks import StackedCNN
+from keelnorm.lab.training.stacks import StackedCNN
 from keelnorm.lab.training.train import Descent, correct, percent, train
 from keelnorm.measure.statistics import mean
 

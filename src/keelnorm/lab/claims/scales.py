@@ -27,7 +27,7 @@ from keelnorm.lab.reading.series import boxes
 from keelnorm.lab.reading.verdicts import difference_findings
 from keelnorm.lab.reading.wording import listed
 from keelnorm.lab.training.arms import BN, NONE
-from keelnorm.lab.training.networks import StackedMLP
+from keelnorm.lab.training.stacks import StackedMLP
 from keelnorm.lab.training.train import train
 from keelnorm.measure.statistics import mean
 

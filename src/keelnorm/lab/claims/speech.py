@@ -128,7 +128,7 @@ def read(plan: Plan, results: Results) -> Reading:
     parts = [(where, by_arm) for each in found for where, by_arm in each.parts().items()]
     stand_in = all(kind_of(data) == "digits" for data in _sets(plan))
     return Reading(
-        f"In accuracy, {words}." + (" No recordings were given: the stand-in is no speech." if stand_in else ""),
+        f"In accuracy, {words}." + (" No recordings were given: the stand-in is made of images." if stand_in else ""),
         [finding for each in found for finding in each.findings()],
         [
             Figure(

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import keelnorm as kn
 from keelnorm.lab.data import Split
-from keelnorm.lab.training.networks import Stack
+from keelnorm.lab.training.stacks import Stack
 
 Probe = Callable[[int, Stack], None]
 """Called with the number of steps taken and the stack."""

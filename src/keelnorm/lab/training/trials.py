@@ -11,7 +11,7 @@ from keelnorm.lab.core.cell import Cell, Result
 from keelnorm.lab.core.seeds import Axis, generator
 from keelnorm.lab.data import Split, images
 from keelnorm.lab.training.arms import arm_named
-from keelnorm.lab.training.networks import Initialization, Place, Stack, StackedCNN, StackedMLP
+from keelnorm.lab.training.stacks import Initialization, Place, Stack, StackedCNN, StackedMLP
 from keelnorm.lab.training.train import Descent, correct, percent, train
 
 
@@ -27,7 +27,7 @@ class Trial:
         evaluate_at: numbers of steps after which to evaluate; the last ends the training.
         network: "mlp" or "cnn".
         widths: of the hidden layers; channels of the convolutions, of which every second halves the image.
-        activation: see `keelnorm.lab.training.networks`, as for initialization, place and dropout.
+        activation: see `keelnorm.lab.training.stacks`, as for initialization, place and dropout.
         scales: factors of the initial weights. Rates and scales are tried in all combinations (replicas run over
             scales, and within a scale over rates), or one with the other where `paired`.
         momenta: a momentum for each replica; none where empty.
