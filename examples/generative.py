@@ -2,7 +2,7 @@
 
 The VAE has batch norm in encoder and decoder. The GAN has it in the generator; its discriminator has none, batch norm
 that sees real and fake images in batches of their own (which fails), batch norm that sees both in one batch, or
-virtual batch norm, which does not look at the batch at all. What is printed is measured on test images: the VAE's
+virtual batch norm, which does not depend on the batch. What is printed is measured on test images: the VAE's
 negative evidence lower bound in nats, and the Fréchet distance of the GAN's images from real ones on a classifier's
 features; lower is better. Mean over seeds, with 95 % intervals. Samples are written as a picture that any viewer opens
 (PGM).

@@ -113,7 +113,7 @@ def sequences(task: str, data: str, seed: int) -> Sequences:
             return windows(train, torch.randint(len(train) - WINDOW, (BATCH,), generator=random))
 
         spread = [torch.linspace(0, len(part) - WINDOW - 1, 300).long() for part in held_out]
-        return Sequences(draw, windows(held_out[0], spread[0]), windows(held_out[1], spread[1]), False)
+        return Sequences(draw, windows(held_out[0], spread[0]), windows(held_out[1], spread[1]), last_step_only=False)
     split = images(data, seed)
 
     def read(x: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def sequences(task: str, data: str, seed: int) -> Sequences:
         batch,
         (read(split.validation_x[:few]), split.validation_y[:few]),
         (read(split.test_x[:few]), split.test_y[:few]),
-        True,
+        last_step_only=True,
     )
 
 

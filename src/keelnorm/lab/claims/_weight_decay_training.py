@@ -114,7 +114,7 @@ def _lengths(stack: Stack) -> list[float]:
 def change_when_doubled(stack: Stack, x: Tensor) -> float:
     """The largest change of an output over the largest output when all hidden weights and biases are doubled.
 
-    With batch norm the batch's own moments normalize, since the running ones belong to the weights as they were.
+    With batch norm the batch's own moments normalize, since running statistics belong to the weights as they were.
     """
     once, twice = copy.deepcopy(stack).train(), copy.deepcopy(stack).train()
     for weight, bias in zip(list(twice.weights)[:-1], list(twice.biases)[:-1], strict=False):

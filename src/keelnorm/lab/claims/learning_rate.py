@@ -55,7 +55,7 @@ def _rates(plan: Plan) -> tuple[float, ...]:
     return RATES[4:13] if plan.quick else RATES
 
 
-def _steps(plan: Plan, centered: bool) -> int:
+def _steps(plan: Plan, *, centered: bool) -> int:
     return (60 if centered else 120) if plan.quick else 200
 
 
@@ -67,7 +67,7 @@ def _cells(plan: Plan, data: str, activation: str, centered: bool) -> Sequence[C
             arm=arm.name,
             seed=seed,
             rates=_rates(plan),
-            evaluate_at=(_steps(plan, centered),),
+            evaluate_at=(_steps(plan, centered=centered),),
             widths=WIDTHS,
             activation=activation,
             centered=centered,
@@ -163,8 +163,8 @@ def _setup(plan: Plan) -> dict[str, str]:
         "Network": f"fully connected, {' - '.join(map(str, WIDTHS))} hidden units, Xavier's initialization",
         "Pixels": "raw: from 0 to 1, as they come; centered: the mean image subtracted, divided by one overall "
         "deviation",
-        "Training": f"{_steps(plan, True)} steps on centered and {_steps(plan, False)} on raw pixels, of gradient "
-        "descent without momentum, batches of 60, constant rate",
+        "Training": f"{_steps(plan, centered=True)} steps on centered and {_steps(plan, centered=False)} on raw "
+        "pixels, of gradient descent without momentum, batches of 60, constant rate",
         "Rates": f"{len(rates)} from {rates[0]:g} to {rates[-1]:g}, evenly spaced in the logarithm",
         "A rate learns": f"where the test accuracy at the end is at least {TARGET:.0f} %",
         "Seeds": seeds_text(_seeds(plan)),

@@ -31,7 +31,7 @@ class Recordings:
         y: (n,), the word's number.
         speakers: (n,), the speaker's number.
         names: the speakers' names.
-        stand_in: whether this is no speech.
+        stand_in: whether these are images in place of speech.
         data: the data set's identity, an axis of the draws.
     """
 
@@ -69,7 +69,7 @@ def spoken(data: str) -> Recordings:
 
     The stand-in reads each of scikit-learn's digits as eight frames of eight bands: its rows, from the top. Its
     "speakers" are six groups of images, equally large, by the thickness of their strokes: an image's mean ink minus
-    that of its class. It is no speech; what it shares with speech is a sequence of frames, and a group that training
+    that of its class. What it shares with speech is a sequence of frames, and a group that training
     has not seen.
 
     Raises:

@@ -70,7 +70,7 @@ def correct(stack: Stack, x: Tensor, y: Tensor, chunk: int = CHUNK) -> Tensor:
 
 @dataclass
 class Descent:
-    """Gradient descent on a stack, each replica with numbers of its own: SGD as in `torch.optim.SGD`.
+    """Gradient descent on a stack, each replica with its own rates: SGD as in `torch.optim.SGD`.
 
     Args:
         rates: (R,), the learning rates.
