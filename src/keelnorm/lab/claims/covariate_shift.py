@@ -163,12 +163,12 @@ class Cosines:
     @classmethod
     def of(cls, where: str, runs: Runs) -> Cosines:
         """From the results of both arms."""
-        said = cls()
+        found = cls()
         for name, prepared in PREPARED.items():
             by_arm = {arm.name: runs.of(arm.name, *prepared) for arm in (NONE, BN)}
             for index in range(len(RATES[prepared[0]])):
-                said._add(where, name, index, by_arm)
-        return said
+                found._add(where, name, index, by_arm)
+        return found
 
     def _add(self, where: str, name: str, index: int, by_arm: dict[str, list[Result]]) -> None:
         """One network at one rate."""

@@ -84,8 +84,8 @@ def _gan_cells(plan: Plan, data: str) -> list[Cell]:
 
 
 @dataclass
-class Said:
-    """What is said of one kind of model on one data set."""
+class Parts:
+    """Words, findings and rows of one kind of model on one data set."""
 
     words: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
@@ -97,7 +97,7 @@ def read(plan: Plan, results: Results) -> Reading:
     findings, figures, rows, words = [], [], [], []
     for data in _sets(plan):
         where = where_text(data)
-        vaes = _of_vaes(plan, where, Runs(_vae_cells(plan, data), results, arms=("arm", "rate"), where=("layers",)))
+        vaes = _vae_parts(plan, where, Runs(_vae_cells(plan, data), results, arms=("arm", "rate"), where=("layers",)))
         gans = Runs(_gan_cells(plan, data), results)
         distance = {name: [run["distance"] for run in gans.of(name)] for name in _gans(plan)}
         real = geometric_mean([run["real"] for run in gans.of("none")])
@@ -120,8 +120,8 @@ def read(plan: Plan, results: Results) -> Reading:
     )
 
 
-def _of_vaes(plan: Plan, where: str, runs: Runs) -> Said:
-    said = Said()
+def _vae_parts(plan: Plan, where: str, runs: Runs) -> Parts:
+    parts = Parts()
     for layers in VAE_LAYERS:
         test = {}
         for arm, label in NAMES.items():
@@ -129,7 +129,7 @@ def _of_vaes(plan: Plan, where: str, runs: Runs) -> Said:
             rate = best_rate(tried, lambda run: run["validation"], lower_is_better=True)
             test[arm] = [run["test"] for run in tried[rate]]
             result = f"{mean(test[arm]).text(2)} nats (rate {rate:g})"
-            said.rows.append([f"{where}, VAE, {layers} layers on either side", label, result])
+            parts.rows.append([f"{where}, VAE, {layers} layers on either side", label, result])
         gain = difference_finding(
             "negative ELBO of a VAE, none − batch norm",
             f"{where}, {layers} layers",
@@ -138,10 +138,10 @@ def _of_vaes(plan: Plan, where: str, runs: Runs) -> Said:
             unit="nats",
             digits=2,
         )
-        said.findings.append(gain)
+        parts.findings.append(gain)
         in_nats = signed(gain.effect, 2).replace("points", "nats")
-        said.words.append(f"a VAE of {layers} layers on either side gains {in_nats}")
-    return said
+        parts.words.append(f"a VAE of {layers} layers on either side gains {in_nats}")
+    return parts
 
 
 def _gan_findings(where: str, distance: dict[str, list[float]]) -> list[Finding]:
