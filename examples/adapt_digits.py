@@ -80,7 +80,7 @@ def accuracy(model: nn.Module, x: Tensor, labels: Tensor) -> float:
 
 def one_seed(seed: int, epochs: int) -> Iterator[tuple[str, dict[str, float]]]:
     """For each corruption the accuracies: clean, corrupted, and adapted in each way."""
-    split = data.digits(seed, centred=False)
+    split = data.digits(seed, centered=False)
     model = trained(split, seed, epochs)
     clean = accuracy(model, split.test_x, split.test_y)
     for name, corrupt in CORRUPTIONS.items():

@@ -2,7 +2,7 @@
 
 The VAE has batch norm in encoder and decoder. The GAN has it in the generator; its discriminator has none, batch norm
 that sees real and fake images in batches of their own (which fails), batch norm that sees both in one batch, or
-virtual batch norm, which does not look at the batch at all. What is printed is measured on test images: the VAE's
+virtual batch norm, which does not depend on the batch. What is printed is measured on test images: the VAE's
 negative evidence lower bound in nats, and the Fréchet distance of the GAN's images from real ones on a classifier's
 features; lower is better. Mean over seeds, with 95 % intervals. Samples are written as a picture that any viewer opens
 (PGM).
@@ -69,10 +69,10 @@ class VAE(nn.Module):
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
         """The negative evidence lower bound of each image, with one draw of the latent."""
-        centre, log_variance = self.encode(x).chunk(2, dim=1)
-        logits = self.decode(centre + (log_variance / 2).exp() * noise)
+        center, log_variance = self.encode(x).chunk(2, dim=1)
+        logits = self.decode(center + (log_variance / 2).exp() * noise)
         reconstruction = F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(dim=1)
-        return reconstruction + (log_variance.exp() + centre.square() - 1 - log_variance).sum(dim=1) / 2
+        return reconstruction + (log_variance.exp() + center.square() - 1 - log_variance).sum(dim=1) / 2
 
 
 def make_generator() -> nn.Sequential:
@@ -181,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--seeds must be 1 or more")
     torch.set_num_threads(1)
     size = QUICK if given.quick else FULL
-    splits = [digits(seed, centred=False) for seed in range(given.seeds)]
+    splits = [digits(seed, centered=False) for seed in range(given.seeds)]
 
     print(f"VAE, negative evidence lower bound in nats; seeds: {given.seeds}")
     bounds: dict[str, list[float]] = {}

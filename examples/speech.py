@@ -8,8 +8,8 @@ the differences, speaker by speaker, each with its 95 % interval.
     python examples/speech.py recordings/        WAV files named {word}_{speaker}_{number}.wav, or
                                                  {speaker}_nohash_{number}.wav in a folder for each word, such as the
                                                  Free Spoken Digit Dataset
-    python examples/speech.py                    without recordings: digits read as spectra, a stand-in that is no
-    speech python examples/speech.py --quick            less than 20 seconds; too short to say anything about training
+    python examples/speech.py                    without recordings: digits read as spectra, in place of speech
+    python examples/speech.py --quick            less than 20 seconds; too short to say anything about training
 """
 
 from __future__ import annotations
@@ -58,10 +58,9 @@ def train(split: Split, steps: int, seed: int, *, normalized: bool) -> nn.Module
 
 
 def scaled(split: Split) -> Split:
-    """Minus the training part's mean, over its deviation: one number each, so that what speakers differ in stays."""
-    centre, width = split.train_x.mean(), split.train_x.std()
-    x = [(part - centre) / width for part in (split.train_x, split.validation_x, split.test_x)]
-    return Split(x[0], split.train_y, x[1], split.validation_y, x[2], split.test_y)
+    """Minus the training part's mean, over its standard deviation: one number each, so that speakers still differ."""
+    center, width = split.train_x.mean(), split.train_x.std()
+    return split.with_inputs(lambda x: (x - center) / width)
 
 
 @torch.no_grad()
@@ -93,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(str(error))
     speakers = range(2 if given.quick else len(heard.names))
     steps = 40 if given.quick else given.steps
-    kind = "digits, a stand-in that is no speech" if heard.stand_in else "recordings"
+    kind = "digits in place of speech" if heard.stand_in else "recordings"
     print(f"{len(heard.y)} {kind}, {len(heard.names)} speakers; accuracy in % on each speaker held out")
     arms: dict[str, list[float]] = {"no normalization": [], "batch norm": [], "batch norm, adapted": []}
     for speaker in speakers:

@@ -11,9 +11,9 @@ from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan
 from keelnorm.lab.core.runner import Outcome
 from keelnorm.lab.reading.document import document
-from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
 from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.verdicts import Finding
+from keelnorm.measure.page_parts import Axis, Figure, Series, Table
 from keelnorm.measure.statistics import difference, mean
 
 
@@ -58,7 +58,7 @@ def read(plan: Plan, results: Results) -> Reading:
             ),
         ],
         [Table("Numbers", ["arm", "accuracy"], [[arm, mean(values).text()] for arm, values in by_arm.items()])],
-        setup=[("Data", "made up")],
+        setup={"Data": "made up"},
         notes=["A note."],
     )
 

@@ -37,7 +37,7 @@ def test_generative(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_speech_on_the_stand_in(capsys: pytest.CaptureFixture[str]) -> None:
     run("speech", "--quick")
     said = capsys.readouterr().out
-    assert "a stand-in that is no speech" in said
+    assert "digits in place of speech" in said
     assert len(numbers(said, r"^  difference, .*: (-?\d+\.\d) \[")) == 2
 
 

@@ -22,8 +22,8 @@ SEEDS = 2
 EVERYTHING = Plan(quick=False, data=("mnist@00000000", "images@00000000", "speech@00000000.6"))
 
 
-def test_there_are_all_of_them():
-    assert [claim.number for claim in claims().values()] == list(range(1, 24))
+def test_numbers_follow_each_other():
+    assert [claim.number for claim in claims().values()] == list(range(1, len(claims()) + 1))
 
 
 @pytest.mark.parametrize("claim", claims().values(), ids=lambda claim: claim.name)
@@ -81,7 +81,7 @@ def whole(tmp_path_factory):
 def test_every_claim_has_a_verdict_with_intervals(whole):
     made, _ = whole
     assert made["run"]["failed"] == made["run"]["missing"] == 0
-    assert [section["number"] for section in made["sections"]] == list(range(1, 24))
+    assert [section["name"] for section in made["sections"]] == list(claims())
     for section in made["sections"]:
         assert section["verdict"] in ("holds", "depends", "does not hold", "not resolved"), section["answer"]
         decisive = [finding for finding in section["findings"] if finding["decisive"]]
@@ -138,8 +138,11 @@ def test_with_arms_exchanged_the_claim_does_not_hold(whole, name):
     by_axes = {cell.key: cell for cell in claim.cells(plan)}
 
     def other(cell):
-        arm = SWAPPED.get(cell.axes["arm"], cell.axes["arm"])
-        return next(each.key for each in by_axes.values() if each.axes == {**cell.axes, "arm": arm})
+        wanted = {**cell.axes, "arm": SWAPPED.get(cell.axes["arm"], cell.axes["arm"])}
+        # Batch norm may be trained for fewer steps.
+        return next(
+            each.key for each in by_axes.values() if {**each.axes, "evaluate_at": wanted["evaluate_at"]} == wanted
+        )
 
     swapped = Results({key: kept[other(cell)] for key, cell in by_axes.items()})
     before, after = claim.read(plan, Results(kept)), claim.read(plan, swapped)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.training.arms import ARMS, GROUPS, arm_named
-from keelnorm.lab.training.networks import ACTIVATIONS, StackedCNN, StackedMLP, draw_weight
+from keelnorm.lab.training.stacks import ACTIVATIONS, StackedCNN, StackedMLP, draw_weight
 from keelnorm.lab.training.train import Descent, losses
 
 RATES = torch.tensor([0.02, 0.1, 0.3])

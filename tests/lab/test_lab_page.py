@@ -11,12 +11,12 @@ from keelnorm.lab.core.claim import Reading, Source
 from keelnorm.lab.core.plan import Plan
 from keelnorm.lab.core.runner import Outcome
 from keelnorm.lab.reading.document import document as make_document
-from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
 from keelnorm.lab.reading.verdicts import Finding
 from keelnorm.measure.page.html import page, write_page
 from keelnorm.measure.page.looks import LOOKS
 from keelnorm.measure.page.plots import plotly_figure
 from keelnorm.measure.page.terminal import show, show_claims, show_section
+from keelnorm.measure.page_parts import Axis, Figure, Series, Table
 from keelnorm.measure.statistics import Interval
 
 NASTY = "<script>alert('x')</script>&\"\u2028</style>"
@@ -47,7 +47,7 @@ def nasty_reading(plan, results):
             Figure(NASTY, named, Axis(NASTY), listed, NASTY, kind="heatmap", value=Axis(NASTY)),
         ],
         [Table(NASTY, [NASTY], [[NASTY]])],
-        setup=[(NASTY, NASTY)],
+        setup={NASTY: NASTY},
         notes=[NASTY],
     )
 

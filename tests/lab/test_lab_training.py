@@ -3,19 +3,18 @@ import torch
 from torch import nn
 
 import keelnorm as kn
-from keelnorm.lab.claims.convergence import curves
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.data import digits
 from keelnorm.lab.training.arms import arm_named
-from keelnorm.lab.training.input_shift import Wander, received_by, unit_moments
-from keelnorm.lab.training.networks import StackedMLP
-from keelnorm.lab.training.train import batch_moments, batches, plain, train
+from keelnorm.lab.training.input_shift import MeanDrift, received_by, unit_moments
+from keelnorm.lab.training.stacks import StackedMLP
+from keelnorm.lab.training.train import batch_moments, batches, rounded, train
+from keelnorm.lab.training.trials import trial
 
 AXES = {
     "data": "digits",
     "activation": "relu",
-    "scale": 1.0,
-    "centred": True,
+    "centered": True,
     "seed": 0,
     "rates": (0.1, 0.5),
     "evaluate_at": (0, 5, 10),
@@ -28,14 +27,14 @@ def test_a_split_divides_all_images_and_is_the_seeds_own():
     assert sizes == [1297, 200, 300]
     assert torch.equal(first.test_x, again.test_x)
     assert not torch.equal(first.test_y, other.test_y)
-    raw = digits(0, centred=False)
+    raw = digits(0, centered=False)
     images = torch.cat([raw.train_x, raw.validation_x, raw.test_x]).flatten(1)
     assert images.min() == 0
     assert images.max() == 1
     assert len(images.mul(16).unique(dim=0)) == 1797  # none of them twice
 
 
-def test_centred_pixels_have_mean_zero_and_deviation_one_on_the_training_part_alone():
+def test_centered_pixels_have_mean_zero_and_deviation_one_on_the_training_part_alone():
     split = digits(0)
     assert split.train_x.mean(dim=0).abs().max() < 1e-5
     assert split.train_x.square().mean().item() == pytest.approx(1.0, abs=1e-4)
@@ -77,28 +76,28 @@ def test_looking_leaves_no_trace_after_an_error_either():
 
 
 def test_the_two_batch_norms_train_alike():
-    theirs, ours = (curves(arm=arm, **AXES) for arm in ("torch", "bn"))
+    theirs, ours = (trial(arm=arm, **AXES) for arm in ("torch", "bn"))
     first, second = (torch.tensor(each["loss"][1:]) for each in (theirs, ours))
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
 
 
 def test_a_cell_run_again_alone_gives_the_same_numbers():
-    assert curves(arm="bn", **AXES) == curves(arm="bn", **AXES)
+    assert trial(arm="bn", **AXES) == trial(arm="bn", **AXES)
 
 
 def test_evaluating_more_often_changes_nothing_but_what_is_seen():
-    often = curves(arm="torch", **AXES)
-    seldom = curves(arm="torch", **AXES | {"evaluate_at": (10,)})
+    often = trial(arm="torch", **AXES)
+    seldom = trial(arm="torch", **AXES | {"evaluate_at": (10,)})
     assert seldom["test"][-1] == often["test"][-1]
     assert seldom["validation"][-1] == often["validation"][-1]
 
 
 def test_training_learns_and_a_lost_run_is_none_in_the_store():
-    result = curves(arm="none", **AXES | {"rates": (0.1, 1e6), "evaluate_at": (0, 60)})
+    result = trial(arm="none", **AXES | {"rates": (0.1, 1e6), "evaluate_at": (0, 60)})
     assert result["test"][0][0] < 40 < 80 < result["test"][-1][0]
     assert result["loss"][-1][1] is None
     assert result["loss"][0] == []
-    assert plain(torch.tensor([1.23456, float("inf"), float("nan")]), 2) == [1.23, None, None]
+    assert rounded(torch.tensor([1.23456, float("inf"), float("nan")]), 2) == [1.23, None, None]
 
 
 def test_the_probe_sees_every_evaluation():
@@ -116,25 +115,23 @@ def test_the_probe_sees_every_evaluation():
     assert seen == [(0, True), (2, True), (3, True)]
 
 
-def test_wander_by_hand():
-    wander = Wander()
+def test_drift_by_hand():
+    drift = MeanDrift()
     x = torch.randn(1, 3, 500, dtype=torch.float64)
     mean, deviation = unit_moments(x)
     torch.testing.assert_close(mean, x[0].mean(dim=1))
     torch.testing.assert_close(deviation, x[0].std(dim=1, correction=0))
     for moved in (0.0, 1.0, 2.0):
-        wander.add((x - mean.view(1, 3, 1)) / deviation.view(1, 3, 1) + moved)
-    torch.testing.assert_close(wander.shift(), torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64))
-    torch.testing.assert_close(wander.spread(), torch.ones(3, dtype=torch.float64))
+        drift.add((x - mean.view(1, 3, 1)) / deviation.view(1, 3, 1) + moved)
+    torch.testing.assert_close(drift.shift(), torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64))
 
 
 def test_a_unit_that_never_varies_is_left_out():
-    wander = Wander()
+    drift = MeanDrift()
     x = torch.stack([torch.randn(500), torch.full((500,), 2.0)]).unsqueeze(0)
-    wander.add(x)
-    wander.add(x)
-    assert wander.shift().tolist() == [0.0, 0.0]
-    assert torch.isfinite(wander.spread()).all()
+    drift.add(x)
+    drift.add(x)
+    assert drift.shift().tolist() == [0.0, 0.0]
 
 
 def test_what_a_module_receives_is_collected_and_the_hook_is_gone_after():

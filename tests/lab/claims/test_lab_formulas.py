@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 import keelnorm as kn
-from keelnorm.lab.claims import _shifts, inference, loss_landscape, placement, scales, small_batches, weight_decay
-from keelnorm.lab.claims._shifts import ShiftingNoise, cosine_after_earlier_layers
+from keelnorm.lab.claims import _covariate_shift_training, inference, loss_landscape, placement, scales
+from keelnorm.lab.claims import _small_batches_training as small_batches
+from keelnorm.lab.claims import _weight_decay_training as weight_decay
+from keelnorm.lab.claims._covariate_shift_training import ShiftingNoise, cosine_after_earlier_layers
 from keelnorm.lab.claims.gradients import THEORY, gradient_norms
 from keelnorm.lab.claims.hyperparameters import LEAST_MOMENTUM_LEFT, RATES, SCALES, settings
 from keelnorm.lab.core.seeds import generator
@@ -18,7 +20,7 @@ from keelnorm.lab.data import table
 from keelnorm.lab.training.arms import BN, NONE
 from keelnorm.lab.training.cost_measurement import SIZES, build, networks, saved_bytes
 from keelnorm.lab.training.frechet import frechet_distance
-from keelnorm.lab.training.networks import StackedMLP
+from keelnorm.lab.training.stacks import StackedMLP
 from keelnorm.lab.training.train import losses
 
 
@@ -79,7 +81,7 @@ class TestSmallBatches:
         for ours, theirs in zip(stack.buffers(), other.buffers(), strict=True):
             torch.testing.assert_close(ours, theirs, check_dtype=False)
 
-    def test_the_moving_average_arm_has_the_centred_weights_of_the_library(self):
+    def test_the_moving_average_arm_has_the_centered_weights_of_the_library(self):
         stack = small_batches.RemedyStack(6, (8,), 3, small_batches.ARMS["moving"], generator(draw="test"))
         layer = nn.Linear(6, 8, bias=False)
         with torch.no_grad():
@@ -169,7 +171,7 @@ class TestShifts:
 
     def test_every_layer_and_seed_has_noise_of_its_own(self):
         def noises(seed):
-            stack = _shifts._network("digits", "sigmoid", "noisy", seed, (1.0,), 6, 3)
+            stack = _covariate_shift_training._network("digits", "sigmoid", "noisy", seed, (1.0,), 6, 3)
             return [module for module in stack.modules() if isinstance(module, ShiftingNoise)]
 
         x = torch.randn(20, 100)
@@ -203,11 +205,11 @@ class TestWeightDecay:
 
     def test_the_matched_arm_has_the_effective_rate_of_the_one_with_decay(self):
         decay, matched = (
-            weight_decay.decayed(data="digits", arm=arm, seed=0, steps=60)["effective"]
+            weight_decay.train_at_one_setting(data="digits", arm=arm, seed=0, steps=60)["effective"]
             for arm in ("bn decay", "bn rate")
         )
         assert matched == pytest.approx(decay, rel=1e-3)
-        plain = weight_decay.decayed(data="digits", arm="bn", seed=0, steps=60)["effective"]
+        plain = weight_decay.train_at_one_setting(data="digits", arm="bn", seed=0, steps=60)["effective"]
         assert plain[-1] < decay[-1]
 
 

@@ -7,12 +7,12 @@ import torch
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from keelnorm.lab.claims import _shifts, affine_only, gradients, loss_landscape
+from keelnorm.lab.claims import _covariate_shift_training, affine_only, gradients, loss_landscape
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.core.threads import one_thread
 from keelnorm.lab.data import images
 from keelnorm.lab.training.arms import BN, NONE
-from keelnorm.lab.training.networks import StackedMLP
+from keelnorm.lab.training.stacks import StackedMLP
 from keelnorm.lab.training.train import losses
 
 
@@ -49,16 +49,16 @@ def test_the_cosine_is_that_of_the_definition(arm):
     stack, (x, y), rate = small(arm), batch(), 0.7
     own = {name: value.detach().clone() for name, value in stack.named_parameters()}
     _, before = at(stack, own, x, y)
-    ahead = [name for name in own if int(name.split(".")[1]) < _shifts.PROBED]
+    ahead = [name for name in own if int(name.split(".")[1]) < _covariate_shift_training.PROBED]
     assert any(name.startswith("weights") for name in ahead)
     assert any(name.startswith("blocks") for name in ahead) == (arm is BN)
     _, after = at(stack, {n: v - rate * before[n] if n in ahead else v for n, v in own.items()}, x, y)
-    probed = f"weights.{_shifts.PROBED}"
+    probed = f"weights.{_covariate_shift_training.PROBED}"
     expected = F.cosine_similarity(before[probed].flatten(), after[probed].flatten(), dim=0).item()
     assert expected < 0.999
 
     losses(stack, x, y).sum().backward()
-    found = _shifts.cosine_after_earlier_layers(stack, x, y, torch.tensor([rate]))
+    found = _covariate_shift_training.cosine_after_earlier_layers(stack, x, y, torch.tensor([rate]))
     assert found.tolist() == pytest.approx([expected], abs=2e-5)
 
 
@@ -126,7 +126,7 @@ def test_only_what_an_arm_names_is_trained(monkeypatch):
     monkeypatch.setattr(affine_only, "train", watched)
     counts = {}
     for arm in affine_only.ARMS:
-        found = affine_only.partly_trained(data="digits", arm=arm, depth=2, seed=0, rates=(0.1, 0.3), steps=3)
+        found = affine_only.train_partly(data="digits", arm=arm, depth=2, seed=0, rates=(0.1, 0.3), steps=3)
         counts[arm] = found["trained"]
         assert found["total"] == 64 * 128 + 128 * 128 + 128 * 10 + 10 + 4 * 128
     assert moved["affine"] == {f"blocks.{layer}.0.{name}" for layer in (0, 1) for name in ("weight", "bias")}
@@ -138,16 +138,16 @@ def test_only_what_an_arm_names_is_trained(monkeypatch):
 # Draws
 
 RUNS = {
-    "drift": (_shifts.drift, "arm", ("none", "bn", "noisy"), {"steps": 4, "rates": (0.3, 1.0)}),
+    "drift": (_covariate_shift_training.drift, "arm", ("none", "bn", "noisy"), {"steps": 4, "rates": (0.3, 1.0)}),
     "gradient": (
-        _shifts.gradient_change,
+        _covariate_shift_training.gradient_change,
         "arm",
         ("none", "bn"),
-        {"activation": "relu", "centred": True, "steps": 4, "rates": (0.1, 0.3)},
+        {"activation": "relu", "centered": True, "steps": 4, "rates": (0.1, 0.3)},
     ),
     "norms": (gradients.gradient_norms, "arm", ("none", "bn"), {"activation": "tanh"}),
     "affine": (
-        affine_only.partly_trained,
+        affine_only.train_partly,
         "arm",
         tuple(affine_only.ARMS),
         {"depth": 2, "rates": (0.1, 0.3), "steps": 3},

@@ -37,7 +37,7 @@ def covariate_results(drift=1.0, cosine=(0.2, 0.2, 0.2), noisy=600, without=()):
             moved = {"shift": [[0.0] * rates, [shift / 2] * rates, [shift] * rates], "percentiles": percentiles}
             by_key[cell.key] = history(at_step, rates=rates, best=1) | moved
         else:
-            gain = cosine[prepared.index((axes["activation"], axes["centred"]))] if arm == "bn" else 0.0
+            gain = cosine[prepared.index((axes["activation"], axes["centered"]))] if arm == "bn" else 0.0
             value = 0.5 + gain + (jitter if arm == "bn" else 0.0)
             rows = [[value] * rates] * 2
             by_key[cell.key] = {"steps": [0, 3], "cosine": rows, "accuracy": [96.0] * rates}
@@ -72,10 +72,10 @@ def test_a_seed_without_one_of_the_arms_is_left_out_of_covariate_shift():
         covariate_shift.read(PLAN, covariate_results(without={("drift", "bn", seed) for seed in range(3)}))
 
 
-def gradient_results(factors):
+def gradient_results(factors, plan=PLAN):
     """Factors a layer with batch norm by activation; 0.9 without."""
     by_key = {}
-    for cell in gradients.cells(PLAN):
+    for cell in gradients.cells(plan):
         axes = cell.axes
         if "rates" in axes:
             by_key[cell.key] = history(
@@ -105,6 +105,14 @@ def test_the_verdict_on_gradients_follows_the_factors(sigmoid, tanh, relu, expec
     assert decisive == pytest.approx({name: max(each, 1 / each) for name, each in expected.items()}, rel=2e-3)
     cured = relu > gradients.MARGIN and min(sigmoid, tanh) > 1 / gradients.MARGIN
     assert ("explode" in reading.answer) == cured
+
+
+def test_one_seed_resolves_nothing_about_gradients_and_every_data_set_is_in_both_tables():
+    plan = Plan(quick=True, seeds=1, data=("mnist@00000000",))
+    reading = gradients.read(plan, gradient_results({"sigmoid": 0.99, "tanh": 1.01, "relu": 1.2}, plan))
+    assert verdict(reading.findings) == "not resolved"
+    for table in reading.tables:
+        assert {row[0].partition(",")[0] for row in table.rows} == {"digits", "mnist"}
 
 
 def affine_results(level):

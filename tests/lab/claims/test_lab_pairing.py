@@ -2,7 +2,7 @@
 
 import pytest
 
-from keelnorm.lab.claims import batch_size, small_batches
+from keelnorm.lab.claims import batch_size, hyperparameters, small_batches
 from keelnorm.lab.core.cell import Results
 from keelnorm.lab.core.plan import Plan
 
@@ -35,3 +35,16 @@ def test_an_effect_that_is_the_same_for_every_seed_has_no_spread(failed):
     for effect in left:
         assert (effect.low, effect.value, effect.high) == pytest.approx((-5.0, -5.0, -5.0))
         assert effect.n == 4 - len(failed)
+
+
+def test_settings_are_compared_over_the_depths_that_every_arm_of_a_seed_has():
+    plan = Plan(quick=False, seeds=3)
+    results = {}
+    for cell in hyperparameters.cells(plan):
+        axes = cell.axes
+        if (axes["arm"], axes["seed"], len(axes["widths"])) != ("ln", 0, 8):
+            works = {"none": 4, "ln": 8, "bn": 12}[axes["arm"]] + axes["seed"]
+            results[cell.key] = {"test": [[95.0] * works + [10.0] * (len(axes["rates"]) - works)]}
+    reading = hyperparameters.read(plan, Results(results))
+    assert [finding.effect.n for finding in reading.findings] == [2] * 4
+    assert reading.findings[0].effect.value == pytest.approx(100 * 8 / 24)

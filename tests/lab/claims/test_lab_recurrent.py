@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from keelnorm.lab.claims import _sequences, recurrent
-from keelnorm.lab.claims._sequences import Reader, sequences
+from keelnorm.lab.claims import _recurrent_training, recurrent
+from keelnorm.lab.claims._recurrent_training import Reader, sequences
 from keelnorm.lab.core.cell import Results
 from keelnorm.lab.core.plan import Plan
 from keelnorm.lab.core.threads import one_thread
@@ -70,7 +70,7 @@ class Infinite(torch.autograd.Function):
 
 def test_a_gradient_that_is_not_finite_ends_the_training_and_is_told():
     network = Bursting()
-    found = _sequences._fit(network, sequences("rows", "digits", 0), 0.01, 10)
+    found = _recurrent_training._fit(network, sequences("rows", "digits", 0), 0.01, 10)
     assert found["broken"] == 3
     assert network.forwards == 3
     assert network.weight.isfinite().all()

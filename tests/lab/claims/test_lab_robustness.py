@@ -14,8 +14,8 @@ from keelnorm.lab.core.threads import one_thread
 from keelnorm.lab.data import CORRUPTIONS, corrupted, digits, table
 from keelnorm.lab.reading.verdicts import verdict
 from keelnorm.lab.training.arms import BN, NONE
-from keelnorm.lab.training.networks import StackedCNN, StackedMLP
-from keelnorm.lab.training.train import Descent, right, train
+from keelnorm.lab.training.stacks import StackedCNN, StackedMLP
+from keelnorm.lab.training.train import Descent, correct, train
 
 PLAN = Plan(quick=True, seeds=3)
 
@@ -30,7 +30,7 @@ SMALL = {"data": "digits", "seed": 0, "rates": (0.1, 0.3), "steps": 6, "train_on
 
 
 def test_one_replica_is_taken_out_of_a_stack_as_it_is():
-    split = digits(0, centred=False)
+    split = digits(0, centered=False)
 
     def network(replicas):
         draw = generator(draw="initialization", seed=0)
@@ -48,7 +48,7 @@ def test_one_replica_is_taken_out_of_a_stack_as_it_is():
 
 
 def test_each_way_of_adapting_is_the_one_it_is_called():
-    split = digits(0, centred=False)
+    split = digits(0, centered=False)
     draw = generator(draw="initialization", seed=0)
     network = StackedCNN(1, 8, *robustness.SMALL, 10, BN, draw, pool=True)
     how = Descent(torch.tensor([0.1]), momentum=0.9)
@@ -64,14 +64,14 @@ def test_each_way_of_adapting_is_the_one_it_is_called():
     assert not any("forward" in vars(layer) for layer in network.modules())
 
     def accuracy(part, labels):
-        return float(100 * right(network, part, labels, 30).float().mean())
+        return float(100 * correct(network, part, labels, 30).float().mean())
 
     network.train()  # torch's own meaning of the batch's moments
     with torch.no_grad():
         mixed = accuracy(x, y)
         order = y.argsort(stable=True)
         by_label = accuracy(x[order], y[order])
-        whole = float(100 * right(network, x, y, 300).float().mean())
+        whole = float(100 * correct(network, x, y, 300).float().mean())
     assert found["mixed"] == pytest.approx(mixed, abs=0.4)
     assert found["sorted"] == pytest.approx(by_label, abs=0.4)
     assert found["adapted"] == pytest.approx(whole, abs=0.4)  # the running variance is unbiased, the batch's is not
@@ -80,8 +80,8 @@ def test_each_way_of_adapting_is_the_one_it_is_called():
 
 
 def test_a_cell_repeats_and_only_batch_norm_is_adapted():
-    found = {arm: robustness.under_corruption(arm=arm, **SMALL) for arm in ("none", "bn")}
-    assert robustness.under_corruption(arm="bn", **SMALL) == found["bn"]
+    found = {arm: robustness.train_and_corrupt(arm=arm, **SMALL) for arm in ("none", "bn")}
+    assert robustness.train_and_corrupt(arm="bn", **SMALL) == found["bn"]
     assert set(found["none"]["corrupted"]) == {"none"}
     assert set(found["bn"]["corrupted"]) == {"bn", "adapted", "mixed", "sorted"}
     for result in found.values():
@@ -176,8 +176,8 @@ def test_standardizing_uses_the_training_part_alone():
 
 def test_a_table_s_cell_repeats():
     axes = {"data": "wine", "seed": 0, "rates": (0.01, 0.1), "steps": 60}
-    first = {arm: scales.on_table(arm=arm, **axes) for arm in scales.ARMS}
-    assert first == {arm: scales.on_table(arm=arm, **axes) for arm in scales.ARMS}
+    first = {arm: scales.train_on_table(arm=arm, **axes) for arm in scales.ARMS}
+    assert first == {arm: scales.train_on_table(arm=arm, **axes) for arm in scales.ARMS}
     assert max(first["input"]["test"][-1]) > max(first["raw"]["test"][-1]) + 10
 
 

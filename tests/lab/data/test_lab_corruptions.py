@@ -21,8 +21,8 @@ def draw(seed=0):
 def test_more_of_it_is_farther_away(name, shape):
     # Blobs: like pictures they are smooth, and dark at the edge.
     rows, columns = (torch.linspace(-1, 1, side) for side in shape[2:])
-    centre = torch.rand(2, *shape[:2], 1, 1, generator=draw()) - 0.5
-    x = torch.exp(-8 * ((rows[:, None] - centre[0]) ** 2 + (1 + centre[1]) * (columns - centre[1]) ** 2))
+    center = torch.rand(2, *shape[:2], 1, 1, generator=draw()) - 0.5
+    x = torch.exp(-8 * ((rows[:, None] - center[0]) ** 2 + (1 + center[1]) * (columns - center[1]) ** 2))
     results = [corrupted(x, name, severity, draw()) for severity in (0, *SEVERITIES)]
     assert results[0] is x
     for result in results:
@@ -35,7 +35,7 @@ def test_more_of_it_is_farther_away(name, shape):
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_the_generator_alone_decides(name):
-    x = digits(0, centred=False).test_x[:30]
+    x = digits(0, centered=False).test_x[:30]
     assert torch.equal(corrupted(x, name, 3, draw()), corrupted(x, name, 3, draw()))
     same = torch.equal(corrupted(x, name, 3, draw()), corrupted(x, name, 3, draw(1)))
     assert same == (name in ("blur", "contrast", "brightness"))  # the others draw
@@ -64,13 +64,13 @@ def test_blur_has_the_deviation_it_says():
 
 
 def bar(height=41, width=41):
-    """A horizontal bar from the centre to the right."""
+    """A horizontal bar from the center to the right."""
     x = torch.zeros(1, 1, height, width)
     x[0, 0, height // 2 - 1 : height // 2 + 2, width // 2 : width // 2 + 14] = 1
     return x
 
 
-def centre_of(x):
+def center_of(x):
     rows, columns = (torch.arange(side) - (side - 1) / 2 for side in x.shape[-2:])
     total = x.sum()
     return float((x.sum(dim=(0, 1, 3)) * rows).sum() / total), float((x.sum(dim=(0, 1, 2)) * columns).sum() / total)
@@ -79,21 +79,21 @@ def centre_of(x):
 @pytest.mark.parametrize("height", [41, 61])
 def test_rotation_turns_by_its_angle_also_where_images_are_not_square(height):
     x = bar(height)
-    down, right = centre_of(corrupted(x, "rotation", 4, draw()))
+    down, right = center_of(corrupted(x, "rotation", 4, draw()))
     assert math.degrees(math.atan2(abs(down), right)) == pytest.approx(40, abs=1)
-    assert math.hypot(down, right) == pytest.approx(centre_of(x)[1], rel=0.03)
+    assert math.hypot(down, right) == pytest.approx(center_of(x)[1], rel=0.03)
 
 
 def test_shift_moves_by_its_share_of_the_side():
     x = bar()
-    before, after = centre_of(x), centre_of(corrupted(x, "shift", 5, draw()))
+    before, after = center_of(x), center_of(corrupted(x, "shift", 5, draw()))
     assert math.dist(before, after) == pytest.approx(0.2 * 41, rel=0.03)
 
 
 def test_scale_grows_or_shrinks_by_its_factor():
     x = bar()
     changed = corrupted(x.expand(30, -1, -1, -1), "scale", 2, draw())
-    factors = {round(centre_of(each[None])[1] / centre_of(x)[1], 2) for each in changed}
+    factors = {round(center_of(each[None])[1] / center_of(x)[1], 2) for each in changed}
     assert sorted(factors) == pytest.approx([1 / 1.24, 1.24], abs=0.02)
 
 

@@ -35,7 +35,7 @@ def test_a_division_of_the_readers_images(tmp_path):
     write_mnist(tmp_path)
     [identity] = discover(tmp_path)
     with reading_from(tmp_path):
-        split, again, other = (images(identity, seed, centred=False) for seed in (0, 0, 1))
+        split, again, other = (images(identity, seed, centered=False) for seed in (0, 0, 1))
         assert images(identity, 0, train=7).train_x.shape[0] == 7
     parts = [len(part) for part in (split.train_x, split.validation_x, split.test_x)]
     assert parts == [20, 10, 10]  # a quarter each where there are few
@@ -56,12 +56,12 @@ def test_images_that_were_read_once_are_not_read_again(tmp_path):
     assert torch.equal(images(identity, 0).train_x, first.train_x)
 
 
-def test_the_digits_are_centred_by_their_training_part():
+def test_the_digits_are_centered_by_their_training_part():
     split = digits(0)
     assert [len(part) for part in (split.train_y, split.validation_y, split.test_y)] == [1297, 200, 300]
     assert split.train_x.mean(dim=0).abs().max() < 1e-5
     assert float(split.train_x.square().mean()) == pytest.approx(1, rel=1e-4)
-    raw = digits(0, centred=False)
+    raw = digits(0, centered=False)
     assert raw.train_x.shape[1:] == (1, 8, 8)
     assert float(raw.train_x.max()) == 1.0
 
@@ -254,7 +254,7 @@ def test_real_mnist():
     folder = readers_folder("mnist")
     [identity] = [each for each in discover(folder) if each.startswith("mnist@")]
     with reading_from(folder):
-        split = images(identity, 0, centred=False)
+        split = images(identity, 0, centered=False)
     assert split.train_x.shape == (6000, 1, 28, 28)
     assert len(split.validation_y) == len(split.test_y) == 1000
     assert split.classes == 10

@@ -139,7 +139,7 @@ def test_of_a_large_collection_a_part_is_taken(monkeypatch):
         for speaker, times in said.items()
         for number in range(times)
     ]
-    taken = wav.chosen(files)
+    taken = wav.recordings_used(files)
     assert {name for name, _ in taken.values()} == {"a", "b"}
     assert [path.name for path in taken][:6] == [
         f"a_{who}_{number}.wav" for who in ("bob", "eve") for number in range(3)

@@ -11,16 +11,16 @@ from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, seeds_text
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.data import images
-from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
+from keelnorm.lab.reading.learning_rates import CHOSEN_BY_VALIDATION, accuracies, edge_notes, highest_accuracy
 from keelnorm.lab.reading.results_by_arm import Runs
-from keelnorm.lab.reading.verdicts import Finding
-from keelnorm.lab.reading.wording import listed
+from keelnorm.lab.reading.series import with_intervals
+from keelnorm.lab.reading.verdicts import Finding, difference_finding, difference_findings
+from keelnorm.lab.reading.wording import listed, where_text
 from keelnorm.lab.training.arms import BN
-from keelnorm.lab.training.learning_rates import Best
-from keelnorm.lab.training.networks import StackedMLP
+from keelnorm.lab.training.stacks import StackedMLP
 from keelnorm.lab.training.train import train
-from keelnorm.lab.training.trials import tuned, where_text
-from keelnorm.measure.statistics import difference, mean
+from keelnorm.measure.page_parts import Axis, Figure, Table
+from keelnorm.measure.statistics import mean
 
 ARMS = {
     "affine": ("γ and β alone", "bn"),
@@ -38,7 +38,7 @@ RATES = {
 CHANCE = 10.0
 
 
-def partly_trained(*, data: str, arm: str, depth: int, seed: int, rates: tuple[float, ...], steps: int) -> Result:
+def train_partly(*, data: str, arm: str, depth: int, seed: int, rates: tuple[float, ...], steps: int) -> Result:
     """Train the parameters that the arm names, and leave the others at their random start."""
     split = images(data, seed)
     stack = StackedMLP(
@@ -62,12 +62,13 @@ def partly_trained(*, data: str, arm: str, depth: int, seed: int, rates: tuple[f
 
 
 def cells(plan: Plan) -> Sequence[Cell]:
+    """Every arm at every depth."""
     return [cell for data, depth in _conditions(plan) for cell in _cells(plan, data, depth)]
 
 
 def _conditions(plan: Plan) -> list[tuple[str, int]]:
     depths = (2, 8) if plan.quick else DEPTHS
-    return [(data, depth) for data in plan.sets("digits", "mnist") for depth in depths]
+    return [(data, depth) for data in plan.data_sets("digits", "mnist") for depth in depths]
 
 
 def _rates(plan: Plan, arm: str) -> tuple[float, ...]:
@@ -75,10 +76,10 @@ def _rates(plan: Plan, arm: str) -> tuple[float, ...]:
 
 
 def _cells(plan: Plan, data: str, depth: int) -> Sequence[Cell]:
-    steps = 100 if plan.quick else 400
+    steps = _steps(plan)
     return [
         Cell(
-            partly_trained,
+            train_partly,
             {"data": data, "arm": arm, "depth": depth, "seed": seed, "rates": _rates(plan, arm), "steps": steps},
             cost=steps * depth * len(_rates(plan, arm)) * 3e-4,
         )
@@ -87,79 +88,37 @@ def _cells(plan: Plan, data: str, depth: int) -> Sequence[Cell]:
     ]
 
 
+def _steps(plan: Plan) -> int:
+    return 100 if plan.quick else 400
+
+
 def _seeds(plan: Plan) -> range:
     return plan.seed_range(quick=3, full=5)
 
 
 def read(plan: Plan, results: Results) -> Reading:
-    findings, rows, words, notes = [], [], [], []
-    chosen: dict[tuple[str, int], dict[str, Best]] = {}
-    counts: dict[tuple[str, int], list[Result]] = {}
+    """Accuracy with γ and β alone by depth, against chance, the output layer alone and everything."""
+    findings: list[Finding] = []
+    rows, words, notes = [], [], []
+    by_depth: dict[str, dict[int, dict[str, list[float]]]] = {}
     for data, depth in _conditions(plan):
-        runs = Runs(_cells(plan, data, depth), results)
-        best = {arm: tuned({arm: runs.of(arm)}, _rates(plan, arm))[arm] for arm in ARMS}
-        chosen[data, depth] = best
-        counts[data, depth] = runs.of("affine")
         where = where_text(data, f"{depth} layers")
-        above = difference(best["affine"].test, [CHANCE] * len(best["affine"].test))
-        findings += [
-            Finding("test accuracy, γ and β alone − chance", where, above, 0.0),
-            Finding(
-                "test accuracy, γ and β alone − the output layer alone",
-                where,
-                difference(best["affine"].test, best["output"].test),
-                0.0,
-                decisive=False,
-            ),
-            Finding(
-                "test accuracy, γ and β alone − everything",
-                where,
-                difference(best["affine"].test, best["all"].test),
-                0.0,
-                decisive=False,
-            ),
-        ]
+        runs = Runs(_cells(plan, data, depth), results)
+        best = {arm: highest_accuracy(runs.of(arm), _rates(plan, arm)) for arm in ARMS}
+        test = by_depth.setdefault(data, {})[depth] = accuracies(best)
+        findings += _findings(where, test)
         words.append(
-            f"{mean(best['affine'].test).value:.1f} % ({where}; the output layer alone "
-            f"{mean(best['output'].test).value:.1f} %)"
+            f"{mean(test['affine']).value:.1f} % ({where}; the output layer alone {mean(test['output']).value:.1f} %)"
         )
         for arm, (label, _) in ARMS.items():
-            found = runs.of(arm)[0]
-            rows.append(
-                [
-                    where,
-                    label,
-                    f"{found['trained']:,} of {found['total']:,}",
-                    f"{best[arm].rate:g}",
-                    mean(best[arm].test).text(1),
-                ]
-            )
-            if best[arm].at_edge and not plan.quick:
-                notes.append(f"{where}: the best rate for {label}, {best[arm].rate:g}, lies at the edge of the grid.")
-    figures = []
-    for data in dict.fromkeys(data for data, _ in chosen):
-        depths = [depth for each, depth in chosen if each == data]
-        series = []
-        for arm, (label, style) in ARMS.items():
-            # Each depth by its own seeds: where a cell has failed they are not the same.
-            means = [mean(chosen[data, depth][arm].test) for depth in depths]
-            ends = [each.low for each in means], [each.high for each in means]
-            series.append(Series(label, style, depths, [each.value for each in means], *ends))
-        figures.append(
-            Figure(
-                f"Test accuracy by depth: {where_text(data)}",
-                Axis("hidden layers"),
-                Axis("test accuracy, %", limits=(0.0, 100.0)),
-                series,
-                f"Test accuracy over depth when only a part of the parameters is trained. With γ and β alone: "
-                f"{listed(words)}.",
-                reference=(CHANCE, "chance"),
-            )
-        )
+            counts = "{trained:,} of {total:,}".format(**runs.of(arm)[0])
+            rows.append([where, label, counts, f"{best[arm].rate:g}", mean(test[arm]).text(1)])
+        if not plan.quick:
+            notes += edge_notes(where, {f"for {ARMS[arm][0]}": each for arm, each in best.items()})
     return Reading(
         f"With all weights left at random, γ and β alone reach {listed(words)}.",
         findings,
-        figures,
+        [_figure(where_text(data), by_arm, words) for data, by_arm in by_depth.items()],
         [
             Table(
                 "Test accuracy in percent at the rate chosen on validation data",
@@ -167,21 +126,42 @@ def read(plan: Plan, results: Results) -> Reading:
                 rows,
             )
         ],
-        setup=[
-            (
-                "Network",
-                f"fully connected, hidden layers of {WIDTH} with ReLU behind batch norm, He's initialization, "
-                f"centred pixels",
-            ),
-            (
-                "Training",
-                f"{100 if plan.quick else 400} steps of gradient descent, batches of {BATCH}; what is not trained "
-                f"stays as it was drawn",
-            ),
-            ("Learning rate", "for each arm the one with the highest validation accuracy"),
-            ("Seeds", seeds_text(_seeds(plan))),
-        ],
+        setup={
+            "Network": f"fully connected, hidden layers of {WIDTH} with ReLU behind batch norm, He's initialization, "
+            "centered pixels",
+            "Training": f"{_steps(plan)} steps of gradient descent, batches of {BATCH}; what is not trained stays as "
+            "it was drawn",
+            "Learning rate": CHOSEN_BY_VALIDATION,
+            "Seeds": seeds_text(_seeds(plan)),
+        },
         notes=[*notes, "With γ and β alone the output layer is random too."],
+    )
+
+
+def _findings(where: str, test: dict[str, list[float]]) -> list[Finding]:
+    chance = [CHANCE] * len(test["affine"])
+    asides = {
+        "test accuracy, γ and β alone − the output layer alone": ("affine", "output"),
+        "test accuracy, γ and β alone − everything": ("affine", "all"),
+    }
+    return [
+        difference_finding("test accuracy, γ and β alone − chance", where, test["affine"], chance),
+        *difference_findings(where, test, asides, decisive=False),
+    ]
+
+
+def _figure(where: str, by_depth: dict[int, dict[str, list[float]]], words: Sequence[str]) -> Figure:
+    # Each depth by its own seeds: where a cell has failed they are not the same.
+    return Figure(
+        f"Test accuracy by depth: {where}",
+        Axis("hidden layers"),
+        Axis("test accuracy, %", limits=(0.0, 100.0)),
+        [
+            with_intervals(label, style, list(by_depth), [mean(test[arm]) for test in by_depth.values()])
+            for arm, (label, style) in ARMS.items()
+        ],
+        f"Test accuracy over depth when only a part of the parameters is trained. With γ and β alone: {listed(words)}.",
+        reference=(CHANCE, "chance"),
     )
 
 
@@ -190,10 +170,9 @@ CLAIM = Claim(
     title="γ and β alone",
     statement="The affine parameters of batch normalization alone can learn.",
     question="How far does a network get when only γ and β are trained?",
-    literature="Frankle, Schwab and Morcos train only γ and β of randomly initialized residual networks and reach 82 "
-    "% on CIFAR-10 with a very deep "
-    "one, far more than by training as many other parameters. The γ often goes to zero: random features are switched "
-    "off.",
+    literature="Frankle, Schwab and Morcos train only γ and β of randomly initialized residual networks and reach 82 % "
+    "on CIFAR-10 with a very deep one, far more than by training as many other parameters. The γ often goes to zero: "
+    "random features are switched off.",
     sources=[Source("Frankle, Schwab, Morcos 2020", "https://arxiv.org/abs/2003.00152")],
     criterion="Holds if, at every depth, the test accuracy with γ and β alone lies above chance. How it compares "
     "with training the output layer alone, which has 1,290 parameters where γ and β have 256 a layer, and with "

@@ -1,83 +1,48 @@
 """Does a network with batch normalization learn in fewer steps?
 
 How much it gains depends on what it is compared with, so there is a ladder of baselines: raw pixels and weights as they
-come, centred pixels, larger weights, both; with sigmoid, where the 2015 paper began, and with ReLU.
+come, centered pixels, larger weights, both; with sigmoid, where the 2015 paper began, and with ReLU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import LONGER, Plan, seeds_text, steps_for
-from keelnorm.lab.core.seeds import generator
-from keelnorm.lab.data import images
-from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
-from keelnorm.lab.reading.results_by_arm import Runs, band, column
+from keelnorm.lab.reading.learning_rates import Tuned, edge_notes, fewest_steps
+from keelnorm.lab.reading.results_by_arm import Runs, column
+from keelnorm.lab.reading.series import band, bars
 from keelnorm.lab.reading.verdicts import speedup_finding
-from keelnorm.lab.reading.wording import listed, steps
-from keelnorm.lab.training.arms import BN, NONE, arm_named
-from keelnorm.lab.training.learning_rates import Tuned, tune
-from keelnorm.lab.training.networks import StackedMLP
-from keelnorm.lab.training.train import train
+from keelnorm.lab.reading.wording import listed, steps, where_text
+from keelnorm.lab.training.arms import BN, NONE
+from keelnorm.lab.training.trials import trial_cell
+from keelnorm.measure.page_parts import Axis, Figure, Table
 from keelnorm.measure.statistics import Speedup, geometric_mean, speedup
 
 ARMS = (NONE, BN)
 TARGET = 90.0
+QUANTITY = "speed-up: steps to 90 % without batch norm ÷ steps with it"
+COLUMNS = ("where", "arm", "rate", "steps", "seeds that arrive")
 BATCH = 60
 WIDTHS = (100, 100, 100)
-# name: (activation, Xavier's weights times this, centred pixels, steps in quick form or 0, steps in full form); the
+# name: (activation, Xavier's weights times this, centered pixels, steps in quick form or 0, steps in full form); the
 # steps are those without batch norm, and with it, which gets there sooner.
 BASELINES: dict[str, tuple[str, float, bool, tuple[int, int], tuple[int, int]]] = {
     "sigmoid, raw pixels": ("sigmoid", 1.0, False, (160, 70), (1200, 100)),
-    "sigmoid, centred pixels": ("sigmoid", 1.0, True, (0, 0), (350, 100)),
+    "sigmoid, centered pixels": ("sigmoid", 1.0, True, (0, 0), (350, 100)),
     "sigmoid, weights × 4": ("sigmoid", 4.0, False, (0, 0), (250, 70)),
     "sigmoid, both": ("sigmoid", 4.0, True, (100, 50), (150, 70)),
     "ReLU, raw pixels": ("relu", 1.0, False, (0, 0), (170, 60)),
-    "ReLU, centred pixels": ("relu", 1.0, True, (50, 30), (80, 50)),
+    "ReLU, centered pixels": ("relu", 1.0, True, (50, 30), (80, 50)),
 }
 RATES = {"sigmoid": (0.3, 1.0, 3.0, 10.0), "relu": (0.1, 0.3, 1.0, 3.0)}
 QUICK_RATES = {"sigmoid": (1.0, 3.0), "relu": (0.1, 0.3)}
 
 
-def curves(
-    *,
-    data: str,
-    activation: str,
-    scale: float,
-    centred: bool,
-    arm: str,
-    seed: int,
-    rates: tuple[float, ...],
-    evaluate_at: tuple[int, ...],
-    shorter: int = 0,
-) -> Result:
-    """Train every learning rate side by side, and return the curves (`keelnorm.lab.training.train.History`).
-
-    Batch norm, which gets there sooner, is trained no longer than `shorter` steps, where that is not 0.
-    """
-    if shorter and arm == BN.name:
-        evaluate_at = tuple(step for step in evaluate_at if step <= shorter)
-    split = images(data, seed, centred=centred)
-    stack = StackedMLP(
-        split.train_x[0].numel(),
-        WIDTHS,
-        split.classes,
-        arm_named(arm),
-        generator(draw="initialization", data=data, seed=seed),
-        torch.full((len(rates),), scale),
-        initialization="xavier",
-        activation=activation,
-    )
-    order = generator(draw="order", data=data, seed=seed)
-    return dict(vars(train(stack, split, torch.tensor(rates), batch=BATCH, evaluate_at=evaluate_at, generator=order)))
-
-
-def marks(end: int) -> tuple[int, ...]:
-    """About a fifth apart, from 3 on: steps are compared by their ratio."""
+def evaluations(end: int) -> tuple[int, ...]:
+    """The steps after which to evaluate: about a fifth apart, since steps are compared by their ratio."""
     found = [0, 3]
     while found[-1] < end:
         found.append(min(end, max(found[-1] + 1, round(found[-1] * 1.2))))
@@ -85,12 +50,13 @@ def marks(end: int) -> tuple[int, ...]:
 
 
 def cells(plan: Plan) -> Sequence[Cell]:
+    """Both arms from every baseline."""
     return [cell for data, baseline in _conditions(plan) for cell in _cells(plan, data, baseline)]
 
 
 def _conditions(plan: Plan) -> list[tuple[str, str]]:
     names = [name for name, (*_, quick, _) in BASELINES.items() if any(quick) or not plan.quick]
-    return [(data, name) for data in plan.sets("digits", "mnist", "images") for name in names]
+    return [(data, name) for data in plan.data_sets("digits", "mnist", "images") for name in names]
 
 
 def _rates(plan: Plan, activation: str) -> tuple[float, ...]:
@@ -98,23 +64,22 @@ def _rates(plan: Plan, activation: str) -> tuple[float, ...]:
 
 
 def _cells(plan: Plan, data: str, baseline: str) -> Sequence[Cell]:
-    activation, scale, centred, quick, full = BASELINES[baseline]
-    end, shorter = (steps_for(data, length) for length in (quick if plan.quick else full))
+    activation, scale, centered, quick, full = BASELINES[baseline]
+    without, with_bn = (steps_for(data, length) for length in (quick if plan.quick else full))
+    marks = evaluations(without)
     return [
-        Cell(
-            curves,
-            {
-                "data": data,
-                "activation": activation,
-                "scale": scale,
-                "centred": centred,
-                "arm": arm.name,
-                "seed": seed,
-                "rates": _rates(plan, activation),
-                "evaluate_at": marks(end),
-                "shorter": shorter,
-            },
-            cost=end * 1.2e-3 if arm is NONE else shorter * 1.8e-3,
+        trial_cell(
+            1.2e-3 if arm is NONE else 1.8e-3,
+            data=data,
+            arm=arm.name,
+            seed=seed,
+            rates=_rates(plan, activation),
+            evaluate_at=marks if arm is NONE else tuple(step for step in marks if step <= with_bn),
+            widths=WIDTHS,
+            activation=activation,
+            scales=(scale,),
+            centered=centered,
+            batch=BATCH,
         )
         for seed in _seeds(plan)
         for arm in ARMS
@@ -126,43 +91,37 @@ def _seeds(plan: Plan) -> range:
 
 
 def read(plan: Plan, results: Results) -> Reading:
+    """The speed-up by baseline, each arm at its best rate."""
     findings, figures, rows, words, notes = [], [], [], [], []
     ladder: dict[str, Speedup] = {}
     for data, baseline in _conditions(plan):
         runs = Runs(_cells(plan, data, baseline), results)
         by_arm = {arm.name: runs.of(arm.name) for arm in ARMS}
         tried = _rates(plan, BASELINES[baseline][0])
-        tuned = {name: tune(histories, tried, TARGET) for name, histories in by_arm.items()}
+        tuned = {name: fewest_steps(histories, tried, TARGET) for name, histories in by_arm.items()}
         horizons = {name: float(histories[0]["steps"][-1]) for name, histories in by_arm.items()}
         gain = speedup(tuned[BN.name].steps, tuned[NONE.name].steps, horizons[NONE.name], horizons[BN.name])
-        where = f"{data.partition('@')[0]}, {baseline}"
-        findings.append(speedup_finding("steps to 90 %, none over batch norm", where, gain))
+        where = where_text(data, baseline)
+        findings.append(speedup_finding(QUANTITY, where, gain))
         ladder[where] = gain
         words.append(f"{steps(gain)} ({where})")
         figures.append(_figure(where, by_arm, tuned, gain))
         rows += [_row(where, arm.label, tuned[arm.name], horizons[arm.name]) for arm in ARMS]
-        notes += [
-            f"{where}: the best rate of {arm.label}, {tuned[arm.name].rate:g}, lies at the edge of the grid."
-            for arm in ARMS
-            if tuned[arm.name].at_edge and not plan.quick
-        ]
+        notes += [] if plan.quick else edge_notes(where, {f"of {arm.label}": tuned[arm.name] for arm in ARMS})
     return Reading(
         f"To {TARGET:.0f} % accuracy, batch norm needs {listed(words)}.",
         findings,
         [_ladder(ladder), *figures],
-        [Table("Steps to 90 % on test data at the rate chosen on validation data", ["where", "arm", *HEAD], rows)],
-        setup=[
-            ("Network", f"fully connected, {' - '.join(map(str, WIDTHS))} hidden units, Xavier's initialization"),
-            ("Training", f"gradient descent without momentum, batches of {BATCH}, constant learning rate"),
-            ("Learning rate", "for each arm the one with the fewest steps to the target on validation data"),
-            (
-                "Steps to target",
-                "on test data, linear between evaluations; a run that does not get there counts at its "
-                "last step, and the ratio is then a bound. Runs with batch norm are shorter; those "
-                f"on larger images {LONGER} times as long",
-            ),
-            ("Seeds", seeds_text(_seeds(plan))),
-        ],
+        [Table("Steps to 90 % on test data at the rate chosen on validation data", COLUMNS, rows)],
+        setup={
+            "Network": f"fully connected, {' - '.join(map(str, WIDTHS))} hidden units, Xavier's initialization",
+            "Training": f"gradient descent without momentum, batches of {BATCH}, constant learning rate",
+            "Learning rate": "for each arm the one with the fewest steps to the target on validation data",
+            "Steps to target": "on test data, linear between evaluations; a run that does not get there counts at its "
+            "last step, and the ratio is then a bound. Runs with batch norm are shorter; those "
+            f"on larger images {LONGER} times as long",
+            "Seeds": seeds_text(_seeds(plan)),
+        },
         notes=[
             *notes,
             "Running statistics start at (0, 1) and lag in the first steps; the faint curve shows the same network "
@@ -171,27 +130,15 @@ def read(plan: Plan, results: Results) -> Reading:
     )
 
 
-HEAD = ("rate", "steps", "seeds that arrive")
-
-
 def _ladder(gains: dict[str, Speedup]) -> Figure:
     """The gain against every baseline."""
     names = list(gains)
-    ratios = [gain.ratio for gain in gains.values()]
-    bars = Series(
-        "steps without over with batch norm",
-        BN.name,
-        list(range(len(names))),
-        [r.value for r in ratios],
-        [r.low for r in ratios],
-        [r.high for r in ratios],
-    )
     said = listed([f"{name}: {gain.text()}" for name, gain in gains.items()])
     return Figure(
         "How many times fewer steps, by baseline",
         Axis("baseline", categories=names),
         Axis("steps to 90 %, without over with batch norm", scale="log"),
-        [bars],
+        [bars("steps without over with batch norm", BN.name, [gain.ratio for gain in gains.values()])],
         f"The ratio of steps to {TARGET:.0f} % accuracy, without over with batch norm, against each baseline. {said}.",
         kind="bars",
         reference=(1.0, "no gain"),

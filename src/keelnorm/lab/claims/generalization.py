@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from keelnorm.lab.core.cell import Cell, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, seeds_text
-from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
+from keelnorm.lab.reading.learning_rates import accuracies, best_by_arm, edge_notes, rate_row, rate_table
 from keelnorm.lab.reading.results_by_arm import Runs
-from keelnorm.lab.reading.verdicts import Finding
-from keelnorm.lab.reading.wording import listed
+from keelnorm.lab.reading.series import accuracy_boxes
+from keelnorm.lab.reading.verdicts import difference_findings
+from keelnorm.lab.reading.wording import listed, where_text
 from keelnorm.lab.training.arms import BN, NONE
-from keelnorm.lab.training.trials import edge_notes, rate_columns, rate_row, trial_cell, tuned, where_text
-from keelnorm.measure.statistics import difference, mean
+from keelnorm.lab.training.trials import trial_cell
+from keelnorm.measure.page_parts import Table
+from keelnorm.measure.statistics import mean
 
 ARMS = (NONE, BN)
 RATES = (0.03, 0.1, 0.3, 1.0)
@@ -22,11 +24,12 @@ QUICK_STEPS = 150
 
 
 def cells(plan: Plan) -> Sequence[Cell]:
+    """Both arms on every data set."""
     return [cell for data in _sets(plan) for cell in _cells(plan, data)]
 
 
 def _sets(plan: Plan) -> list[str]:
-    return plan.sets("digits", "mnist", "images")
+    return plan.data_sets("digits", "mnist", "images")
 
 
 def _cells(plan: Plan, data: str) -> Sequence[Cell]:
@@ -49,57 +52,36 @@ def _seeds(plan: Plan) -> range:
 
 
 def read(plan: Plan, results: Results) -> Reading:
+    """What batch norm gains in test accuracy, and how the gap to training accuracy changes."""
     findings, rows, rate_rows, words, notes = [], [], [], [], []
-    names: list[str] = []
-    boxes: dict[str, list[tuple[int, float]]] = {arm.name: [] for arm in ARMS}
+    test: dict[str, dict[str, list[float]]] = {}
     for data in _sets(plan):
+        where = where_text(data)
         runs = Runs(_cells(plan, data), results)
         by_arm = {arm.name: runs.of(arm.name) for arm in ARMS}
-        chosen = tuned(by_arm, RATES)
-        where = where_text(data)
-        gain = difference(chosen[BN.name].test, chosen[NONE.name].test)
-        findings.append(Finding("test accuracy, batch norm − none", where, gain, 0.0, digits=2))
-        training = {
-            arm.name: [history["train"][chosen[arm.name].index] for history in by_arm[arm.name]] for arm in ARMS
-        }
-        gaps = {
-            arm.name: [a - b for a, b in zip(training[arm.name], chosen[arm.name].test, strict=True)] for arm in ARMS
-        }
-        narrower = difference(gaps[NONE.name], gaps[BN.name])
-        findings.append(
-            Finding("gap between training and test, none − batch norm", where, narrower, 0.0, digits=2, decisive=False)
-        )
-        words.append(f"{gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] points on {where}")
+        best = best_by_arm(by_arm, RATES)
+        own = test[where] = accuracies(best)
+        training = {arm: each.of(by_arm[arm], "train") for arm, each in best.items()}
+        gaps = {arm: [a - b for a, b in zip(training[arm], own[arm], strict=True)] for arm in best}
+        gain = {"test accuracy, batch norm − none": (BN.name, NONE.name)}
+        narrower = {"gap between training and test, none − batch norm": (NONE.name, BN.name)}
+        of_gain = difference_findings(where, own, gain, digits=2)
+        findings += of_gain + difference_findings(where, gaps, narrower, digits=2, decisive=False)
+        effect = of_gain[0].effect
+        words.append(f"{effect.value:+.2f} [{effect.low:+.2f}, {effect.high:+.2f}] points on {where}")
         for arm in ARMS:
-            best = chosen[arm.name]
-            boxes[arm.name] += [(len(names), accuracy) for accuracy in best.test]
-            rows.append(
-                [
-                    where,
-                    arm.label,
-                    mean(training[arm.name]).text(1),
-                    mean(best.test).text(1),
-                    mean(gaps[arm.name]).text(2),
-                ]
-            )
-            rate_rows.append(rate_row(where, arm.label, best))
-        names.append(where)
-        notes += edge_notes(where, chosen, ARMS)
-    lowest = min(accuracy for each in boxes.values() for _, accuracy in each)
+            texts = [mean(part[arm.name]).text(digits) for part, digits in ((training, 1), (own, 1), (gaps, 2))]
+            rows.append([where, arm.label, *texts])
+            rate_rows.append(rate_row(where, arm.label, best[arm.name]))
+        notes += edge_notes(where, {f"of {arm.label}": best[arm.name] for arm in ARMS})
     return Reading(
         f"Test accuracy changes with batch norm by {listed(words)}.",
         findings,
         [
-            Figure(
-                "Test accuracy at the best rate",
-                Axis("data", categories=names),
-                Axis("test accuracy, %", limits=(lowest - 0.5, 100.0)),
-                [
-                    Series(arm.label, arm.name, [x for x, _ in boxes[arm.name]], [y for _, y in boxes[arm.name]])
-                    for arm in ARMS
-                ],
-                f"A box for each arm over the seeds. Batch norm changes the mean by {listed(words)}.",
-                kind="boxes",
+            accuracy_boxes(
+                test,
+                {arm.name: (arm.label, arm.name) for arm in ARMS},
+                f"Batch norm changes the mean by {listed(words)}.",
             )
         ],
         [
@@ -108,26 +90,19 @@ def read(plan: Plan, results: Results) -> Reading:
                 ["where", "arm", "training", "test", "gap"],
                 rows,
             ),
-            Table(
-                "Accuracy in percent on validation data by learning rate (* : the one chosen), and on test data there",
-                rate_columns(RATES),
-                rate_rows,
-            ),
+            rate_table(RATES, rate_rows),
         ],
-        setup=[
-            (
-                "Network",
-                "fully connected, 100 - 100 - 100 hidden units with ReLU, Xavier's initialization, centred pixels",
-            ),
-            ("Training", f"{QUICK_STEPS if plan.quick else STEPS} steps of gradient descent, batches of 60"),
-            ("Learning rate", "for each arm the one with the highest validation accuracy at the end"),
-            ("Seeds", seeds_text(_seeds(plan))),
-        ],
+        setup={
+            "Network": "fully connected, 100 - 100 - 100 hidden units with ReLU, Xavier's initialization, centered "
+            "pixels",
+            "Training": f"{QUICK_STEPS if plan.quick else STEPS} steps of gradient descent, batches of 60",
+            "Learning rate": "for each arm the one with the highest validation accuracy at the end",
+            "Seeds": seeds_text(_seeds(plan)),
+        },
         notes=[
             *notes,
             "Both arms fit the training part (almost) wholly, so what is left is generalization. Test parts of "
-            "different seeds overlap, "
-            "which makes the intervals a little too narrow.",
+            "different seeds overlap, which makes the intervals a little too narrow.",
         ],
     )
 
@@ -138,19 +113,16 @@ CLAIM = Claim(
     statement="Networks with batch normalization generalize better.",
     question="Is the test accuracy higher with batch norm, each arm at its best rate?",
     literature="Ioffe and Szegedy see it as a side effect of the noise in a batch's moments; Luo et al. derive a "
-    "regularizing term from it. "
-    "Bjorck et al. attribute it to the larger rates. Networks without any normalization reach the same accuracy on "
-    "ImageNet with "
-    "other means (Brock et al. 2021).",
+    "regularizing term from it. Bjorck et al. attribute it to the larger rates. Networks without any normalization "
+    "reach the same accuracy on ImageNet with other means (Brock et al. 2021).",
     sources=[
         Source("Ioffe, Szegedy 2015, section 3.4", "https://arxiv.org/abs/1502.03167"),
         Source("Luo, Wang, Shao, Peng 2019", "https://arxiv.org/abs/1809.00846"),
         Source("Bjorck, Gomes, Selman, Weinberger 2018", "https://arxiv.org/abs/1806.02375"),
         Source("Brock, De, Smith, Simonyan 2021", "https://arxiv.org/abs/2102.06171"),
     ],
-    criterion="Holds if, on every data set, the interval of the paired difference in test accuracy lies above 0, "
-    "each arm at the rate that is "
-    "best on validation data; does not hold if it lies below.",
+    criterion="Holds if, on every data set, the interval of the paired difference in test accuracy lies above 0, each "
+    "arm at the rate that is best on validation data; does not hold if it lies below.",
     data=("digits", "mnist", "images"),
     cells=cells,
     read=read,

@@ -14,13 +14,14 @@ from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import LONGER, Plan, seeds_text, steps_for
 from keelnorm.lab.core.seeds import seed_from
-from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
 from keelnorm.lab.reading.results_by_arm import Runs
-from keelnorm.lab.reading.verdicts import Finding
-from keelnorm.lab.reading.wording import listed
+from keelnorm.lab.reading.series import bars
+from keelnorm.lab.reading.verdicts import difference_findings
+from keelnorm.lab.reading.wording import ACTIVATION_NAMES, listed, where_text
 from keelnorm.lab.training.arms import BN, LN, NONE
-from keelnorm.lab.training.trials import ACTIVATION_NAMES, trial_cell, where_text
-from keelnorm.measure.statistics import Interval, difference, mean
+from keelnorm.lab.training.trials import trial_cell
+from keelnorm.measure.page_parts import Axis, Figure, Table
+from keelnorm.measure.statistics import Interval, mean
 
 ARMS = (NONE, LN, BN)
 ACTIVATIONS = ("relu", "tanh")
@@ -52,33 +53,33 @@ def settings(seed: int, count: int) -> dict[str, tuple[float, ...]]:
 
 
 def cells(plan: Plan) -> Sequence[Cell]:
-    return [cell for data, activation, depth in _conditions(plan) for cell in _cells(plan, data, activation, depth)]
+    """Every arm under every condition."""
+    return [cell for condition in _conditions(plan) for cell in _cells(plan, *condition)]
 
 
-def _conditions(plan: Plan) -> list[tuple[str, str, int]]:
-    depths = DEPTHS[1:2] if plan.quick else DEPTHS
-    return [
-        (data, activation, depth)
-        for data in plan.sets("digits", "mnist")
-        for activation in ACTIVATIONS
-        for depth in depths
-    ]
+def _conditions(plan: Plan) -> list[tuple[str, str]]:
+    return [(data, activation) for data in plan.data_sets("digits", "mnist") for activation in ACTIVATIONS]
 
 
-def _cells(plan: Plan, data: str, activation: str, depth: int) -> Sequence[Cell]:
+def _widths(plan: Plan) -> list[tuple[int, ...]]:
+    return [(WIDTH,) * depth for depth in (DEPTHS[1:2] if plan.quick else DEPTHS)]
+
+
+def _cells(plan: Plan, data: str, activation: str) -> Sequence[Cell]:
     count, steps = (16, 50) if plan.quick else (24, 100)
     return [
         trial_cell(
-            count * depth * 5e-5,
+            count * len(widths) * 5e-5,
             data=data,
             arm=arm.name,
             seed=seed,
             **settings(seed, count),
             paired=True,
             evaluate_at=(steps_for(data, steps),),
-            widths=(WIDTH,) * depth,
+            widths=widths,
             activation=activation,
         )
+        for widths in _widths(plan)
         for seed in _seeds(plan)
         for arm in ARMS
     ]
@@ -95,90 +96,64 @@ def share(history: Result) -> float:
 
 
 def read(plan: Plan, results: Results) -> Reading:
-    findings, rows, words, names = [], [], [], []
-    bars: dict[str, list[Interval]] = {arm.name: [] for arm in ARMS}
-    pooled: dict[tuple[str, str], list[list[float]]] = {}
-    for data, activation, depth in _conditions(plan):
-        runs = Runs(_cells(plan, data, activation, depth), results)
-        shares = {arm.name: [100.0 * share(history) for history in runs.of(arm.name)] for arm in ARMS}
-        where = where_text(data, ACTIVATION_NAMES[activation], f"{depth} layers")
-        names.append(where)
-        for arm in ARMS:
-            bars[arm.name].append(mean(shares[arm.name]))
-            pooled.setdefault((where_text(data, ACTIVATION_NAMES[activation]), arm.name), []).append(shares[arm.name])
-        rows.append([where, *(mean(shares[arm.name]).text(0) for arm in ARMS)])
-    for where in dict.fromkeys(where for where, _ in pooled):
-        overall = {arm.name: [sum(v) / len(v) for v in zip(*pooled[where, arm.name], strict=True)] for arm in ARMS}
-        gain = difference(overall[BN.name], overall[NONE.name])
-        findings.append(Finding("share of settings that reach 90 %, batch norm − none", where, gain, 0.0, digits=0))
-        against = difference(overall[BN.name], overall[LN.name])
-        findings.append(
-            Finding(
-                "share of settings that reach 90 %, batch norm − layer norm",
-                where,
-                against,
-                0.0,
-                digits=0,
-                decisive=False,
-            )
-        )
+    """The share of settings that work: under each condition, and over depths the differences of arms."""
+    findings, rows, words = [], [], []
+    by_condition: dict[str, dict[str, Interval]] = {}
+    gain = {"share of settings that reach 90 %, batch norm − none": (BN.name, NONE.name)}
+    against = {"share of settings that reach 90 %, batch norm − layer norm": (BN.name, LN.name)}
+    for data, activation in _conditions(plan):
+        # Depths are averaged: a seed counts where it has a result for every arm at every depth.
+        runs = Runs(_cells(plan, data, activation), results, arms=("arm", "widths"))
+        shares: dict[str, list[list[float]]] = {arm.name: [] for arm in ARMS}
+        for widths in _widths(plan):
+            for arm in ARMS:
+                shares[arm.name].append([100.0 * share(history) for history in runs.of((arm.name, widths))])
+            at_depth = where_text(data, ACTIVATION_NAMES[activation], f"{len(widths)} layers")
+            by_condition[at_depth] = {arm: mean(by_depth[-1]) for arm, by_depth in shares.items()}
+            rows.append([at_depth, *(each.text(0) for each in by_condition[at_depth].values())])
+        where = where_text(data, ACTIVATION_NAMES[activation])
+        overall = {arm: [sum(v) / len(v) for v in zip(*by_depth, strict=True)] for arm, by_depth in shares.items()}
+        findings += difference_findings(where, overall, gain, digits=0)
+        findings += difference_findings(where, overall, against, digits=0, decisive=False)
+        none, layer, batch = (mean(overall[arm.name]).value for arm in ARMS)
         words.append(
-            f"{mean(overall[NONE.name]).value:.0f} % of the settings without and {mean(overall[BN.name]).value:.0f} "
-            f"% with "
-            f"batch norm ({mean(overall[LN.name]).value:.0f} % with layer norm; {where})"
+            f"{none:.0f} % of the settings without and {batch:.0f} % with batch norm ({layer:.0f} % with layer norm; "
+            f"{where})"
         )
     return Reading(
         f"A network reaches {TARGET:.0f} % with {listed(words)}.",
         findings,
-        [_figure(names, bars)],
+        [_figure(by_condition)],
         [Table("Share of the settings that reach 90 %, in percent", ["where", *(arm.label for arm in ARMS)], rows)],
-        setup=[
-            (
-                "Settings",
-                f"drawn log-uniformly by a Sobol sequence, the same for all arms: learning rate {RATES[0]:g} to "
-                f"{RATES[1]:g}, initial weights "
-                f"{SCALES[0]:g} to {SCALES[1]:g} times Xavier's, 1 − momentum {LEAST_MOMENTUM_LEFT:g} to 1",
-            ),
-            ("Network", f"fully connected, hidden layers of {WIDTH}, centred pixels"),
-            (
-                "Training",
-                f"{50 if plan.quick else 100} steps of gradient descent with momentum (larger images: {LONGER} times "
-                "as many), batches of 60",
-            ),
-            ("Counted", "settings with 90 % test accuracy at the end; a seed has its own draw of settings"),
-            ("Seeds", seeds_text(_seeds(plan))),
-        ],
+        setup={
+            "Settings": f"drawn log-uniformly by a Sobol sequence, the same for all arms: learning rate {RATES[0]:g} "
+            f"to {RATES[1]:g}, initial weights {SCALES[0]:g} to {SCALES[1]:g} times Xavier's, 1 − momentum "
+            f"{LEAST_MOMENTUM_LEFT:g} to 1",
+            "Network": f"fully connected, hidden layers of {WIDTH}, centered pixels",
+            "Training": f"{50 if plan.quick else 100} steps of gradient descent with momentum (larger images: {LONGER} "
+            "times as many), batches of 60",
+            "Counted": "settings with 90 % test accuracy at the end; a seed has its own draw of settings",
+            "Seeds": seeds_text(_seeds(plan)),
+        },
         notes=[
-            "A share is one of the ranges that were drawn from: other ranges give other shares. The comparison of "
-            "arms over the same "
-            "settings is what counts."
+            "A share is one of the ranges that were drawn from: other ranges give other shares. The comparison of arms "
+            "over the same settings is what counts."
         ],
     )
 
 
-def _figure(names: Sequence[str], bars: dict[str, list[Interval]]) -> Figure:
-    series = [
-        Series(
-            arm.label,
-            arm.name,
-            list(range(len(names))),
-            [each.value for each in bars[arm.name]],
-            [each.low for each in bars[arm.name]],
-            [each.high for each in bars[arm.name]],
-        )
-        for arm in ARMS
-    ]
+def _figure(by_condition: dict[str, dict[str, Interval]]) -> Figure:
     described = listed(
         [
-            f"{name}: {', '.join(f'{bars[arm.name][index].value:.0f} % with {arm.label}' for arm in ARMS)}"
-            for index, name in enumerate(names)
+            f"{name}: {', '.join(f'{shares[arm.name].value:.0f} % with {arm.label}' for arm in ARMS)}"
+            for name, shares in by_condition.items()
         ]
     )
     return Figure(
         "Settings that work",
-        Axis("condition", categories=list(names)),
+        Axis("condition", categories=list(by_condition)),
         Axis("share of random settings that reach 90 %, %", limits=(0.0, 100.0)),
-        series,
+        [bars(arm.label, arm.name, [shares[arm.name] for shares in by_condition.values()]) for arm in ARMS],
         f"Share of random hyperparameter settings that reach 90 % accuracy. {described}.",
         kind="bars",
     )
@@ -190,17 +165,14 @@ CLAIM = Claim(
     statement="Networks with batch normalization depend less on hyperparameters.",
     question="Do more settings of rate, initial weights and momentum work with batch norm?",
     literature="Follows from what is said about learning rates and initialization; Bjorck et al. find that networks "
-    "with batch norm train "
-    "over a wider range of rates. Layer norm widens the range too. A share of working settings means something only "
-    "for the "
-    "ranges that are drawn from.",
+    "with batch norm train over a wider range of rates. Layer norm widens the range too. A share of working settings "
+    "means something only for the ranges that are drawn from.",
     sources=[
         Source("Bjorck, Gomes, Selman, Weinberger 2018", "https://arxiv.org/abs/1806.02375"),
         Source("Ba, Kiros, Hinton 2016: layer normalization", "https://arxiv.org/abs/1607.06450"),
     ],
     criterion="Holds if, with each activation, the share of settings that reach 90 % is larger with batch norm than "
-    "without; depends if "
-    "with one only.",
+    "without; depends if with one only.",
     data=("digits", "mnist"),
     cells=cells,
     read=read,

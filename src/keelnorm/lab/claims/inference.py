@@ -11,15 +11,15 @@ from torch import Tensor, nn
 import keelnorm as kn
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, kind_of, seeds_text
+from keelnorm.lab.core.plan import Plan, seeds_text
 from keelnorm.lab.core.seeds import generator, seed_from
 from keelnorm.lab.data import images
-from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
 from keelnorm.lab.reading.results_by_arm import Runs
-from keelnorm.lab.reading.verdicts import Finding
-from keelnorm.lab.reading.wording import listed, signed
+from keelnorm.lab.reading.series import bars
+from keelnorm.lab.reading.verdicts import Finding, difference_finding
+from keelnorm.lab.reading.wording import listed, signed, where_text
 from keelnorm.lab.training.train import batches
-from keelnorm.lab.training.trials import where_text
+from keelnorm.measure.page_parts import Axis, Figure, Table
 from keelnorm.measure.statistics import Interval, difference, mean
 
 ARMS = {"torch": ("torch.nn's batch norm", nn.BatchNorm1d), "bn": ("keelnorm's batch norm", kn.BatchNorm1d)}
@@ -49,7 +49,7 @@ def network(layer: type[nn.Module], features: int, classes: int) -> nn.Sequentia
     return nn.Sequential(*modules, nn.Linear(WIDTH, classes))
 
 
-def states(*, data: str, arm: str, seed: int, steps: int) -> Result:
+def accuracy_by_state(*, data: str, arm: str, seed: int, steps: int) -> Result:
     """Train one network, and evaluate it with running statistics in several states.
 
     Returns:
@@ -126,99 +126,42 @@ def alone(model: nn.Module, x: Tensor) -> float:
 
 
 def cells(plan: Plan) -> Sequence[Cell]:
+    """Both layers on every data set."""
     return [cell for data in _sets(plan) for cell in _cells(plan, data)]
 
 
 def _sets(plan: Plan) -> list[str]:
-    return plan.sets("digits", "mnist")
+    return plan.data_sets("digits", "mnist")
 
 
 def _cells(plan: Plan, data: str) -> Sequence[Cell]:
     return [
-        Cell(states, {"data": data, "arm": arm, "seed": seed, "steps": 200}, cost=0.7)
+        Cell(accuracy_by_state, {"data": data, "arm": arm, "seed": seed, "steps": 200}, cost=0.7)
         for seed in plan.seed_range(quick=3, full=10)
         for arm in ARMS
     ]
 
 
+ByState = dict[str, list[float]]
+"""Accuracies by state and seed."""
+
+
 def read(plan: Plan, results: Results) -> Reading:
+    """What accuracy each state of the running statistics costs, in both layers."""
     findings: list[Finding] = []
     rows, words, names = [], [], []
-    bars: dict[str, list[tuple[str, Interval]]] = {arm: [] for arm in ARMS}
+    by_bar: dict[str, list[Interval]] = {arm: [] for arm in ARMS}
     for data in _sets(plan):
         runs = Runs(_cells(plan, data), results)
         where = where_text(data)
         found = {arm: {state: [each[state] for each in runs.of(arm)] for state in (*STATES, "alone")} for arm in ARMS}
-        ours, theirs = found["bn"], found["torch"]
-
-        def gap(first: Sequence[float], second: Sequence[float]) -> Interval:
-            return difference(first, second)
-
-        findings += [
-            Finding(
-                "largest difference of outputs alone and in a batch",
-                where,
-                mean(ours["alone"]),
-                SAME,
-                larger=False,
-                unit="of the largest",
-                digits=7,
-            ),
-            Finding(
-                "accuracy, running statistics − the batch's own on images sorted by label",
-                where,
-                gap(ours["evaluation"], ours["sorted"]),
-                0.0,
-            ),
-            Finding(f"accuracy, momentum 0.1 − momentum {SLOW:g}", where, gap(ours["evaluation"], ours["slow"]), 0.0),
-            Finding(
-                "accuracy that one batch with Inf costs torch.nn's batch norm",
-                where,
-                gap(theirs["evaluation"], theirs["inf"]),
-                0.0,
-            ),
-            Finding(
-                "the remedy: accuracy after a batch with Inf, keelnorm − torch.nn",
-                where,
-                gap(ours["inf"], theirs["inf"]),
-                0.0,
-                decisive=False,
-            ),
-            Finding(
-                "what a batch with Inf costs keelnorm's batch norm",
-                where,
-                gap(ours["evaluation"], ours["inf"]),
-                0.0,
-                decisive=False,
-            ),
-            Finding(
-                "the remedy: kn.recalibrate on torch.nn's after Inf − before",
-                where,
-                gap(theirs["inf, recalibrated"], theirs["inf"]),
-                0.0,
-                decisive=False,
-            ),
-            Finding(
-                f"the remedy: kn.recalibrate of momentum {SLOW:g} − before",
-                where,
-                gap(ours["slow, recalibrated"], ours["slow"]),
-                0.0,
-                decisive=False,
-            ),
-        ]
-        words.append(
-            f"{mean(ours['evaluation']).value:.1f} % with good running statistics, {mean(ours['sorted']).value:.1f} % "
-            f"with the batch's own on images "
-            f"sorted by label, {mean(ours['slow']).value:.1f} % with momentum {SLOW:g}; one batch with Inf leaves "
-            f"torch.nn's at "
-            f"{mean(theirs['inf']).value:.1f} % and keelnorm's at {mean(ours['inf']).value:.1f} %, and "
-            f"kn.recalibrate brings torch.nn's back by "
-            f"{signed(gap(theirs['inf, recalibrated'], theirs['inf']), 1)} ({where})"
-        )
+        findings += _findings(where, found["bn"], found["torch"])
+        words.append(_words(where, found["bn"], found["torch"]))
         for arm, (label, _) in ARMS.items():
-            rows += [[where, label, STATES[state], mean(found[arm][state]).text(1)] for state in STATES]
-            bars[arm] += [(state, mean(found[arm][state])) for state in STATES]
-        names += [f"{kind_of(data)}: {title}" for title in STATES.values()]
+            accuracy_in = {state: mean(found[arm][state]) for state in STATES}
+            rows += [[where, label, STATES[state], each.text(1)] for state, each in accuracy_in.items()]
+            by_bar[arm] += accuracy_in.values()
+        names += [f"{where}: {title}" for title in STATES.values()]
     return Reading(
         f"Accuracy is {listed(words)}.",
         findings,
@@ -227,34 +170,56 @@ def read(plan: Plan, results: Results) -> Reading:
                 "Test accuracy by state of the running statistics",
                 Axis("state", categories=names),
                 Axis("test accuracy, %", limits=(0.0, 100.0)),
-                [
-                    Series(
-                        label,
-                        arm,
-                        list(range(len(names))),
-                        [each.value for _, each in bars[arm]],
-                        [each.low for _, each in bars[arm]],
-                        [each.high for _, each in bars[arm]],
-                    )
-                    for arm, (label, _) in ARMS.items()
-                ],
+                [bars(label, arm, by_bar[arm]) for arm, (label, _) in ARMS.items()],
                 f"Test accuracy of the same trained networks: {listed(words)}.",
                 kind="bars",
             )
         ],
         [Table("Test accuracy in percent", ["where", "layer", "what normalizes", "accuracy"], rows)],
-        setup=[
-            ("Network", f"fully connected, three hidden layers of {WIDTH} with ReLU"),
-            ("Training", f"200 steps of gradient descent at {RATE:g}, batches of {BATCH}"),
-            (f"Momentum {SLOW:g}", "a second set of running statistics of the same training"),
-            ("Inf", "one forward in training mode of a batch in which one image is infinite; no step is made with it"),
-            ("kn.recalibrate", "sets the running statistics to those of the training part, exactly"),
-            ("Seeds", seeds_text(plan.seed_range(quick=3, full=10))),
-        ],
+        setup={
+            "Network": f"fully connected, three hidden layers of {WIDTH} with ReLU",
+            "Training": f"200 steps of gradient descent at {RATE:g}, batches of {BATCH}",
+            f"Momentum {SLOW:g}": "a second set of running statistics of the same training",
+            "Inf": "one forward in training mode of a batch in which one image is infinite; no step is made with it",
+            "kn.recalibrate": "sets the running statistics to those of the training part, exactly",
+            "Seeds": seeds_text(plan.seed_range(quick=3, full=10)),
+        },
         notes=[
             "keelnorm's layers leave the running statistics alone in a batch that is not finite and count it "
             "(skipped_updates)."
         ],
+    )
+
+
+def _findings(where: str, ours: ByState, theirs: ByState) -> list[Finding]:
+    largest = "largest difference of outputs alone and in a batch"
+    decisive = {
+        "accuracy, running statistics − the batch's own on images sorted by label": (
+            ours["evaluation"], ours["sorted"]
+        ),
+        f"accuracy, momentum 0.1 − momentum {SLOW:g}": (ours["evaluation"], ours["slow"]),
+        "accuracy that one batch with Inf costs torch.nn's batch norm": (theirs["evaluation"], theirs["inf"]),
+    }  # fmt: skip
+    asides = {
+        "the remedy: accuracy after a batch with Inf, keelnorm − torch.nn": (ours["inf"], theirs["inf"]),
+        "what a batch with Inf costs keelnorm's batch norm": (ours["evaluation"], ours["inf"]),
+        "the remedy: kn.recalibrate on torch.nn's after Inf − before": (theirs["inf, recalibrated"], theirs["inf"]),
+        f"the remedy: kn.recalibrate of momentum {SLOW:g} − before": (ours["slow, recalibrated"], ours["slow"]),
+    }
+    return [
+        Finding(largest, where, mean(ours["alone"]), SAME, larger=False, unit="of the largest", digits=7),
+        *(difference_finding(quantity, where, *pair) for quantity, pair in decisive.items()),
+        *(difference_finding(quantity, where, *pair, decisive=False) for quantity, pair in asides.items()),
+    ]
+
+
+def _words(where: str, ours: ByState, theirs: ByState) -> str:
+    good, by_label, slow, hit = (mean(ours[state]).value for state in ("evaluation", "sorted", "slow", "inf"))
+    back = difference(theirs["inf, recalibrated"], theirs["inf"])
+    return (
+        f"{good:.1f} % with good running statistics, {by_label:.1f} % with the batch's own on images sorted by label, "
+        f"{slow:.1f} % with momentum {SLOW:g}; one batch with Inf leaves torch.nn's at {mean(theirs['inf']).value:.1f} "
+        f"% and keelnorm's at {hit:.1f} %, and kn.recalibrate brings torch.nn's back by {signed(back, 1)} ({where})"
     )
 
 
@@ -263,19 +228,16 @@ CLAIM = Claim(
     title="Inference with the population's statistics",
     statement="At inference batch normalization must use the population's statistics, and good ones.",
     question="What happens to accuracy when the running statistics are not used, late, or lost?",
-    literature="Ioffe and Szegedy fix the transform at inference so that an output depends on its input alone. "
-    "Moving averages lag behind and, "
-    "with a small momentum, far; Wu and Johnson recommend precise statistics. A single batch with NaN or Inf stays "
-    "in an average for ever.",
+    literature="Ioffe and Szegedy fix the transform at inference so that an output depends on its input alone. Moving "
+    "averages lag behind and, with a small momentum, far; Wu and Johnson recommend precise statistics. A single batch "
+    "with NaN or Inf stays in an average for ever.",
     sources=[
         Source("Ioffe, Szegedy 2015, section 3.1", "https://arxiv.org/abs/1502.03167"),
         Source("Wu, Johnson 2021: Rethinking “batch” in BatchNorm", "https://arxiv.org/abs/2105.07576"),
     ],
-    criterion=f"Holds if outputs alone and in a batch agree to {SAME:g}, and if accuracy is lower with the batch's "
-    f"own moments on images sorted by "
-    f"label, with a momentum of {SLOW:g}, and (in torch.nn's layer) after one batch with Inf. What keelnorm's layer "
-    f"and kn.recalibrate repair is "
-    "shown beside.",
+    criterion=f"Holds if outputs alone and in a batch agree to {SAME:g}, and if accuracy is lower with the batch's own "
+    f"moments on images sorted by label, with a momentum of {SLOW:g}, and (in torch.nn's layer) after one batch with "
+    "Inf. What keelnorm's layer and kn.recalibrate repair is shown beside.",
     data=("digits", "mnist"),
     cells=cells,
     read=read,

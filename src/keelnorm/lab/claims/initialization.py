@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import LONGER, Plan, seeds_text, steps_for
-from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
 from keelnorm.lab.reading.results_by_arm import Runs
-from keelnorm.lab.reading.verdicts import Finding
-from keelnorm.lab.reading.wording import listed
+from keelnorm.lab.reading.verdicts import difference_findings
+from keelnorm.lab.reading.wording import ACTIVATION_NAMES, listed, where_text
 from keelnorm.lab.training.arms import BN, NONE
-from keelnorm.lab.training.trials import ACTIVATION_NAMES, trial_cell, where_text
-from keelnorm.measure.statistics import Interval, difference, mean
+from keelnorm.lab.training.trials import trial_cell
+from keelnorm.measure.page_parts import Axis, Figure, Series, Table
+from keelnorm.measure.statistics import Interval, mean
 
 ARMS = (NONE, BN)
 ACTIVATIONS = ("sigmoid", "tanh", "relu")
@@ -25,11 +25,12 @@ QUICK_RATES = (0.3, 1.0)
 
 
 def cells(plan: Plan) -> Sequence[Cell]:
+    """Both arms with each activation."""
     return [cell for data, activation in _conditions(plan) for cell in _cells(plan, data, activation)]
 
 
 def _conditions(plan: Plan) -> list[tuple[str, str]]:
-    return [(data, activation) for data in plan.sets("digits", "mnist") for activation in ACTIVATIONS]
+    return [(data, activation) for data in plan.data_sets("digits", "mnist") for activation in ACTIVATIONS]
 
 
 def _grid(plan: Plan) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -70,48 +71,37 @@ def share(history: Result) -> float:
 
 
 def read(plan: Plan, results: Results) -> Reading:
+    """The share of scales and rates that work, by activation."""
     findings, figures, rows, words = [], [], [], []
     for data, activation in _conditions(plan):
         runs = Runs(_cells(plan, data, activation), results)
         by_arm = {arm.name: runs.of(arm.name) for arm in ARMS}
         where = where_text(data, ACTIVATION_NAMES[activation])
         shares = {name: [share(history) for history in histories] for name, histories in by_arm.items()}
-        gain = difference(shares[BN.name], shares[NONE.name])
-        findings.append(
-            Finding("share of scales and rates that reach 90 %, batch norm − none", where, gain, 0.0, digits=0)
-        )
+        gain = {"share of scales and rates that reach 90 %, batch norm − none": (BN.name, NONE.name)}
+        findings += difference_findings(where, shares, gain, digits=0)
         averages = {name: mean(values) for name, values in shares.items()}
         words.append(f"{averages[NONE.name].value:.0f} % → {averages[BN.name].value:.0f} % ({where})")
         figures += [_figure(plan, where, arm.label, by_arm[arm.name], averages[arm.name]) for arm in ARMS]
         rows.append([where, *(averages[arm.name].text(0) for arm in ARMS)])
     scales, rates = _grid(plan)
     return Reading(
-        f"Of all combinations of initial scale and learning rate, those that reach {TARGET:.0f} % are, without → "
-        f"with batch norm, "
-        f"{listed(words)}.",
+        f"Of all combinations of initial scale and learning rate, those that reach {TARGET:.0f} % are, without → with "
+        f"batch norm, {listed(words)}.",
         findings,
         figures,
         [Table("Share of the combinations that reach 90 %, in percent", ["where", *(arm.label for arm in ARMS)], rows)],
-        setup=[
-            (
-                "Network",
-                "fully connected, three hidden layers of 64, centred pixels; Xavier's weights times the scale, zero "
-                "biases",
-            ),
-            (
-                "Combinations",
-                f"scales {', '.join(f'{s:g}' for s in scales)}; rates {', '.join(f'{r:g}' for r in rates)}",
-            ),
-            (
-                "Training",
-                f"{_steps(plan)} steps of gradient descent (larger images: {LONGER} times as many), batches of 60",
-            ),
-            ("Seeds", seeds_text(_seeds(plan))),
-        ],
+        setup={
+            "Network": "fully connected, three hidden layers of 64, centered pixels; Xavier's weights times the scale, "
+            "zero biases",
+            "Combinations": f"scales {', '.join(f'{s:g}' for s in scales)}; rates {', '.join(f'{r:g}' for r in rates)}",
+            "Training": f"{_steps(plan)} steps of gradient descent (larger images: {LONGER} times as many), batches of "
+            "60",
+            "Seeds": seeds_text(_seeds(plan)),
+        },
         notes=[
-            "Ahead of a batch norm the scale of the weights does not change what the network computes; it changes "
-            "how fast the "
-            "weights turn. That is why very large scales can still be too large for a given number of steps."
+            "Ahead of a batch norm the scale of the weights does not change what the network computes; it changes how "
+            "fast the weights turn. That is why very large scales can still be too large for a given number of steps."
         ],
     )
 
@@ -129,8 +119,7 @@ def _figure(plan: Plan, where: str, label: str, histories: list[Result], average
         Axis("scale of the initial weights"),
         series,
         f"Mean test accuracy by initial scale (rows) and learning rate (columns), {where}, {label}. "
-        f"{average.value:.0f} % of the "
-        f"combinations reach {TARGET:.0f} %.",
+        f"{average.value:.0f} % of the combinations reach {TARGET:.0f} %.",
         kind="heatmap",
         value=Axis("test accuracy, %", limits=(0.0, 100.0)),
     )
@@ -142,18 +131,15 @@ CLAIM = Claim(
     statement="Networks with batch normalization are less sensitive to the initial weights.",
     question="Over which scales of the initial weights does a network still learn?",
     literature="Ioffe and Szegedy argue that a layer's output after batch norm does not depend on the scale of its "
-    "weights. That makes the "
-    "forward pass indifferent to it; the gradient, and with it how far a step turns the weights, still falls as they "
-    "grow. "
-    "Initialization made for the purpose can train deep residual networks without any normalization (Zhang, Dauphin, "
-    "Ma 2019).",
+    "weights. That makes the forward pass indifferent to it; the gradient, and with it how far a step turns the "
+    "weights, still falls as they grow. Initialization made for the purpose can train deep residual networks without "
+    "any normalization (Zhang, Dauphin, Ma 2019).",
     sources=[
         Source("Ioffe, Szegedy 2015, section 3.3", "https://arxiv.org/abs/1502.03167"),
         Source("Zhang, Dauphin, Ma 2019: Fixup initialization", "https://arxiv.org/abs/1901.09321"),
     ],
     criterion="Holds if, with each activation, more combinations of scale and rate reach 90 % with batch norm than "
-    "without (the interval "
-    "of the difference lies above 0); depends if with some only.",
+    "without (the interval of the difference lies above 0); depends if with some only.",
     data=("digits", "mnist"),
     cells=cells,
     read=read,

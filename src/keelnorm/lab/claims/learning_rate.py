@@ -1,7 +1,7 @@
 """Does batch normalization allow higher learning rates?
 
 The largest rate at which a network still learns, and over how many powers of ten the rates that work reach. Both depend
-on what batch norm is compared with: centred pixels alone raise the limit of a network without it, so raw and centred
+on what batch norm is compared with: centered pixels alone raise the limit of a network without it, so raw and centered
 ones are tried.
 """
 
@@ -13,16 +13,18 @@ from collections.abc import Sequence
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, seeds_text
-from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
-from keelnorm.lab.reading.results_by_arm import Runs, band
-from keelnorm.lab.reading.verdicts import Finding
-from keelnorm.lab.reading.wording import listed, times
+from keelnorm.lab.reading.learning_rates import rate_figure
+from keelnorm.lab.reading.results_by_arm import Runs
+from keelnorm.lab.reading.series import bars
+from keelnorm.lab.reading.verdicts import Finding, difference_finding, ratio_finding
+from keelnorm.lab.reading.wording import ACTIVATION_NAMES, listed, times, where_text
 from keelnorm.lab.training.arms import BN, LN, NONE, Arm
-from keelnorm.lab.training.trials import ACTIVATION_NAMES, trial_cell, where_text
-from keelnorm.measure.statistics import Interval, difference, geometric_mean, mean, ratio
+from keelnorm.lab.training.trials import trial_cell
+from keelnorm.measure.page_parts import Axis, Figure, Table
+from keelnorm.measure.statistics import Interval, geometric_mean, mean, ratio
 
 ACTIVATIONS = ("relu", "tanh")
-PIXELS = {False: "raw pixels", True: "centred pixels"}
+PIXELS = {False: "raw pixels", True: "centered pixels"}
 TARGET = 90.0
 WIDTHS = (64, 64, 64)
 RATES = tuple(float(f"{0.01 * 10 ** (step / 4):.3g}") for step in range(16))
@@ -31,16 +33,17 @@ LARGEST = "largest rate that learns"
 
 
 def cells(plan: Plan) -> Sequence[Cell]:
+    """Every arm under every condition."""
     return [cell for condition in _conditions(plan) for cell in _cells(plan, *condition)]
 
 
 def _conditions(plan: Plan) -> list[tuple[str, str, bool]]:
     return [
-        (data, activation, centred)
-        for data in plan.sets("digits", "mnist")
+        (data, activation, centered)
+        for data in plan.data_sets("digits", "mnist")
         for activation in ACTIVATIONS
-        for centred in PIXELS
-        if not plan.quick or (activation, centred) != ("relu", False)  # raw pixels with ReLU need many steps
+        for centered in PIXELS
+        if not plan.quick or (activation, centered) != ("relu", False)  # raw pixels with ReLU need many steps
     ]
 
 
@@ -52,11 +55,11 @@ def _rates(plan: Plan) -> tuple[float, ...]:
     return RATES[4:13] if plan.quick else RATES
 
 
-def _steps(plan: Plan, centred: bool) -> int:
-    return (60 if centred else 120) if plan.quick else 200
+def _steps(plan: Plan, *, centered: bool) -> int:
+    return (60 if centered else 120) if plan.quick else 200
 
 
-def _cells(plan: Plan, data: str, activation: str, centred: bool) -> Sequence[Cell]:
+def _cells(plan: Plan, data: str, activation: str, centered: bool) -> Sequence[Cell]:
     return [
         trial_cell(
             len(_rates(plan)) * 3e-4,
@@ -64,10 +67,10 @@ def _cells(plan: Plan, data: str, activation: str, centred: bool) -> Sequence[Ce
             arm=arm.name,
             seed=seed,
             rates=_rates(plan),
-            evaluate_at=(_steps(plan, centred),),
+            evaluate_at=(_steps(plan, centered=centered),),
             widths=WIDTHS,
             activation=activation,
-            centred=centred,
+            centered=centered,
         )
         for seed in _seeds(plan)
         for arm in _arms(plan)
@@ -97,44 +100,43 @@ def usable(history: Result, rates: Sequence[float]) -> tuple[float, float] | Non
 
 
 def read(plan: Plan, results: Results) -> Reading:
+    """How many times higher the largest rate that learns is, by condition."""
     findings, asides, figures, rows, words, notes = [], [], [], [], [], []
     rates, arms = _rates(plan), _arms(plan)
     gains: dict[str, Interval] = {}
     alone: dict[tuple[str, str, bool], dict[object, float]] = {}
-    for data, activation, centred in _conditions(plan):
-        runs = Runs(_cells(plan, data, activation, centred), results)
+    for data, activation, centered in _conditions(plan):
+        runs = Runs(_cells(plan, data, activation, centered), results)
         by_arm = {arm.name: runs.of(arm.name) for arm in arms}
-        where = where_text(data, ACTIVATION_NAMES[activation], PIXELS[centred])
+        where = where_text(data, ACTIVATION_NAMES[activation], PIXELS[centered])
         seen = {name: [usable(history, rates) for history in histories] for name, histories in by_arm.items()}
         # A network that learns at no rate counts with the lowest one.
         largest = {name: [rates[0] if one is None else one[0] for one in each] for name, each in seen.items()}
         width = {name: [0.0 if one is None else one[1] for one in each] for name, each in seen.items()}
-        alone[data, activation, centred] = dict(zip(runs.seeds(), largest[NONE.name], strict=True))
+        alone[data, activation, centered] = dict(zip(runs.seeds(), largest[NONE.name], strict=True))
         gain = gains[where] = ratio(largest[BN.name], largest[NONE.name])
-        findings.append(Finding(f"{LARGEST}, batch norm over none", where, gain, 1.0, unit="×"))
-        asides.append(_wider(where, difference(width[BN.name], width[NONE.name])))
+        findings.append(ratio_finding(f"{LARGEST}, with batch norm ÷ without", where, gain, digits=1))
+        wider = "powers of ten of rates that learn, batch norm − none"
+        asides.append(
+            difference_finding(wider, where, width[BN.name], width[NONE.name], unit="", digits=2, decisive=False)
+        )
         if LN in arms:
-            asides.append(_aside("layer norm over none", where, ratio(largest[LN.name], largest[NONE.name])))
-        if centred and (data, activation, False) in alone:
-            asides += _centring(data, activation, alone[data, activation, True], alone[data, activation, False])
+            asides.append(_aside("with layer norm ÷ without", where, ratio(largest[LN.name], largest[NONE.name])))
+        if centered and (data, activation, False) in alone:
+            asides += _centering(data, activation, alone[data, activation, True], alone[data, activation, False])
         words.append(f"{times(gain, 'higher', 'lower', 'not clearly different')} ({where})")
-        figures.append(_figure(where, arms, by_arm, rates, gain))
+        said = (
+            f". The largest rate that reaches {TARGET:.0f} % is, with batch norm, ×{gain.text(1)} that of the network "
+            "without normalization."
+        )
+        reference = (TARGET, f"{TARGET:.0f} %")
+        figures.append(rate_figure(where, arms, by_arm, rates, said, reference=reference))
         rows += [
             [where, arm.label, geometric_mean(largest[arm.name]).text(None), mean(width[arm.name]).text(2)]
             for arm in arms
         ]
-        notes += [
-            f"{where}: with {arm.label} a network still learns at the largest rate of the grid, {rates[-1]:g}; the "
-            "true limit is higher."
-            for arm in arms
-            if max(largest[arm.name]) >= rates[-1]
-        ]
-        notes += [
-            f"{where}: {arm.label} learns at no rate tried in {seen[arm.name].count(None)} of {len(seen[arm.name])} "
-            f"runs, which count with the lowest one, {rates[0]:g}; with more steps they might learn."
-            for arm in arms
-            if None in seen[arm.name]
-        ]
+        for arm in arms:
+            notes += _notes(where, arm.label, rates, largest[arm.name], seen[arm.name].count(None))
     return Reading(
         f"The largest rate at which a network still reaches {TARGET:.0f} % is, with batch norm, {listed(words)}.",
         [*findings, *asides],
@@ -146,82 +148,68 @@ def read(plan: Plan, results: Results) -> Reading:
                 rows,
             )
         ],
-        setup=[
-            ("Network", f"fully connected, {' - '.join(map(str, WIDTHS))} hidden units, Xavier's initialization"),
-            (
-                "Pixels",
-                "raw: from 0 to 1, as they come; centred: the mean image subtracted, divided by one overall deviation",
-            ),
-            (
-                "Training",
-                f"{_steps(plan, True)} steps on centred and {_steps(plan, False)} on raw pixels, of gradient descent "
-                "without momentum, batches of 60, constant rate",
-            ),
-            ("Rates", f"{len(rates)} from {rates[0]:g} to {rates[-1]:g}, evenly spaced in the logarithm"),
-            ("A rate learns", f"where the test accuracy at the end is at least {TARGET:.0f} %"),
-            ("Seeds", seeds_text(_seeds(plan))),
-        ],
+        setup=_setup(plan),
         notes=[
             *notes,
             "The factor depends on the baseline: a network without normalization takes higher rates, too, when its "
-            "pixels are centred. The findings say by how much.",
+            "pixels are centered. The findings say by how much.",
         ],
     )
 
 
+def _setup(plan: Plan) -> dict[str, str]:
+    rates = _rates(plan)
+    return {
+        "Network": f"fully connected, {' - '.join(map(str, WIDTHS))} hidden units, Xavier's initialization",
+        "Pixels": "raw: from 0 to 1, as they come; centered: the mean image subtracted, divided by one overall "
+        "deviation",
+        "Training": f"{_steps(plan, centered=True)} steps on centered and {_steps(plan, centered=False)} on raw "
+        "pixels, of gradient descent without momentum, batches of 60, constant rate",
+        "Rates": f"{len(rates)} from {rates[0]:g} to {rates[-1]:g}, evenly spaced in the logarithm",
+        "A rate learns": f"where the test accuracy at the end is at least {TARGET:.0f} %",
+        "Seeds": seeds_text(_seeds(plan)),
+    }
+
+
+def _notes(where: str, label: str, rates: Sequence[float], largest: Sequence[float], never: int) -> list[str]:
+    """Where the grid ends before what was looked for."""
+    notes = []
+    if max(largest) >= rates[-1]:
+        notes.append(
+            f"{where}: with {label} a network still learns at the largest rate of the grid, {rates[-1]:g}; the true "
+            "limit is higher."
+        )
+    if never:
+        notes.append(
+            f"{where}: {label} learns at no rate tried in {never} of {len(largest)} runs, which count with the lowest "
+            f"one, {rates[0]:g}; with more steps they might learn."
+        )
+    return notes
+
+
 def _aside(compared: str, where: str, effect: Interval) -> Finding:
-    return Finding(f"{LARGEST}, {compared}", where, effect, 1.0, unit="×", decisive=False)
+    return ratio_finding(f"{LARGEST}, {compared}", where, effect, digits=1, decisive=False)
 
 
-def _wider(where: str, effect: Interval) -> Finding:
-    quantity = "powers of ten of rates that learn, batch norm − none"
-    return Finding(quantity, where, effect, 0.0, unit="", digits=2, decisive=False)
-
-
-def _centring(data: str, activation: str, after: dict[object, float], before: dict[object, float]) -> list[Finding]:
-    """What centred pixels alone do for the network without normalization, from the seeds that have both."""
+def _centering(data: str, activation: str, after: dict[object, float], before: dict[object, float]) -> list[Finding]:
+    """What centered pixels alone do for the network without normalization, from the seeds that have both."""
     both = [seed for seed in after if seed in before]
     if not both:
         return []
     gain = ratio([after[seed] for seed in both], [before[seed] for seed in both])
-    return [_aside("centred over raw pixels", where_text(data, ACTIVATION_NAMES[activation], NONE.label), gain)]
+    return [_aside("centered ÷ raw pixels", where_text(data, ACTIVATION_NAMES[activation], NONE.label), gain)]
 
 
 def _gains(gains: dict[str, Interval]) -> Figure:
-    names, values = list(gains), list(gains.values())
-    bars = Series(
-        "with over without batch norm",
-        BN.name,
-        list(range(len(names))),
-        [each.value for each in values],
-        [each.low for each in values],
-        [each.high for each in values],
-    )
+    said = listed([f"{name}: ×{gain.text(1)}" for name, gain in gains.items()])
     return Figure(
         "How many times higher the largest rate that learns is",
-        Axis("condition", categories=names),
+        Axis("condition", categories=list(gains)),
         Axis("largest rate, with over without batch norm", scale="log"),
-        [bars],
-        f"The largest learning rate that reaches {TARGET:.0f} %, with over without batch norm. "
-        + listed([f"{name}: ×{gain.text(1)}" for name, gain in gains.items()])
-        + ".",
+        [bars("with over without batch norm", BN.name, list(gains.values()))],
+        f"The largest learning rate that reaches {TARGET:.0f} %, with over without batch norm. {said}.",
         kind="bars",
         reference=(1.0, "no gain"),
-    )
-
-
-def _figure(
-    where: str, arms: Sequence[Arm], by_arm: dict[str, list[Result]], rates: Sequence[float], gain: Interval
-) -> Figure:
-    series = [band(arm.label, arm.name, rates, [h["test"][-1] for h in by_arm[arm.name]]) for arm in arms]
-    return Figure(
-        f"Accuracy by learning rate: {where}",
-        Axis("learning rate", scale="log"),
-        Axis("test accuracy, %", limits=(0.0, 100.0)),
-        series,
-        f"Test accuracy at the end of training over the learning rate, {where}. The largest rate that reaches "
-        f"{TARGET:.0f} % is, with batch norm, ×{gain.text(1)} that of the network without normalization.",
-        reference=(TARGET, f"{TARGET:.0f} %"),
     )
 
 

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, kind_of, seeds_text
+from keelnorm.lab.core.plan import Plan, seeds_text
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.data import images
-from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
 from keelnorm.lab.reading.results_by_arm import Runs
-from keelnorm.lab.reading.verdicts import Finding
-from keelnorm.lab.reading.wording import listed, times
+from keelnorm.lab.reading.verdicts import ratio_finding
+from keelnorm.lab.reading.wording import ACTIVATION_NAMES, listed, times, where_text
 from keelnorm.lab.training.arms import BN, NONE, arm_named
-from keelnorm.lab.training.networks import Stack, StackedMLP
-from keelnorm.lab.training.train import Descent, batches, losses, paused, percent, plain, right
+from keelnorm.lab.training.stacks import Stack, StackedMLP
+from keelnorm.lab.training.train import Descent, batches, correct, losses, percent, rounded, statistics_paused
+from keelnorm.measure.page_parts import Axis, Figure, Series, Table
 from keelnorm.measure.statistics import Interval, geometric_mean, mean, ratio
 
 ARMS = (NONE, BN)
@@ -64,12 +64,12 @@ def landscape(*, data: str, activation: str, arm: str, seed: int, steps: int) ->
         x, y = split.train_x[chosen], split.train_y[chosen]
         if step % EVERY == 0:
             for name, value in look_around(stack, x, y).items():
-                looks.setdefault(name, []).append(plain(torch.tensor([value]), 7)[0])
+                looks.setdefault(name, []).append(rounded(torch.tensor([value]), 7)[0])
         losses(stack, x, y).sum().backward()
         descent.step(stack)
     stack.eval()
     with torch.no_grad():
-        accuracy = percent(right(stack, split.test_x, split.test_y))[0]
+        accuracy = percent(correct(stack, split.test_x, split.test_y))[0]
     return {"step": list(range(0, steps, EVERY)), **looks, "accuracy": accuracy}
 
 
@@ -77,7 +77,7 @@ def look_around(stack: Stack, x: Tensor, y: Tensor) -> dict[str, float]:
     """The loss and its gradient along the gradient; the network is left as it was."""
     parameters = list(stack.parameters())
     before = [parameter.detach().clone() for parameter in parameters]
-    with paused(stack):
+    with statistics_paused(stack):
         loss, gradient = _value_and_gradient(stack, parameters, x, y)
         length = _norm(gradient)
         weights = _norm(before)
@@ -116,11 +116,12 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 
 def cells(plan: Plan) -> Sequence[Cell]:
+    """Both arms with each activation."""
     return [cell for data, activation in _conditions(plan) for cell in _cells(plan, data, activation)]
 
 
 def _conditions(plan: Plan) -> list[tuple[str, str]]:
-    return [(data, activation) for data in plan.sets("digits", "mnist", "images") for activation in ACTIVATIONS]
+    return [(data, activation) for data in plan.data_sets("digits", "mnist", "images") for activation in ACTIVATIONS]
 
 
 def _cells(plan: Plan, data: str, activation: str) -> Sequence[Cell]:
@@ -156,27 +157,20 @@ def _typical(history: Result, name: str) -> float:
 
 
 def read(plan: Plan, results: Results) -> Reading:
+    """How much less the loss and its gradient change with batch norm, by activation."""
     findings, figures, rows, words = [], [], [], []
     for data, activation in _conditions(plan):
         runs = Runs(_cells(plan, data, activation), results)
         by_arm = {arm.name: runs.of(arm.name) for arm in ARMS}
-        where = f"{kind_of(data)}, {NAMES[activation]}"
+        where = where_text(data, ACTIVATION_NAMES[activation])
         ratios = {
             name: ratio(*([_typical(history, name) for history in by_arm[arm.name]] for arm in ARMS))
             for name in QUANTITIES
         }
-        for name, title in QUANTITIES.items():
-            findings.append(
-                Finding(
-                    f"{title}, none over batch norm",
-                    where,
-                    ratios[name],
-                    1.0,
-                    unit="×",
-                    digits=2,
-                    decisive=name in DECISIVE,
-                )
-            )
+        findings += [
+            ratio_finding(f"{title}, without batch norm ÷ with it", where, ratios[name], decisive=name in DECISIVE)
+            for name, title in QUANTITIES.items()
+        ]
         words.append(
             f"{_less(ratios['variation'], 'the loss varies')}, {_less(ratios['change'], 'the gradient moves')} and "
             f"{_less(ratios['smoothness'], 'over the distance it moves')} ({where})"
@@ -194,33 +188,27 @@ def read(plan: Plan, results: Results) -> Reading:
                 rows,
             )
         ],
-        setup=[
-            ("Network", f"fully connected, {len(WIDTHS)} hidden layers of {WIDTHS[0]}, Xavier's initialization"),
-            ("Training", f"gradient descent at the rate {RATE:g} in both arms, batches of {BATCH}"),
-            (
-                "Looking around",
-                f"every {EVERY} steps, on the batch at hand: the loss and its gradient at the network's weights and at "
-                f"{', '.join(f'{size:g}' for size in REACH)} times the gradient from them",
-            ),
-            ("Range of the loss", "the largest minus the smallest of these losses"),
-            (
-                "Change of the gradient",
-                "the largest distance of these gradients from the first one; over distance: the largest of these, "
-                "each over the length of its step",
-            ),
-            ("Seeds", seeds_text(_seeds(plan))),
-        ],
+        setup=_setup(plan),
         notes=[
             "Steps are the same in absolute terms. With batch norm the loss does not depend on the length of the "
-            "weights ahead "
-            "of it, and its gradient falls as that length grows, so a step of a given length means different things "
-            "in the two "
-            f"arms; the aside repeats the loss's range for steps of {100 * SPAN:g} % of the weights' length.",
+            "weights ahead of it, and its gradient falls as that length grows, so a step of a given length means "
+            f"different things in the two arms; the aside repeats the loss's range for steps of {100 * SPAN:g} % of "
+            "the weights' length.",
         ],
     )
 
 
-NAMES = {"relu": "ReLU", "tanh": "tanh"}
+def _setup(plan: Plan) -> dict[str, str]:
+    return {
+        "Network": f"fully connected, {len(WIDTHS)} hidden layers of {WIDTHS[0]}, Xavier's initialization",
+        "Training": f"gradient descent at the rate {RATE:g} in both arms, batches of {BATCH}",
+        "Looking around": f"every {EVERY} steps, on the batch at hand: the loss and its gradient at the network's "
+        f"weights and at {', '.join(f'{size:g}' for size in REACH)} times the gradient from them",
+        "Range of the loss": "the largest minus the smallest of these losses",
+        "Change of the gradient": "the largest distance of these gradients from the first one; over distance: the "
+        "largest of these, each over the length of its step",
+        "Seeds": seeds_text(_seeds(plan)),
+    }
 
 
 def _less(ratio_: Interval, what: str) -> str:
@@ -260,12 +248,10 @@ CLAIM = Claim(
     statement="Batch normalization makes the loss landscape smoother.",
     question="Do loss and gradient change less along the gradient with batch norm?",
     literature="Santurkar et al. explain the effect of batch norm by this, with measurements on VGG and bounds for a "
-    "single "
-    "layer, against the explanation by covariate shift. A bound by the weights' length is no smoothness of the network "
-    "itself: the loss of a network whose weights' length does not matter is as smooth as those weights are long (van "
-    "Laarhoven 2017). Yang et al. show that deep plain networks with batch norm have exploding gradients at "
-    "initialization, "
-    "which is the opposite of smooth.",
+    "single layer, against the explanation by covariate shift. A bound by the weights' length is no smoothness of the "
+    "network itself: the loss of a network whose weights' length does not matter is as smooth as those weights are "
+    "long (van Laarhoven 2017). Yang et al. show that deep plain networks with batch norm have exploding gradients at "
+    "initialization, which is the opposite of smooth.",
     sources=[
         Source("Santurkar, Tsipras, Ilyas, Mądry 2018, section 3 and figure 4", "https://arxiv.org/abs/1805.11604"),
         Source("van Laarhoven 2017", "https://arxiv.org/abs/1706.05350"),

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from keelnorm.lab.core.cell import Cell, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, seeds_text
-from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
+from keelnorm.lab.reading.learning_rates import accuracies, best_by_arm, edge_notes, rate_row, rate_table
 from keelnorm.lab.reading.results_by_arm import Runs
-from keelnorm.lab.reading.verdicts import Finding
-from keelnorm.lab.reading.wording import listed
+from keelnorm.lab.reading.series import bars
+from keelnorm.lab.reading.verdicts import difference_findings
+from keelnorm.lab.reading.wording import ACTIVATION_NAMES, listed, where_text
 from keelnorm.lab.training.arms import BN
-from keelnorm.lab.training.trials import ACTIVATION_NAMES, rate_columns, trial_cell, tuned, where_text
-from keelnorm.measure.statistics import Interval, difference, mean
+from keelnorm.lab.training.trials import trial_cell
+from keelnorm.measure.page_parts import Axis, Figure
+from keelnorm.measure.statistics import Interval, mean
 
 PLACES = {
     "before": "before the activation (a layer's output)",
@@ -27,12 +29,13 @@ RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 def cells(plan: Plan) -> Sequence[Cell]:
+    """Every place with each activation."""
     return [cell for data, activation in _conditions(plan) for cell in _cells(plan, data, activation)]
 
 
 def _conditions(plan: Plan) -> list[tuple[str, str]]:
     activations = ACTIVATIONS[:2] if plan.quick else ACTIVATIONS
-    return [(data, activation) for data in plan.sets("digits", "mnist") for activation in activations]
+    return [(data, activation) for data in plan.data_sets("digits", "mnist") for activation in activations]
 
 
 def _rates(plan: Plan) -> tuple[float, ...]:
@@ -62,92 +65,57 @@ def _seeds(plan: Plan) -> range:
 
 
 def read(plan: Plan, results: Results) -> Reading:
+    """Accuracy before the activation against that in the other places, by activation."""
     findings, rows, words, notes = [], [], [], []
-    bars: dict[str, list[Interval]] = {place: [] for place in PLACES}
-    names = []
+    by_condition: dict[str, dict[str, Interval]] = {}
+    pairs = {
+        "test accuracy, before − after the activation": ("before", "after"),
+        "test accuracy, before the activation − at every layer's input": ("before", "input"),
+    }
     for data, activation in _conditions(plan):
-        runs = Runs(_cells(plan, data, activation), results, arms=("place",))
-        chosen = tuned({place: runs.of(place) for place in PLACES}, _rates(plan))
         where = where_text(data, ACTIVATION_NAMES[activation])
-        names.append(where)
-        gains = {place: difference(chosen["before"].test, chosen[place].test) for place in ("after", "input")}
-        for place, gain in gains.items():
-            findings.append(
-                Finding(
-                    f"test accuracy, before − {place_word(place)} the activation"
-                    if place == "after"
-                    else "test accuracy, before the activation − at every layer's input",
-                    where,
-                    gain,
-                    0.0,
-                    digits=2,
-                )
-            )
-        words.append(
-            f"{gains['after'].value:+.2f} points against after it and {gains['input'].value:+.2f} against the input "
-            f"({where})"
-        )
-        for place, title in PLACES.items():
-            bars[place].append(mean(chosen[place].test))
-            best = chosen[place]
-            texts = [f"{value:.1f}{' *' if index == best.index else ''}" for index, value in enumerate(best.row)]
-            rows.append([where, title, *texts, mean(best.test).text(1)])
-            if best.at_edge:
-                notes.append(f"{where}: the best rate {title}, {best.rate:g}, lies at the edge of the grid.")
+        runs = Runs(_cells(plan, data, activation), results, arms=("place",))
+        best = best_by_arm({place: runs.of(place) for place in PLACES}, _rates(plan))
+        gains = difference_findings(where, accuracies(best), pairs, digits=2)
+        findings += gains
+        after, into = (finding.effect.value for finding in gains)
+        words.append(f"{after:+.2f} points against after it and {into:+.2f} against the input ({where})")
+        by_condition[where] = {place: mean(each.test) for place, each in best.items()}
+        rows += [rate_row(where, title, best[place]) for place, title in PLACES.items()]
+        notes += edge_notes(where, {title: best[place] for place, title in PLACES.items()})
     return Reading(
         f"Before the activation, accuracy differs by {listed(words)}.",
         findings,
-        [_figure(names, bars)],
-        [
-            Table(
-                "Accuracy in percent on validation data by learning rate (* : the one chosen), and on test data there",
-                rate_columns(_rates(plan)),
-                rows,
-            )
-        ],
-        setup=[
-            (
-                "Network",
-                f"fully connected, {len(WIDTHS)} hidden layers of {WIDTHS[0]}, Xavier's initialization, centred pixels",
-            ),
-            ("At every layer's input", "the network's input and the output layer's input are normalized too"),
-            ("Training", "gradient descent, batches of 60, a number of steps that is the same for all"),
-            ("Learning rate", "for each place the one with the highest validation accuracy"),
-            ("Seeds", seeds_text(_seeds(plan))),
-        ],
+        [_figure(by_condition)],
+        [rate_table(_rates(plan), rows)],
+        setup={
+            "Network": f"fully connected, {len(WIDTHS)} hidden layers of {WIDTHS[0]}, Xavier's initialization, "
+            "centered pixels",
+            "At every layer's input": "the network's input and the output layer's input are normalized too",
+            "Training": "gradient descent, batches of 60, a number of steps that is the same for all",
+            "Learning rate": "for each place the one with the highest validation accuracy",
+            "Seeds": seeds_text(_seeds(plan)),
+        },
         notes=notes,
     )
 
 
-def place_word(place: str) -> str:
-    """The preposition of a place."""
-    return "after" if place == "after" else "at the input of"
-
-
-def _figure(names: Sequence[str], bars: dict[str, list[Interval]]) -> Figure:
-    series = [
-        Series(
-            PLACES[place],
-            STYLES[place],
-            list(range(len(names))),
-            [each.value for each in intervals],
-            [each.low for each in intervals],
-            [each.high for each in intervals],
-        )
-        for place, intervals in bars.items()
-    ]
+def _figure(by_condition: dict[str, dict[str, Interval]]) -> Figure:
     described = listed(
         [
-            f"{name}: {', '.join(f'{bars[place][index].value:.1f} {PLACES[place]}' for place in PLACES)}"
-            for index, name in enumerate(names)
+            f"{name}: {', '.join(f'{each.value:.1f} {PLACES[place]}' for place, each in by_place.items())}"
+            for name, by_place in by_condition.items()
         ]
     )
-    lowest = min(each.low for intervals in bars.values() for each in intervals)
+    lowest = min(each.low for by_place in by_condition.values() for each in by_place.values())
     return Figure(
         "Test accuracy by place",
-        Axis("condition", categories=list(names)),
+        Axis("condition", categories=list(by_condition)),
         Axis("test accuracy, %", limits=(max(0.0, lowest - 1.0), 100.0)),
-        series,
+        [
+            bars(title, STYLES[place], [by_place[place] for by_place in by_condition.values()])
+            for place, title in PLACES.items()
+        ],
         f"Test accuracy of networks with batch norm in three places. {described}.",
         kind="bars",
     )
@@ -159,11 +127,9 @@ CLAIM = Claim(
     statement="Batch normalization belongs before the activation.",
     question="Does batch norm work best before the activation?",
     literature="Ioffe and Szegedy put it before, because a sum of many inputs is closer to a Gaussian than what an "
-    "activation gives. "
-    "Mishkin, Sergievskiy and Matas find it better after the activation on ImageNet (49.3 % against 47.8 % before it, "
-    "with γ and β). Before the activation "
-    "it can be folded "
-    "into the weights ahead of it and fused with the activation, which is a practical reason.",
+    "activation gives. Mishkin, Sergievskiy and Matas find it better after the activation on ImageNet (49.3 % against "
+    "47.8 % before it, with γ and β). Before the activation it can be folded into the weights ahead of it and fused "
+    "with the activation, which is a practical reason.",
     sources=[
         Source("Ioffe, Szegedy 2015, section 3.2", "https://arxiv.org/abs/1502.03167"),
         Source("Mishkin, Sergievskiy, Matas 2017", "https://arxiv.org/abs/1606.02228"),

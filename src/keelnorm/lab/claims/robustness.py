@@ -9,21 +9,20 @@ import torch
 from torch import Tensor
 
 import keelnorm as kn
-from keelnorm.lab.claims._corruption_figures import Percents, by_corruption, by_severity
+from keelnorm.lab.claims._robustness_figures import Percents, by_corruption, by_severity
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, kind_of, seeds_text
 from keelnorm.lab.core.seeds import Scalar, generator
 from keelnorm.lab.data import CORRUPTIONS, corrupted, images
-from keelnorm.lab.reading.figures import Table
 from keelnorm.lab.reading.results_by_arm import Runs
-from keelnorm.lab.reading.verdicts import Finding
-from keelnorm.lab.reading.wording import signed
+from keelnorm.lab.reading.verdicts import Finding, difference_finding
+from keelnorm.lab.reading.wording import signed, where_text
 from keelnorm.lab.training.arms import BN, GN, NONE, arm_named
-from keelnorm.lab.training.networks import StackedCNN
-from keelnorm.lab.training.train import Descent, percent, right, train
-from keelnorm.lab.training.trials import where_text
-from keelnorm.measure.statistics import difference, mean
+from keelnorm.lab.training.stacks import StackedCNN
+from keelnorm.lab.training.train import Descent, correct, percent, train
+from keelnorm.measure.page_parts import Table
+from keelnorm.measure.statistics import mean
 
 ARMS = (NONE, BN, GN)
 ADAPTED = {
@@ -44,7 +43,7 @@ FEWER = (2, 4)
 MOST_TESTED = 500
 
 
-def under_corruption(
+def train_and_corrupt(
     *, data: str, arm: str, seed: int, rates: tuple[float, ...], steps: int, train_on: int, severities: tuple[int, ...]
 ) -> Result:
     """Train a convolutional network on clean images at every rate, and test the best one on corrupted images.
@@ -54,7 +53,7 @@ def under_corruption(
         corrupted: by way (the arm's own name, with batch norm also those of `ADAPTED`) and corruption, a list over
         severities.
     """
-    split = images(data, seed, centred=False, train=train_on or None)
+    split = images(data, seed, centered=False, train=train_on or None)
     _, into, side, _ = split.train_x.shape
     shape = SMALL if side == 8 else LARGER
 
@@ -109,15 +108,16 @@ def ways(network: StackedCNN, arm: str, x: Tensor, y: Tensor) -> dict[str, float
 
 @torch.no_grad()
 def _accuracy(network: StackedCNN, x: Tensor, y: Tensor, size: int) -> float:
-    return percent(right(network, x, y, size))[0] or 0.0
+    return percent(correct(network, x, y, size))[0] or 0.0
 
 
 def cells(plan: Plan) -> Sequence[Cell]:
+    """Every arm on every data set."""
     return [cell for data in _sets(plan) for cell in _cells(plan, data)]
 
 
 def _sets(plan: Plan) -> list[str]:
-    return plan.sets("digits", "mnist", "images")
+    return plan.data_sets("digits", "mnist", "images")
 
 
 def _severities(plan: Plan, data: str) -> tuple[int, ...]:
@@ -147,7 +147,7 @@ def _cells(plan: Plan, data: str) -> Sequence[Cell]:
     }
     return [
         Cell(
-            under_corruption,
+            train_and_corrupt,
             {"data": data, "arm": arm.name, "seed": seed, **size},
             cost=steps * (4.5e-3 if bundled else 1.4e-2) + (0.02 if arm is BN else 0.003) * len(CORRUPTIONS) * 5,
         )
@@ -163,6 +163,7 @@ def _average(by_corruption: Percents) -> float:
 
 
 def read(plan: Plan, results: Results) -> Reading:
+    """Accuracies on clean and on corrupted images, and what adapting brings back."""
     findings, figures, rows, words, tuning, notes = [], [], [], [], [], []
     for data in _sets(plan):
         where = where_text(data)
@@ -172,22 +173,12 @@ def read(plan: Plan, results: Results) -> Reading:
         by_way = {way: [each["corrupted"][way] for each in found[arm]] for way, arm in source.items()}
         corrupt = {way: [_average(each) for each in by_seed] for way, by_seed in by_way.items()}
         clean = {arm: [each["clean"] for each in each_seed] for arm, each_seed in found.items()}
-        lost = {arm: [a - b for a, b in zip(clean[arm], corrupt[arm], strict=True)] for arm in clean}
-        claim = difference(corrupt["bn"], corrupt["none"])
-        aside = {
-            "accuracy on clean images, batch norm − none": (clean["bn"], clean["none"]),
-            "accuracy that corruption costs, none − batch norm": (lost["none"], lost["bn"]),
-            "accuracy on corrupted images, batch norm − group norm": (corrupt["bn"], corrupt["gn"]),
-            "the remedy: adapted − not adapted": (corrupt["adapted"], corrupt["bn"]),
-            "the remedy: adapted − none": (corrupt["adapted"], corrupt["none"]),
-            "its limit: each batch by itself, sorted by label − mixed": (corrupt["sorted"], corrupt["mixed"]),
-        }
-        findings.append(Finding("accuracy on corrupted images, batch norm − none", where, claim, 0.0))
-        findings += [Finding(what, where, difference(*two), 0.0, decisive=False) for what, two in aside.items()]
+        own = _findings(where, clean, corrupt)
+        findings += own
         means = {way: mean(values).value for way, values in corrupt.items()}
         words.append(
-            f"{means['bn']:.1f} % with batch norm, {means['none']:.1f} % without (difference {signed(claim, 1)}), "
-            f"{means['adapted']:.1f} % with batch norm adapted to them ({where})"
+            f"{means['bn']:.1f} % with batch norm, {means['none']:.1f} % without (difference "
+            f"{signed(own[0].effect, 1)}), {means['adapted']:.1f} % with batch norm adapted to them ({where})"
         )
         rows += [
             [where, LABELS[way], mean(clean[arm]).text(1) if way == arm else "", mean(corrupt[way]).text(1)]
@@ -195,10 +186,10 @@ def read(plan: Plan, results: Results) -> Reading:
         ]
         rates = _rates(plan, data)
         tuning += [[where, arm.label, *_tuned(found[arm.name], rates)] for arm in ARMS]
-        at_edge = sum(each["index"] in (0, len(rates) - 1) for arm in ARMS for each in found[arm.name])
         if not plan.quick:
-            every = len(ARMS) * len(found[BN.name])
-            notes.append(f"{where}: the rate chosen lies at the edge of the grid in {at_edge} of {every} runs.")
+            indices = [each["index"] for by_seed in found.values() for each in by_seed]
+            at_edge = sum(index in (0, len(rates) - 1) for index in indices)
+            notes.append(f"{where}: the rate chosen lies at the edge of the grid in {at_edge} of {len(indices)} runs.")
         figures += [by_corruption(where, by_way, LABELS), by_severity(where, _severities(plan, data), by_way)]
     return Reading(
         f"Of the corrupted images the network names right: {'; '.join(words)}.",
@@ -216,26 +207,47 @@ def read(plan: Plan, results: Results) -> Reading:
                 tuning,
             ),
         ],
-        setup=[
-            ("Network", "three convolutions of 8, 16 and 16 channels (for larger images 16, 32 and 32) with ReLU, the "
-             "mean over positions, one linear layer; pixels from 0 to 1; normalization ahead of the activation"),
-            ("Training", f"{_steps(plan, 'digits')} steps ({_steps(plan, 'images')} on larger images, 4,000 of them) "
-             f"of gradient descent with momentum {MOMENTUM:g}, batches of {BATCH}, on clean images"),
-            ("Learning rate", "for each arm and seed the one with the highest accuracy on clean validation images"),
-            ("Test", f"on at most {MOST_TESTED} images"),
-            ("Corruptions", f"{', '.join(CORRUPTIONS)}; severity {', '.join(map(str, _severities(plan, 'digits')))}"
-             + ("" if plan.quick else f" ({', '.join(map(str, FEWER))} on larger images)")),
-            ("Adapted", "kn.adapt: the running statistics are those of the corrupted test images, without labels"),
-            ("Each batch by itself", "kn.adapt(mode='batch'): a tenth of the test images at a time, normalized with "
-             "its own moments; sorted by label, such a batch holds one or two of ten classes"),
-            ("Seeds", seeds_text(_seeds(plan))),
-        ],
+        setup=_setup(plan),
         notes=[
             *notes,
             "How much batches sorted by label cost depends on the network. It is much here, where the last layer sees "
             "each channel's mean over positions, which the moments of such a batch take away.",
         ],
-    )  # fmt: skip
+    )
+
+
+def _findings(where: str, clean: dict[str, list[float]], corrupt: dict[str, list[float]]) -> list[Finding]:
+    lost = {arm: [a - b for a, b in zip(clean[arm], corrupt[arm], strict=True)] for arm in clean}
+    aside = {
+        "accuracy on clean images, batch norm − none": (clean["bn"], clean["none"]),
+        "accuracy that corruption costs, none − batch norm": (lost["none"], lost["bn"]),
+        "accuracy on corrupted images, batch norm − group norm": (corrupt["bn"], corrupt["gn"]),
+        "the remedy: adapted − not adapted": (corrupt["adapted"], corrupt["bn"]),
+        "the remedy: adapted − none": (corrupt["adapted"], corrupt["none"]),
+        "its limit: each batch by itself, sorted by label − mixed": (corrupt["sorted"], corrupt["mixed"]),
+    }
+    return [
+        difference_finding("accuracy on corrupted images, batch norm − none", where, corrupt["bn"], corrupt["none"]),
+        *(difference_finding(what, where, *pair, decisive=False) for what, pair in aside.items()),
+    ]
+
+
+def _setup(plan: Plan) -> dict[str, str]:
+    severities = f"severity {', '.join(map(str, _severities(plan, 'digits')))}"
+    fewer = "" if plan.quick else f" ({', '.join(map(str, FEWER))} on larger images)"
+    return {
+        "Network": "three convolutions of 8, 16 and 16 channels (for larger images 16, 32 and 32) with ReLU, the mean "
+        "over positions, one linear layer; pixels from 0 to 1; normalization ahead of the activation",
+        "Training": f"{_steps(plan, 'digits')} steps ({_steps(plan, 'images')} on larger images, 4,000 of them) of "
+        f"gradient descent with momentum {MOMENTUM:g}, batches of {BATCH}, on clean images",
+        "Learning rate": "for each arm and seed the one with the highest accuracy on clean validation images",
+        "Test": f"on at most {MOST_TESTED} images",
+        "Corruptions": f"{', '.join(CORRUPTIONS)}; {severities}{fewer}",
+        "Adapted": "kn.adapt: the running statistics are those of the corrupted test images, without labels",
+        "Each batch by itself": "kn.adapt(mode='batch'): a tenth of the test images at a time, normalized with its own "
+        "moments; sorted by label, such a batch holds one or two of ten classes",
+        "Seeds": seeds_text(_seeds(plan)),
+    }
 
 
 def _tuned(by_seed: Sequence[Result], rates: Sequence[float]) -> list[str]:

@@ -13,15 +13,23 @@ from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, seeds_text
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.data import Split, table
-from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
+from keelnorm.lab.reading.learning_rates import (
+    CHOSEN_BY_VALIDATION,
+    accuracies,
+    best_by_arm,
+    edge_notes,
+    rate_row,
+    rate_table,
+)
 from keelnorm.lab.reading.results_by_arm import Runs
-from keelnorm.lab.reading.verdicts import Finding
+from keelnorm.lab.reading.series import boxes
+from keelnorm.lab.reading.verdicts import difference_findings
 from keelnorm.lab.reading.wording import listed
 from keelnorm.lab.training.arms import BN, NONE
-from keelnorm.lab.training.networks import StackedMLP
+from keelnorm.lab.training.stacks import StackedMLP
 from keelnorm.lab.training.train import train
-from keelnorm.lab.training.trials import rate_columns, rate_row, tuned
-from keelnorm.measure.statistics import difference, mean
+from keelnorm.measure.page_parts import Axis, Figure
+from keelnorm.measure.statistics import mean
 
 ARMS = {
     "raw": ("raw values", "none"),
@@ -44,17 +52,17 @@ class NormalizedInput(StackedMLP):
         self.input_norm = kn.BatchNorm1d(features, affine=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The logits of every replica."""
         return super().forward(self.input_norm(x))
 
 
 def standardized(split: Split) -> Split:
-    """Every column minus its mean over its deviation, both of the training part."""
+    """Every column minus its mean over its standard deviation, both of the training part."""
     mean_, width = split.train_x.mean(dim=0), split.train_x.std(dim=0, correction=0).clamp(min=1e-12)
-    parts = [(x - mean_) / width for x in (split.train_x, split.validation_x, split.test_x)]
-    return Split(parts[0], split.train_y, parts[1], split.validation_y, parts[2], split.test_y)
+    return split.with_inputs(lambda x: (x - mean_) / width)
 
 
-def on_table(*, data: str, arm: str, seed: int, rates: tuple[float, ...], steps: int) -> Result:
+def train_on_table(*, data: str, arm: str, seed: int, rates: tuple[float, ...], steps: int) -> Result:
     """Train one arm at every learning rate on a table of measurements."""
     split = table(data, seed)
     split = standardized(split) if arm == "standardized" else split
@@ -73,6 +81,7 @@ def on_table(*, data: str, arm: str, seed: int, rates: tuple[float, ...], steps:
 
 
 def cells(plan: Plan) -> Sequence[Cell]:
+    """Every arm on both tables."""
     return [cell for data in NAMES for cell in _cells(plan, data)]
 
 
@@ -84,7 +93,9 @@ def _cells(plan: Plan, data: str) -> Sequence[Cell]:
     steps = FEWER_STEPS if plan.quick else STEPS
     return [
         Cell(
-            on_table, {"data": data, "arm": arm, "seed": seed, "rates": _rates(plan), "steps": steps}, cost=steps * 8e-4
+            train_on_table,
+            {"data": data, "arm": arm, "seed": seed, "rates": _rates(plan), "steps": steps},
+            cost=steps * 8e-4,
         )
         for seed in plan.seed_range(quick=4, full=16)
         for arm in ARMS
@@ -92,33 +103,27 @@ def _cells(plan: Plan, data: str) -> Sequence[Cell]:
 
 
 def read(plan: Plan, results: Results) -> Reading:
-    findings, rows, words, notes = [], [], [], []
-    boxes: dict[str, list[tuple[int, float]]] = {arm: [] for arm in ARMS}
-    for place, (data, name) in enumerate(NAMES.items()):
+    """What batch norm on the input gains on each table, every arm at its best rate."""
+    findings, rows, words, notes, tests = [], [], [], [], []
+    gain = {"test accuracy, batch norm on the input − raw": ("input", "raw")}
+    asides = {
+        "test accuracy, batch norm in hidden layers only − raw": ("hidden", "raw"),
+        "test accuracy, batch norm on the input − in hidden layers only": ("input", "hidden"),
+        "test accuracy, batch norm on the input − standardized beforehand": ("input", "standardized"),
+    }
+    for data, name in NAMES.items():
         runs = Runs(_cells(plan, data), results)
-        chosen = tuned({arm: runs.of(arm) for arm in ARMS}, _rates(plan))
-        test = {arm: best.test for arm, best in chosen.items()}
-        aside = {
-            "test accuracy, batch norm in hidden layers only − raw": ("hidden", "raw"),
-            "test accuracy, batch norm on the input − in hidden layers only": ("input", "hidden"),
-            "test accuracy, batch norm on the input − standardized beforehand": ("input", "standardized"),
-        }
-        gain = difference(test["input"], test["raw"])
-        findings.append(Finding("test accuracy, batch norm on the input − raw", name, gain, 0.0))
-        findings += [
-            Finding(what, name, difference(test[first], test[second]), 0.0, decisive=False)
-            for what, (first, second) in aside.items()
-        ]
+        best = best_by_arm({arm: runs.of(arm) for arm in ARMS}, _rates(plan))
+        test = accuracies(best)
+        tests.append(test)
+        findings += difference_findings(name, test, gain) + difference_findings(name, test, asides, decisive=False)
         means = {arm: mean(values).value for arm, values in test.items()}
         words.append(
             f"from {means['raw']:.1f} to {means['input']:.1f} % ({name}; {means['standardized']:.1f} % standardized "
             f"beforehand, {means['hidden']:.1f} % with batch norm in hidden layers only)"
         )
-        for arm, (label, _) in ARMS.items():
-            boxes[arm] += [(place, accuracy) for accuracy in test[arm]]
-            rows.append(rate_row(name, label, chosen[arm]))
-            if chosen[arm].at_edge and not plan.quick:
-                notes.append(f"{name}: the best rate of {label}, {chosen[arm].rate:g}, lies at the edge of the grid.")
+        rows += [rate_row(name, label, best[arm]) for arm, (label, _) in ARMS.items()]
+        notes += [] if plan.quick else edge_notes(name, {f"of {ARMS[arm][0]}": each for arm, each in best.items()})
     return Reading(
         f"With features of different scales, batch norm on the input takes the test accuracy {listed(words)}.",
         findings,
@@ -127,39 +132,22 @@ def read(plan: Plan, results: Results) -> Reading:
                 "Test accuracy at the best rate",
                 Axis("data", categories=list(NAMES.values())),
                 Axis("test accuracy, %"),
-                [
-                    Series(label, style, [x for x, _ in boxes[arm]], [y for _, y in boxes[arm]])
-                    for arm, (label, style) in ARMS.items()
-                ],
+                [boxes(label, style, [test[arm] for test in tests]) for arm, (label, style) in ARMS.items()],
                 f"A box for each arm over the seeds. Batch norm on the input: {listed(words)}.",
                 kind="boxes",
             )
         ],
-        [
-            Table(
-                "Accuracy in percent on validation data by learning rate (* : the one chosen), and on test data there",
-                rate_columns(_rates(plan)),
-                rows,
-            )
-        ],
-        setup=[
-            (
-                "Data",
-                "scikit-learn's wine (178 samples, 13 columns with deviations from 0.12 to 315) and breast cancer (569 "
-                "samples, 30 columns, from 0.0026 to 569), as they come; half is for training, a fifth for validation",
-            ),
-            (
-                "Network",
-                f"fully connected, {WIDTHS[0]} - {WIDTHS[1]} hidden units with ReLU, the initialization of torch.nn",
-            ),
-            (
-                "Arms",
-                "batch norm on the input has no γ and β; standardized: with the training part's mean and deviation",
-            ),
-            ("Training", f"{FEWER_STEPS if plan.quick else STEPS} steps of gradient descent, batches of {BATCH}"),
-            ("Learning rate", "for each arm the one with the highest validation accuracy"),
-            ("Seeds", seeds_text(plan.seed_range(quick=4, full=16))),
-        ],
+        [rate_table(_rates(plan), rows)],
+        setup={
+            "Data": "scikit-learn's wine (178 samples, 13 columns with deviations from 0.12 to 315) and breast cancer "
+            "(569 samples, 30 columns, from 0.0026 to 569), as they come; half is for training, a fifth for validation",
+            "Network": f"fully connected, {WIDTHS[0]} - {WIDTHS[1]} hidden units with ReLU, the initialization of "
+            "torch.nn",
+            "Arms": "batch norm on the input has no γ and β; standardized: with the training part's mean and deviation",
+            "Training": f"{FEWER_STEPS if plan.quick else STEPS} steps of gradient descent, batches of {BATCH}",
+            "Learning rate": CHOSEN_BY_VALIDATION,
+            "Seeds": seeds_text(plan.seed_range(quick=4, full=16)),
+        },
         notes=notes,
     )
 

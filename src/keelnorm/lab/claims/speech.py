@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,12 @@ from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, kind_of
 from keelnorm.lab.core.seeds import generator, seed_from
 from keelnorm.lab.data import Split, speakers_of, spoken
-from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
-from keelnorm.lab.reading.verdicts import Finding
+from keelnorm.lab.reading.series import bars
+from keelnorm.lab.reading.verdicts import Finding, difference_findings
 from keelnorm.lab.reading.wording import listed, signed
 from keelnorm.lab.training.train import batches
-from keelnorm.measure.statistics import Interval, difference, mean
+from keelnorm.measure.page_parts import Axis, Figure, Table
+from keelnorm.measure.statistics import difference, mean
 
 ARMS = {
     "none": ("no normalization", "none"),
@@ -49,12 +51,11 @@ def split_of(data: str, held_out: int, seed: int) -> Split:
     """The recordings, divided at random or by speaker, scaled by the training part."""
     found = spoken(data)
     split = found.at_random(seed) if held_out == RANDOM else found.held_out(held_out, seed)
-    centre, width = split.train_x.mean(), split.train_x.std()
-    parts = [(x - centre) / width for x in (split.train_x, split.validation_x, split.test_x)]
-    return Split(parts[0], split.train_y, parts[1], split.validation_y, parts[2], split.test_y)
+    center, width = split.train_x.mean(), split.train_x.std()
+    return split.with_inputs(lambda x: (x - center) / width)
 
 
-def heard(*, data: str, held_out: int, seed: int, steps: int) -> Result:
+def train_and_test(*, data: str, held_out: int, seed: int, steps: int) -> Result:
     """Train with and without batch norm, and test on what was held out; with batch norm also after adapting to it.
 
     Returns:
@@ -89,17 +90,18 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def cells(plan: Plan) -> Sequence[Cell]:
+    """Random splits, and splits by speaker."""
     return [cell for data in _sets(plan) for cell in (*_random_cells(plan, data), *_speaker_cells(plan, data))]
 
 
 def _sets(plan: Plan) -> list[str]:
     """Real recordings where the reader has some, and the stand-in for whoever has none."""
-    return plan.sets("digits", "speech")
+    return plan.data_sets("digits", "speech")
 
 
 def _cell(plan: Plan, data: str, held_out: int, seed: int) -> Cell:
     steps = (120 if plan.quick else 500) if kind_of(data) == "digits" else (150 if plan.quick else 600)
-    return Cell(heard, {"data": data, "held_out": held_out, "seed": seed, "steps": steps}, cost=steps * 8e-3)
+    return Cell(train_and_test, {"data": data, "held_out": held_out, "seed": seed, "steps": steps}, cost=steps * 8e-3)
 
 
 def _random_cells(plan: Plan, data: str) -> list[Cell]:
@@ -120,111 +122,138 @@ def _seeds(plan: Plan) -> range:
 
 
 def read(plan: Plan, results: Results) -> Reading:
-    findings, rows, words = [], [], []
-    names: list[str] = []
-    bars: dict[str, list[Interval]] = {arm: [] for arm in ARMS}
-    for data in _sets(plan):
-        what = "spoken words" if kind_of(data) == "speech" else "the stand-in"
+    """What batch norm gains on a random split and on a held-out speaker, and what adapting to the speaker gains."""
+    found = [Accuracies.of(plan, data, results) for data in _sets(plan)]
+    words = listed([each.words() for each in found])
+    parts = [(where, by_arm) for each in found for where, by_arm in each.parts().items()]
+    stand_in = all(kind_of(data) == "digits" for data in _sets(plan))
+    return Reading(
+        f"In accuracy, {words}." + (" No recordings were given: the stand-in is made of images." if stand_in else ""),
+        [finding for each in found for finding in each.findings()],
+        [
+            Figure(
+                "Test accuracy by split",
+                Axis("split", categories=[where for where, _ in parts]),
+                Axis("test accuracy, %", limits=(0.0, 100.0)),
+                [
+                    bars(label, style, [mean(by_arm[arm]) for _, by_arm in parts])
+                    for arm, (label, style) in ARMS.items()
+                ],
+                f"Test accuracy by split: {words}.",
+                kind="bars",
+            )
+        ],
+        [
+            Table(
+                "Test accuracy in percent", ["where", "arm", "accuracy"], [row for each in found for row in each.rows()]
+            )
+        ],
+        setup=_setup(plan),
+        notes=["A held-out speaker's recordings are all adapted to at once: they hold every word about as often."],
+    )
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """Test accuracies on one data set by arm: on random splits by seed, and by the speaker held out.
+
+    Args:
+        what: the data in words.
+        group: what is held out.
+        speakers: their names.
+        mixed: on random splits.
+        held_out: on each speaker, the mean over seeds.
+    """
+
+    what: str
+    group: str
+    speakers: Sequence[str]
+    mixed: dict[str, list[float]]
+    held_out: dict[str, list[float]]
+
+    @classmethod
+    def of(cls, plan: Plan, data: str, results: Results) -> Accuracies:
+        """From the results.
+
+        Raises:
+            ValueError: when no random split has one, or fewer than two speakers.
+        """
+        speech = kind_of(data) == "speech"
+        what = "spoken words" if speech else "the stand-in"
         random = [result for _, result in results.of(_random_cells(plan, data))]
         by_speaker: dict[str, list[Result]] = {}
         for _, result in results.of(_speaker_cells(plan, data)):
             by_speaker.setdefault(result["name"], []).append(result)
         if not random or len(by_speaker) < 2:
             raise ValueError(f"too few runs on {what} have a result")
-        held_out = {
-            arm: [sum(each[arm] for each in found) / len(found) for found in by_speaker.values()] for arm in ARMS
+        return cls(
+            what,
+            "a speaker" if speech else "a group of strokes",
+            list(by_speaker),
+            {arm: [each[arm] for each in random] for arm in ARMS},
+            {arm: [sum(each[arm] for each in found) / len(found) for found in by_speaker.values()] for arm in ARMS},
+        )
+
+    def parts(self) -> dict[str, dict[str, list[float]]]:
+        """The accuracies of each kind of split, by its name."""
+        return {
+            f"{self.what}, random split": self.mixed,
+            f"{self.what}, {self.group} held out": self.held_out,
         }
-        mixed = {arm: [each[arm] for each in random] for arm in ARMS}
-        group = "a speaker" if kind_of(data) == "speech" else "a group of strokes"
-        gain = difference(held_out["bn"], held_out["none"])
-        remedy = difference(held_out["adapted"], held_out["bn"])
-        findings += [
-            Finding(
-                "test accuracy, batch norm − none", f"{what}, random split", difference(mixed["bn"], mixed["none"]), 0.0
+
+    def findings(self) -> list[Finding]:
+        """What batch norm gains on either split, and adapting on the one by speaker."""
+        gain = {"test accuracy, batch norm − none": ("bn", "none")}
+        asides = {
+            "the remedy: test accuracy, adapted − batch norm": ("adapted", "bn"),
+            "the remedy against none: test accuracy, adapted − none": ("adapted", "none"),
+        }
+        (random, mixed), (speaker, held_out) = self.parts().items()
+        return [
+            *difference_findings(random, mixed, gain),
+            *difference_findings(speaker, held_out, gain),
+            *difference_findings(speaker, held_out, asides, decisive=False),
+        ]
+
+    def words(self) -> str:
+        """The accuracies on a held-out speaker."""
+        none, bn, adapted = (mean(self.held_out[arm]).value for arm in ARMS)
+        remedy = difference(self.held_out["adapted"], self.held_out["bn"])
+        return (
+            f"with {self.group} held out, {none:.1f} % without, {bn:.1f} % with batch norm and {adapted:.1f} % with "
+            f"moments adapted to it ({signed(remedy, 1)}; {self.what})"
+        )
+
+    def rows(self) -> list[list[str]]:
+        """The mean of each split and arm, then each speaker's."""
+        return [
+            *(
+                [where, label, mean(by_arm[arm]).text(1)]
+                for where, by_arm in self.parts().items()
+                for arm, (label, _) in ARMS.items()
             ),
-            Finding("test accuracy, batch norm − none", f"{what}, {group} held out", gain, 0.0),
-            Finding(
-                "the remedy: test accuracy, adapted − batch norm",
-                f"{what}, {group} held out",
-                remedy,
-                0.0,
-                decisive=False,
-            ),
-            Finding(
-                "the remedy against none: test accuracy, adapted − none",
-                f"{what}, {group} held out",
-                difference(held_out["adapted"], held_out["none"]),
-                0.0,
-                decisive=False,
+            *(
+                [
+                    f"{self.what}, held out: {name}",
+                    "none / batch norm / adapted",
+                    " / ".join(f"{self.held_out[arm][place]:.1f}" for arm in ARMS),
+                ]
+                for place, name in enumerate(self.speakers)
             ),
         ]
-        words.append(
-            f"with {group} held out, {mean(held_out['none']).value:.1f} % without, {mean(held_out['bn']).value:.1f} "
-            f"% with batch norm and "
-            f"{mean(held_out['adapted']).value:.1f} % with moments adapted to it ({signed(remedy, 1)}; {what})"
-        )
-        for where, by_arm in ((f"{what}, random split", mixed), (f"{what}, {group} held out", held_out)):
-            names.append(where)
-            for arm, (label, _) in ARMS.items():
-                bars[arm].append(mean(by_arm[arm]))
-                rows.append([where, label, mean(by_arm[arm]).text(1)])
-        for name, found in by_speaker.items():
-            texts = " / ".join(f"{sum(each[arm] for each in found) / len(found):.1f}" for arm in ARMS)
-            rows.append([f"{what}, held out: {name}", "none / batch norm / adapted", texts])
-    stand_in = all(kind_of(data) == "digits" for data in _sets(plan))
-    return Reading(
-        f"In accuracy, {listed(words)}."
-        + (" No recordings were given: the stand-in is no speech." if stand_in else ""),
-        findings,
-        [
-            Figure(
-                "Test accuracy by split",
-                Axis("split", categories=names),
-                Axis("test accuracy, %", limits=(0.0, 100.0)),
-                [
-                    Series(
-                        label,
-                        style,
-                        list(range(len(names))),
-                        [i.value for i in bars[arm]],
-                        [i.low for i in bars[arm]],
-                        [i.high for i in bars[arm]],
-                    )
-                    for arm, (label, style) in ARMS.items()
-                ],
-                f"Test accuracy by split: {listed(words)}.",
-                kind="bars",
-            )
-        ],
-        [Table("Test accuracy in percent", ["where", "arm", "accuracy"], rows)],
-        setup=[
-            (
-                "Recordings",
-                "WAV files of words by several speakers, as 24 log-mel bands and 64 frames (with --data-dir)",
-            ),
-            (
-                "Stand-in",
-                "scikit-learn's digits, read as eight frames of eight bands; the groups held out are sixths of the "
-                "images by the thickness of "
-                "their strokes",
-            ),
-            (
-                "Network",
-                f"three convolutions over time of {CHANNELS} channels with ReLU, mean over time, one linear layer",
-            ),
-            (
-                "Training",
-                f"Adam at {RATE:g}, batches of {BATCH}; the same in all arms, nothing chosen on the part held out",
-            ),
-            ("Adapted", "kn.adapt with the recordings of the part held out, without their words"),
-            (
-                "Unit",
-                f"of a held-out interval: the speaker or group, each over {1 if plan.quick else 3} seed(s); of a "
-                f"random split: {len(_seeds(plan))} seeds",
-            ),
-        ],
-        notes=["A held-out speaker's recordings are all adapted to at once: they hold every word about as often."],
-    )
+
+
+def _setup(plan: Plan) -> dict[str, str]:
+    return {
+        "Recordings": "WAV files of words by several speakers, as 24 log-mel bands and 64 frames (with --data-dir)",
+        "Stand-in": "scikit-learn's digits, read as eight frames of eight bands; the groups held out are sixths of the "
+        "images by the thickness of their strokes",
+        "Network": f"three convolutions over time of {CHANNELS} channels with ReLU, mean over time, one linear layer",
+        "Training": f"Adam at {RATE:g}, batches of {BATCH}; the same in all arms, nothing chosen on the part held out",
+        "Adapted": "kn.adapt with the recordings of the part held out, without their words",
+        "Unit": f"of a held-out interval: the speaker or group, each over {1 if plan.quick else 3} seed(s); of a "
+        f"random split: {len(_seeds(plan))} seeds",
+    }
 
 
 CLAIM = Claim(
@@ -233,18 +262,15 @@ CLAIM = Claim(
     statement="Batch normalization helps with speech.",
     question="Does batch norm gain accuracy on spoken words, and on a speaker not heard in training?",
     literature="Batch norm is common in convolutional acoustic models (Deep Speech 2 reports gains, in its recurrent "
-    "layers from normalizing the input "
-    "term). A new speaker shifts the features' moments; adapting only these to the speaker, without labels, is a "
-    "cheap adaptation (as Li et al. "
-    "2017 do for images).",
+    "layers from normalizing the input term). A new speaker shifts the features' moments; adapting only these to the "
+    "speaker, without labels, is a cheap adaptation (as Li et al. 2017 do for images).",
     sources=[
         Source("Amodei et al. 2015: Deep Speech 2, section 3.2", "https://arxiv.org/abs/1512.02595"),
         Source("Li, Wang, Shi, Liu, Hou 2017: AdaBN", "https://arxiv.org/abs/1603.04779"),
         Source("Jackson et al.: Free Spoken Digit Dataset", "https://github.com/Jakobovski/free-spoken-digit-dataset"),
     ],
     criterion="Holds if the test accuracy is higher with batch norm than without, both on a random split and with a "
-    "speaker held out; depends if in one "
-    "of these. What adapting the moments to the speaker gains is shown beside.",
+    "speaker held out; depends if in one of these. What adapting the moments to the speaker gains is shown beside.",
     data=("digits (a stand-in)", "speech"),
     cells=cells,
     read=read,

@@ -1,17 +1,17 @@
-"""What a claim is. Adding one is adding a file to `claims/` that sets `CLAIM`."""
+"""The parts of a claim; each file in `claims/` that sets `CLAIM` is one."""
 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 
 from keelnorm.lab.core.cell import Cell, Results
 from keelnorm.lab.core.plan import Plan
-from keelnorm.lab.reading.figures import Figure, Table
 from keelnorm.lab.reading.verdicts import Finding
+from keelnorm.measure.page_parts import Figure, Table
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Reading:
         answer: one sentence (two at most) made from the figures, never written before.
         findings: the effects with intervals that the verdict is computed from.
         figures, tables: what is shown; the first figure is the claim's own.
-        setup: (term, text) pairs: data, networks, training, learning rates, metric, seeds.
+        setup: texts by term: data, networks, training, learning rates, metric, seeds.
         notes: what a reader has to know to read it right.
     """
 
@@ -38,7 +38,7 @@ class Reading:
     findings: Sequence[Finding]
     figures: Sequence[Figure]
     tables: Sequence[Table]
-    setup: Sequence[tuple[str, str]]
+    setup: Mapping[str, str]
     notes: Sequence[str] = ()
 
 

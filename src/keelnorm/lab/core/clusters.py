@@ -15,9 +15,9 @@ from keelnorm.lab.core.cell import Cell, Ended, Failure
 from keelnorm.lab.core.parallel import DIED, Attempt, handed_out, running_on
 
 SECONDS = 10
-"""To wait for an answer, and for a worker."""
+"""How long to wait for an answer, and for a worker."""
 LEAST_IN_HAND = 64
-"""Cells that are handed out at once, also where few workers are there yet."""
+"""How many cells are handed out at once, even while there are few workers."""
 
 
 class ClusterError(ValueError):
@@ -25,7 +25,7 @@ class ClusterError(ValueError):
 
 
 def cluster(address: str | None) -> AbstractContextManager[Any]:
-    """Inside, cells run on the cluster at this address; None: on this machine.
+    """Run cells on the cluster at this address inside the block; on this machine where it is None.
 
     Args:
         address: a Dask scheduler's ("tcp://host:8786") or a Ray head's ("ray://host:10001").
@@ -37,18 +37,18 @@ def cluster(address: str | None) -> AbstractContextManager[Any]:
     if address is None:
         return nullcontext()
     if address.startswith("ray://"):
-        _need("ray", "ray")
+        _require("ray", "ray")
         return _on_ray(address, _connected_to_ray(address))
     if not address.startswith(("tcp://", "tls://")):
         raise ValueError(
-            f"a cluster's address is that of a Dask scheduler (tcp://host:8786) or of a Ray head (ray://host:10001); "
+            "a cluster's address is that of a Dask scheduler (tcp://host:8786) or of a Ray head (ray://host:10001); "
             f"got {address!r}"
         )
-    _need("dask", "distributed")
+    _require("dask", "distributed")
     return _on_dask(address, _connected_to_dask(address))
 
 
-def _need(extra: str, package: str) -> None:
+def _require(extra: str, package: str) -> None:
     if words := lacking(extra, package):
         raise ModuleNotFoundError(f"such a cluster needs the package {words}", name=package)
 
@@ -57,7 +57,7 @@ def _failure(cell: Cell, error: Exception) -> Ended:
     return cell, Failure(cell, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}", str(error)), 0.0
 
 
-def _answers(kind: str, address: str, usual: int) -> None:
+def _check_reachable(kind: str, address: str, usual: int) -> None:
     """Raise unless something listens at this address: the packages themselves would try for long."""
     place = urlsplit(address)
     try:
@@ -76,7 +76,7 @@ def _without_workers(kind: str, address: str) -> ClusterError:
 def _connected_to_dask(address: str) -> Any:
     from distributed import Client
 
-    _answers("Dask scheduler", address, 8786)
+    _check_reachable("Dask scheduler", address, 8786)
     try:
         client = Client(address, timeout=SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
@@ -131,8 +131,8 @@ def _through_dask(address: str, client: Any, cells: list[Cell], attempt: Attempt
 
 
 def _connected_to_ray(address: str) -> Any:
-    """The module, connected."""
-    _answers("Ray head", address, 10001)
+    """Connect, and return Ray's module."""
+    _check_reachable("Ray head", address, 10001)
     import ray
 
     try:

@@ -17,7 +17,7 @@ PACKAGES = ("torch", "numpy", "scipy", "scikit-learn")
 
 #: Files and folders of the package that can't change a measured number: a stored result stays good when they change.
 NOT_MEASURED = (
-    "bench/", "cli/", "engine/atomic_write.py", "lab/claims/", "lab/reading/", "lab/training/learning_rates.py",
+    "bench/", "cli/", "engine/atomic_write.py", "lab/claims/", "lab/reading/",
     "measure/page_parts.py", "measure/page/", "measure/plain_data.py", "measure/statistics.py",
     "lab/core/claim.py", "lab/core/clusters.py", "lab/core/environment.py", "lab/core/laboratory.py",
     "lab/core/parallel.py", "lab/core/plan.py", "lab/core/progress.py", "lab/core/runner.py", "lab/core/store.py",

@@ -1,4 +1,4 @@
-"""Many cells beside each other: in processes of this machine, or wherever a cluster runs them."""
+"""Cells in parallel: in processes of this machine, or on a cluster."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from keelnorm.measure.machine import cores
 
 Attempt = Callable[[Cell], Ended]
 Pool = Callable[[list[Cell], Attempt, int | None], Iterator[Ended]]
-"""Runs cells beside each other, so many at most where a number is given, and yields each as it ends."""
+"""Runs cells in parallel, at most as many at once as the number says, and yields each as it ends."""
 
-DIED = "its worker process died: the system may have killed it, as for want of memory"
+DIED = "its worker process died; the system may have killed it, for example for lack of memory"
 ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
 
 _elsewhere: Pool | None = None
@@ -27,7 +27,7 @@ _elsewhere: Pool | None = None
 
 @contextmanager
 def running_on(pool: Pool) -> Iterator[None]:
-    """Inside, cells run there, and not on this machine."""
+    """Run cells in this pool inside the block, not on this machine."""
     global _elsewhere
     before, _elsewhere = _elsewhere, pool
     try:
@@ -45,7 +45,7 @@ def in_parallel(cells: list[Cell], attempt: Attempt, jobs: int | None) -> Iterat
     Args:
         cells: the work, in the order to begin it.
         attempt: runs one cell and never raises.
-        jobs: how many beside each other; None: one a core, or all that the cluster has.
+        jobs: how many at once; None: one a core, or as many as the cluster has workers for.
     """
     if _elsewhere is not None:
         yield from _elsewhere(cells, attempt, jobs)
@@ -86,11 +86,13 @@ def _through_joblib(cells: list[Cell], attempt: Attempt, jobs: int | None, backe
 def handed_out(
     cells: Iterable[Cell], submit: Callable[[Cell], Any], first_done: Callable[[list[Any]], Iterable[Any]], most: int
 ) -> Iterator[tuple[Cell, Any]]:
-    """Hand out cells, at most so many at once, and yield each with its handle when it is done.
+    """Hand out cells, and yield each with its handle when it is done.
 
     Args:
-        submit: gives a handle.
-        first_done: waits for some of these handles, and gives those that are done.
+        cells: the work, in the order to begin it.
+        submit: starts a cell and returns a handle.
+        first_done: waits for some of these handles and returns those that are done.
+        most: how many cells are out at once.
     """
     rest = iter(cells)
     hand = {submit(cell): cell for cell in islice(rest, most)}
@@ -103,7 +105,7 @@ def handed_out(
 
 
 def _one_by_one(left: dict[str, Cell], attempt: Attempt, width: int, most: int) -> Iterator[Ended]:
-    """Run cells in a process each until one dies again, or as many as were in hand are done."""
+    """Run each cell in a process of its own, until one dies again or all that may have killed it are done."""
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
     for cell in list(left.values())[:most]:
@@ -124,7 +126,7 @@ def _in_processes(cells: list[Cell], attempt: Attempt, width: int, most: int) ->
     resource_tracker.ensure_running()
     lokys.ensure_running()
     # Its workers wait for what comes next, since starting one takes as long as many a cell.
-    pool = get_reusable_executor(width, initializer=end_with, initargs=(os.getpid(),), env=ONE_THREAD)
+    pool = get_reusable_executor(width, initializer=end_with_parent, initargs=(os.getpid(),), env=ONE_THREAD)
 
     def submit(cell: Cell) -> Any:
         with _without_interrupts():  # this starts processes
@@ -140,8 +142,8 @@ def _in_processes(cells: list[Cell], attempt: Attempt, width: int, most: int) ->
             pool.shutdown(kill_workers=True)
 
 
-def end_with(parent: int) -> None:
-    """Let this process end when the one that started it does, killed or not: it would wait for work for minutes."""
+def end_with_parent(parent: int) -> None:
+    """End this process when its parent ends, even if that was killed; it would wait for work for minutes."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -153,9 +155,9 @@ def end_with(parent: int) -> None:
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """What is started inside is never interrupted by Ctrl-C, which a terminal sends to the workers too.
+    """Block Ctrl-C inside, so that workers started there ignore it.
 
-    They have nothing to add to what this process says, and end with it. Here it comes a little later.
+    A terminal sends it to the workers too, which end with this process anyway. Here it arrives a little later.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -1,4 +1,4 @@
-"""How thoroughly to look, and at which data."""
+"""What a run was asked for: how thorough it is, and on which data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Plan:
 
     Args:
         quick: coarser grids, shorter training and fewer seeds, for a first look.
-        seeds: how many, from 0, in place of each claim's own number; None: each claim's own.
+        seeds: how many, in place of each claim's own number; None: each claim's own.
         data: identities of the data sets that were found in the reader's folder, such as "mnist@1f0c…"
             (see `keelnorm.lab.data.data_folder`); what is bundled is not among them.
     """
@@ -27,11 +27,11 @@ class Plan:
         """The seeds of a claim whose own numbers are these."""
         return range(self.seeds if self.seeds is not None else quick if self.quick else full)
 
-    def sets(self, default: str, *more: str) -> list[str]:
+    def data_sets(self, default: str, *more: str) -> list[str]:
         """The data sets that a claim uses: the bundled one, then those of `more` that the reader has.
 
         Example:
-            >>> Plan(data=("mnist@1f0c", "speech@77aa")).sets("digits", "mnist", "images")
+            >>> Plan(data=("mnist@1f0c", "speech@77aa")).data_sets("digits", "mnist", "images")
             ['digits', 'mnist@1f0c']
         """
         return [default, *(own for kind in more for own in self.data if kind_of(own) == kind)]

@@ -75,7 +75,7 @@ class ProgressBar:
             done=0,
             cells=len(cells),
         )
-        self._drawn(self._progress.start)
+        self._draw(self._progress.start)
 
     def done(self, cell: Cell, failure: Failure | None) -> None:
         """Move the bar on."""
@@ -83,12 +83,12 @@ class ProgressBar:
             return
         self._done += 1
         self._progress.update(self._task, advance=cell.cost, done=self._done)
-        self._drawn(self._progress.refresh)
+        self._draw(self._progress.refresh)
         if failure is not None:
             said = f"failed: {cell.label()}: {failure.reason}"
-            self._drawn(lambda: self._console.print(said, markup=False))
+            self._draw(lambda: self._console.print(said, markup=False))
 
-    def _drawn(self, draw: Callable[[], None]) -> None:
+    def _draw(self, draw: Callable[[], None]) -> None:
         try:
             draw()
         except OSError:

@@ -1,4 +1,4 @@
-"""Runs cells: in parallel where they may, alone where they must, and on when one fails."""
+"""Runs cells: in parallel, or one at a time where they are exclusive; goes on when one fails."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from keelnorm.lab.core.store import Store
 
 @dataclass
 class Outcome:
-    """What a run gave, by cell key: results, how many seconds each took; the cells that failed; what was stored
-    before."""
+    """What a run gave: results and seconds by cell key, the cells that failed, and how many were stored before."""
 
     results: dict[str, Result] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -27,10 +26,10 @@ class Outcome:
 
 
 class Listener(Protocol):
-    """Who is told how a run gets on."""
+    """Is told how a run proceeds."""
 
     def begin(self, cells: list[Cell], *, alone: bool) -> None:
-        """These cells are about to run; alone: one at a time, and disturbed by all that goes on."""
+        """These cells are about to run; `alone` where one at a time, so that nothing disturbs their timing."""
 
     def done(self, cell: Cell, failure: Failure | None) -> None:
         """This cell has ended."""
@@ -72,7 +71,7 @@ def run(
     Args:
         cells: the work; a cell that is asked for twice runs once.
         store: gives what is known and takes what is new.
-        jobs: processes to run beside each other; None: one a core. Exclusive cells run after the others,
+        jobs: processes at once; None: one a core. Exclusive cells run after the others,
             one at a time in this process.
         folder: the reader's data, for the cells whose data are there.
         listener: told of progress.
@@ -132,7 +131,7 @@ def attempt(folder: Path | None, cell: Cell) -> Ended:
 
 
 def attempt_on_one_thread(folder: Path | None, cell: Cell) -> Ended:
-    """The same with torch on one thread."""
+    """Run a cell as `attempt` does, with torch on one thread."""
     from keelnorm.lab.core.threads import one_thread
 
     with one_thread():

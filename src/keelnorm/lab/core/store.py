@@ -53,11 +53,11 @@ class Store:
             self._read(path)
 
     def get(self, cell: Cell) -> tuple[Result, float] | None:
-        """The stored result of a cell and how many seconds it took, where there is one that still holds."""
+        """The stored result of a cell and the seconds it took; None where there is none that is still valid."""
         return self._results.get((cell.key, code_fingerprint(cell.task)))
 
     def remember(self, order: Order) -> None:
-        """Keep what was asked for, for whoever reports on it later."""
+        """Keep what was asked for, for a later report."""
         if order != self.order:
             self._append({"order": order})
             self.order = order
@@ -101,10 +101,10 @@ class Store:
                 )
 
     def _take(self, record: dict[str, Any]) -> None:
-        """What a line says.
+        """Read one record.
 
         Raises:
-            ValueError, KeyError, TypeError, OverflowError: it is none of those that are written here.
+            ValueError, KeyError, TypeError, OverflowError: it is no record that this class writes.
         """
         if "order" in record:
             self.order = _of(dict, record["order"])

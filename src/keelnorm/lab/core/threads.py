@@ -1,4 +1,4 @@
-"""One thread for a while."""
+"""PyTorch on one thread."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """PyTorch works on one thread inside, and on as many as before afterwards.
+    """Run PyTorch on one thread inside the block.
 
-    Where as many processes as cores are at work, and on networks this small, a second thread waits more
-    than it helps; and a time that is measured must not hang on whether the other cores are free.
+    With as many processes as cores, and on networks this small, a second thread waits more than it helps; and a
+    measured time must not depend on whether the other cores are free.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

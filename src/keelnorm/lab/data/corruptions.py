@@ -21,12 +21,12 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def noise(x: Tensor, severity: int, draw: torch.Generator) -> Tensor:
-    """x + 0.1·s·N(0, 1)."""
+    """Add noise: x + 0.1·s·N(0, 1)."""
     return x + 0.1 * severity * torch.randn(x.shape, generator=draw)
 
 
 def blur(x: Tensor, severity: int, draw: torch.Generator) -> Tensor:
-    """A Gaussian filter with a deviation of 0.03·s of the side, each weight its integral over a pixel."""
+    """Blur by a Gaussian of standard deviation 0.03·s of the side, each weight its integral over a pixel."""
     deviation = 0.03 * severity * x.shape[-1]
     reach = math.ceil(3 * deviation)
     edges = torch.arange(-reach - 0.5, reach + 1, dtype=x.dtype)
@@ -38,36 +38,36 @@ def blur(x: Tensor, severity: int, draw: torch.Generator) -> Tensor:
 
 
 def contrast(x: Tensor, severity: int, draw: torch.Generator) -> Tensor:
-    """m + (1 − 0.17·s)·(x − m), m the image's mean."""
+    """Lower the contrast: m + (1 − 0.17·s)·(x − m), m the image's mean."""
     mean = x.mean(dim=(1, 2, 3), keepdim=True)
     return mean + (1 - 0.17 * severity) * (x - mean)
 
 
 def brightness(x: Tensor, severity: int, draw: torch.Generator) -> Tensor:
-    """v + (1 − v)·x with v = 0.12·s: a grey veil. What is black turns grey; what is white stays."""
+    """Brighten: v + (1 − v)·x with v = 0.12·s. Black turns grey, and white stays."""
     veil = 0.12 * severity
     return veil + (1 - veil) * x
 
 
 def shift(x: Tensor, severity: int, draw: torch.Generator) -> Tensor:
-    """Moved by 0.04·s of the side in a random direction."""
+    """Move by 0.04·s of the side in a random direction."""
     angle = 2 * math.pi * torch.rand(len(x), generator=draw)
     by = 2 * 0.04 * severity  # the grid's coordinates run from -1 to 1
     return _mapped(x, torch.ones(len(x)), torch.zeros(len(x)), by * angle.cos(), by * angle.sin())
 
 
 def rotation(x: Tensor, severity: int, draw: torch.Generator) -> Tensor:
-    """Turned by 10·s degrees, one way or the other."""
+    """Turn by 10·s degrees, one way or the other."""
     return _mapped(x, torch.ones(len(x)), math.radians(10 * severity) * _sign(len(x), draw))
 
 
 def scale(x: Tensor, severity: int, draw: torch.Generator) -> Tensor:
-    """Shrunk or grown by the factor 1 + 0.12·s."""
+    """Shrink or enlarge by the factor 1 + 0.12·s."""
     return _mapped(x, (1 + 0.12 * severity) ** _sign(len(x), draw), torch.zeros(len(x)))
 
 
 def occlusion(x: Tensor, severity: int, draw: torch.Generator) -> Tensor:
-    """A grey square of 0.1·s + 0.1 of the side at a random place."""
+    """Cover with a grey square of 0.1·s + 0.1 of the side at a random place."""
     side = max(1, round((0.1 + 0.1 * severity) * x.shape[-1]))
     tops, lefts = (torch.randint(0, size - side + 1, (len(x),), generator=draw) for size in x.shape[-2:])
     rows, columns = (torch.arange(size) for size in x.shape[-2:])

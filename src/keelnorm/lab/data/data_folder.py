@@ -10,7 +10,7 @@ from pathlib import Path
 
 from keelnorm.engine.optional_imports import lacking
 from keelnorm.lab.data.data_error import DataError
-from keelnorm.lab.data.wav import chosen, word_and_speaker
+from keelnorm.lab.data.wav import recordings_used, word_and_speaker
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 LEVELS = ("train", "test", "val", "valid", "validation")
@@ -29,7 +29,7 @@ def need_pillow() -> None:
 
 @contextmanager
 def reading_from(folder: Path | None) -> Iterator[None]:
-    """Inside, data sets that are not bundled are read from this folder."""
+    """Read data sets that are not bundled from this folder inside the block."""
     global _folder
     before, _folder = _folder, folder
     try:
@@ -49,7 +49,7 @@ def discover(folder: Path) -> list[str]:
         DataError: it has none, two of a kind, or one that lacks a part; says what was looked for and what was there.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; --data-dir takes a folder with {_legal()}")
+        raise DataError(f"{folder} is not a folder; --data-dir takes a folder with {_known_forms()}")
     found = _files(folder)
     if "images" in found:
         need_pillow()
@@ -58,7 +58,7 @@ def discover(folder: Path) -> list[str]:
         more = f" and {len(there) - 8} more" if len(there) > 8 else ""
         raise DataError(
             f"no data were found in {folder} or in the folders in it, which has {', '.join(there[:8]) or 'nothing'}"
-            f"{more}; looked for: {_legal()}"
+            f"{more}; looked for: {_known_forms()}"
         )
     return [f"{kind}@{_digest(folder, kind, files)}" for kind, files in found.items()]
 
@@ -110,19 +110,19 @@ def _files(folder: Path) -> dict[str, list[Path]]:
 
 
 def _folders(place: Path) -> list[Path]:
-    """The folders in it, but for those whose names begin with a dot or, as `_background_noise_`, a line."""
+    """The folders in it, except those whose names begin with "." or, as `_background_noise_`, with "_"."""
     return sorted(path for path in place.iterdir() if path.is_dir() and path.name[0] not in "._")
 
 
-def _regular(place: Path) -> list[Path]:
-    """The files in it that hold data: a pipe would be waited for."""
+def _files_in(place: Path) -> list[Path]:
+    """The regular files in it: reading from a pipe would wait."""
     return [path for path in place.iterdir() if path.is_file()]
 
 
-def _idx(place: Path) -> list[Path]:
-    """Images and labels in turns. Of a file that is there packed and unpacked, the unpacked one."""
+def _find_idx(place: Path) -> list[Path]:
+    """Images and labels in turns; the unpacked one of a file that is there packed and unpacked."""
     named: dict[str, Path] = {}
-    for path in sorted(_regular(place), key=lambda path: (path.suffix != ".gz", path.name)):
+    for path in sorted(_files_in(place), key=lambda path: (path.suffix != ".gz", path.name)):
         if path.name.removesuffix(".gz").endswith("ubyte"):
             named[path.name.removesuffix(".gz")] = path
     files, sets = [], set()
@@ -145,15 +145,15 @@ def _idx(place: Path) -> list[Path]:
     return files
 
 
-def _wavs(place: Path) -> list[Path]:
-    own = sorted(path for path in _regular(place) if path.suffix.lower() == ".wav")
+def _find_wavs(place: Path) -> list[Path]:
+    own = sorted(path for path in _files_in(place) if path.suffix.lower() == ".wav")
     files = own or _in_classes(place, (".wav",))
     for path in files:
         word_and_speaker(path)
     return files
 
 
-def _pictures(place: Path) -> list[Path]:
+def _find_pictures(place: Path) -> list[Path]:
     """Those in folders of classes, or else in folders of classes a level further down, all levels together."""
     levels = [level for level in _folders(place) if level.name.lower() in LEVELS]
     return _in_classes(place, PICTURES) or [file for level in levels for file in _in_classes(level, PICTURES)]
@@ -166,7 +166,7 @@ def _in_classes(place: Path, suffixes: Sequence[str]) -> list[Path]:
         DataError: another of these folders has none, and no data of another kind either.
     """
     classes = [path for path in _folders(place) if path.name.lower() not in LEVELS]
-    by_class = {each: sorted(path for path in _regular(each) if path.suffix.lower() in suffixes) for each in classes}
+    by_class = {each: sorted(path for path in _files_in(each) if path.suffix.lower() in suffixes) for each in classes}
     if sum(map(bool, by_class.values())) < 2:
         return []
     for each, files in by_class.items():
@@ -178,17 +178,17 @@ def _in_classes(place: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 KINDS: dict[str, tuple[str, Callable[[Path], list[Path]]]] = {
-    "mnist": ("MNIST's IDX files (…images-idx3-ubyte beside …labels-idx1-ubyte, gzipped or not)", _idx),
-    "images": ("two or more folders of classes with pictures in them (png, jpg, …)", _pictures),
+    "mnist": ("MNIST's IDX files (…images-idx3-ubyte beside …labels-idx1-ubyte, gzipped or not)", _find_idx),
+    "images": ("two or more folders of classes with pictures in them (png, jpg, …)", _find_pictures),
     "speech": (
         "WAV files of spoken words, named {word}_{speaker}_{number}.wav, or {speaker}_nohash_{number}.wav in a folder "
         "for each word",
-        _wavs,
+        _find_wavs,
     ),
 }
 
 
-def _legal() -> str:
+def _known_forms() -> str:
     return "; ".join(what for what, _ in KINDS.values())
 
 
@@ -197,7 +197,9 @@ def _digest(folder: Path, kind: str, files: Sequence[Path]) -> str:
     facts = zip(files, stats, strict=True)
     digest = _digest_of(tuple((folder, path, stat.st_size, stat.st_mtime_ns) for path, stat in facts))
     # How many speakers there are decides what work there is, which must be known where the files are not.
-    return f"{digest}.{len({speaker for _, speaker in chosen(files).values()})}" if kind == "speech" else digest
+    return (
+        f"{digest}.{len({speaker for _, speaker in recordings_used(files).values()})}" if kind == "speech" else digest
+    )
 
 
 @cache

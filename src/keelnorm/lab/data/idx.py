@@ -12,11 +12,11 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from keelnorm.lab.data.data_error import DataError, beyond
+from keelnorm.lab.data.data_error import DataError, too_large
 
 _UNSIGNED_BYTE = 0x08
 MOST_VALUES = 2**30
-"""In a file: the largest data set of this form, EMNIST by class, has about half as many."""
+"""The most values in a file; the largest data set of this form, EMNIST by class, has about half as many."""
 
 
 def read_idx(path: Path, dimensions: int) -> Tensor:
@@ -48,7 +48,7 @@ def _values(path: Path, stream: BinaryIO | gzip.GzipFile, dimensions: int, size:
     shape = [int.from_bytes(header[at : at + 4], "big") for at in range(4, len(header), 4)]
     count, claimed = math.prod(shape), " x ".join(map(str, shape))
     if count > MOST_VALUES:
-        raise beyond(path, f"{claimed} values", f"{MOST_VALUES} values")
+        raise too_large(path, f"{claimed} values", f"{MOST_VALUES} values")
     expected = 4 + 4 * dimensions + count
     raw = stream.read(count + 1) if size is None or size == expected else b""
     found = len(header) + len(raw) if size is None else size

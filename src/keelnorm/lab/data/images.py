@@ -20,19 +20,19 @@ MOST_TRAINING = 6000
 """Samples in the training part where the data set is the reader's, so that a claim's steps are some epochs of it."""
 
 
-def digits(seed: int, *, centred: bool = True) -> Split:
+def digits(seed: int, *, centered: bool = True) -> Split:
     """scikit-learn's 1,797 handwritten digits (8 x 8) as 1,297 / 200 / 300; see `images`."""
-    return images("digits", seed, centred=centred)
+    return images("digits", seed, centered=centered)
 
 
-def images(data: str, seed: int, *, centred: bool = True, train: int | None = None) -> Split:
+def images(data: str, seed: int, *, centered: bool = True, train: int | None = None) -> Split:
     """Images (n, C, H, W) and their classes, divided by `seed`.
 
     Args:
         data: a data set's identity: "digits", or one that `keelnorm.lab.data.discover` found: "mnist@…" (grey, as large
             as they are) or "images@…" (in colour, 32 x 32).
         seed: draws the division.
-        centred: as `Split.centred` makes them; without, values from 0 to 1 as they come.
+        centered: as `Split.centered` makes them; without, values from 0 to 1 as they come.
         train: samples in the training part; None: all that are left, of the reader's own data at most 6,000.
 
     Raises:
@@ -43,7 +43,7 @@ def images(data: str, seed: int, *, centred: bool = True, train: int | None = No
     if train is None and kind_of(data) != "digits":
         train = min(MOST_TRAINING, len(x) - validation - test)
     divided = split(x, y, data=data, seed=seed, validation=validation, test=test, train=train)
-    return divided.centred() if centred else divided
+    return divided.centered() if centered else divided
 
 
 @cache

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keelnorm.lab.data.data_error import DataError, beyond
+from keelnorm.lab.data.data_error import DataError, too_large
 from keelnorm.lab.data.data_folder import classes_of, need_pillow
 
 SIDE = 32
 MOST_CLASSES = 20
 MOST_PER_CLASS = 1000
 MOST_PIXELS = 2**26
-"""That are decoded of a picture; fewer than those of which Pillow warns."""
+"""The largest picture that is decoded; Pillow warns of larger ones only."""
 
 
 def read_pictures(files: Sequence[Path]) -> tuple[Tensor, Tensor]:
@@ -49,11 +49,11 @@ def _pixels(path: Path) -> np.ndarray:
             picture.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at a fraction of its size
             width, height = picture.size
             if width * height > MOST_PIXELS:
-                raise beyond(path, f"{width} x {height} pixels", f"{MOST_PIXELS} pixels")
+                raise too_large(path, f"{width} x {height} pixels", f"{MOST_PIXELS} pixels")
             return np.asarray(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR))
     except DataError:
         raise
     except Image.DecompressionBombError:  # raised as the header is read
-        raise beyond(path, "far more pixels", f"{MOST_PIXELS} pixels") from None
+        raise too_large(path, "far more pixels", f"{MOST_PIXELS} pixels") from None
     except Exception as error:  # what is raised for a broken picture differs by its format
         raise DataError(f"{path} can't be decoded as a picture ({error}); replace it, or remove it") from None

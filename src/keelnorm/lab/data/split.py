@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,29 +27,28 @@ class Split:
         """How many classes the labels name."""
         return int(max(part.max() for part in (self.train_y, self.validation_y, self.test_y))) + 1
 
-    def centred(self) -> Split:
-        """The same with the training part's mean sample subtracted, divided by one overall deviation."""
-        centre = self.train_x.mean(dim=0)
-        width = (self.train_x - centre).square().mean().sqrt()
-        return Split(
-            (self.train_x - centre) / width,
-            self.train_y,
-            (self.validation_x - centre) / width,
-            self.validation_y,
-            (self.test_x - centre) / width,
-            self.test_y,
-        )
+    def with_inputs(self, change: Callable[[Tensor], Tensor]) -> Split:
+        """The same with every part's samples changed."""
+        x = [change(part) for part in (self.train_x, self.validation_x, self.test_x)]
+        return Split(x[0], self.train_y, x[1], self.validation_y, x[2], self.test_y)
+
+    def centered(self) -> Split:
+        """The same with the training part's mean sample subtracted, divided by one overall standard deviation."""
+        center = self.train_x.mean(dim=0)
+        width = (self.train_x - center).square().mean().sqrt()
+        return self.with_inputs(lambda x: (x - center) / width)
 
 
 def split(x: Tensor, y: Tensor, *, data: str, seed: int, validation: int, test: int, train: int | None = None) -> Split:
     """Divide at random, drawn by `seed`.
 
     Args:
-        x, y: all samples and labels. Bytes become values in [0, 1], those of the parts alone: a large data set is kept
-            as it comes.
+        x: all samples. Bytes become values in [0, 1] in the parts alone, so that a large data set stays small.
+        y: their labels.
         data: the data set's identity, an axis of the draw.
-        seed: the other one.
-        validation, test: samples in these parts.
+        seed: the other axis.
+        validation: samples in this part.
+        test: samples in this part.
         train: samples in the training part; None: all that are left.
 
     Raises:

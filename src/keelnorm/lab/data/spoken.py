@@ -1,4 +1,4 @@
-"""Spoken words by several speakers: the reader's WAV files, or a stand-in that is no speech."""
+"""Spoken words by several speakers: the reader's WAV files, or a stand-in made of images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from keelnorm.lab.data.data_error import DataError
 from keelnorm.lab.data.data_folder import files_of
 from keelnorm.lab.data.images import all_images
 from keelnorm.lab.data.split import Split, split
-from keelnorm.lab.data.wav import chosen, log_mel, read_wav
+from keelnorm.lab.data.wav import log_mel, read_wav, recordings_used
 
 GROUPS = 6
 
@@ -31,7 +31,7 @@ class Recordings:
         y: (n,), the word's number.
         speakers: (n,), the speaker's number.
         names: the speakers' names.
-        stand_in: whether this is no speech.
+        stand_in: whether these are images in place of speech.
         data: the data set's identity, an axis of the draws.
     """
 
@@ -69,7 +69,7 @@ def spoken(data: str) -> Recordings:
 
     The stand-in reads each of scikit-learn's digits as eight frames of eight bands: its rows, from the top. Its
     "speakers" are six groups of images, equally large, by the thickness of their strokes: an image's mean ink minus
-    that of its class. It is no speech; what it shares with speech is a sequence of frames, and a group that training
+    that of its class. What it shares with speech is a sequence of frames, and a group that training
     has not seen.
 
     Raises:
@@ -87,7 +87,7 @@ def read_recordings(files: Sequence[Path], data: str = "") -> Recordings:
     Raises:
         DataError: one can't be read, or all have the same word.
     """
-    named = chosen(files)
+    named = recordings_used(files)
     words, speakers = (sorted(set(each)) for each in zip(*named.values(), strict=True))
     if len(words) < 2:
         raise DataError(f"the WAV files in {files[0].parent} all have the word {words[0]!r}; two or more are needed")

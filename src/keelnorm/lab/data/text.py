@@ -19,8 +19,9 @@ def characters() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def divided(files: list[Path]) -> tuple[Tensor, Tensor, Tensor]:
-    """The files' characters as codes below 128: every tenth file for validation, every tenth for test, the rest to
-    train.
+    """The files' characters as codes below 128, for training, validation and test.
+
+    Every tenth file is for validation, and every tenth for test.
 
     Raises:
         ValueError: there are fewer than ten files.

@@ -1,4 +1,4 @@
-"""WAV files of spoken words: who says what, the samples, and their log-mel spectrogram."""
+"""WAV files of spoken words: word and speaker, samples, and log-mel spectrogram."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keelnorm.lab.data.data_error import DataError, beyond
+from keelnorm.lab.data.data_error import DataError, too_large
 
 BANDS = 24
 FRAMES = 64
 SECONDS = 0.064
-"""Of a window; the next one begins a quarter of it later, so that a spectrogram spans 1.07 s."""
+"""The length of a window; the next one begins a quarter of it later, so that a spectrogram spans 1.07 s."""
 MOST_RATE = 768_000
-"""Samples a second; none of the usual formats has more."""
+"""The highest sampling rate that is read; none of the usual formats has more."""
 HERTZ = (60.0, 3800.0)
 FLOOR = 1e-10
 """Added to a band's energy; a sine at full scale has about 0.25."""
@@ -35,7 +35,7 @@ _KINDS: dict[int, np.dtype] = {1: np.dtype("u1"), 2: np.dtype("<i2"), 4: np.dtyp
 
 
 def word_and_speaker(path: Path) -> tuple[str, str]:
-    """What a file's name says: {word}_{speaker}_{number}, or {speaker}_nohash_{number} in the word's folder.
+    """Word and speaker by a file's name: {word}_{speaker}_{number}, or {speaker}_nohash_{number} in the word's folder.
 
     Raises:
         DataError: it says neither.
@@ -50,8 +50,8 @@ def word_and_speaker(path: Path) -> tuple[str, str]:
     )
 
 
-def chosen(files: Sequence[Path]) -> dict[Path, tuple[str, str]]:
-    """Those files of a collection that are read, each with its word and speaker."""
+def recordings_used(files: Sequence[Path]) -> dict[Path, tuple[str, str]]:
+    """The files of a collection that are read, each with its word and speaker."""
     named = {path: word_and_speaker(path) for path in files}
     words = sorted({word for word, _ in named.values()})[:MOST_WORDS]
     said = Counter(speaker for word, speaker in named.values() if word in words)
@@ -99,14 +99,14 @@ def read_wav(path: Path) -> tuple[Tensor, int]:
     if rate < 2 * HERTZ[1]:
         raise DataError(f"{path} has {rate} samples a second; at least {2 * HERTZ[1]:.0f} are needed, such as 8000")
     if rate > MOST_RATE:
-        raise beyond(path, f"{rate} samples a second", f"{MOST_RATE} samples a second")
+        raise too_large(path, f"{rate} samples a second", f"{MOST_RATE} samples a second")
     samples = torch.from_numpy(np.frombuffer(raw, _KINDS[width]).astype(np.float32)).view(-1, channels)
     samples = (samples - 128) / 128 if width == 1 else samples / 2.0 ** (8 * width - 1)
     return samples.mean(dim=1), rate
 
 
 def span(rate: int) -> int:
-    """How many samples a spectrogram looks at."""
+    """How many samples a spectrogram covers."""
     size = round(SECONDS * rate)
     return size + size // 4 * (FRAMES - 1)
 

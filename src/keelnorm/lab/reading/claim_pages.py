@@ -1,5 +1,4 @@
-"""The documentation's pages, one a claim, made from a stored run: what they say and what was measured can't drift
-apart.
+"""The documentation's pages of claims, made from a stored run so that they can't differ from what was measured.
 
     python -m keelnorm.lab.reading.claim_pages RUN.json FOLDER
 
@@ -33,16 +32,16 @@ def kept(document: Plain) -> dict[str, Any]:
     sections = []
     for section in document["sections"]:
         part = {key: section[key] for key in _KEPT}
-        part["command"] = _anywhere(part["command"])
+        part["command"] = _without_folder(part["command"])
         part["pictures"] = [
             {"title": figure["title"], "description": figure["description"]} for figure in section["figures"]
         ]
         sections.append(part)
     facts = {key: document[key] for key in ("format", "plan", "environment", "run", "verdicts")}
-    return {**facts, "command": _anywhere(document["command"]), "sections": sections}
+    return {**facts, "command": _without_folder(document["command"]), "sections": sections}
 
 
-def _anywhere(command: str) -> str:
+def _without_folder(command: str) -> str:
     """The command without the place where the data lay on the machine that measured."""
     return re.sub(r"--data-dir ('[^']*'|\S+)", "--data-dir FOLDER", command)
 

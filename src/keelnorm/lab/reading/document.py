@@ -1,5 +1,4 @@
-"""All that a run has to say, as one document of plain data: what `--json` prints, and what page and docs are made
-of."""
+"""The document of a run: plain data that `--json` prints, and that pages are made from."""
 
 from __future__ import annotations
 
@@ -57,19 +56,19 @@ def document(
         "verdicts": dict(MEANING),
         "sections": sections,
     }
-    finite: dict[str, Any] = _finite(whole)
+    finite: dict[str, Any] = _as_json(whole)
     return finite
 
 
 def section(claim: Claim, plan: Plan, outcome: Outcome, *, command: str) -> dict[str, Any]:
-    """What one claim has to say, also where its cells failed: it then says so."""
+    """What one claim says; where its cells failed, it says that."""
     cells = claim.cells(plan)
     keys = {cell.key for cell in cells}
     failed = [failure for failure in outcome.failures if failure.cell.key in keys]
     try:
         reading = claim.read(plan, Results(outcome.results))
     except Exception as error:  # the other claims' figures stand
-        reading = Reading(f"No answer: {error}.", (), (), (), ())
+        reading = Reading(f"No answer: {error}.", (), (), (), {})
     return {
         "name": claim.name,
         "number": claim.number,
@@ -82,32 +81,32 @@ def section(claim: Claim, plan: Plan, outcome: Outcome, *, command: str) -> dict
         "data": list(claim.data),
         "verdict": verdict(reading.findings),
         "answer": reading.answer,
-        "findings": [_told(finding) for finding in reading.findings],
+        "findings": [_finding(finding) for finding in reading.findings],
         "figures": [asdict(figure) for figure in reading.figures],
         "tables": [asdict(table) for table in reading.tables],
-        "setup": [list(pair) for pair in reading.setup],
+        "setup": [list(pair) for pair in reading.setup.items()],
         "notes": list(reading.notes),
-        "failures": [_said(failure) for failure in failed],
+        "failures": [_failure_text(failure) for failure in failed],
         "cells": len(keys),
         "core_seconds": round(math.fsum(outcome.seconds.get(key, 0.0) for key in keys), 1),
         "command": command.replace("keelnorm lab run", f"keelnorm lab run {claim.name}", 1),
     }
 
 
-def _told(finding: Finding) -> dict[str, Any]:
+def _finding(finding: Finding) -> dict[str, Any]:
     return asdict(finding) | {"outcome": finding.outcome, "text": finding.text()}
 
 
-def _said(failure: Failure) -> str:
+def _failure_text(failure: Failure) -> str:
     return f"{failure.cell.label()}: {failure.reason}"
 
 
-def _finite(value: object) -> Any:
-    """The value with None in place of what JSON can't write, and six digits of every number."""
+def _as_json(value: object) -> Any:
+    """The value with six digits of every number, and None for numbers that JSON can't write."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: _as_json(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
+        return [_as_json(each) for each in value]
     return value

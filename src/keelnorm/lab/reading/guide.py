@@ -94,9 +94,8 @@ def guide(run: Mapping[str, Any]) -> str:
     sections = {section["name"]: section for section in run["sections"]}
     parts = [
         "# Which normalization when",
-        "What to take, and the measurements it rests on. Every answer below is copied from a stored run of "
-        "[the laboratory](../lab.md); the networks and data are small, so take directions from them and sizes from "
-        "your own "
+        "What to take, and the measurements it rests on. Every answer below is copied from a stored run of [the "
+        "laboratory](../lab.md); the networks and data are small, so take directions from them and sizes from your own "
         "measurement: `keelnorm lab run --data-dir FOLDER` repeats them on your data.",
     ]
     for advice in ADVICE:

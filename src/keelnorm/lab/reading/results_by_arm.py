@@ -1,4 +1,4 @@
-"""Reading results: from cells to numbers by arm and seed."""
+"""Results by condition, arm and seed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import TypeVar
 
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.seeds import Axis
-from keelnorm.lab.reading.figures import Series
-from keelnorm.measure.statistics import Interval, geometric_mean, mean
 
 T = TypeVar("T")
 BySeed = list[T]
@@ -16,13 +14,13 @@ BySeed = list[T]
 
 
 class Runs:
-    """Results by group and seed.
+    """Results by condition, arm and seed.
 
     Args:
         cells: cells that all have the axis "seed" and the axes below.
         results: what they gave.
-        arms: the axes that name what is compared; only seeds for which every arm has a result count: a comparison is
-            paired or it is none.
+        arms: the axes that name what is compared; only seeds for which every arm has a result count, since comparisons
+            are paired.
         where: the axes that name the conditions, each of which has a comparison of its own.
     """
 
@@ -68,33 +66,3 @@ def _key(axes: Mapping[str, Axis], names: Sequence[str]) -> Key:
 def column(rows: Sequence[Sequence[T]], index: int) -> list[T]:
     """One replica's values over the evaluations."""
     return [row[index] for row in rows]
-
-
-def band(
-    label: str,
-    style: str,
-    x: Sequence[float],
-    by_seed: Sequence[Sequence[float | None]],
-    *,
-    geometric: bool = False,
-    faint: bool = False,
-) -> Series:
-    """The mean over seeds at every x, with its interval; a gap where any seed has no number.
-
-    `geometric` for what is drawn on a logarithmic axis: the interval then stays above zero.
-    """
-    average = geometric_mean if geometric else mean
-    intervals: list[Interval | None] = []
-    for values in zip(*by_seed, strict=True):
-        known = [value for value in values if value is not None]
-        drawn = len(known) == len(values) and not (geometric and min(known) <= 0)
-        intervals.append(average(known) if drawn else None)
-    return Series(
-        label,
-        style,
-        list(x),
-        [None if each is None else each.value for each in intervals],
-        [None if each is None else each.low for each in intervals],
-        [None if each is None else each.high for each in intervals],
-        faint=faint,
-    )

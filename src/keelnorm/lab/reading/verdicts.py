@@ -1,12 +1,14 @@
-"""From intervals to verdicts. What counts as what stands here and in each claim, before anything is run."""
+"""Findings, and the verdict that follows from their intervals by a rule fixed before anything is run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
-from keelnorm.measure.statistics import Bound, Interval, Speedup
+from keelnorm.measure.statistics import Bound, Interval, Speedup, difference
+
+Arm = TypeVar("Arm", bound=Hashable)
 
 Outcome = Literal["supports", "contradicts", "not resolved"]
 Verdict = Literal["holds", "depends", "does not hold", "not resolved", "no answer"]
@@ -71,6 +73,42 @@ def speedup_finding(quantity: str, where: str, gain: Speedup, *, threshold: floa
     """A finding from a ratio of steps, with its bound."""
     digits = 1 if gain.ratio.value >= 2 else 2
     return Finding(quantity, where, gain.ratio, threshold, unit="×", digits=digits, bound=gain.bound, **how)
+
+
+def ratio_finding(
+    quantity: str, where: str, effect: Interval, *, larger: bool = True, digits: int = 2, decisive: bool = True
+) -> Finding:
+    """A finding from a ratio, which the claim says lies above 1, or below it."""
+    return Finding(quantity, where, effect, 1.0, larger=larger, unit="×", digits=digits, decisive=decisive)
+
+
+def difference_finding(
+    quantity: str,
+    where: str,
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    unit: str = "points",
+    digits: int = 1,
+    decisive: bool = True,
+) -> Finding:
+    """A finding from the paired difference of values by seed: the claim says that the first lie above the second."""
+    return Finding(quantity, where, difference(first, second), 0.0, unit=unit, digits=digits, decisive=decisive)
+
+
+def difference_findings(
+    where: str,
+    by_arm: Mapping[Arm, Sequence[float]],
+    pairs: Mapping[str, tuple[Arm, Arm]],
+    *,
+    digits: int = 1,
+    decisive: bool = True,
+) -> list[Finding]:
+    """By quantity, a `difference_finding` from the values of two arms."""
+    return [
+        difference_finding(quantity, where, by_arm[first], by_arm[second], digits=digits, decisive=decisive)
+        for quantity, (first, second) in pairs.items()
+    ]
 
 
 def verdict(findings: Sequence[Finding]) -> Verdict:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from keelnorm.lab.core.plan import kind_of
 from keelnorm.measure.statistics import Interval, Speedup
+
+ACTIVATION_NAMES = {"relu": "ReLU", "tanh": "tanh", "sigmoid": "sigmoid", "identity": "no activation"}
+
+
+def where_text(data: str, *parts: str) -> str:
+    """A condition in words: the kind of data, then the rest."""
+    return ", ".join([kind_of(data), *parts])
 
 
 def listed(parts: Sequence[str]) -> str:
-    """ "a, b and c"."""
+    """Parts in a sentence: "a, b and c"."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
@@ -21,8 +30,13 @@ def times(ratio: Interval, more: str, less: str, same: str) -> str:
         return f"{same} (×{ratio.text(2)})"
     if ratio.value > 1.0:
         return f"{_number(ratio)} times {more}"
-    inverse = Interval(1 / ratio.value, 1 / ratio.high, 1 / ratio.low, ratio.n)
-    return f"{_number(inverse)} times {less}"
+    return f"{_number(inverse(ratio))} times {less}"
+
+
+def inverse(ratio: Interval) -> Interval:
+    """The interval of 1 / ratio; with one seed it is infinite as the ratio's own is."""
+    high = 1 / ratio.low if ratio.low > 0 else math.inf
+    return Interval(1 / ratio.value, 1 / ratio.high, high, ratio.n)
 
 
 def steps(speedup: Speedup) -> str:

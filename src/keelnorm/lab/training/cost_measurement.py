@@ -1,5 +1,4 @@
-"""What a normalization costs: interleaved times of steps and of inference, and the bytes that are kept for the
-backward."""
+"""What a normalization costs: times of steps and of inference, and bytes kept for the backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Fréchet distance between two sets of features, each taken for a normal distribution."""
+"""The Fréchet distance between two sets of features, each taken as normally distributed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     the sum of theirs. In float64; covariances are those of the samples (n − 1).
 
     Args:
-        first, second: (n, features); at least two rows each.
+        first: (n, features); at least two rows.
+        second: the same for the other set.
     """
     (m1, c1), (m2, c2) = (_moments(each.double()) for each in (first, second))
     values, vectors = torch.linalg.eigh(c1)

@@ -1,4 +1,4 @@
-"""How the moments of what a module receives move while a network trains."""
+"""How the moments of a module's input move while a network trains."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def received_by(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the inputs of a module while inside."""
+    """Collect the inputs of a module inside the block."""
     seen: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     try:
@@ -21,37 +21,31 @@ def received_by(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def unit_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each unit, (C,), of an input (1, C, n) or (n, C, H, W)."""
+    """Mean and standard deviation of each unit, (C,), of an input (1, C, n) or (n, C, H, W)."""
     by_unit = x.double().transpose(0, 1).flatten(1)
     return by_unit.mean(dim=1), by_unit.var(dim=1, correction=0).sqrt()
 
 
-class Wander:
-    """Collects the units' moments at each evaluation, and says how far their means moved."""
+class MeanDrift:
+    """How far the means of units move: collects their moments at each evaluation."""
 
     def __init__(self) -> None:
         self.means: list[Tensor] = []
         self.deviations: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
+        """Collect the moments of an input."""
         mean_, deviation = unit_moments(x)
         self.means.append(mean_)
         self.deviations.append(deviation)
 
     def shift(self) -> Tensor:
-        """(T,): |mean - mean at the start| over the unit's deviation, averaged over units.
+        """(T,): |mean - mean at the start| over the unit's standard deviation, averaged over units.
 
-        The deviation is the root mean square over the evaluations; a unit that never varies is left
-        out, since nothing can be told from it.
+        The standard deviation is the root mean square over the evaluations; a unit that never varies is left out.
         """
         means, deviations = torch.stack(self.means), torch.stack(self.deviations)
         width = deviations.square().mean(dim=0).sqrt()
         alive = width > 0
         moved = (means - means[0]).abs()
         return (moved[:, alive] / width[alive]).mean(dim=1)
-
-    def spread(self) -> Tensor:
-        """(T,): each deviation over its first, the geometric mean over units."""
-        deviations = torch.stack(self.deviations)
-        alive = (deviations > 0).all(dim=0)
-        return (deviations[:, alive] / deviations[0, alive]).log().mean(dim=1).exp()

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import keelnorm as kn
 from keelnorm.lab.data import Split
-from keelnorm.lab.training.networks import Stack
+from keelnorm.lab.training.stacks import Stack
 
 Probe = Callable[[int, Stack], None]
 """Called with the number of steps taken and the stack."""
@@ -27,8 +27,7 @@ class History:
     """What was seen while training R replicas; every list runs over `steps`, then over replicas.
 
     `loss` is the mean training loss since the evaluation before (empty at step 0). `test_batch` is the accuracy with
-    the test batch's own moments in place of the running ones, which early in training are still on their way from
-    (0, 1).
+    the test batch's own moments in place of running statistics, which start at (0, 1) and lag early in training.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -57,8 +56,8 @@ def losses(stack: Stack, x: Tensor, y: Tensor) -> Tensor:
     return each.view(stack.replicas, -1).mean(dim=1)
 
 
-def right(stack: Stack, x: Tensor, y: Tensor, chunk: int = CHUNK) -> Tensor:
-    """Whether each replica names each sample's class, (R, n), in the stack's present mode.
+def correct(stack: Stack, x: Tensor, y: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Whether each replica classifies each sample correctly, (R, n), in the stack's present mode.
 
     A replica that has diverged gives NaN for every class, and scores what a constant answer scores. `chunk` samples go
     through at a time: in training mode it is the batch whose moments normalize.
@@ -71,7 +70,7 @@ def right(stack: Stack, x: Tensor, y: Tensor, chunk: int = CHUNK) -> Tensor:
 
 @dataclass
 class Descent:
-    """Gradient descent on a stack, each replica with numbers of its own: SGD as in `torch.optim.SGD`.
+    """Gradient descent on a stack, each replica with its own rates: SGD as in `torch.optim.SGD`.
 
     Args:
         rates: (R,), the learning rates.
@@ -114,15 +113,15 @@ def _column(amount: Tensor | float) -> Tensor | float:
     return amount.view(-1, 1) if isinstance(amount, Tensor) else amount
 
 
-def paused(stack: Stack) -> AbstractContextManager[object]:
-    """Inside, no running statistics are updated; arms without batch norm have none."""
+def statistics_paused(stack: Stack) -> AbstractContextManager[object]:
+    """Update no running statistics inside the block; arms without batch norm have none."""
     has_some = any(isinstance(module, _BatchNorm) for module in stack.modules())
     return kn.pause_statistics(stack) if has_some else nullcontext()
 
 
 @contextmanager
 def batch_moments(model: nn.Module) -> Iterator[None]:
-    """Normalize with the batch's moments inside, without gradients, and leave no trace in the model.
+    """Normalize with the batch's moments inside the block, without gradients; the model is left as it was.
 
     Works for any normalization that keeps its state in buffers: they are put back on the way out.
     """
@@ -138,8 +137,8 @@ def batch_moments(model: nn.Module) -> Iterator[None]:
         model.train(mode)
 
 
-def plain(values: Tensor, digits: int) -> list[float | None]:
-    """Numbers for the store; None for what is no number any more, such as the loss of a lost run."""
+def rounded(values: Tensor, digits: int) -> list[float | None]:
+    """Rounded numbers for the store; None for those that are not finite, as the loss of a run that diverged."""
     rounded = (round(value, digits) for value in values.double().tolist())
     return [value if math.isfinite(value) else None for value in rounded]
 
@@ -149,7 +148,7 @@ def _evaluate(stack: Stack, split: Split, history: History) -> None:
     x = torch.cat([split.validation_x, split.test_x])
     y = torch.cat([split.validation_y, split.test_y])
     stack.eval()
-    validation, test = right(stack, x, y).split([len(split.validation_y), len(split.test_y)], dim=1)
+    validation, test = correct(stack, x, y).split([len(split.validation_y), len(split.test_y)], dim=1)
     stack.train()
     history.validation.append(percent(validation))
     history.test.append(percent(test))
@@ -157,12 +156,12 @@ def _evaluate(stack: Stack, split: Split, history: History) -> None:
         history.test_batch.append(history.test[-1])
         return
     with batch_moments(stack):
-        history.test_batch.append(percent(right(stack, split.test_x, split.test_y)))
+        history.test_batch.append(percent(correct(stack, split.test_x, split.test_y)))
 
 
 def percent(hits: Tensor) -> list[float | None]:
-    """(R, n) of right and wrong -> the accuracy of each replica in percent."""
-    return plain(hits.float().mean(dim=1) * 100.0, 3)
+    """(R, n) of correct or not -> the accuracy of each replica in percent."""
+    return rounded(hits.float().mean(dim=1) * 100.0, 3)
 
 
 def train(
@@ -199,7 +198,7 @@ def train(
     def look(step: int) -> None:
         nonlocal since
         history.steps.append(step)
-        history.loss.append(plain(total / since, 5) if since else [])
+        history.loss.append(rounded(total / since, 5) if since else [])
         total.zero_()
         since = 0
         _evaluate(stack, split, history)

@@ -67,7 +67,8 @@ def recalibrate(
         forward: ``forward(model, batch)``, for batches of another kind.
         max_batches: The largest number of batches to take from the loader; None for all.
         process_group: The ranks of torch.distributed whose moments are merged, each having run over its part; None for
-            all, if it is initialized. Ranks may have different numbers of batches, except with ``SyncBatchNorm`` in one pass.
+            all, if it is initialized. Ranks may have different numbers of batches, except with ``SyncBatchNorm`` in one
+            pass.
         progress: Whether to show a progress bar; None shows it in a terminal if rich is installed.
 
     Returns:

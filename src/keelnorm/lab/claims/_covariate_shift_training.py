@@ -12,21 +12,31 @@ from keelnorm.lab.core.cell import Result
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.data import images
 from keelnorm.lab.training.arms import BN, NONE, Arm, arm_named
-from keelnorm.lab.training.input_shift import Wander, received_by
-from keelnorm.lab.training.networks import Stack, StackedMLP
-from keelnorm.lab.training.train import Descent, batch_moments, batches, losses, paused, percent, plain, right, train
+from keelnorm.lab.training.input_shift import MeanDrift, received_by
+from keelnorm.lab.training.stacks import Stack, StackedMLP
+from keelnorm.lab.training.train import (
+    Descent,
+    batch_moments,
+    batches,
+    correct,
+    losses,
+    percent,
+    rounded,
+    statistics_paused,
+    train,
+)
 
 WIDTHS = (100, 100, 100)
 BATCH = 60
 RATES = {"relu": (0.03, 0.1, 0.3), "sigmoid": (0.3, 1.0, 3.0)}
 DRIFT_RATES = (0.1, 0.3, 1.0, 3.0)
 TARGET = 90.0
-# name: (activation, whether pixels are centred and scaled). Without batch norm the sigmoid network does not learn from
-# raw pixels, so it gets centred ones.
+# name: (activation, whether pixels are centered and scaled). Without batch norm the sigmoid network does not learn from
+# raw pixels, so it gets centered ones.
 PREPARED = {
     "ReLU, raw pixels": ("relu", False),
-    "ReLU, centred pixels": ("relu", True),
-    "sigmoid, centred pixels": ("sigmoid", True),
+    "ReLU, centered pixels": ("relu", True),
+    "sigmoid, centered pixels": ("sigmoid", True),
 }
 PROBED = 2
 """The hidden layer whose gradient is watched while the layers ahead of it move: the last one."""
@@ -96,11 +106,11 @@ def drift(*, data: str, arm: str, seed: int, steps: int, rates: tuple[float, ...
 
     Returns:
         The fields of `training.train.History`; at each evaluation and for each replica, `shift` (see
-        `Wander.shift`) and the 15th, 50th and 85th percentile of one unit's input (`percentiles`).
+        `MeanDrift.shift`) and the 15th, 50th and 85th percentile of one unit's input (`percentiles`).
     """
     split = images(data, seed)
     stack = _network(data, "sigmoid", arm, seed, rates, split.train_x[0].numel(), split.classes)
-    wanders = [Wander() for _ in rates]
+    drifts = [MeanDrift() for _ in rates]
     percentiles: list[list[list[float | None]]] = []
     at = torch.tensor([0.15, 0.5, 0.85])
 
@@ -111,15 +121,15 @@ def drift(*, data: str, arm: str, seed: int, steps: int, rates: tuple[float, ...
         with batch_moments(model), received_by(block[-1]) as inside:
             model(split.validation_x)
         received = inside[0].chunk(len(rates), dim=1)
-        for wander, own in zip(wanders, received, strict=True):
-            wander.add(own)
-        percentiles.append([plain(torch.quantile(own[:, 0], at), 4) for own in received])
+        for each, own in zip(drifts, received, strict=True):
+            each.add(own)
+        percentiles.append([rounded(torch.quantile(own[:, 0], at), 4) for own in received])
 
     order = generator(draw="order", data=data, seed=seed)
     history = train(
         stack, split, torch.tensor(rates), batch=BATCH, evaluate_at=marks(steps), generator=order, probe=probe
     )
-    by_rate = [plain(wander.shift(), 5) for wander in wanders]
+    by_rate = [rounded(each.shift(), 5) for each in drifts]
     return dict(vars(history)) | {
         "shift": [list(row) for row in zip(*by_rate, strict=True)],
         "percentiles": percentiles,
@@ -135,7 +145,7 @@ def marks(steps: int) -> tuple[int, ...]:
 
 
 def gradient_change(
-    *, data: str, activation: str, centred: bool, arm: str, seed: int, steps: int, rates: tuple[float, ...]
+    *, data: str, activation: str, centered: bool, arm: str, seed: int, steps: int, rates: tuple[float, ...]
 ) -> Result:
     """How a layer's gradient changes when the layers ahead of it make their step, at every rate side by side.
 
@@ -143,7 +153,7 @@ def gradient_change(
         steps; at each of them and for each replica the `cosine` of `cosine_after_earlier_layers`; test accuracy at the
         end (`accuracy`).
     """
-    split = images(data, seed, centred=centred)
+    split = images(data, seed, centered=centered)
     stack = _network(data, activation, arm, seed, rates, split.train_x[0].numel(), split.classes).train()
     descent = Descent(torch.tensor(rates))
     at: list[int] = []
@@ -155,11 +165,11 @@ def gradient_change(
         losses(stack, x, y).sum().backward()
         if step % every == 0:
             at.append(step)
-            cosines.append(plain(cosine_after_earlier_layers(stack, x, y, descent.rates), 5))
+            cosines.append(rounded(cosine_after_earlier_layers(stack, x, y, descent.rates), 5))
         descent.step(stack)
     stack.eval()
     with torch.no_grad():
-        accuracy = percent(right(stack, split.test_x, split.test_y))
+        accuracy = percent(correct(stack, split.test_x, split.test_y))
     return {"steps": at, "cosine": cosines, "accuracy": accuracy}
 
 
@@ -176,7 +186,7 @@ def cosine_after_earlier_layers(stack: Stack, x: Tensor, y: Tensor, rates: Tenso
     before = probed.grad
     assert before is not None
     kept = [parameter.detach().clone() for parameter in moving]
-    with paused(stack):
+    with statistics_paused(stack):
         try:
             with torch.no_grad():
                 for parameter in moving:

@@ -24,7 +24,7 @@ from keelnorm.lab.training.arms import Arm
 
 Initialization = Literal["he", "xavier", "torch"]
 Place = Literal["before", "after", "input"]
-"""Where a hidden layer normalizes: before its activation, after it, or what comes into its weights."""
+"""Where a hidden layer normalizes: before its activation, after it, or its input."""
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -149,6 +149,7 @@ class StackedMLP(Stack):
         super().__init__(shapes, arm, scales, generator, initialization, activation, place, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The logits of every replica."""
         h = x.flatten(1).expand(self.replicas, -1, -1)
         for layer in range(len(self.weights)):
             if self.place == "input":
@@ -197,6 +198,7 @@ class StackedCNN(Stack):
         super().__init__(shapes, arm, scales, generator, initialization, activation, place, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The logits of every replica."""
         for layer, stride in enumerate(self.strides):
             # The first layer's input is the same for all replicas: one group reads it.
             groups = self.replicas if layer else 1

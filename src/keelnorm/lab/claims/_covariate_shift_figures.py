@@ -1,15 +1,16 @@
-"""What the claim about internal covariate shift draws."""
+"""Figures of the claim about internal covariate shift."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from keelnorm.lab.claims._shifts import ARMS
+from keelnorm.lab.claims._covariate_shift_training import ARMS
 from keelnorm.lab.core.cell import Result
-from keelnorm.lab.reading.figures import Axis, Figure, Series
-from keelnorm.lab.reading.results_by_arm import band, column
+from keelnorm.lab.reading.results_by_arm import column
+from keelnorm.lab.reading.series import band
 from keelnorm.lab.reading.wording import listed
 from keelnorm.lab.training.arms import BN, NONE
+from keelnorm.measure.page_parts import Axis, Figure, Series
 
 STYLES = {"none": "none", "bn": "bn", "noisy": "other-3"}
 Drawn = Mapping[str, tuple[Sequence[Result], int]]

@@ -1,4 +1,4 @@
-"""Sequences to read, recurrent networks that read them, and their training."""
+"""Sequences, recurrent networks that read them, and their training."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ from keelnorm.lab.data.text import ASCII
 from keelnorm.lab.training.train import batch_moments
 from keelnorm.nn.recurrent.recurrent_layers import BatchNormLSTM
 
+BATCH = 64
 EPS = 0.1
 NOISE = 0.1
-
+WINDOW = 30
+"""Characters in a window of text."""
+LOOKS = 5
+MOST_SIDE = 10
+"""Larger images are averaged to this side before they are read pixel by pixel."""
 
 ARMS: dict[str, tuple[str, str, Callable[..., nn.Module]]] = {
     "lstm": ("LSTM", "none", nn.LSTM),
@@ -37,12 +42,10 @@ ARMS: dict[str, tuple[str, str, Callable[..., nn.Module]]] = {
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of sequences: its words, the arms that are run, batch and sizes, steps and rates in quick and full
-    form."""
+    """One kind of sequences: its name, its arms, hidden units; steps, rates and seeds in quick and in full form."""
 
     words: str
     arms: tuple[str, ...]
-    unit: str
     hidden: int
     steps: tuple[int, int]
     rates: tuple[tuple[float, ...], tuple[float, ...]]
@@ -50,30 +53,12 @@ class Task:
 
 
 REMEDIES = ("lstm", "bn", "eps", "noise", "input")
-
-
 TASKS = {
-    "rows": Task("rows of an image", ("lstm", "bn"), "points", 32, (60, 150), ((0.01,), (0.01, 0.03)), (4, 8)),
-    "text": Task("characters of text", ("lstm", "bn"), "bits", 64, (40, 200), ((0.01,), (0.01, 0.03)), (3, 4)),
-    "pixels": Task("pixel by pixel", REMEDIES, "points", 32, (40, 300), ((0.01,), (0.01,)), (3, 4)),
-    "margin": Task("pixel by pixel with a margin", REMEDIES, "points", 32, (40, 300), ((0.01,), (0.01,)), (3, 4)),
+    "rows": Task("rows of an image", ("lstm", "bn"), 32, (60, 150), ((0.01,), (0.01, 0.03)), (4, 8)),
+    "text": Task("characters of text", ("lstm", "bn"), 64, (40, 200), ((0.01,), (0.01, 0.03)), (3, 4)),
+    "pixels": Task("pixel by pixel", REMEDIES, 32, (40, 300), ((0.01,), (0.01,)), (3, 4)),
+    "margin": Task("pixel by pixel with a margin", REMEDIES, 32, (40, 300), ((0.01,), (0.01,)), (3, 4)),
 }
-
-
-BATCH = 64
-
-
-WINDOW = 30
-
-
-"""Characters in a window of text."""
-
-
-LOOKS = 5
-
-
-MOST_SIDE = 10
-"""Larger images are averaged to this side before they are read pixel by pixel."""
 
 
 class Reader(nn.Module):
@@ -100,6 +85,7 @@ class Sequences:
     last_step_only: bool
 
     def loss(self, network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The mean cross-entropy, in nats."""
         logits = network(x)
         return F.cross_entropy(logits[:, -1] if self.last_step_only else logits.flatten(0, 1), y.flatten())
 
@@ -127,14 +113,14 @@ def sequences(task: str, data: str, seed: int) -> Sequences:
             return windows(train, torch.randint(len(train) - WINDOW, (BATCH,), generator=random))
 
         spread = [torch.linspace(0, len(part) - WINDOW - 1, 300).long() for part in held_out]
-        return Sequences(draw, windows(held_out[0], spread[0]), windows(held_out[1], spread[1]), False)
+        return Sequences(draw, windows(held_out[0], spread[0]), windows(held_out[1], spread[1]), last_step_only=False)
     split = images(data, seed)
 
     def read(x: Tensor) -> Tensor:
         if task == "pixels" and x.shape[-1] > MOST_SIDE:
             x = F.adaptive_avg_pool2d(x, MOST_SIDE)  # 100 pixels of MNIST's 784
         if task == "margin":
-            x = F.pad(x, (1, 1, 1, 1))  # a background that never varies is 0 after centring
+            x = F.pad(x, (1, 1, 1, 1))  # a background that never varies is 0 after centering
         rows = x.mean(dim=1)
         return rows if task == "rows" else rows.flatten(1).unsqueeze(2)
 
@@ -148,11 +134,11 @@ def sequences(task: str, data: str, seed: int) -> Sequences:
         batch,
         (read(split.validation_x[:few]), split.validation_y[:few]),
         (read(split.test_x[:few]), split.test_y[:few]),
-        True,
+        last_step_only=True,
     )
 
 
-def trained(*, task: str, data: str, arm: str, seed: int, rate: float, steps: int) -> Result:
+def train_reader(*, task: str, data: str, arm: str, seed: int, rate: float, steps: int) -> Result:
     """Train one network with Adam at a rate that falls to zero, and look at it along the way.
 
     A training that meets a gradient that is not finite ends there: clipping turns it into weights that are no numbers.

@@ -16,8 +16,8 @@ from keelnorm.lab.core.cell import Result
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.data import Split, images
 from keelnorm.lab.training.arms import arm_named
-from keelnorm.lab.training.networks import Stack, StackedMLP
-from keelnorm.lab.training.train import batch_moments, batches, losses, percent, right
+from keelnorm.lab.training.stacks import Stack, StackedMLP
+from keelnorm.lab.training.train import batch_moments, batches, correct, losses, percent
 
 SAMPLES = 500
 WRONG = 0.2
@@ -49,7 +49,7 @@ def _network(split: Split, name: str, data: str, seed: int, replicas: int = 1) -
     return StackedMLP(split.train_x[0].numel(), WIDTHS, split.classes, arm_named(name), draw, ones).train()
 
 
-def decayed(*, data: str, arm: str, seed: int, steps: int) -> Result:
+def train_at_one_setting(*, data: str, arm: str, seed: int, steps: int) -> Result:
     """Train one arm: "bn" or "none" alone, with "decay", or with "rate", the effective rate of the one with decay.
 
     For the last, the network with decay is trained beside it on the same batches.
@@ -82,8 +82,8 @@ def decayed(*, data: str, arm: str, seed: int, steps: int) -> Result:
         _step(stack, scales, decay)
     stack.eval()
     with torch.no_grad():
-        accuracy = percent(right(stack, split.test_x, split.test_y))[0]
-        training = percent(right(stack, split.train_x, split.train_y))[0]
+        accuracy = percent(correct(stack, split.test_x, split.test_y))[0]
+        training = percent(correct(stack, split.train_x, split.train_y))[0]
         scaled = change_when_doubled(stack, split.test_x)
         # The running statistics of weights that shrink lag behind; the comparison is of what the weights say.
         with batch_moments(stack):
@@ -112,10 +112,9 @@ def _lengths(stack: Stack) -> list[float]:
 
 @torch.no_grad()
 def change_when_doubled(stack: Stack, x: Tensor) -> float:
-    """The largest change of the outputs, over the largest output, when every hidden layer's weights and biases are
-    doubled.
+    """The largest change of an output over the largest output when all hidden weights and biases are doubled.
 
-    With batch norm the batch's own moments normalize, since the running ones belong to the weights as they were.
+    With batch norm the batch's own moments normalize, since running statistics belong to the weights as they were.
     """
     once, twice = copy.deepcopy(stack).train(), copy.deepcopy(stack).train()
     for weight, bias in zip(list(twice.weights)[:-1], list(twice.biases)[:-1], strict=False):
@@ -129,12 +128,12 @@ def change_when_doubled(stack: Stack, x: Tensor) -> float:
 def settings(
     rates: Sequence[float], decays: Sequence[float], between: Sequence[float]
 ) -> list[tuple[str, float, float]]:
-    """(what decays, rate, decay) of each replica of `tried`: "none" at every rate and those between, then each kind."""
+    """(what decays, rate, decay) of each replica: "none" at every rate and those between, then each kind."""
     alone = [("none", rate, 0.0) for rate in sorted([*rates, *between])]
     return alone + [(kind, rate, decay) for kind in KINDS for rate in rates for decay in decays]
 
 
-def tried(
+def train_at_settings(
     *,
     data: str,
     arm: str,
@@ -170,4 +169,4 @@ def tried(
         "train": (split.train_x, split.train_y),
     }
     with torch.no_grad():
-        return {name: percent(right(stack, x, y)) for name, (x, y) in parts.items()}
+        return {name: percent(correct(stack, x, y)) for name, (x, y) in parts.items()}

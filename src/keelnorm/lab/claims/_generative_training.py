@@ -19,17 +19,9 @@ from keelnorm.lab.training.frechet import frechet_distance
 from keelnorm.lab.training.train import batches
 
 BATCH = 64
-
-
 LATENT, HIDDEN = 16, 128
-
-
 VAE_LAYERS = (2, 5)
-
-
 VAE_RATES = (0.001, 0.003)
-
-
 GAN_RATE = 5e-4
 
 
@@ -45,8 +37,10 @@ GANS: dict[str, tuple[str, str, str, str, str]] = {
 
 
 def stacked_layers(sizes: Sequence[int], normalization: str, *, leaky: bool = False) -> list[nn.Module]:
-    """Linear layers with ReLU (or leaky ReLU), normalized ahead of it: "none", "bn", "skip" (not the first),
-    "virtual"."""
+    """Linear layers with ReLU (or leaky ReLU), normalized ahead of it.
+
+    `normalization` is "none", "bn", "skip" (batch norm, but not in the first layer) or "virtual".
+    """
     modules: list[nn.Module] = []
     for place, (into, out) in enumerate(pairwise(sizes)):
         normal = normalization != "none" and not (normalization == "skip" and place == 0)
@@ -78,7 +72,7 @@ class VAE(nn.Module):
 
 def vae(*, data: str, arm: str, layers: int, seed: int, rate: float, steps: int) -> Result:
     """Train a VAE with Adam; its negative ELBO on validation and test data, in nats an image."""
-    split = images(data, seed, centred=False)
+    split = images(data, seed, centered=False)
     train = split.train_x.flatten(1)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed_from(draw="initialization", data=data, layers=layers, seed=seed))
@@ -102,8 +96,8 @@ def vae(*, data: str, arm: str, layers: int, seed: int, rate: float, steps: int)
 
 @cache
 def feature_network(data: str, seed: int) -> nn.Sequential:
-    """A classifier's layers up to its last hidden one, trained on real images; the judge of what is generated."""
-    split = images(data, seed, centred=False)
+    """A classifier up to its last hidden layer, trained on real images; its features judge generated ones."""
+    split = images(data, seed, centered=False)
     x = split.train_x.flatten(1)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed_from(draw="judge", data=data, seed=seed))
@@ -123,7 +117,7 @@ def gan(*, data: str, arm: str, seed: int, steps: int) -> Result:
     Returns:
         distance; real: that between the training and the test images, which is as good as it gets.
     """
-    split = images(data, seed, centred=False)
+    split = images(data, seed, centered=False)
     _, _, in_generator, in_discriminator, batch_of = GANS[arm]
     features = split.train_x[0].numel()
     with torch.random.fork_rng(devices=()):

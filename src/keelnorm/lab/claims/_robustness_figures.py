@@ -1,41 +1,36 @@
-"""What is drawn of accuracies on corrupted images."""
+"""Figures of the claim about robustness."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from keelnorm.lab.data import CORRUPTIONS
-from keelnorm.lab.reading.figures import Axis, Figure, Series
+from keelnorm.lab.reading.series import bars
+from keelnorm.measure.page_parts import Axis, Figure, Series
 from keelnorm.measure.statistics import mean
 
 Percents = dict[str, list[float]]
 """By corruption, the accuracy at every severity."""
 STYLES = {"none": "none", "bn": "bn", "gn": "gn", "adapted": "adapted", "sorted": "other-1"}
-"""What is drawn of the ways that were measured."""
+"""Of the arms and kinds of adaptation that are drawn."""
 
 
 def by_corruption(where: str, by_way: Mapping[str, Sequence[Percents]], labels: Mapping[str, str]) -> Figure:
     """Bars: the accuracy of each way by corruption, the mean over severities, with its interval over seeds."""
-    series, described = [], []
-    for way, style in STYLES.items():
-        bars = [mean([sum(each[name]) / len(each[name]) for each in by_way[way]]) for name in CORRUPTIONS]
-        series.append(
-            Series(
-                labels[way],
-                style,
-                list(range(len(bars))),
-                [each.value for each in bars],
-                [each.low for each in bars],
-                [each.high for each in bars],
-            )
-        )
-        numbers = [f"{name} {each.value:.0f}" for name, each in zip(CORRUPTIONS, bars, strict=True)]
-        described.append(f"{labels[way]}: {', '.join(numbers)}")
+    means = {
+        way: [mean([sum(each[name]) / len(each[name]) for each in by_way[way]]) for name in CORRUPTIONS]
+        for way in STYLES
+    }
+    described = [
+        f"{labels[way]}: "
+        + ", ".join(f"{name} {each.value:.0f}" for name, each in zip(CORRUPTIONS, by_name, strict=True))
+        for way, by_name in means.items()
+    ]
     return Figure(
         f"Accuracy by corruption: {where}",
         Axis("corruption", categories=list(CORRUPTIONS)),
         Axis("accuracy, mean over severities, %", limits=(0.0, 100.0)),
-        series,
+        [bars(labels[way], STYLES[way], by_name) for way, by_name in means.items()],
         f"Accuracy in percent by corruption, {where}, the mean over severities. {'; '.join(described)}.",
         kind="bars",
     )
@@ -57,7 +52,7 @@ def by_severity(where: str, severities: Sequence[int], by_way: Mapping[str, Sequ
         Axis("severity", categories=[str(each) for each in severities]),
         Axis("corruption"),
         [Series(name, "bn", list(range(len(severities))), row) for name, row in rows.items()],
-        f"Accuracy with batch norm minus that without, in points, by corruption (rows) and severity (columns), "
+        "Accuracy with batch norm minus that without, in points, by corruption (rows) and severity (columns), "
         f"{where}: from {low:+.0f} ({least}, severity {at_least}) to {high:+.0f} ({most}, severity {at_most}).",
         kind="heatmap",
         value=Axis("points"),
