@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fusion.twins import LEARNED, Net, after, alike, batch, same, small_tensors_wait, twins  # noqa: F401
 from torch import Tensor, nn
-from twins import LEARNED, Net, after, alike, batch, same, small_tensors_wait, twins  # noqa: F401
 
 from keelnorm.engine.fusion import pending
 from keelnorm.engine.fusion.deferred_tensor import DeferredTensor

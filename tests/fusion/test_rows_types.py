@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from fusion.twins import LEARNED, TRAINING, Net, after, alike, batch, small_tensors_wait, twins  # noqa: F401
 from torch import Tensor
-from twins import LEARNED, TRAINING, Net, after, alike, batch, small_tensors_wait, twins  # noqa: F401
 
 
 def _bn(m: Any, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.fx
 import torch.nn.functional as F
-from folded import bits, output, randomize, relative
+from surgery.folded import bits, output, randomize, relative
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from folded import bits
+from surgery.folded import bits
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
