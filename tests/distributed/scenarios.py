@@ -9,6 +9,7 @@ import pickle
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -278,12 +279,12 @@ def unlike() -> Any:
     found: dict[str, Any] = {}
     for name, channels in (("more", 4 + odd), ("fewer", 4 - odd), ("many", 4 + 4000 * odd)):
         layer, x = SyncBatchNorm(channels), torch.randn(5, channels, requires_grad=True)
-        found[name] = said(lambda layer=layer, x=x: layer(x))
+        found[name] = said(partial(layer, x))
         found[f"{name}, unchanged"] = int(layer.num_batches_tracked), float(layer.running_mean.abs().max())
-        found[f"{name}, activated"] = said(lambda layer=layer, x=x: nn.Sequential(layer)(x.detach()))
-        found[f"{name}, moments"] = said(lambda x=x: kn.functional.moments(x.detach()).all_reduce())
+        found[f"{name}, activated"] = said(partial(nn.Sequential(layer), x.detach()))
+        found[f"{name}, moments"] = said(kn.functional.moments(x.detach()).all_reduce)
         model = kn.BatchNorm1d(channels)
-        found[f"{name}, recalibrated"] = said(lambda model=model, x=x: kn.recalibrate(model, [x.detach()]))
+        found[f"{name}, recalibrated"] = said(partial(kn.recalibrate, model, [x.detach()]))
     bn, bn2 = SyncBatchNorm(4), SyncBatchNorm(3)
     outputs = [bn(torch.randn(5, 4, requires_grad=True)).sum(), bn2(torch.randn(5, 3, requires_grad=True)).sum()]
     found["backward"] = said(outputs[odd].backward)

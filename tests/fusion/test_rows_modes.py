@@ -32,7 +32,7 @@ def _maybe(m: Any, f: Any, x: Tensor, reentrant: bool) -> Any:
 
 
 def _alike_with_checkpoints(model: Net, run: Any, fuses: bool | None) -> None:
-    model.checkpoints = True
+    vars(model)["checkpoints"] = True
 
     def either(m: Any, x: Tensor) -> Any:
         m.checkpoints = type(m.bn) is not nn.BatchNorm2d

@@ -58,7 +58,7 @@ def test_sequentials(kind: str, where: str) -> None:
     if where == "inside a model":
         alike(Net(lambda m, x: torch.relu(m.rest(m.conv(x))), rest=nn.Sequential(*layers)), fuses=None)
         return
-    twin = nn.Sequential(*layers).double()
+    twin: Any = nn.Sequential(*layers).double()
     if where == "nested":
         twin = nn.Sequential(twin, nn.BatchNorm2d(3).double(), nn.ReLU()) if kind != "flatten" else nn.Sequential(twin)
     mine, twin = twins(twin, fuse=False)

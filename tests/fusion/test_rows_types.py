@@ -28,15 +28,15 @@ class _Result:
     hidden: Any
 
 
-class _Dict(dict):
+class _Dict(dict[str, Any]):
     pass
 
 
-class _List(list):
+class _List(list[Any]):
     pass
 
 
-class _Output(collections.OrderedDict):
+class _Output(collections.OrderedDict[str, Any]):
     """As transformers' results: its items are attributes too."""
 
     def __getattr__(self, name: str) -> Any:

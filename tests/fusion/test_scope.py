@@ -189,7 +189,7 @@ def test_exception_that_the_forward_catches() -> None:
         return torch.relu(y) + z
 
     alike(Net(body, child=Child()))
-    model = Net(body, child=Child())
+    model: Any = Net(body, child=Child())
     kn.convert(model.child)
     alike(model)
 

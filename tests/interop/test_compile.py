@@ -96,7 +96,11 @@ def test_activations(activation, with_residual, dtype):
     def run(norm, x):
         return norm(x, x.cos() if with_residual else None, activation=activation)
 
-    found = step(torch.compile(lambda x: run(layer, x), fullgraph=True, backend="aot_eager"), x, layer)
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(x):
+        return run(layer, x)
+
+    found = step(compiled, x, layer)
     assert_same(found, step(lambda x: run(twin, x), x, twin), TRACED_UNITS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -233,7 +234,7 @@ def test_tensors_are_found_in_order():
     a, b, c, d = (torch.tensor(float(i)) for i in range(4))
     found = tensors_in({"x": [a, (b, None, 3)], "y": Output({"z": [c]}), "w": "text", "m": nn.Linear(1, 1), "v": d})
     assert [float(value) for value in found] == [0, 1, 2, 3]
-    loop: list = [a]
+    loop: list[Any] = [a]
     loop.append(loop)
     assert tensors_in(loop) == [a]
 
