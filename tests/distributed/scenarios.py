@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import keelnorm as kn
 import keelnorm.distributed
+import keelnorm.engine.preflight
 from keelnorm.distributed import preflight, sync_statistics
 from keelnorm.nn.sync.sync_batch_norm import SyncBatchNorm
 
@@ -401,13 +402,13 @@ def moments() -> Any:
 
 
 def environment() -> Any:
-    """Whether preflight is on, by what the environment says when keelnorm.distributed is imported."""
+    """Whether preflight is on, by what the environment says when keelnorm is imported."""
     found = {}
     for value in (None, "0", "1"):
         os.environ.pop("KEELNORM_SYNC_DEBUG", None)
         if value is not None:
             os.environ["KEELNORM_SYNC_DEBUG"] = value
-        importlib.reload(keelnorm.distributed)
+        importlib.reload(keelnorm.engine.preflight)
         found[value] = keelnorm.distributed.preflight_is_on()
     return found
 

@@ -44,9 +44,9 @@ def copy_of_the_package(folder, *, library=None, reason=None):
     left_out = shutil.ignore_patterns("*.so", "__pycache__", "not_built.txt", "csrc")
     shutil.copytree(Path(kn.__file__).parent, package, ignore=left_out)
     if library is not None:
-        (package / "kernels/cpu/libkeelnorm.so").write_bytes(library)
+        (package / "engine/kernels/cpu/libkeelnorm.so").write_bytes(library)
     if reason is not None:
-        (package / "kernels/cpu/not_built.txt").write_text(reason)
+        (package / "engine/kernels/cpu/not_built.txt").write_text(reason)
     return str(folder)
 
 
