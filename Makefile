@@ -30,7 +30,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo lab claims test fuzz check bench models native sanitize arm format clean FORCE
+.PHONY: help demo lab claims test coverage fuzz check bench models native sanitize arm format clean FORCE
 CHECKS := check-format check-lint check-types check-public check-layers check-kernels
 .PHONY: $(CHECKS)
 
@@ -38,6 +38,7 @@ help:
 	@echo 'make demo     some claims about batch normalization, on real data: verdicts, and keelnorm-demo.html'
 	@echo 'make lab      all claims in quick form: verdicts, and keelnorm-lab.html'
 	@echo 'make test     run the tests'
+	@echo 'make coverage run the tests, and name the lines and branches of the package that none of them runs'
 	@echo 'make fuzz     100,000 random programs through convert, 100,000 bad calls, 20,000 calls of the kernels: fresh seeds'
 	@echo 'make check    format, lint, types, layers of imports'
 	@echo 'make bench    time the layers and whole networks: tables, and bench-results/bench.html; and the pages of benchmarks/results'
@@ -50,7 +51,8 @@ help:
 	@echo 'make format   format the sources, and mend what the linter can'
 	@echo 'make clean    remove what was built (the virtual environment stays)'
 	@echo
-	@echo 'ARGS="..." is passed on by demo, lab, claims, test, bench, models, native, sanitize and arm: make test ARGS="tests/docs -x"'
+	@echo 'ARGS="..." is passed on by demo, lab, claims, test, coverage, bench, models, native, sanitize and arm:'
+	@echo '              make test ARGS="tests/docs -x"'
 	@echo 'PYTHON ($(PYTHON)), VENV ($(VENV)) and TORCH ($(TORCH)) can be set in the same way.'
 
 demo: $(VENV)/.built
@@ -72,6 +74,12 @@ endif
 # Two processes of torch's own threads: waiting ones are not to keep a core busy. ARGS="-n 0" runs all in one process.
 test: $(VENV)/.built
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# Fails below what pyproject.toml asks for, which a part of the tests does not reach: --cov-fail-under=0 in ARGS lets it.
+coverage: $(VENV)/.built
+	@mkdir -p build
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal --cov=keelnorm \
+		--cov-report=term-missing:skip-covered $(ARGS)
 
 # An hour on two cores. FUSION_FUZZ_SEED=N, CALL_FUZZ_SEED=N and KERNEL_FUZZ_SEED=N begin at a seed, as a failure names it.
 fuzz: $(VENV)/.built
@@ -127,6 +135,7 @@ check-lint:
 check-types:
 	@echo 'mypy'
 	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/mypy --no-error-summary --config-file tests/mypy.toml
 
 check-public:
 	@echo 'pyright'

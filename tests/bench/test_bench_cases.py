@@ -24,7 +24,7 @@ def resnet50_norms():
 
 
 def test_table_is_resnet50():
-    derived = defaultdict(Counter)
+    derived: defaultdict[tuple[int, int, int], Counter[str]] = defaultdict(Counter)
     for plane, variant in resnet50_norms():
         derived[plane][variant] += 1
     assert derived == RESNET50

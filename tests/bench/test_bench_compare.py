@@ -19,9 +19,9 @@ def test_losers_come_first():
     assert comparison.changes[0].key[1] == before.rows[0].shape
     key = ("resnet50", "bn_relu", "both", "contiguous", "fresh")
     assert comparison.means[key] == pytest.approx(2**0.5)
-    console = Console(width=190, file=io.StringIO())
-    print_comparison(comparison, console)
-    text = console.file.getvalue()
+    written = io.StringIO()
+    print_comparison(comparison, Console(width=190, file=written))
+    text = written.getvalue()
     assert text.index("2.000") < text.index("1.000")
 
 

@@ -100,7 +100,7 @@ def test_where_memory_cannot_be_reused_only_fresh_is_run(monkeypatch):
 def test_warming_up_ends_when_no_pages_come(monkeypatch):
     pages = iter([0, 1000, 1000, 1001, 1001])
     monkeypatch.setattr(timing, "page_faults", lambda: next(pages))
-    calls = []
+    calls: list[int] = []
     timing.warm_up(calls.append, 10)
     assert len(calls) == 2
 

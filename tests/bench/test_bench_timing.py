@@ -50,7 +50,7 @@ def quiet(monkeypatch):
 
 @pytest.mark.usefixtures("quiet")
 def test_peers_alternate_in_rounds():
-    log = []
+    log: list[tuple[str, float]] = []
     measured = timing.measure({name: recorder(log, name) for name in "ab"}, rounds=3, min_seconds=0.5)
     assert [name for name, _ in log[-6:]] == ["a", "b", "b", "a", "a", "b"]
     assert {name: len(samples) for name, samples in measured.samples.items()} == {"a": 3, "b": 3}
@@ -59,7 +59,7 @@ def test_peers_alternate_in_rounds():
 
 @pytest.mark.usefixtures("quiet")
 def test_short_calls_are_repeated():
-    log = []
+    log: list[tuple[str, float]] = []
     timing.measure({"a": recorder(log, "a", seconds=1e-5)}, rounds=1, min_seconds=2e-3)
     assert 200 <= log[-1][1] <= 250
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_a_wrong_result_gets_no_number(monkeypatch):
 
 
 def test_what_the_time_did_not_suffice_for_is_said():
-    said = []
+    said: list[str] = []
     rows = gpu_run.run_cases(
         [CASE, CASE], ("eager",), device="cpu", rounds=2, until=time.monotonic() - 1, say=said.append
     )
@@ -71,15 +72,15 @@ def test_what_the_time_did_not_suffice_for_is_said():
 
 
 def test_loops_take_turns():
-    order = []
-    loops = {name: Loop(lambda _, name=name: order.append(name), 1, "cpu") for name in ("a", "b")}
+    order: list[str] = []
+    loops = {name: Loop(partial(lambda name, _: order.append(name), name), 1, "cpu") for name in ("a", "b")}
     order.clear()
     assert {name: len(times) for name, times in by_turns(loops, 2).items()} == {"a": 2, "b": 2}
     assert order == ["a", "b", "b", "a"]
 
 
 def test_the_check_compares_every_dtype_layout_and_variant():
-    said = []
+    said: list[str] = []
     found = gpu_check.check_all("cpu", said.append, ((4, 3, 2, 2), (5, 7)))
     assert (found.right, found.wrong) == (3 * 3 * 3, [])
     assert set(found.worst) == set(gpu_check.DTYPES)
@@ -106,7 +107,7 @@ def test_a_loss_is_held_against_those_of_roundings_of_the_images():
 
 
 def test_synchronized_layers_on_one_process():
-    said = []
+    said: list[str] = []
     ours, theirs = gpu_sync.run_sync("cpu", 2, said.append, (4, 3, 2, 2))
     assert ours.error is None
     assert len(ours.samples_us) == 2

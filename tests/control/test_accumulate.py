@@ -72,7 +72,7 @@ def test_whole_models(rank, kind):
     """Every layer's own input is pooled, and gradients are those of the micro-batches as ever."""
     model = Block(rank, kind)
     plain = copy.deepcopy(model)
-    seen = {path: [] for path in PATHS}
+    seen: dict[str, list[torch.Tensor]] = {path: [] for path in PATHS}
     for path in PATHS:
         plain.get_submodule(path).register_forward_pre_hook(lambda _, inputs, path=path: seen[path].append(inputs[0]))
     x = data(rank)

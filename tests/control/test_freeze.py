@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -307,7 +308,7 @@ def test_nothing_stays_half_done(function, before):
     for parameter in model.parameters():
         parameter.grad = torch.ones(3)
     expected = all_that_freezing_touches(model.train())
-    model[2].raises = True
+    vars(model[2])["raises"] = True
     with pytest.raises(RuntimeError, match="no"):
         function(model)
     assert all_that_freezing_touches(model) == expected
@@ -331,7 +332,7 @@ def test_compiled(kind, early):
     x = data(1)
     if early:
         freeze(model)
-    compiled = torch.compile(model, backend="eager")
+    compiled: Any = torch.compile(model, backend="eager")
     compiled(x)
     compiled(x)
     freeze(model)
@@ -409,7 +410,7 @@ def test_methods_set_on_the_instance_come_back():
         asked.append(mode)
         return layer
 
-    layer.train, layer.reset_running_stats = train, lambda: asked.append("reset")
+    vars(layer).update(train=train, reset_running_stats=lambda: asked.append("reset"))
     kept = dict(vars(layer))
     for _ in range(2):
         freeze(layer)

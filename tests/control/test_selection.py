@@ -69,7 +69,7 @@ def test_where_takes_a_pattern_several_or_a_function(name):
     for where in ("0", ["1", "0"], iter(["0"]), lambda path, layer: layer.num_features == 2):
         QUIET[name](model, where=where)
         kn.freeze(model)
-    for where, error in (
+    for wrong, error in (
         (3, TypeError),
         ([3], TypeError),
         (lambda path: True, TypeError),
@@ -77,7 +77,7 @@ def test_where_takes_a_pattern_several_or_a_function(name):
         ("2", ValueError),
     ):
         with pytest.raises(error, match=f"{name}: where"):
-            QUIET[name](model, where=where)
+            QUIET[name](model, where=wrong)
     assert kn.frozen(model) == dict.fromkeys(("0", "1"), (True, True))
 
 

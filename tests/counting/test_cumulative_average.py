@@ -67,13 +67,13 @@ def test_the_rows_that_were_reported():
 
 
 class OnePart(kn.SplitBatchNorm):
-    def forward(self, x):
+    def forward(self, x):  # type: ignore[override]
         with self.use_split(0):
             return super().forward(x)
 
 
 class OneDomain(kn.DomainBatchNorm):
-    def forward(self, x):
+    def forward(self, x):  # type: ignore[override]
         return super().forward(x, domain=0)
 
 

@@ -47,10 +47,9 @@ def test_result_moments_and_gradients(shape, channels_last, activation, with_res
     residual = residual if with_residual else None
     layer = kn.BatchNorm(shape[1], dtype=torch.float64)
     torch.nn.init.normal_(layer.weight), torch.nn.init.normal_(layer.bias)
-    inputs = [t.detach().requires_grad_() for t in (x, residual) if t is not None]
-    expected, mean, unbiased = definition(
-        *(inputs if with_residual else (inputs[0], None)), layer.weight, layer.bias, mask, padding == "keep", activation
-    )
+    x, residual = (None if t is None else t.detach().requires_grad_() for t in (x, residual))
+    inputs = [t for t in (x, residual) if t is not None]
+    expected, mean, unbiased = definition(x, residual, layer.weight, layer.bias, mask, padding == "keep", activation)
     expected_gradients = torch.autograd.grad(expected, [*inputs, layer.weight, layer.bias], dy)
     # What does not count may be anything.
     holes = ~mask.unsqueeze(1)

@@ -9,6 +9,7 @@ import pickle
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import keelnorm as kn
 import keelnorm.distributed
+import keelnorm.engine.preflight
 from keelnorm.distributed import preflight, sync_statistics
 from keelnorm.nn.sync.sync_batch_norm import SyncBatchNorm
 
@@ -278,12 +280,12 @@ def unlike() -> Any:
     found: dict[str, Any] = {}
     for name, channels in (("more", 4 + odd), ("fewer", 4 - odd), ("many", 4 + 4000 * odd)):
         layer, x = SyncBatchNorm(channels), torch.randn(5, channels, requires_grad=True)
-        found[name] = said(lambda layer=layer, x=x: layer(x))
+        found[name] = said(partial(layer, x))
         found[f"{name}, unchanged"] = int(layer.num_batches_tracked), float(layer.running_mean.abs().max())
-        found[f"{name}, activated"] = said(lambda layer=layer, x=x: nn.Sequential(layer)(x.detach()))
-        found[f"{name}, moments"] = said(lambda x=x: kn.functional.moments(x.detach()).all_reduce())
+        found[f"{name}, activated"] = said(partial(nn.Sequential(layer), x.detach()))
+        found[f"{name}, moments"] = said(kn.functional.moments(x.detach()).all_reduce)
         model = kn.BatchNorm1d(channels)
-        found[f"{name}, recalibrated"] = said(lambda model=model, x=x: kn.recalibrate(model, [x.detach()]))
+        found[f"{name}, recalibrated"] = said(partial(kn.recalibrate, model, [x.detach()]))
     bn, bn2 = SyncBatchNorm(4), SyncBatchNorm(3)
     outputs = [bn(torch.randn(5, 4, requires_grad=True)).sum(), bn2(torch.randn(5, 3, requires_grad=True)).sum()]
     found["backward"] = said(outputs[odd].backward)
@@ -400,13 +402,13 @@ def moments() -> Any:
 
 
 def environment() -> Any:
-    """Whether preflight is on, by what the environment says when keelnorm.distributed is imported."""
+    """Whether preflight is on, by what the environment says when keelnorm is imported."""
     found = {}
     for value in (None, "0", "1"):
         os.environ.pop("KEELNORM_SYNC_DEBUG", None)
         if value is not None:
             os.environ["KEELNORM_SYNC_DEBUG"] = value
-        importlib.reload(keelnorm.distributed)
+        importlib.reload(keelnorm.engine.preflight)
         found[value] = keelnorm.distributed.preflight_is_on()
     return found
 

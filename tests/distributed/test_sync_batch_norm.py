@@ -107,8 +107,8 @@ def test_data_parallel_with_two_forwards_before_one_backward(ranks: Scenarios) -
     running["bn2"] = [t.clone() for t in running["bn"]]
 
     def batch_norm(x: Tensor, name: str) -> Tensor:
-        weight, bias = parameters[f"{name}.weight"], parameters[f"{name}.bias"]
-        return F.batch_norm(x, *running[name], weight, bias, training=True)
+        (mean, var), weight, bias = running[name], parameters[f"{name}.weight"], parameters[f"{name}.bias"]
+        return F.batch_norm(x, mean, var, weight, bias, training=True)
 
     def forward(x: Tensor) -> Tensor:
         x = torch.relu(batch_norm(F.linear(x, parameters["inner.weight"], parameters["inner.bias"]), "bn"))

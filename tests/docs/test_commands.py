@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -52,7 +53,7 @@ def check(command: list[str]) -> None:
     """Raise for an keelnorm command, a make target or an extra of the package that does not exist."""
     program, *arguments = command
     if program == "keelnorm":
-        group = get_command(app)
+        group: Any = get_command(app)
         try:
             if arguments and not arguments[0].startswith("-"):
                 name, *arguments = arguments

@@ -173,7 +173,8 @@ def _check(program: Program, seen: Counter[str]) -> str | None:
             seen["ill-conditioned"] += 1
             break
         if type(found.gradients) is not type(wanted.gradients):
-            for one in (model, plain):  # hooks ran in one backward as far as the error, and in the other to its end
+            both: tuple[Any, Any] = (model, plain)
+            for one in both:  # hooks ran in one backward as far as the error, and in the other to its end
                 one.log[:] = [entry for entry in one.log if not isinstance(entry, str) or entry != "backward"]
         seen["calls"] += 1
         seen["exceptions"] += isinstance(wanted.result, Exception)

@@ -59,7 +59,7 @@ def _runs_twice(patch: Any) -> None:
 
     def open_twice(module: nn.Module, args: Any) -> None:
         if not vars(module).get("_was_run") and hasattr(module, "steps"):
-            module._was_run = True
+            vars(module)["_was_run"] = True
             module.forward(*args)
         enter(module, args)
 
@@ -166,7 +166,7 @@ def _no_history(patch: Any) -> None:
 
 def _grad_mode(patch: Any) -> None:
     """A result that was computed in one grad mode is handed out in another."""
-    patch.setattr(pending.torch, "is_grad_enabled", lambda: True)
+    patch.setattr(torch, "is_grad_enabled", lambda: True)
 
 
 def _second_addition(patch: Any) -> None:

@@ -359,7 +359,7 @@ def program(seed: int, calls: int = 7) -> Program:
     """The program of a seed."""
     chance = random.Random(seed)
     names = ["x"]
-    lines = []
+    lines: list[str] = []
 
     def indented(text: str) -> None:
         lines.extend("        " + line for line in text.split("\n"))

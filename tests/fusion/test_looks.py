@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fusion.twins import LEARNED, Net, after, alike, batch, same, small_tensors_wait, twins  # noqa: F401
 from torch import Tensor, nn
-from twins import LEARNED, Net, after, alike, batch, same, small_tensors_wait, twins  # noqa: F401
 
 from keelnorm.engine.fusion import pending
 from keelnorm.engine.fusion.deferred_tensor import DeferredTensor
@@ -54,6 +54,11 @@ def _matched(y: Any) -> str:
         case Tensor(ndim=4):
             return "tensor"
     return "something else"
+
+
+def _tagged(y: Any) -> Any:
+    y.tag = 5
+    return y
 
 
 def _weak(y: Tensor) -> Any:
@@ -149,7 +154,7 @@ LOOKS: dict[str, Any] = {
     "storage values": lambda y: sum(y.storage().tolist()),
     "torch.tensor": lambda y: torch.as_tensor(y),
     "new tensors": lambda y: (torch.zeros_like(y), y.new_ones(2), torch.ones(2).to(y), y.new_tensor([1.0])),
-    "attribute": lambda y: setattr(y, "tag", 5) or (y.tag, getattr(y, "none", 7), hasattr(y, "tag")),
+    "attribute": lambda y: (_tagged(y).tag, getattr(y, "none", 7), hasattr(y, "tag")),
     "unknown attribute": lambda y: y.no_such_thing,
     "vars": lambda y: [key for key in vars(y) if not key.startswith("_")],
     "dir": lambda y: "relu" in dir(y),
@@ -276,8 +281,13 @@ def test_rest_of_a_waiting_result_is_freed() -> None:
     """Nothing keeps a result alive once the model's call has ended."""
     model = Net(lambda m, x: torch.relu(m.bn(m.conv(x))))
     converted, _ = twins(model)
-    refs = []
-    converted.body = lambda m, x: refs.append(weakref.ref(y := m.bn(m.conv(x)))) or torch.relu(y)
+    refs: list[Any] = []
+
+    def body(m: Any, x: Tensor) -> Any:
+        refs.append(weakref.ref(y := m.bn(m.conv(x))))
+        return torch.relu(y)
+
+    converted.body = body
     for _ in range(4):
         same(converted(batch()).shape, torch.Size((4, 3, 6, 6)))
     assert [ref() for ref in refs] == [None] * 4

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from fusion.twins import LEARNED, Net, ResNet, after, alike, batch, outcome, same, small_tensors_wait, twins  # noqa: F401
 from torch import Tensor, nn
-from twins import LEARNED, Net, ResNet, after, alike, batch, outcome, same, small_tensors_wait, twins  # noqa: F401
 
 import keelnorm as kn
 from keelnorm.engine.fusion import pending
@@ -58,7 +58,7 @@ def test_sequentials(kind: str, where: str) -> None:
     if where == "inside a model":
         alike(Net(lambda m, x: torch.relu(m.rest(m.conv(x))), rest=nn.Sequential(*layers)), fuses=None)
         return
-    twin = nn.Sequential(*layers).double()
+    twin: Any = nn.Sequential(*layers).double()
     if where == "nested":
         twin = nn.Sequential(twin, nn.BatchNorm2d(3).double(), nn.ReLU()) if kind != "flatten" else nn.Sequential(twin)
     mine, twin = twins(twin, fuse=False)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fusion.twins import LEARNED, Net, after, alike, batch, outcome, plainly, same, small_tensors_wait, twins  # noqa: F401
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-from twins import LEARNED, Net, after, alike, batch, outcome, plainly, same, small_tensors_wait, twins  # noqa: F401
 
 from keelnorm.engine.fusion import pending
 
@@ -123,9 +123,14 @@ def _backward_inside(y: Tensor, x: Tensor) -> Any:
 
 
 def _hooked(y: Tensor, x: Tensor) -> Any:
-    seen = []
-    y.register_hook(lambda g: seen.append(type(g)) or g * 2)
-    return torch.relu(y), F.silu(y)
+    seen: list[type] = []
+
+    def double(g: Tensor) -> Tensor:
+        seen.append(type(g))
+        return g * 2
+
+    y.register_hook(double)
+    return torch.relu(y), F.silu(y), seen
 
 
 def _retained(y: Tensor, x: Tensor) -> Any:
@@ -141,8 +146,13 @@ def _node_hooked(y: Tensor, x: Tensor) -> Any:
 
 
 def _packed(y: Tensor, x: Tensor) -> Any:
-    kinds = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kinds.append(type(t)) or t.clone(), lambda t: t):
+    kinds: list[type] = []
+
+    def pack(t: Tensor) -> Tensor:
+        kinds.append(type(t))
+        return t.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         z = torch.sigmoid(y) * y
     return z, kinds
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fusion.twins import MODES, Net, alike, outcome, plainly, same, small_tensors_wait, twins  # noqa: F401
 from torch import Tensor, nn
-from twins import MODES, Net, alike, outcome, plainly, same, small_tensors_wait, twins  # noqa: F401
 
 import keelnorm as kn
 
@@ -248,8 +248,13 @@ def test_side_effects_happen_once_a_call(kept: bool | None) -> None:
 
 def test_side_effects_where_nothing_is_converted() -> None:
     """convert itself runs nothing, and neither where it refuses."""
-    model = Net(lambda m, x: setattr(m, "step", m.step + 1) or torch.relu(_bn(m, x)), step=0)
-    model.bn.forward = model.bn.forward
+
+    def body(m: Any, x: Tensor) -> Any:
+        m.step += 1
+        return torch.relu(_bn(m, x))
+
+    model = Net(body, step=0)
+    vars(model.bn)["forward"] = model.bn.forward
     kn.convert(model)
     assert model.step == 0
     with pytest.raises(ValueError, match="nothing"):

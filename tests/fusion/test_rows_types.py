@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from fusion.twins import LEARNED, TRAINING, Net, after, alike, batch, small_tensors_wait, twins  # noqa: F401
 from torch import Tensor
-from twins import LEARNED, TRAINING, Net, after, alike, batch, small_tensors_wait, twins  # noqa: F401
 
 
 def _bn(m: Any, x: Tensor) -> Tensor:
@@ -28,15 +28,15 @@ class _Result:
     hidden: Any
 
 
-class _Dict(dict):
+class _Dict(dict[str, Any]):
     pass
 
 
-class _List(list):
+class _List(list[Any]):
     pass
 
 
-class _Output(collections.OrderedDict):
+class _Output(collections.OrderedDict[str, Any]):
     """As transformers' results: its items are attributes too."""
 
     def __getattr__(self, name: str) -> Any:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fusion.twins import LEARNED, TRAINING, Net, after, alike, batch, small_tensors_wait, twins  # noqa: F401
 from torch import Tensor, nn
-from twins import LEARNED, TRAINING, Net, after, alike, batch, small_tensors_wait, twins  # noqa: F401
 
 
 def _bn(m: Any, x: Tensor) -> Tensor:

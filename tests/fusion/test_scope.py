@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fusion.twins import LEARNED, Block, Net, ResNet, after, alike, batch, outcome, same, small_tensors_wait, twins  # noqa: F401
 from torch import Tensor, nn
-from twins import LEARNED, Block, Net, ResNet, after, alike, batch, outcome, same, small_tensors_wait, twins  # noqa: F401
 
 import keelnorm as kn
 from keelnorm.engine.fusion import pending
@@ -189,7 +189,7 @@ def test_exception_that_the_forward_catches() -> None:
         return torch.relu(y) + z
 
     alike(Net(body, child=Child()))
-    model = Net(body, child=Child())
+    model: Any = Net(body, child=Child())
     kn.convert(model.child)
     alike(model)
 

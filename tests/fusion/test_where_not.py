@@ -9,12 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from twins import (  # noqa: F401
+from fusion.twins import (  # noqa: F401
     LEARNED,
     Model,
     Net,
@@ -28,6 +23,11 @@ from twins import (  # noqa: F401
     small_tensors_wait,
     twins,
 )
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from keelnorm.engine.fusion import pending
 from keelnorm.engine.fusion.deferred_tensor import DeferredTensor

@@ -85,7 +85,7 @@ def batch(*shape: int) -> Tensor:
     return torch.randn(shape or (4, 3, 6, 6), dtype=torch.float64)
 
 
-def twins(model: nn.Module, **options: Any) -> tuple[nn.Module, nn.Module]:
+def twins(model: nn.Module, **options: Any) -> tuple[Any, Any]:
     """A model, converted, and a copy of it as it was."""
     twin = copy.deepcopy(model)
     return kn.convert(model, **options)[0], twin

@@ -45,11 +45,11 @@ def test_same_bits_as_eager(momentum, memory_format):
         found, expected = step(compiled, x, other), step(eager, x)
         assert_same(found, expected, TRACED_UNITS)
         assert found["y"].stride() == expected["y"].stride()
-    active = kn.kernels.active()
-    if active != "reference":
+    if kn.kernels.active() != "reference":
         # three steps of two layers, forward and backward, compiled and eager: nothing fell back
-        assert kn.kernels.calls()[active] - before[active] == 3 * 2 * 2 * 2
-        assert kn.kernels.calls()["reference"] == before["reference"]
+        ran = {name: calls - before[name] for name, calls in kn.kernels.calls().items()}
+        assert sum(ran.values()) == 3 * 2 * 2 * 2
+        assert ran["reference"] == 0
 
 
 def test_dynamic_batch_size_compiles_as_often_as_torchs():
@@ -96,7 +96,11 @@ def test_activations(activation, with_residual, dtype):
     def run(norm, x):
         return norm(x, x.cos() if with_residual else None, activation=activation)
 
-    found = step(torch.compile(lambda x: run(layer, x), fullgraph=True, backend="aot_eager"), x, layer)
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(x):
+        return run(layer, x)
+
+    found = step(compiled, x, layer)
     assert_same(found, step(lambda x: run(twin, x), x, twin), TRACED_UNITS)
 
 

@@ -32,7 +32,7 @@ def layers(training):
     return layer.train(training), oracle.train(training)
 
 
-def penalty(norm, x, residual, dy, activation):
+def penalty(norm, activation, x, residual, dy):
     """The gradients of y² + y, and those of a gradient penalty: |dx|² + |dweight|² + |dbias|² + |dresidual|²."""
     tensors = [x, *norm.parameters(), *([] if residual is None else [residual])]
     if isinstance(norm, kn.BatchNorm2d):
@@ -55,7 +55,7 @@ def test_gradient_penalty_in_float32(training, with_residual, activation, kernel
     ours = [None if t is None else t.requires_grad_() for t in inputs]
     theirs = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
     with kn.kernels.use(kernels):
-        found, expected = penalty(layer, *ours, activation), penalty(oracle, *theirs, activation)
+        found, expected = penalty(layer, activation, *ours), penalty(oracle, activation, *theirs)
     for found_part, expected_part in zip(found, expected, strict=True):
         for value, value64 in zip(found_part, expected_part, strict=True):
             assert (value is None) == (value64 is None)
@@ -84,10 +84,18 @@ def function_and_inputs(training, activation, with_residual, affine):
     mean, var = torch.zeros(C).double(), torch.ones(C).double()
 
     def function(x, *rest):
-        rest = list(rest)
-        residual = rest.pop() if with_residual else None
+        residual = rest[-1] if with_residual else None
+        weight, bias = rest[:2] if affine else (None, None)
         return kn.functional.batch_norm(
-            x, mean.clone(), var.clone(), *rest, training=training, eps=1e-2, activation=activation, residual=residual
+            x,
+            mean.clone(),
+            var.clone(),
+            weight,
+            bias,
+            training=training,
+            eps=1e-2,
+            activation=activation,
+            residual=residual,
         )
 
     def leaf(*shape):

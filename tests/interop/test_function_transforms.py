@@ -1,5 +1,8 @@
 """torch.func and torch.autograd.functional over a layer: what torch's layers allow, ours do, with the same results."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from interop.interop_models import formula
@@ -38,13 +41,17 @@ def assert_near(found, expected, units=128):
     assert (found.double() - expected).abs().max().item() <= bound
 
 
+def _gradient(f: Any) -> Any:
+    return grad(lambda x: f(x).pow(3).sum())
+
+
 #: Each transform as (function of one tensor, x) -> tensor.
-TRANSFORMS = {
+TRANSFORMS: dict[str, Callable[..., Any]] = {
     "grad": lambda f, x: grad(lambda x: f(x).pow(3).sum())(x),
     "grad of grad": lambda f, x: grad(lambda x: grad(lambda x: f(x).pow(3).sum())(x).pow(2).sum())(x),
     "vjp": lambda f, x: vjp(f, x)[1](x.cos())[0],
     "jvp": lambda f, x: jvp(f, (x,), (x.cos(),))[1],
-    "jvp of grad": lambda f, x: jvp(grad(lambda x: f(x).pow(3).sum()), (x,), (x.cos(),))[1],
+    "jvp of grad": lambda f, x: jvp(_gradient(f), (x,), (x.cos(),))[1],
     "jacrev": lambda f, x: jacrev(f)(x),
     "jacfwd": lambda f, x: jacfwd(f)(x),
     "hessian": lambda f, x: hessian(lambda x: f(x).pow(3).sum())(x),

@@ -68,13 +68,14 @@ def run(case: Case, given: Tensors) -> dict[str, Tensor]:
     }
     kept = [t for t in (given.dy, given.mask, given.sample_weight, *leaves.values()) if t is not None]
     before = [t.detach().clone() for t in kept]
-    x, *others = leaves["x"], leaves.get("weight"), leaves.get("bias")
+    x = leaves["x"]
     if case.inplace:
         x = laid(torch.zeros_like(x), case.layouts[0], case.dtype).copy_(x)
-    buffers = [None if t is None else laid(t, case.vector_layout) for t in (given.running_mean, given.running_var)]
+    mean, var = (None if t is None else laid(t, case.vector_layout) for t in (given.running_mean, given.running_var))
     with kn.kernels.use(case.kernel):
         y = kn.functional.batch_norm(
-            x, *buffers, *others, case.training, case.momentum, case.eps, activation=case.activation,
+            x, mean, var, leaves.get("weight"), leaves.get("bias"), case.training, case.momentum, case.eps,
+            activation=case.activation,
             residual=leaves.get("residual"), inplace=case.inplace, mask=given.mask, sample_weight=given.sample_weight,
             padding=case.padding,
         )  # fmt: skip
@@ -82,7 +83,7 @@ def run(case: Case, given: Tensors) -> dict[str, Tensor]:
         gradients = torch.autograd.grad(y, list(leaves.values()), given.dy)
     found |= {f"d{name}": value for name, value in zip(leaves, gradients, strict=True)}
     if case.running:
-        found |= {"running_mean": buffers[0], "running_var": buffers[1]}
+        found |= {"running_mean": mean, "running_var": var}
     for value, leaf in zip(gradients, leaves.values(), strict=True):
         if value.dtype != leaf.dtype:
             found["a gradient of another dtype"] = value
@@ -182,8 +183,11 @@ def definition_of(case: Case, given: Tensors) -> dict[str, Right]:
         new = old_mean, old_var
         if case.training:
             new = keep * old_mean + momentum * mean, keep * old_var + momentum * var * number / (number - 1)
-        off = momentum * off_mean + fine * (keep * old_mean).abs(), 2 * fine * new[1] + 4 * (2.0**-50 * mean).square()
-        for name, value, error in zip(("running_mean", "running_var"), new, off, strict=True):
+        errors = (
+            momentum * off_mean + fine * (keep * old_mean).abs(),
+            2 * fine * new[1] + 4 * (2.0**-50 * mean).square(),
+        )
+        for name, value, error in zip(("running_mean", "running_var"), new, errors, strict=True):
             allowed = (
                 error + of_vectors * value.abs() * 1.01 + smallest(case.vectors)
                 if case.training

@@ -151,7 +151,7 @@ def tensors_of(case: Case) -> Tensors:
     of_vectors = [laid(t, case.vector_layout, case.vectors) for t in (weight, bias, mean, var)]
     wanted = case.weight, case.bias, case.running, case.running
     chosen = (t if want else None for t, want in zip(of_vectors, wanted, strict=True))
-    return Tensors(*given, *chosen, mask, sample_weight)
+    return Tensors(*[*given, *chosen, mask, sample_weight])
 
 
 def laid(values: Tensor, layout: str, dtype: torch.dtype | None = None) -> Tensor:

@@ -33,7 +33,7 @@ TENSORS = [
 def tensors(operator, layout):
     """A tensor for each name, in a storage with more before and after it."""
     large = (4, CHANNELS, 3, 2)
-    sizes = dict.fromkeys(("x", "dy", "y", "residual"), large)
+    sizes: dict[str, tuple[int, ...]] = dict.fromkeys(("x", "dy", "y", "residual"), large)
     vectors = ("weight", "bias", "running_mean", "running_var", "mean", "rstd")
     sizes |= dict.fromkeys(vectors, (CHANNELS,)) | {"num_batches_tracked": (), "mask": (4, 3, 2)}
     rows = 6 if operator == "backward_groups" else 3

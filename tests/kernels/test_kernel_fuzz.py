@@ -53,16 +53,18 @@ def test_every_option_is_drawn() -> None:
 
 # ---- that the fuzz sees faults
 
+Function = Callable[..., Any]
 
-def _changed(function: Callable, change: Callable) -> Callable:
+
+def _changed(function: Function, change: Function) -> Function:
     return lambda *arguments, **named: change(function(*arguments, **named))
 
 
-def _of_x(change: Callable) -> Callable:
+def _of_x(change: Function) -> Function:
     return lambda moments: dataclasses.replace(moments, mean=change(moments.mean, moments.var.sqrt()))
 
 
-def _without_last(operator: Callable) -> Callable:
+def _without_last(operator: Function) -> Function:
     def grad_input(*arguments: Any) -> Tensor:
         *others, means, act = arguments
         return operator(*others, None if means is None else (means[0], torch.zeros_like(means[1])), act)
@@ -75,7 +77,7 @@ def _biased(state: Any, mean: Tensor, var: Tensor, count: Any) -> None:
 
 
 #: Each puts a small fault into the reference back end.
-FAULTS: dict[str, tuple[Any, str, Callable]] = {
+FAULTS: dict[str, tuple[Any, str, Function]] = {
     "mean": (reference, "stats", lambda f: _changed(f, _of_x(lambda mean, deviation: mean + 1e-3 * deviation))),
     "y": (reference, "apply", lambda f: _changed(f, lambda y: y * (1 + 0.03))),
     "sum of g": (reference, "grad_stats", lambda f: _changed(f, lambda sums: (sums[0] + 0.01 * sums[1], sums[1]))),

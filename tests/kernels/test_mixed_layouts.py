@@ -93,10 +93,10 @@ def test_absent_weight_and_bias(kernel):
     for weight, bias in itertools.product((True, False), repeat=2):
         problem = make_problem(SHAPE, Options(True, "relu"))
         given = {"weight": problem.weight if weight else None, "bias": problem.bias if bias else None}
-        filled = [
+        filled = (
             (given["weight"] if weight else torch.ones(18)).clone().requires_grad_(),
             (given["bias"] if bias else torch.zeros(18)).clone().requires_grad_(),
-        ]
+        )
         x, x_filled = (problem.x.clone().requires_grad_() for _ in range(2))
         y = kn.functional.batch_norm(x, None, None, training=True, activation="relu", **given)
         y_filled = kn.functional.batch_norm(x_filled, None, None, *filled, training=True, activation="relu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ class View:
 
 @st.composite
 def views(draw: st.DrawFn, rank: int, expands: bool = False) -> View:
-    def each(values: st.SearchStrategy) -> tuple:
+    def each(values: st.SearchStrategy[Any]) -> tuple[Any, ...]:
         return tuple(draw(st.lists(values, min_size=rank, max_size=rank)))
 
     return View(

@@ -44,7 +44,7 @@ def normalization(name, channels, spatial):
 
 def alone(kind, name, place, activation):
     """One replica as a user would write it, in torch's own layers."""
-    modules = [nn.Flatten()] if kind == "mlp" else []
+    modules: list[nn.Module] = [nn.Flatten()] if kind == "mlp" else []
     sizes = [(64, *WIDTHS, 10), (1, *CHANNELS)][kind == "cnn"]
     bias = place != "before" or name == "none"
     hidden = len(WIDTHS) if kind == "mlp" else len(CHANNELS)

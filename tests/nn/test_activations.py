@@ -175,13 +175,13 @@ def hooked():
 
 def patched():
     module = nn.SiLU()
-    module.forward = torch.sigmoid
+    vars(module)["forward"] = torch.sigmoid
     return module
 
 
 def learned():
     module = nn.LeakyReLU()
-    module.negative_slope = torch.tensor(0.1, requires_grad=True)
+    vars(module)["negative_slope"] = torch.tensor(0.1, requires_grad=True)
     return module
 
 

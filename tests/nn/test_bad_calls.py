@@ -113,9 +113,9 @@ def test_parts_that_fail_late(backend: str) -> None:
     layer = kn.SplitBatchNorm(3, 3)
     layer.aux_bn[1].running_var = torch.ones(1).expand(3)
     refused(layer, lambda: layer(torch.randn(6, 3)), "more than one element")
-    layer = kn.BatchNormGRU(3, 4, num_layers=2, normalize="input")
-    layer.norm_ih_l1.running_var = torch.ones(1).expand(12)
-    refused(layer, lambda: layer(torch.randn(5, 2, 3)), "more than one element")
+    recurrent = kn.BatchNormGRU(3, 4, num_layers=2, normalize="input")
+    recurrent.norm_ih_l1.running_var = torch.ones(1).expand(12)
+    refused(recurrent, lambda: recurrent(torch.randn(5, 2, 3)), "more than one element")
 
 
 def test_windows_that_fail_late() -> None:

@@ -53,12 +53,12 @@ def test_agrees_with_torch_in_float64(shape, with_residual, activation, dtype, b
         }
         ours = {name: None if t is None else t.to(dtype).requires_grad_() for name, t in tensors.items()}
         theirs = {name: None if t is None else t.detach().double().requires_grad_() for name, t in ours.items()}
-        moments = [torch.randn(C).to(dtype), torch.rand(C).to(dtype) + 0.5]
-        moments64 = [moment.double() for moment in moments]
+        moments = torch.randn(C).to(dtype), torch.rand(C).to(dtype) + 0.5
+        moments64 = moments[0].double(), moments[1].double()
         keywords = {"training": training, "momentum": 0.3, "eps": 1e-3, "activation": activation}
         x, x64 = ours.pop("x"), theirs.pop("x")
-        y = kn.functional.batch_norm(x, *moments, **ours, **keywords)
-        y64 = by_torch(x64, *moments64, **theirs, **keywords)
+        y = kn.functional.batch_norm(x, *moments, **{**ours, **keywords})
+        y64 = by_torch(x64, *moments64, **{**theirs, **keywords})
         assert y.dtype == dtype
         assert_near(y, y64)
         # No gradient where rounding may decide on which side of zero a value lies.

@@ -155,4 +155,4 @@ def test_momentum_none_is_a_layers_affair(momentum, backend):
 
 def test_too_many_positional_arguments():
     with pytest.raises(TypeError, match="positional"):
-        kn.functional.batch_norm(X, None, None, None, None, True, 0.1, 1e-5, "relu")
+        kn.functional.batch_norm(X, None, None, None, None, True, 0.1, 1e-5, "relu")  # type: ignore[call-arg]

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from nn.layer_pairs import CHANNELS, assert_near, assert_same_moments, randomize, twin
+from support.noted import noted
 from torch import nn
 
 import keelnorm as kn
@@ -146,8 +147,8 @@ def test_where_elu_saturates(training, sign, backend):
     other = copy.deepcopy(layer)
     x, dy = torch.randn(64, 3), torch.randn(64, 3)
     x[0, 2] = -10.0 if training else 0.0  # an outlier alone
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: noted(saved, t), lambda t: t):
         layer((x * 1).requires_grad_().mul(1), activation="elu", inplace=True)
     assert [t.tolist() for t in saved if t.dtype == torch.int64] == [[1, 2] if training else [1]]
     layer.load_state_dict(other.state_dict())

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support.noted import noted
 from torch import nn
 
 import keelnorm as kn
@@ -17,9 +18,10 @@ trainings = pytest.mark.parametrize("training", [True, False], ids=["training", 
 
 def step(layer, x, dy, activation, inplace):
     """y, its gradients, and the indices of the channels that kept their x."""
-    layer, saved = copy.deepcopy(layer), []
+    layer = copy.deepcopy(layer)
+    saved: list[torch.Tensor] = []
     leaf = x.detach().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: noted(saved, t), lambda t: t):
         y = layer(leaf.clone(), activation=activation, inplace=inplace)
     kept = [c for t in saved if t.dtype == torch.int64 for c in t.tolist()]
     return y.detach().clone(), torch.autograd.grad(y, [leaf, *layer.parameters()], dy), kept

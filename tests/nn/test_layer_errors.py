@@ -153,7 +153,7 @@ def test_one_tensor_on_another_device(left_behind, training, backend):
 def test_the_message_names_the_layer(layer_type, backend):
     """Also where the native operators are the first to notice."""
     layer = layer_type(3)
-    x = torch.randn(4, 2, 3, 3, 3)[(..., *[0] * (5 - max(LEGAL_RANKS[layer_type][0][:2])))]
+    x = torch.randn(4, 2, *[3] * (max(LEGAL_RANKS[layer_type][0][:2]) - 2))
     assert_refused(layer, lambda: layer(x), ValueError, (f"{layer_type.__name__}: x has 2 channels",))
 
 

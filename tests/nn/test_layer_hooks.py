@@ -30,7 +30,7 @@ def test_hooks_run_once_and_see_what_torchs_see(kind, everywhere, backend):
     layer = randomize(kn.BatchNorm2d(CHANNELS))
     oracle = twin(layer, nn.BatchNorm2d, CHANNELS)
     x, dy = torch.randn(SHAPE), torch.randn(SHAPE)
-    seen = {layer: [], oracle: []}
+    seen: dict[nn.Module, list[torch.Tensor]] = {layer: [], oracle: []}
 
     def hook(module, *values):
         seen[module].append([t for value in values for t in (value if isinstance(value, tuple) else (value,))])

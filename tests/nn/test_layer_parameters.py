@@ -1,5 +1,7 @@
 """Parameters and buffers of other origin, dtype or layout than the constructor's."""
 
+from typing import Any
+
 import pytest
 import torch
 from nn.layer_pairs import CHANNELS, assert_near, assert_same_moments, assert_same_step, randomize, step, twin
@@ -36,7 +38,8 @@ def test_replaced_parameters(backend):
 def test_one_parameter_missing(missing, backend):
     layer, oracle = randomize(kn.BatchNorm2d(CHANNELS)), nn.BatchNorm2d(CHANNELS).double()
     oracle.load_state_dict(layer.state_dict())
-    setattr(layer, missing, None), setattr(oracle, missing, None)
+    setattr(layer, missing, None)
+    setattr(oracle, missing, None)
     compare(layer, oracle)
 
 
@@ -170,7 +173,7 @@ class Tagged(torch.Tensor):
 class Counting(torch.Tensor):
     """A subclass that sees which functions are called on it."""
 
-    seen: list = []  # noqa: RUF012 - shared on purpose
+    seen: list[Any] = []  # noqa: RUF012 - shared on purpose
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):

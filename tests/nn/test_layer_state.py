@@ -106,7 +106,7 @@ def test_old_checkpoint_without_counter(ours, theirs, shape, assign):
     """Before version 2 of the state, num_batches_tracked was not saved: it stays what it is, strictly loaded or not."""
     state = randomize(theirs(CHANNELS)).state_dict()
     del state["num_batches_tracked"]
-    state._metadata[""]["version"] = 1
+    vars(state)["_metadata"][""]["version"] = 1
     layer, oracle = ours(CHANNELS), theirs(CHANNELS)
     layer.num_batches_tracked.fill_(3), oracle.num_batches_tracked.fill_(3)
     layer.load_state_dict(copy.deepcopy(state), assign=assign)

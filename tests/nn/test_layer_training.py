@@ -1,6 +1,7 @@
 """A layer behaves as torch.nn's in training and evaluation, over many steps and however it is set up."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_settings_changed_later(ours, theirs, shape, backend):
     """Attributes are read at every call, as torch does."""
     layer = randomize(ours(CHANNELS))
     oracle = twin(layer, theirs, CHANNELS)
-    changes = [
+    changes: list[dict[str, Any]] = [
         {"momentum": 0.7},
         {"track_running_stats": False},
         {"training": False},
@@ -112,12 +113,13 @@ def test_settings_changed_later(ours, theirs, shape, backend):
     ]
     for change in changes:
         for name, value in change.items():
-            setattr(layer, name, value), setattr(oracle, name, value)
+            setattr(layer, name, value)
+            setattr(oracle, name, value)
         compare_steps(layer, oracle, shape, count=2)
 
 
 def test_tracking_turned_off_leaves_moments_and_still_evaluates_with_them(backend):
-    layer = randomize(kn.BatchNorm2d(CHANNELS))
+    layer: Any = randomize(kn.BatchNorm2d(CHANNELS))
     layer.track_running_stats = False
     before = snapshot(layer)
     x = torch.randn(3, CHANNELS, 4, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ each = pytest.mark.parametrize(("kind", "becomes", "theirs", "shape"), CASES)
 
 
 @each
-def test_the_first_forward_makes_the_layer(kind: type, becomes: type, theirs: type, shape: tuple[int, ...]) -> None:
+def test_the_first_forward_makes_the_layer(kind: Any, becomes: Any, theirs: Any, shape: tuple[int, ...]) -> None:
     layer, reference, ordinary = kind(momentum=0.3), theirs(momentum=0.3), becomes(5, momentum=0.3)
     assert isinstance(layer, theirs)
     assert isinstance(layer.weight, UninitializedParameter)
@@ -45,9 +46,9 @@ def test_the_first_forward_makes_the_layer(kind: type, becomes: type, theirs: ty
 
 @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 3), (4, 5, 3, 2), (4, 5, 2, 2, 2, 2)])
 def test_any_rank(shape: tuple[int, ...]) -> None:
-    layer, ordinary = LazyBatchNorm(), kn.BatchNorm(5)
+    layer: nn.Module = LazyBatchNorm()
     x = torch.randn(shape)
-    assert torch.equal(layer(x), ordinary(x))
+    assert torch.equal(layer(x), kn.BatchNorm(5)(x))
     assert type(layer) is kn.BatchNorm
 
 
@@ -117,7 +118,7 @@ def test_state_dicts_as_in_torch() -> None:
     lazy.load_state_dict(filled.state_dict())  # initialized into lazy: the shapes come with it
     x = torch.randn(6, 5)
     assert torch.equal(lazy.eval()(x), filled.eval()(x))
-    assert (type(lazy), lazy.num_features) == (kn.BatchNorm1d, 5)
+    assert [type(lazy), lazy.num_features] == [kn.BatchNorm1d, 5]
 
     still_lazy = LazyBatchNorm1d()
     still_lazy.load_state_dict(LazyBatchNorm1d().state_dict())  # lazy into lazy: nothing
@@ -147,7 +148,7 @@ def test_a_loaded_size_is_held() -> None:
         (LazyBatchNorm1d, None, TypeError, "got None"),
     ],
 )
-def test_a_first_input_without_channels(kind: type, x: object, error: type[Exception], message: str) -> None:
+def test_a_first_input_without_channels(kind: Any, x: object, error: type[Exception], message: str) -> None:
     layer = kind()
     with pytest.raises(error, match=message):
         layer(x)

@@ -36,7 +36,8 @@ def test_samples_agree_with_torch_in_float64(info, dtype, training, backend):
         for _ in range(2):
             x = sample.forward_input.args[0].detach().requires_grad_()
             x64 = x.detach().double().requires_grad_()
-            ours.zero_grad(), theirs.zero_grad()
+            ours.zero_grad()
+            theirs.zero_grad()
             y, y64 = ours(x), theirs(x64)
             assert y.dtype == dtype
             assert_near(y, y64)

@@ -64,12 +64,12 @@ def test_samples_agree_with_torch_in_float64(dtype, backend):
 @pytest.mark.parametrize("training", [True, False])
 def test_samples_without_a_channel_dimension_are_refused(training):
     [sample] = [
-        (x, arguments)
+        (x, arguments, keywords)
         for x, arguments, keywords in samples(torch.float32)
         if x.dim() < 2 and keywords["training"] is training
     ]
     with pytest.raises(ValueError, match=r"two or more dimensions, channels second; got .* shape \(0,\)"):
-        ours(sample[0], *sample[1], training=training)
+        ours(sample[0], *sample[1], **sample[2])
 
 
 def functions_of_samples():

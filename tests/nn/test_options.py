@@ -77,8 +77,8 @@ def test_conversions_keep_options(convert: Callable[[nn.Module], nn.Module], opt
 
 @options
 def test_lazy_layers_keep_options(option: dict[str, Any]) -> None:
-    layer, x = kn.LazyBatchNorm2d(**option), torch.randn(3, C, 2, 2, dtype=option.get("dtype"))
-    layer(x)
+    layer: nn.Module = kn.LazyBatchNorm2d(**option)
+    layer(torch.randn(3, C, 2, 2, dtype=option.get("dtype")))
     assert type(layer) is kn.BatchNorm2d
     assert facts(layer) == facts(kn.BatchNorm2d(C, **option))
 
@@ -112,7 +112,7 @@ def test_variants_keep_options_or_refuse_them(take_over: Any, option: dict[str, 
     if bn.track_running_stats:
         layer.eval()
         x = torch.randn(2, C, 3, 3, dtype=option.get("dtype"))
-        keywords = {kn.DomainBatchNorm: {"domain": 1}}.get(type(layer), {})
+        keywords: dict[str, Any] = {"domain": 1} if type(layer) is kn.DomainBatchNorm else {}
         if isinstance(layer, kn.ConditionalBatchNorm):
             classes = torch.tensor([2, 0])
             keywords = {"condition": classes if layer.num_classes else torch.randn(2, 3)}
@@ -136,7 +136,8 @@ def test_sync_takes_too_few(too_few: str, activation: str | None, masked: bool, 
     plain = randomize(kn.BatchNorm(C, too_few=too_few).double())
     layer = kn.SyncBatchNorm(C, too_few=too_few).double()
     layer.load_state_dict(plain.state_dict())
-    x, keywords = torch.randn(1, C, 1).double(), {"activation": activation}
+    x = torch.randn(1, C, 1).double()
+    keywords: dict[str, Any] = {"activation": activation}
     if masked:
         x = torch.randn(3, C, 1).double()
         keywords["mask"] = torch.tensor([False, True, False])
@@ -170,7 +171,7 @@ def test_the_error_for_one_value_recommends_what_there_is() -> None:
 # ---- what a layer does not take
 
 #: Every layer that is called as a batch norm, and what its constructor and its call need.
-LAYERS: dict[type[nn.Module], tuple[dict[str, Any], dict[str, Any]]] = {
+LAYERS: dict[type[Any], tuple[dict[str, Any], dict[str, Any]]] = {
     kn.BatchNorm: ({}, {}),
     kn.BatchNorm2d: ({}, {}),
     kn.SyncBatchNorm: ({}, {}),

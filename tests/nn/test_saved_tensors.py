@@ -3,6 +3,7 @@
 import pytest
 import torch
 from nn.layer_pairs import CHANNELS, randomize
+from support.noted import noted
 from torch import nn
 
 import keelnorm as kn
@@ -16,8 +17,8 @@ VECTOR = (CHANNELS,)
 def kept(x, residual=None, **keywords):
     """The tensors that the layer saves, and its result."""
     layer = randomize(kn.BatchNorm2d(CHANNELS))
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: noted(saved, t), lambda t: t):
         y = layer(x, residual, **keywords)
     return saved, y
 
@@ -62,8 +63,8 @@ def test_in_place(activation, backend):
     """y alone, which lies where x lay."""
     x, _ = inputs()
     layer = kn.BatchNorm2d(CHANNELS)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: noted(saved, t), lambda t: t):
         y = layer(x, activation=activation, inplace=True)
     large, small = split(saved)
     assert len(large) == 1
@@ -78,8 +79,9 @@ def test_in_place_with_a_weight_near_zero(backend):
     layer = kn.BatchNorm2d(CHANNELS)
     with torch.no_grad():
         layer.weight[2] = 0
-    before, saved = x.detach().clone(), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    before = x.detach().clone()
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: noted(saved, t), lambda t: t):
         layer(x, inplace=True)
     large, small = split(saved)
     assert [t.shape[1] for t in large] == [CHANNELS, 1]

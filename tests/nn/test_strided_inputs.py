@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nn.layer_pairs import assert_near
+from support.noted import noted
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import keelnorm as kn
@@ -93,12 +94,12 @@ def test_agrees_with_torch_in_float64(view, leaf, last, training, activation, wi
 def test_one_copy(view, leaf, last):
     """The backward has it from the forward, in which it is saved in place of x."""
     x = view(leaf.clone().requires_grad_())
-    saved = []
+    saved: list[torch.Tensor] = []
     counter = Copies()
     with (
         kn.kernels.use("auto"),
         counter,
-        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: noted(saved, t), lambda t: t),
     ):
         y = kn.functional.batch_norm(x, None, None, training=True)
     large = [t for t in saved if t.shape == x.shape and t.dtype == x.dtype]

@@ -1,6 +1,7 @@
 """Cases and values of PyTorch's own tests of batch norm (test/test_nn.py), restated for keelnorm's layers."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -138,9 +139,9 @@ def test_forward_gradients_of_running_statistics_are_refused(tangents):
     """As torch: they are not differentiable where the input is."""
     given = torch.randn(3, 2), torch.randn(2), torch.rand(2)
     with fwAD.dual_level():
-        duals = [fwAD.make_dual(t, torch.rand_like(t)) if i in tangents else t for i, t in enumerate(given)]
+        x, mean, var = (fwAD.make_dual(t, torch.rand_like(t)) if i in tangents else t for i, t in enumerate(given))
         with pytest.raises(RuntimeError, match="not differentiable in its running statistics"):
-            kn.functional.batch_norm(*duals, training=False, momentum=0.2)
+            kn.functional.batch_norm(x, mean, var, training=False, momentum=0.2)
 
 
 def test_buffers_stay_where_tracking_is_turned_off():
@@ -157,7 +158,7 @@ def test_state_without_the_counter_of_batches_loads_as_torch_loads_it():
     for one in (layer, theirs):
         one.running_var = torch.rand(3, generator=torch.Generator().manual_seed(0))
         one.num_batches_tracked = torch.tensor(10)
-        state = one.state_dict()
+        state: Any = one.state_dict()
         assert state["num_batches_tracked"] == 10
         without = type(state)((name, value) for name, value in state.items() if name != "num_batches_tracked")
         if hasattr(state, "_metadata"):

@@ -144,5 +144,6 @@ def test_data_beside_the_project_are_named_to_the_tests(project: Project) -> Non
 def test_help_is_the_default_and_names_every_target(project: Project) -> None:
     said = project.run()
     assert not project.asked.exists()
-    for target in ("demo", "lab", "claims", "test", "check", "bench", "native", "sanitize", "arm", "format", "clean"):
+    checked = ("check", "coverage", "native", "sanitize", "arm")
+    for target in ("demo", "lab", "claims", "test", "bench", "format", "clean", *checked):
         assert f"make {target} " in said

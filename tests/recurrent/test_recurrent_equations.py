@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from recurrent_oracle import flat, gradients, layers, randomize
@@ -28,7 +30,9 @@ def states(kind: str, blocks: int, batch: int, hidden: int) -> list[torch.Tensor
 )
 @pytest.mark.parametrize("normalize", ["recurrent", "input"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_papers_equations(kind: str, normalize: str, options: dict, lengths: list[int], training: bool) -> None:
+def test_the_papers_equations(
+    kind: str, normalize: str, options: dict[str, Any], lengths: list[int], training: bool
+) -> None:
     layer = KINDS[kind](3, 4, normalize=normalize, max_length=5, dtype=torch.float64, **options)
     randomize(layer, trained=True).train(training)
     xs = [torch.randn(length, 3, dtype=torch.float64, requires_grad=True) for length in lengths]

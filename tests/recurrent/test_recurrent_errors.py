@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ X = torch.zeros(4, 2, 3)
         ({"initial_noise": float("inf")}, "initial_noise is a standard deviation, 0 or more and finite"),
     ],
 )
-def test_constructor(options: dict, words: str) -> None:
+def test_constructor(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         BatchNormLSTM(**({"input_size": 3, "hidden_size": 4} | options))
 
@@ -63,7 +64,7 @@ def test_dropout_without_a_second_layer_is_announced() -> None:
         ((X,), {"lengths": [0, 4]}, ValueError, "got a batch of 1 at step 0"),
     ],
 )
-def test_call(arguments: tuple, keywords: dict, error: type[Exception], words: str) -> None:
+def test_call(arguments: tuple[Any, ...], keywords: dict[str, Any], error: type[Exception], words: str) -> None:
     layer = BatchNormLSTM(3, 4, bidirectional=False)
     before = [buffer.clone() for buffer in layer.buffers()]
     with pytest.raises(error, match=words):
@@ -88,7 +89,7 @@ def test_a_single_sequence_is_evaluated_and_trains_by_its_input() -> None:
     ],
     ids=str,
 )
-def test_numbers_that_make_nan(option: dict, words: str, normalize: str) -> None:
+def test_numbers_that_make_nan(option: dict[str, Any], words: str, normalize: str) -> None:
     layers = [
         BatchNormLSTM(3, 4, normalize=normalize, num_layers=2, **option),
         BatchNormGRU(3, 4, normalize=normalize, **option),

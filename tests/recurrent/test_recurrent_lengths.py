@@ -21,7 +21,7 @@ def layer_and_copy(make: type, normalize: str, **options) -> tuple[torch.nn.Modu
 
 def assert_same_buffers(layer: torch.nn.Module, copy: torch.nn.Module) -> None:
     for (name, a), b in zip(layer.named_buffers(), copy.buffers(), strict=True):
-        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(a, b, msg=f"{name}: {{}}".format)
 
 
 @pytest.mark.parametrize("normalize", ["recurrent", "input"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from recurrent_oracle import flat, gradients
@@ -55,7 +57,7 @@ def assert_same(theirs: object, ours: object, torch_layer, layer, wanted: list[t
 )
 @pytest.mark.parametrize("normalize", ["recurrent", "input"])
 @pytest.mark.parametrize("kind", PAIRS)
-def test_padded(kind: str, normalize: str, options: dict, dtype: torch.dtype) -> None:
+def test_padded(kind: str, normalize: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     torch_layer, layer = pair(kind, normalize, dtype, **options)
     x = torch.randn(4, 4, 3, dtype=dtype, requires_grad=True)
     assert_same(torch_layer(x), layer(x), torch_layer, layer, [x], 1e-6 if dtype == torch.float32 else 1e-12)

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from recurrent_oracle import flat, randomize
+from support.noted import noted
 from torch.utils.checkpoint import checkpoint
 
 from keelnorm.control import accumulate_statistics, pause_statistics
@@ -212,7 +213,7 @@ def test_compiles_without_a_break(training: bool) -> None:
     x = torch.randn(3, 4, 3)
     torch.testing.assert_close(compiled(x), plain(x))
     for (name, a), b in zip(layer.named_buffers(), plain.buffers(), strict=True):
-        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(a, b, msg=f"{name}: {{}}".format)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own, at a graph break
@@ -247,7 +248,9 @@ def test_initial_noise_has_the_deviation_that_was_asked_for(make: type) -> None:
     for parameter in layer.parameters():
         torch.nn.init.zeros_(parameter)
     seen: list[torch.Tensor] = []
-    layer._layers = lambda x, seqs, initial: (seen.append(initial[0]), type(layer)._layers(layer, x, seqs, initial))[1]
+    layer._layers = lambda x, seqs, initial: type(layer)._layers(
+        layer, x, seqs, (noted(seen, initial[0]), *initial[1:])
+    )
     layer(torch.zeros(1, 20000, 2))
     noise = seen[0].flatten()
     assert noise.std().item() == pytest.approx(0.7, rel=0.02)

@@ -22,7 +22,7 @@ class View:
         self.page = page
         self.problems: list[str] = []
         self.requests: list[str] = []
-        page.on("console", lambda said: said.type in ("error", "warning") and self.problems.append(said.text))
+        page.on("console", lambda said: self.problems.extend([said.text] * (said.type in ("error", "warning"))))
         page.on("pageerror", lambda error: self.problems.append(str(error)))
         page.on("request", lambda request: self.requests.append(request.url))
 

@@ -20,6 +20,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler import compile as compile_kernel
 from triton.runtime.jit import JITFunction
 
 from keelnorm.engine.kernels.triton import launches, operators
@@ -62,7 +63,7 @@ class Compiled:
                     signature[name] = "constexpr"
                     constants[(names.index(name),)] = value
             options = {name: value for name, value in named.items() if name not in names}
-            made = triton.compile(
+            made = compile_kernel(
                 ASTSource(self.kernel, signature, constants, attributes), target=self.target, options=options
             )
             self.found.append(
@@ -95,7 +96,7 @@ def compile_all(kind: str, architecture: int | str) -> list[dict[str, Any]]:
     for name, kernel in list(vars(launches).items()):
         if isinstance(kernel, JITFunction):
             setattr(launches, name, Compiled(kernel, target, found))
-    shapes = ((8, 64, 14, 14), (256, 64, 28, 28))
+    shapes: list[tuple[int, ...]] = [(8, 64, 14, 14), (256, 64, 28, 28)]
     cases = list(product(shapes, (False, True), (torch.bfloat16, torch.float32)))[::3]
     # Sizes of 1 are constants to Triton.
     cases += [

@@ -20,7 +20,7 @@ RELU = (1, 0.0, 0.0)
 
 def activation_of(name: str | None) -> tuple[int, float, float]:
     """Code, a and b of an activation by its name."""
-    return tuple(NAMED[name][1:])
+    return NAMED[name][1:]
 
 
 def _reference_stats(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -28,14 +28,17 @@ def _reference_stats(x: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.stack([found.mean, found.var])
 
 
-def _reference_apply(*arguments: Any) -> Tensor:
+def _with_activation(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     *others, code, a, b = arguments
-    return reference.apply(*others, Activation("", code, a, b))
+    return *others, Activation("", code, a, b)
+
+
+def _reference_apply(*arguments: Any) -> Tensor:
+    return reference.apply(*_with_activation(arguments))
 
 
 def _reference_grad_stats(*arguments: Any) -> Tensor:
-    *others, code, a, b = arguments
-    return torch.stack(reference.grad_stats(*others, Activation("", code, a, b)))
+    return torch.stack(reference.grad_stats(*_with_activation(arguments)))
 
 
 def _reference_invert(y: Tensor, saved: Tensor, weight: Any, bias: Any, code: int, a: float, b: float) -> Tensor:
@@ -43,8 +46,8 @@ def _reference_invert(y: Tensor, saved: Tensor, weight: Any, bias: Any, code: in
 
 
 def _reference_grad_input(*arguments: Any) -> Tensor:
-    *others, means, code, a, b = arguments
-    return reference.grad_input(*others, None if means is None else tuple(means), Activation("", code, a, b))
+    *others, means, act = _with_activation(arguments)
+    return reference.grad_input(*[*others, None if means is None else tuple(means), act])
 
 
 def operators(kernel: str) -> SimpleNamespace:

@@ -94,7 +94,7 @@ def load(monkeypatch):
         for package in (".".join(parts[: i + 1]) for i in range(len(parts))):
             if package not in sys.modules:
                 monkeypatch.setitem(sys.modules, package, ModuleType(package))
-        copied = type(name, (kind,), {"__module__": module, "__qualname__": name, "forward": kind.forward})
+        copied = type(name, (kind,), {"__module__": module, "__qualname__": name, "forward": vars(kind)["forward"]})
         monkeypatch.setattr(sys.modules[module], name, copied, raising=False)
         made[f"{module.partition('.')[0]} {name}"] = copied
     return made

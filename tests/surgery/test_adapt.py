@@ -55,8 +55,8 @@ def test_sequential_adaptation():
     model, _ = kn.adapt(model, [DATA], prior=8, sequential=True)
     x = source[0](DATA)
     mean, var = moments(x.detach())
-    blend = [s * 0.25 + t * 0.75 for s, t in ((source[1].running_mean, mean), (source[1].running_var, var))]
-    x = F.batch_norm(x, *blend, source[1].weight, source[1].bias, False, 0.0, source[1].eps)
+    mean, var = (s * 0.25 + t * 0.75 for s, t in ((source[1].running_mean, mean), (source[1].running_var, var)))
+    x = F.batch_norm(x, mean, var, source[1].weight, source[1].bias, False, 0.0, source[1].eps)
     mean, _ = moments(source[2:6](x).detach())
     torch.testing.assert_close(model[6].running_mean, source[6].running_mean * 0.25 + mean * 0.75)
 

@@ -197,7 +197,7 @@ ONE = np.ones(2, np.float32)
         (lambda: kn.from_keras({"a": {"gamma": ONE}}), ValueError, "no layer has"),
         (lambda: kn.from_keras({}), ValueError, "no layer has"),
         (lambda: kn.from_keras([ONE] * 4), TypeError, "needs a dict of arrays"),
-        (lambda: kn.from_keras({0: ONE}), TypeError, "names must be strings"),
+        (lambda: kn.from_keras({0: ONE}), TypeError, "names must be strings"),  # type: ignore[dict-item]
         (lambda: kn.from_keras({"a/b": {"c": ONE}, "a": {"b/c": ONE}}), ValueError, "'a/b/c' is given twice"),
         (lambda: kn.from_keras({"moving_mean": ONE, "moving_variance": ONE[:1]}), ValueError, "shapes"),
         (lambda: kn.from_keras({"moving_mean": ONE, "moving_variance": [1, 1]}), TypeError, "'moving_variance'"),

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from folded import LAYERS, NORMS, bits, check_folds, output, randomize, relative
 from hypothesis import given
 from hypothesis import strategies as st
+from surgery.folded import LAYERS, NORMS, bits, check_folds, output, randomize, relative
 from torch import nn
 
 import keelnorm as kn

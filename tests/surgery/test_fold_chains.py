@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from folded import check_folds, randomize, reason
+from surgery.folded import check_folds, randomize, reason
 from torch import nn
 
 import keelnorm as kn

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from folded import bits, output, randomize, relative
+from surgery.folded import bits, output, randomize, relative
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 

@@ -90,7 +90,7 @@ def test_one_client_is_itself_in_memory_of_its_own(dtype):
 
 def test_a_count_for_each_batch_norm():
     states = [model(seed).state_dict() for seed in range(2)]
-    merged, _ = kn.merge_statistics(states, [[2, 30], torch.tensor([6.0, 10.0])])
+    merged, _ = kn.merge_statistics(states, [[2, 30], torch.tensor([6.0, 10.0])])  # type: ignore[list-item]
     first, last = (torch.stack([s[f"{i}.running_mean"] for s in states]) for i in (1, 4))
     torch.testing.assert_close(merged["1.running_mean"], 0.25 * first[0] + 0.75 * first[1])
     torch.testing.assert_close(merged["4.running_mean"], 0.75 * last[0] + 0.25 * last[1])

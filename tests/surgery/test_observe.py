@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from folded import bits
+from surgery.folded import bits
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -234,7 +235,7 @@ def test_tensors_are_found_in_order():
     a, b, c, d = (torch.tensor(float(i)) for i in range(4))
     found = tensors_in({"x": [a, (b, None, 3)], "y": Output({"z": [c]}), "w": "text", "m": nn.Linear(1, 1), "v": d})
     assert [float(value) for value in found] == [0, 1, 2, 3]
-    loop: list = [a]
+    loop: list[Any] = [a]
     loop.append(loop)
     assert tensors_in(loop) == [a]
 

@@ -84,7 +84,7 @@ def test_what_is_not_ready_is_listed_before_anything_changes():
     with pytest.raises(ValueError, match="training must be"):
         kn.prepare_export(model, training="no")
     with pytest.raises(TypeError, match="prepare_export: model must be"):
-        kn.prepare_export(3)
+        kn.prepare_export(3)  # type: ignore[type-var]
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -31,7 +31,7 @@ def moments(x):
 
 def inputs_in_evaluation(model, data):
     """The inputs of all batch norms in one pass of the network in evaluation."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     handles = [
         layer.register_forward_pre_hook(lambda _, args, path=path: found.__setitem__(path, args[0]))
         for path, layer in model.named_modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)
@@ -68,7 +68,7 @@ def test_one_pass_normalizes_with_the_batch():
     plain = a_net()
     model, _ = kn.recalibrate(copy.deepcopy(plain), batches)
     plain.eval()
-    values = {1: [], 5: [], 10: []}
+    values: dict[int, list[torch.Tensor]] = {1: [], 5: [], 10: []}
     with torch.no_grad():
         for batch in batches:
             x = batch

@@ -259,7 +259,7 @@ class Named(nn.BatchNorm2d):
 def test_what_nobody_registered_is_listed_by_name_with_what_to_do():
     model = nn.Sequential(nn.BatchNorm2d(3), Named(3), nn.Sequential(Fixed(3), Fixed(3), Fixed(3), Fixed(3)))
     model, report = kn.convert(model)
-    assert [type(layer) for layer in model[:2]] == [kn.BatchNorm2d, Named]
+    assert [type(model[0]), type(model[1])] == [kn.BatchNorm2d, Named]
     assert "kn.surgery.register(Named, ...)" in report.rows[1]["reason"]
     words = f"2.0, 2.1, 2.2 and 1 more: {__name__}.Fixed is not known, and may compute more than a batch norm"
     for notes in (report.notes, kn.fold(model.eval(), X.float())[1].notes, kn.recalibrate(model, [X.float()])[1].notes):
@@ -311,7 +311,7 @@ def test_what_is_registered_and_not_there_is_a_reason():
     x = torch.randn(9, 3)
     for then, change, words in (
         (["lats"], lambda layer: None, "has no 'lats', which is registered for its class (Behind)"),
-        (["last"], lambda layer: vars(layer).update(last=torch.tanh), "has a 'last' that is no module"),
+        (["last"], lambda layer: layer.__dict__.update(last=torch.tanh), "has a 'last' that is no module"),
     ):
         kn.surgery.register(Behind, then=then)
         model = nn.Sequential(nn.Linear(3, 3), Behind(3)).eval()
@@ -320,9 +320,9 @@ def test_what_is_registered_and_not_there_is_a_reason():
         expected = model(x)
         model, report = kn.convert(model)
         assert words in report.rows[0]["reason"]
-        model, report = kn.fold(model, x)
+        folded, report = kn.fold(model, x)
         assert words in report.rows[0]["reason"]
-        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(folded(x), expected)
     kn.surgery.register(Behind, then=["last"])  # registering again replaces the entry
     layer = Behind(3).eval()
     torch.testing.assert_close(kn.convert(copy.deepcopy(layer))[0](x), layer(x))

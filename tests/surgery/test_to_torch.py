@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ def test_what_has_no_counterpart_is_refused_by_name_before_anything_changes(laye
     assert kinds(model) == before
     assert [dict(vars(module)) for module in model.modules()] == attributes
     with pytest.raises(TypeError, match="to_torch: model must be"):
-        kn.to_torch({"bn": layer()})
+        kn.to_torch({"bn": layer()})  # type: ignore[type-var]
 
 
 # Graphs.
@@ -167,7 +168,7 @@ def test_graphs_are_taken_apart(operation):
 
 
 def test_graphs_of_converted_layers_are_taken_apart():
-    model = Fused()
+    model: Any = Fused()
     model.bn, model.last = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
     graph = fx.symbolic_trace(kn.convert(model)[0].eval())
     expected = graph(X)

@@ -33,7 +33,8 @@ def test_the_fastest_choice_is_taken_and_every_one_computes_the_same(device, tun
     x = torch.randn(shape).to(device)
     view = View.of(shape, False)
     among = tuning.options(view, x)[:4]
-    times, results = [], []
+    times: list[float] = []
+    results: list[torch.Tensor] = []
 
     def timer(run):
         run()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 from variants.variant import Variant
+
+Test = TypeVar("Test", bound=Callable[..., Any])
 
 HERE = Path(__file__).parent
 
@@ -41,20 +44,22 @@ def largest_rank(variant: Variant) -> tuple[int, ...]:
     return max(variant.shapes, key=len)
 
 
-def for_each(where: Callable[[Variant], bool] = lambda variant: True) -> Callable:
+def for_each(where: Callable[[Variant], bool] = lambda variant: True) -> Callable[[Test], Test]:
     """Put a test to each variant, as its argument ``variant``."""
 
-    def decorate(test: Callable) -> Callable:
+    def decorate(test: Test) -> Test:
         params = [pytest.param(v, id=v.name, marks=_unkept(v, test)) for v in VARIANTS if where(v)]
         return pytest.mark.parametrize("variant", params)(test)
 
     return decorate
 
 
-def for_each_shape(where: Callable[[Variant, tuple[int, ...]], bool] = lambda variant, shape: True) -> Callable:
+def for_each_shape(
+    where: Callable[[Variant, tuple[int, ...]], bool] = lambda variant, shape: True,
+) -> Callable[[Test], Test]:
     """Put a test to each variant with each of its shapes, as its arguments ``variant`` and ``shape``."""
 
-    def decorate(test: Callable) -> Callable:
+    def decorate(test: Test) -> Test:
         params = [
             pytest.param(v, shape, id=f"{v.name}-{'x'.join(map(str, shape))}", marks=_unkept(v, test))
             for v in VARIANTS
@@ -66,7 +71,7 @@ def for_each_shape(where: Callable[[Variant, tuple[int, ...]], bool] = lambda va
     return decorate
 
 
-def _unkept(variant: Variant, test: Callable) -> list[pytest.MarkDecorator]:
+def _unkept(variant: Variant, test: Callable[..., Any]) -> list[pytest.MarkDecorator]:
     reason = variant.unkept.get(test.__name__)
     return [] if reason is None else [pytest.mark.xfail(reason=reason, strict=True)]
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -144,7 +145,7 @@ def test_a_poisoned_channel_keeps_its_running_statistics(variant, shape, poison)
     x = torch.randn(shape, dtype=torch.float64)
     keywords = variant.keywords(x)
     twin(x, **keywords)
-    x[(0, 1, *[0] * (len(shape) - 2))] = poison
+    x[0, 1].view(-1)[0] = poison
     layer(x, **keywords)
     for name in ("running_mean", "running_var"):
         found, sound = layer.get_buffer(name), twin.get_buffer(name).clone()
@@ -163,7 +164,7 @@ def test_momentum_weighs_the_batch(variant):
     before = buffers_of(layers[0])
     x, keywords = batch(variant)
     for layer, momentum in zip(layers, (1.0, 0.25, 0.0), strict=True):
-        layer.momentum = momentum
+        vars(layer)["momentum"] = momentum
         layer(x, **keywords)
     for name in ("running_mean", "running_var"):
         whole, part, none = (layer.get_buffer(name) for layer in layers)
@@ -175,7 +176,7 @@ def test_momentum_weighs_the_batch(variant):
 def test_momentum_none_averages(variant):
     """Over all batches so far; momentum 1 tells what each of them gives."""
     averaging, latest = (variant.make(small(variant)[1], momentum=momentum).double() for momentum in (None, 1.0))
-    given = {"running_mean": [], "running_var": []}
+    given: dict[str, list[torch.Tensor]] = {"running_mean": [], "running_var": []}
     for count in range(1, 4):
         x, keywords = batch(variant)
         averaging(x, **keywords), latest(x, **keywords)
@@ -221,7 +222,7 @@ def test_frozen_by_eval_in_a_training_model(variant):
 @for_each()
 def test_paused_by_track_running_stats(variant):
     """``layer.track_running_stats = False``: the same output and gradients, and no buffer changes."""
-    layer = layer_of(variant, small(variant))
+    layer: Any = layer_of(variant, small(variant))
     twin = copy.deepcopy(layer)
     before = buffers_of(layer)
     layer.track_running_stats = False

@@ -92,7 +92,7 @@ def train(net, data, rate=0.02):
 def test_forward_and_gradients(kind, rate):
     net, produce = make(kind), PRODUCERS[kind][2]
     conv, norm = net
-    history = []
+    history: list[tuple[torch.Tensor, torch.Tensor]] = []
     acted = False
     for _ in range(WINDOW + 3):
         data = batch(kind).requires_grad_()

@@ -78,8 +78,8 @@ class TestSmallBatches:
         )
         for (name, ours), theirs in zip(stack.named_parameters(), other.parameters(), strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-9, msg=name)
-        for ours, theirs in zip(stack.buffers(), other.buffers(), strict=True):
-            torch.testing.assert_close(ours, theirs, check_dtype=False)
+        for buffer, their_buffer in zip(stack.buffers(), other.buffers(), strict=True):
+            torch.testing.assert_close(buffer, their_buffer, check_dtype=False)
 
     def test_the_moving_average_arm_has_the_centered_weights_of_the_library(self):
         stack = small_batches.RemedyStack(6, (8,), 3, small_batches.ARMS["moving"], generator(draw="test"))

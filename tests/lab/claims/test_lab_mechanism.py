@@ -114,7 +114,7 @@ def test_at_every_layer_s_input_is_behind_every_activation_and_on_the_network_s_
 
 
 def test_only_what_an_arm_names_is_trained(monkeypatch):
-    moved = {}
+    moved: dict[str, set[str]] = {}
 
     def watched(stack, *args, **how):
         before = {name: value.detach().clone() for name, value in stack.named_parameters()}

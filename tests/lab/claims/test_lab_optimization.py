@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ class TestBothDirections:
     @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.name)
     @pytest.mark.parametrize("plan", [QUICK, Plan(quick=False)], ids=["quick", "full"])
     def test_arms_differ_in_nothing_else(self, claim, plan):
-        rest = {}
+        rest: dict[str, set[tuple[tuple[str, Any], ...]]] = {}
         for cell in claim.cells(plan):
             axes = dict(cell.axes)
             if claim is convergence.CLAIM:
@@ -223,7 +224,7 @@ class TestWeightDecay:
             stack = made(*args, **how).double()
             for module in stack.modules():
                 if hasattr(module, "eps"):
-                    module.eps = 1e-12
+                    vars(module)["eps"] = 1e-12
             return stack
 
         def labels(*args):
@@ -257,7 +258,7 @@ class TestWeightDecay:
 
     def test_each_kind_decays_what_it_says(self, monkeypatch):
         """One step with a huge decay and no rate to speak of leaves only what does not decay."""
-        kept = {}
+        kept: dict[str, Any] = {}
         monkeypatch.setattr(
             _weight_decay_training, "correct", lambda stack, x, y: kept.setdefault("stack", stack)(x)[..., 0] > 0
         )

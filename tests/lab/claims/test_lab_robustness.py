@@ -101,7 +101,9 @@ def made_up(plan, gap, *, adapted=20.0, without=()):
         if (arm, seed) in without:
             continue
         level = {"none": 60.0, "bn": 60.0 + gap, "gn": 62.0}[arm] + 0.1 * seed
-        ways = {arm: level, **({"adapted": level + adapted, "mixed": 75.0, "sorted": 30.0} if arm == "bn" else {})}
+        ways = {arm: level}
+        if arm == "bn":
+            ways |= {"adapted": level + adapted, "mixed": 75.0, "sorted": 30.0}
         severities = len(cell.axes["severities"])
         corrupt = {
             way: {name: [value + seed * (way == "bn")] * severities for name in CORRUPTIONS}
