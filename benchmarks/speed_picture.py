@@ -1,6 +1,6 @@
 """Draws docs/images/speed.svg, the picture of the README, from the first table of docs/figures.md.
 
-    python benchmarks/speed_picture.py
+python benchmarks/speed_picture.py
 """
 
 from __future__ import annotations

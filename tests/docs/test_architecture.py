@@ -12,7 +12,14 @@ from pages import ROOT
 PAGE = ROOT / "docs/architecture.md"
 PACKAGE = ROOT / "src/keelnorm"
 #: Folders that a reader of the page has in mind when it says `csrc/loops.h`, `nn/ghost.py` or `README.md`.
-STARTS = (ROOT, PACKAGE, PACKAGE / "engine/kernels/cpu", PACKAGE / "engine/kernels/cpu/csrc", PACKAGE / "engine", PAGE.parent)
+STARTS = (
+    ROOT,
+    PACKAGE,
+    PACKAGE / "engine/kernels/cpu",
+    PACKAGE / "engine/kernels/cpu/csrc",
+    PACKAGE / "engine",
+    PAGE.parent,
+)
 #: Folders of the project whose subfolders have a line of their own; of the others the folder alone has.
 DETAILED = ("src/keelnorm", "docs")
 #: What tools leave behind.
@@ -82,7 +89,9 @@ def found(path: str) -> Path | None:
 def test_what_looks_like_a_path_exists() -> None:
     text = re.sub(r"^```.*?^```", "", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"^.*NAME.*\(new\).*$", "", text, flags=re.MULTILINE)
-    paths = {word for word in re.findall(r"`([\w./-]+)`", text) if re.search(r"^[a-z_]+/\w|\.(py|h|cpp|md|svg|toml)$", word)}
+    paths = {
+        word for word in re.findall(r"`([\w./-]+)`", text) if re.search(r"^[a-z_]+/\w|\.(py|h|cpp|md|svg|toml)$", word)
+    }
     in_tables = {name for _, table in file_tables() for name in first_cells(table)}
     assert len(paths) > 60
     assert not sorted(path for path in paths - in_tables if found(path) is None)
