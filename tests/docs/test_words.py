@@ -11,6 +11,7 @@ from pages import ROOT
 #: Each with what to say in its place.
 WORDS = {
     "evenkeel": "keelnorm",
+    "an keelnorm": "a keelnorm",
     "running moments": "running statistics",
     "the running ones": "the running statistics",
     "centre": "center",

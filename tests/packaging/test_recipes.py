@@ -1,7 +1,7 @@
-"""The recipes of docs/architecture.md, followed: only the files that a recipe names are edited, and the result works.
+"""The recipes of docs/architecture.md, followed: only the files that a recipe names are edited, and it works.
 
-A recipe that names a file too few fails in the tests of what was added. One that names a file too many fails because this
-file has no edit for it. Edits stand in the order of the recipe's rows.
+A recipe that names a file too few fails in the tests of what was added. One that names a file too many fails because it
+has no edit here. Edits stand in the order of the recipe's rows.
 """
 
 from __future__ import annotations

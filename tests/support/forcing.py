@@ -8,10 +8,10 @@ import pytest
 
 import keelnorm as kn
 
-#: All kernels there are, on any machine, the plainest first.
+#: All kernels, whether or not this machine has them, the plainest first.
 KERNELS = ("reference", "baseline", "avx2", "avx512")
 NATIVE = KERNELS[1:]
-#: And those that are there for bfloat16 alone; other dtypes take the plainer ones.
+#: Kernels for bfloat16 only; other dtypes take the plainer ones.
 BFLOAT16_KERNELS = ("avx512_bf16",)
 
 
@@ -34,7 +34,7 @@ def usable_native() -> list[str]:
 
 
 def check_ran(name: str, before: dict[str, int], after: dict[str, int]) -> None:
-    """Fail unless the kernels called ``name``, and no others, ran between two looks at ``kn.kernels.calls()``."""
+    """Fail unless the kernels called ``name``, and no others, ran between two readings of ``kn.kernels.calls()``."""
     ran = {kernel: count - before.get(kernel, 0) for kernel, count in after.items() if count != before.get(kernel, 0)}
     if name not in ran:
         pytest.fail(f"the kernels {name!r} were forced, but did not run (these ran: {ran or 'none'})")
