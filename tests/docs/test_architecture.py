@@ -10,7 +10,7 @@ import pytest
 from pages import ROOT
 
 PAGE = ROOT / "docs/architecture.md"
-PACKAGE = ROOT / "src/keelnorm"
+PACKAGE, PROJECT = ROOT / "src/keelnorm", ROOT / "pyproject.toml"
 #: Folders that a reader of the page has in mind when it says `csrc/loops.h`, `nn/ghost.py` or `README.md`.
 STARTS = (
     ROOT,
@@ -27,10 +27,9 @@ LEFT_BEHIND = re.compile(r"^(\..*|__pycache__|build|dist|.*\.egg-info|bench-resu
 
 
 def section(title: str) -> str:
-    """The text under a heading, up to the next one of its level or above."""
+    """The text under a heading, up to the next one."""
     text = PAGE.read_text(encoding="utf-8")
-    [(level, body)] = re.findall(rf"^(#+) {title}\n(.*?)(?=^#{{1,3}} |\Z)", text, re.MULTILINE | re.DOTALL)
-    assert level == "###"
+    [body] = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     return body
 
 
@@ -54,10 +53,21 @@ def real_folders() -> Iterator[str]:
 
 
 def test_every_folder_has_a_line() -> None:
-    named, real = first_cells(section("Folders")), set(real_folders())
+    named, real = first_cells(section("The tree")), set(real_folders())
     assert len(named) == len(set(named))
     assert not real - set(named), "these folders have no line in docs/architecture.md"
     assert not set(named) - real, "docs/architecture.md names these folders, which do not exist"
+
+
+def test_the_levels_are_those_of_the_imports() -> None:
+    [layers] = re.findall(
+        r'containers = \["keelnorm"\].*?layers = \[(.*?)\]', PROJECT.read_text(encoding="utf-8"), re.DOTALL
+    )
+    held = [set(re.findall(r"\w+", level)) for level in re.findall(r'"(.+?)"', layers)]
+    [line] = re.findall(r"^cli +→.*$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [set(re.findall(r"\w+", level)) for level in line.split("→")] == [
+        level for level in held if level != {"__main__"}
+    ]
 
 
 def file_tables() -> list[tuple[str, str]]:
