@@ -21,7 +21,7 @@ STARTS = (
     PAGE.parent,
 )
 #: Folders of the project whose subfolders have a line of their own; of the others the folder alone has.
-DETAILED = ("src/keelnorm", "docs")
+DETAILED = ("src/keelnorm", "docs", "benchmarks")
 #: What tools leave behind.
 LEFT_BEHIND = re.compile(r"^(\..*|__pycache__|build|dist|.*\.egg-info|bench-results)$")
 
@@ -52,11 +52,16 @@ def real_folders() -> Iterator[str]:
                 yield inside.as_posix()
 
 
+def check(named: set[str], real: set[str], what: str) -> None:
+    missing, gone = sorted(real - named), sorted(named - real)
+    assert not missing, f"docs/architecture.md has no line for these {what}: {missing}"
+    assert not gone, f"docs/architecture.md names these {what}, which do not exist: {gone}"
+
+
 def test_every_folder_has_a_line() -> None:
     named, real = first_cells(section("The tree")), set(real_folders())
     assert len(named) == len(set(named))
-    assert not real - set(named), "these folders have no line in docs/architecture.md"
-    assert not set(named) - real, "docs/architecture.md names these folders, which do not exist"
+    check(set(named), real, "folders")
 
 
 def test_the_levels_are_those_of_the_imports() -> None:
@@ -87,8 +92,7 @@ def test_every_file_of_a_listed_folder_has_a_line(folder: str, table: str) -> No
         if not path.name.startswith("__")
     }
     assert len(named) == len(set(named))
-    assert not real - set(named), f"these files of {folder} have no line in docs/architecture.md"
-    assert not set(named) - real, f"docs/architecture.md names these files of {folder}, which do not exist"
+    check(set(named), real, f"files of {folder}")
 
 
 def found(path: str) -> Path | None:
