@@ -54,6 +54,7 @@ def test_a_variant(copy: Copy) -> None:
         "tests/nn/test_options.py",
         "tests/packaging/test_public_names.py",
         "tests/docs/test_architecture.py",
+        "tests/docs/test_pages_name_everything.py",
         select="Floor or every_layer_is_there or public_names or listed_folder",
     )
 
@@ -144,7 +145,8 @@ def test_a_command(copy: Copy) -> None:
         COMMAND.format("layers", "GhostBatchNorm"),
         "tests/docs/test_commands.py",
         "tests/docs/test_architecture.py",
-        select="command_line or listed_folder",
+        "tests/docs/test_pages_name_everything.py",
+        select="command_line or listed_folder or every_command",
     )
 
 
