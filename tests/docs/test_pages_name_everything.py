@@ -28,6 +28,7 @@ def test_every_layer_is_in_the_table_of_variants(name: str) -> None:
 def test_every_command_is_on_a_page() -> None:
     cli = pytest.importorskip("keelnorm.cli", reason="the command line needs typer")
     names = {info.name for info in (*cli.app.registered_commands, *cli.app.registered_groups)}
-    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    others = [page for page in PAGES if page.name != "architecture.md"]  # which names files, not what commands do
+    text = "\n".join(page.read_text(encoding="utf-8") for page in others)
     assert len(names) > 5
     assert not [name for name in names if not re.search(rf"keelnorm {name}\b", text)]

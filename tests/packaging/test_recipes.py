@@ -49,13 +49,13 @@ def test_a_variant(copy: Copy) -> None:
     )
     copy.test(
         example("floor_in_use.py"),
-        *(f"tests/variants/test_contract_{part}.py" for part in ("values", "state")),
+        *(f"tests/variants/test_contract_{part}.py" for part in ("coverage", "values", "state")),
         "tests/nn/test_drop_in.py",
         "tests/nn/test_options.py",
         "tests/packaging/test_public_names.py",
         "tests/docs/test_architecture.py",
         "tests/docs/test_pages_name_everything.py",
-        select="Floor or every_layer_is_there or public_names or listed_folder",
+        select="Floor or every_layer_is_there or every_variant or public_names or listed_folder",
     )
 
 
