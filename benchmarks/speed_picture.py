@@ -53,9 +53,9 @@ def drawn() -> str:
         parts.append(f'<rect class="{layout}" x="{x}" y="51" width="12" height="12" rx="2"/>')
         parts.append(f'<text class="small" x="{x + 18}" y="62">{layout}</text>')
     for tick in TICKS:
-        x = LEFT + UNIT * math.log2(tick)
-        parts.append(f'<line class="grid" x1="{x:g}" y1="{TOP}" x2="{x:g}" y2="{bottom}"/>')
-        parts.append(f'<text class="small" x="{x:g}" y="{bottom + 18}" text-anchor="middle">{tick}×</text>')
+        at = LEFT + UNIT * math.log2(tick)
+        parts.append(f'<line class="grid" x1="{at:g}" y1="{TOP}" x2="{at:g}" y2="{bottom}"/>')
+        parts.append(f'<text class="small" x="{at:g}" y="{bottom + 18}" text-anchor="middle">{tick}×</text>')
     for number, (label, values) in enumerate(data):
         y = TOP + ROW * number + 8
         parts.append(f'<text x="{LEFT - 14}" y="{y + 24}" text-anchor="end">{label}</text>')
