@@ -50,7 +50,7 @@ def commands_of(line: str) -> list[list[str]]:
 
 
 def check(command: list[str]) -> None:
-    """Raise for an keelnorm command, a make target or an extra of the package that does not exist."""
+    """Raise for a keelnorm command, a make target or an extra of the package that does not exist."""
     program, *arguments = command
     if program == "keelnorm":
         group: Any = get_command(app)
@@ -90,7 +90,7 @@ def test_commands_exist(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for number, words in commands_to_check(page):
         try:
             check(words)
-        except Exception as error:  # whatever the parser raises is the answer
+        except Exception as error:  # the parser raises errors of many types
             wrong.append(f"{name_of(page)}:{number}: {shlex.join(words)}: {getattr(error, 'message', error)}")
     assert not wrong, "\n".join(wrong)
 

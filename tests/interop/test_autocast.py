@@ -1,4 +1,4 @@
-"""Autocast on the CPU: half-precision activations, float32 parameters and moments."""
+"""Autocast on the CPU: half-precision activations, float32 parameters and running statistics."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Activation checkpointing: the batch is counted once, and gradients and moments are those of the plain model."""
+"""Activation checkpointing: a batch is counted once, with the gradients and running statistics of the plain model."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_same_bits_as_the_plain_model(momentum, training, use_reentrant, backend
 @reentrant
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes(dtype, use_reentrant):
-    """Which run on the reference back end."""
+    """Dtypes other than float32."""
     plain, other = (block.to(dtype) for block in twins())
     x = torch.randn(SHAPE, dtype=dtype)
     assert_same(step(lambda x: checkpoint(other, x, use_reentrant=use_reentrant), x, other), step(plain, x))

@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True): the same results, gradients and moments as without it."""
+"""torch.compile(fullgraph=True): the same results, gradients and running statistics as without it."""
 
 import copy
 import shutil
@@ -106,7 +106,7 @@ def test_activations(activation, with_residual, dtype):
 
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "elu"])
 def test_inplace_is_the_ordinary_call(activation):
-    """Memory is the compiler's affair; the input stays."""
+    """inplace=True has no effect: the compiler manages memory, and the input stays."""
     layer, twin = kn.BatchNorm2d(3), kn.BatchNorm2d(3)
     x = torch.randn(SHAPE)
     compiled = torch.compile(
@@ -124,7 +124,7 @@ def test_a_sequential_with_an_activation():
 
 
 def test_a_strided_input():
-    """What is traced lies in memory as what runs."""
+    """Traced results have the same strides as real ones."""
     layer, twin = kn.BatchNorm2d(3), kn.BatchNorm2d(3)
     wide = torch.randn(4, 6, 6, 10)
     for x in (wide[:, ::2, :, :5], wide.contiguous(memory_format=torch.channels_last)[:, :3]):
@@ -196,7 +196,7 @@ def test_compiled_autograd(training):
 
 
 def test_double_backward_is_refused_and_not_wrong():
-    """AOTAutograd differentiates once; a second time is an error of torch's."""
+    """AOTAutograd differentiates once; the second derivative is an error of torch."""
     compiled = torch.compile(kn.BatchNorm1d(3), fullgraph=True, backend="aot_eager")
     x = torch.randn(8, 3, requires_grad=True)
     [dx] = torch.autograd.grad(compiled(x).pow(3).sum(), x, create_graph=True)

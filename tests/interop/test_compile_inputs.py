@@ -1,4 +1,4 @@
-"""Compiled layers take what eager ones take and refuse what they refuse, with the same words."""
+"""Compiled layers accept and refuse the same inputs as eager ones, with the same errors."""
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ def transforms(layer):
     ],
 )
 def test_function_transforms_inside(transform):
-    """Those that Dynamo traces through torch's batch norm, it traces through ours."""
+    """Function transforms that Dynamo traces through torch's batch norm are traced through ours."""
     function = transforms(kn.BatchNorm2d(3).eval())[transform]
     theirs = transforms(torch.nn.BatchNorm2d(3).eval())[transform]
     x = torch.randn(SHAPE)

@@ -1,4 +1,4 @@
-"""torch.export: a plain ATen graph that needs no keelnorm, with a dynamic batch size and the moments as buffers."""
+"""torch.export: a plain ATen graph without keelnorm, with a dynamic batch size and running statistics as buffers."""
 
 import copy
 
@@ -74,7 +74,7 @@ class Activated(torch.nn.Module):
 
 @pytest.mark.parametrize("activation", ["silu", "hardsigmoid", torch.nn.Softplus(2.0, 5.0)], ids=str)
 def test_activations(activation):
-    """As torch's own functions, by name and as a module."""
+    """Activations become torch's own functions, given by name or as a module."""
     model = Activated(activation)
     twin = copy.deepcopy(model)
     program = export(model)

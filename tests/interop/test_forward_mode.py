@@ -30,7 +30,7 @@ def assert_near(found, expected):
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_dual_numbers(training, activation, momentum):
-    """Tangents of x, residual, weight and bias arrive in y; the moments are updated as without them."""
+    """Tangents of x, residual, weight and bias arrive in y; the running statistics are updated as without them."""
     ours, theirs = pair(training, momentum)
     values = [torch.randn(SHAPE), torch.randn(SHAPE), torch.randn(3), torch.randn(3)]
     tangents = [torch.randn_like(value) for value in values]

@@ -1,4 +1,4 @@
-"""torch.func and torch.autograd.functional over a layer: what torch's layers allow, ours do, with the same results."""
+"""torch.func and torch.autograd.functional over a layer: as over torch's layers, with the same results."""
 
 from collections.abc import Callable
 from typing import Any
@@ -136,7 +136,7 @@ def test_vmap_over_a_training_layer_without_moments():
 
 
 def test_vmap_over_stacked_layers():
-    """An ensemble in one call: parameters and moments stacked by torch.func."""
+    """An ensemble in one call: parameters and buffers stacked by torch.func."""
     layers = [evaluated() for _ in range(3)]
     parameters, buffers = stack_module_state(layers)
     x = torch.randn(SHAPE)
@@ -175,7 +175,7 @@ def test_batched_gradients(training):
 
 
 def test_training_under_vmap_is_refused_as_by_torch():
-    """One set of moments cannot take in several batches at once."""
+    """One set of running statistics can't be updated by several batches at once."""
     for layer in (kn.BatchNorm2d(3), nn.BatchNorm2d(3)):
         with pytest.raises(RuntimeError, match="running_mean or running_var"):
             vmap(layer)(torch.randn(2, *SHAPE))

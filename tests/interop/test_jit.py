@@ -44,7 +44,7 @@ def test_trace(make):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_trace_of_other_dtypes(dtype):
-    """Which the reference back end would run."""
+    """Dtypes other than float32 are refused too."""
     assert_refused(lambda model: torch.jit.trace(model, torch.randn(SHAPE, dtype=dtype)), kn.BatchNorm2d(3).to(dtype))
 
 

@@ -100,7 +100,7 @@ def test_fake_operators_return_what_the_real_ones_return(x):
 @pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_make_fx(training, tracing_mode):
-    """The recorded graph computes what was recorded; in training each run updates the moments."""
+    """The recorded graph computes what was recorded; in training each run updates the running statistics."""
     layer, twin = kn.BatchNorm2d(3).train(training), kn.BatchNorm2d(3).train(training)
     x = torch.randn(SHAPE)
     graph = make_fx(lambda x: layer(x, x, activation="relu"), tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(x)

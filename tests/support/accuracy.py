@@ -1,4 +1,4 @@
-"""How far a run is from the definition, in the terms in which rounding errors are bounded."""
+"""The error of a run against the definition, relative to what bounds rounding errors."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from .runs import Run, by_keelnorm, by_torch, run
 
 #: Error of keelnorm over error of torch, at most.
 LIMIT = 1.5
-#: An error that no implementation in float32 is asked to stay below: half a unit roundoff of the natural scale.
+#: The smallest error that counts: half a unit roundoff of the natural scale, in float32.
 FLOOR = UNIT / 2
 #: Up to this many values are added in float before they go on in double.
 SUMMED_IN_FLOAT = 16
-#: Where values are on a grid, or equal, roundings go one way instead of cancelling. A sum of n values is then off by up
+#: Where values are on a grid, or equal, roundings go one way instead of canceling. A sum of n values is then off by up
 #: to half a rounding of the partial sum each time, which is half of the whole in the mean.
 ONE_SIDED = SUMMED_IN_FLOAT / 4 * UNIT
-#: Channels over which errors are averaged, so that chance does not decide: a rounding of a channel's coefficients is
+#: Number of channels over which errors are averaged to reduce chance: a rounding of a channel's coefficients is
 #: shared by all its values.
 _CHANNELS = 128
 
 
 def seeds_of(shape: Shape) -> range:
-    """Shapes of few channels are tried with more seeds."""
+    """More seeds for shapes with few channels."""
     return range(max(2, min(4 if shape in LARGE_SHAPES else 12, _CHANNELS // shape[1])))
 
 
 class Expected:
-    """A problem and its right results, with what turns errors into units of their natural scale."""
+    """A problem, its right results, and the natural scale of each error."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -44,7 +44,7 @@ class Expected:
         }
 
     def squares(self, found: dict[str, Tensor]) -> dict[str, tuple[float, int]]:
-        """For each quantity the sum of its squared errors in units of the channel's natural scale, and their number."""
+        """The sum and the number of squared errors of each quantity, in units of the channel's natural scale."""
         if found.keys() != self._quantities.keys():
             raise ValueError(f"expected {', '.join(self._quantities)}; found {', '.join(found)}")
         return {
@@ -54,7 +54,7 @@ class Expected:
 
 
 def _scale(quantity: Quantity) -> Tensor:
-    """The natural scale, in a shape that fits the value; what is right by being zero may not be wrong at all."""
+    """The natural scale, in a shape that fits the value; where the right result is zero, no error is allowed."""
     scale = quantity.scale.clamp(min=torch.finfo(torch.float64).tiny)
     return scale if quantity.value.dim() == 1 else spread(scale, quantity.value.dim())
 

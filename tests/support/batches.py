@@ -1,4 +1,4 @@
-"""Random batches, parts and masks for laws that hypothesis tries."""
+"""Random batches, parts and masks for hypothesis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ shapes = hnp.array_shapes(min_dims=2, max_dims=4, min_side=1, max_side=5)
 
 @st.composite
 def values(draw, shape=None, *, offset=1e6):
-    """Values of a random shape (N, C, *S): deviations of about 1 around a mean per channel of up to ``offset``."""
+    """Values of a random shape (N, C, *S), with standard deviation about 1 and channel means up to ``offset``."""
     shape = draw(shapes) if shape is None else shape
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     mean = rng.uniform(-offset, offset, (1, shape[1], *(1 for _ in shape[2:])))

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven by Playwright, that looks at a page and remembers what went wrong."""
+"""A headless Chromium, driven by Playwright, that loads a page and records errors."""
 
 from __future__ import annotations
 

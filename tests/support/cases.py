@@ -1,4 +1,4 @@
-"""What batch normalization is tried on: shapes, layouts, options, and the tensors they make."""
+"""Test cases of batch normalization: shapes, layouts, options, and their tensors."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SHAPES: tuple[Shape, ...] = (
 #: Enough values for several threads. A plane or row longer than what is summed in float at once, planes and rows cut
 #: into segments and chunks, and few channels with many positions.
 LARGE_SHAPES: tuple[Shape, ...] = ((1, 17, 2053), (40, 1030), (1, 4, 16411))
-#: Views are copied to a dense layout first, so that a few of them tell.
+#: Views are copied to a dense layout first, so a few of them are enough.
 VIEW_SHAPES: tuple[Shape, ...] = ((5, 19), (3, 9, 17), (5, 13, 3, 11), (2, 3, 3, 5, 2))
 
 OFFSETS = (0.0, 1e4, 1e6)
@@ -65,7 +65,7 @@ MOMENTUM = 0.1
 
 
 def layouts_of(shape: Shape) -> tuple[str, ...]:
-    """The layouts in which a shape is tried: of rank 2 there is one dense one."""
+    """The layouts in which a shape is tried; shapes of rank 2 have only one dense layout."""
     dense = DENSE if len(shape) > 2 else DENSE[:1]
     return (*dense, *(VIEWS if shape in VIEW_SHAPES else ()))
 
@@ -89,7 +89,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Options:
-    """How a batch normalization is asked for. ``offset`` is the mean of x, in deviations."""
+    """Options of a call. ``offset`` is the mean of x, in standard deviations."""
 
     training: bool = True
     activation: str | None = None
@@ -143,10 +143,10 @@ def make_problem(shape: Shape, options: Options, seed: int = 0) -> Problem:
 
     channels = shape[1]
     deviation = spread(torch.exp2(2 * torch.rand(channels, generator=rng) - 1), len(shape))
-    centre = spread(options.offset * torch.sign(normal(channels)), len(shape))
-    x = deviation * (centre + normal(*shape))
+    center = spread(options.offset * torch.sign(normal(channels)), len(shape))
+    x = deviation * (center + normal(*shape))
     weight, bias = normal(channels), normal(channels)
-    running_mean = (deviation * centre).flatten() + normal(channels)
+    running_mean = (deviation * center).flatten() + normal(channels)
     running_var = torch.exp2(2 * torch.rand(channels, generator=rng) - 1)
     residual = normal(*shape) if options.residual else None
     dy = normal(*shape)

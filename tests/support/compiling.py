@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for a GPU that is not there, as the launches of some cases ask for them.
+"""Compiles the Triton kernels for a GPU that is not installed, with the arguments of some cases.
 
 `python -m support.compiling cuda 90` prints a JSON list: each kernel with its cut, registers spilled where ptxas tells.
 """

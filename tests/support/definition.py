@@ -22,7 +22,7 @@ UNIT = 2.0**-24
 
 
 class Quantity(NamedTuple):
-    """A right result, and the magnitude of what was added up for it, which a rounding error is compared with.
+    """A right result, and the magnitude of its summands, to which rounding errors are relative.
 
     ``scale`` has a value per channel.
     """
@@ -37,7 +37,7 @@ def spread(values: Tensor, rank: int) -> Tensor:
 
 
 def over(x: Tensor) -> list[int]:
-    """All dimensions but the channels'."""
+    """All dimensions except the channels."""
     return [0, *range(2, x.dim())]
 
 

@@ -44,7 +44,7 @@ def usable_native() -> list[str]:
 
 
 def check_ran(name: str, before: dict[str, int], after: dict[str, int]) -> None:
-    """Fail unless the kernels called ``name``, and no others, ran between two looks at ``kn.kernels.calls()``."""
+    """Fail unless the kernels called ``name``, and no others, ran between two readings of ``kn.kernels.calls()``."""
     ran = {kernel: count - before.get(kernel, 0) for kernel, count in after.items() if count != before.get(kernel, 0)}
     if name not in ran:
         pytest.fail(f"the kernels {name!r} were forced, but did not run (these ran: {ran or 'none'})")

@@ -24,7 +24,7 @@ class Scenario(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What came of it."""
+    """How a scenario ended."""
 
     status: int
     output: str

@@ -1,4 +1,4 @@
-"""Tensors whose neighbourhood is watched: views into larger buffers, and memory between pages that fault."""
+"""Tensors between guarded memory: views into larger buffers, and memory between pages that fault."""
 
 from __future__ import annotations
 

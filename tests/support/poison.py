@@ -1,4 +1,4 @@
-"""Fresh memory that shows when it was never written.
+"""Fills fresh memory with NaN, so that values that were never written show.
 
 torch's CPU allocator can fill every block it hands out with the bytes ef be ed 7f. It is a switch of libc10 itself, so
 it covers all that is allocated through torch: ``torch.empty``, ``empty_like`` and ``new_empty``, the results of torch's
@@ -26,6 +26,6 @@ FRESH_DOUBLE = torch.tensor([0x7FEDBEEF7FEDBEEF]).view(torch.float64).item()
 
 
 def poison_fresh_memory() -> None:
-    """From here on, in this process, fresh tensors hold NaN or what stands for it."""
+    """Make fresh tensors of this process hold NaN, or a value that takes its place in other dtypes."""
     library = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libc10.so"))
     ctypes.c_bool.in_dll(library, "FLAGS_caffe2_cpu_allocator_do_junk_fill").value = True

@@ -1,4 +1,4 @@
-"""A problem put to keelnorm and to torch: the same quantities from each."""
+"""Runs a problem with keelnorm and with torch and returns the same quantities."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def by_keelnorm(
 def by_torch(
     problem: Problem, x: Tensor, residual: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
-    """Batch norm, add and activation as torch has them."""
+    """Batch norm, addition and activation by torch's functions."""
     y = F.batch_norm(x, mean, var, weight, bias, problem.options.training, MOMENTUM, EPS)
     if residual is not None:
         y = y + residual

@@ -1,4 +1,4 @@
-"""Tensors whose values do not lie at multiples of their width, as views of a file's bytes may."""
+"""Tensors with misaligned values, such as views of a file's bytes."""
 
 from __future__ import annotations
 
