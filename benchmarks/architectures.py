@@ -97,7 +97,7 @@ def _train_a_little(layer: _BatchNorm) -> None:
 
 
 def _cv(name: str) -> Callable[[], nn.Module]:
-    return lambda: import_module("pytorchcv.model_provider").get_model(name)  # type: ignore[no-any-return]
+    return lambda: import_module("pytorchcv.model_provider").get_model(name)
 
 
 def _hf(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
@@ -109,7 +109,7 @@ def _hf(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
 
 
 def _monai(name: str, **options: Any) -> Callable[[], nn.Module]:
-    return lambda: getattr(import_module("monai.networks.nets"), name)(**options)  # type: ignore[no-any-return]
+    return lambda: getattr(import_module("monai.networks.nets"), name)(**options)
 
 
 _IMAGE, _LARGE, _SMALL, _VOLUME = (3, 224, 224), (3, 299, 299), (1, 96, 96), (1, 32, 32, 32)

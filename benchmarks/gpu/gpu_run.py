@@ -45,7 +45,7 @@ def _operators_compiled(problem: Problem) -> Built:
 
     def call(x: Tensor, residual: Tensor | None) -> Tensor:
         with kn.kernels.use("triton"):
-            return compiled(x, residual)  # type: ignore[no-any-return]
+            return compiled(x, residual)
 
     return Built(call, layer.norm)
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.engine.collectives import explained, group_of
 from keelnorm.engine.error_messages import check_module, describe
 from keelnorm.engine.preflight import preflight, preflight_is_on
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.moments import Moments, wide_dtype
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def sync_statistics(
     The variance includes the spread between the ranks' means, which an average of the ranks' variances lacks.
 
     Args:
-        model: A model with the same batch normalizations on all ranks: every ``torch.nn.modules.batchnorm._BatchNorm``
+        model: A model with the same batch normalizations on all ranks: every ``BatchNormBase``
             that has running statistics, keelnorm's included.
         process_group: The ranks; default: all.
         count: The weight of this rank, such as its number of samples. Default: each layer's ``num_batches_tracked``, or
@@ -65,7 +65,7 @@ def sync_statistics(
     what = "sync_statistics"
     check_module(what, model)
     group = group_of(process_group, what)
-    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
+    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, BatchNormBase)}
     if group is None:
         _check_some(found, model, what)
         return
@@ -102,7 +102,7 @@ def sync_statistics(
             batches.copy_(numbers.mean(0).round())
 
 
-def _check_some(layers: dict[str, _BatchNorm], model: torch.nn.Module, what: str) -> None:
+def _check_some(layers: dict[str, BatchNormBase], model: torch.nn.Module, what: str) -> None:
     if not layers:
         raise ValueError(f"{what}: there is no batch norm in {type(model).__name__}, so there is nothing to pool")
 
@@ -114,7 +114,7 @@ class _Buffers(NamedTuple):
     batches: Any
 
     @classmethod
-    def of(cls, layer: _BatchNorm) -> _Buffers:
+    def of(cls, layer: BatchNormBase) -> _Buffers:
         """Describe a layer's buffers."""
         assert layer.running_mean is not None
         return cls(
@@ -162,7 +162,7 @@ def _shown(note: _Buffers | None) -> str:
     return f"running statistics of shape {note.shape} {counter}"
 
 
-def _moments(layer: _BatchNorm, weight: float | None, device: torch.device) -> Moments:
+def _moments(layer: BatchNormBase, weight: float | None, device: torch.device) -> Moments:
     """A layer's running statistics as moments, all rows in one; channels that are not finite have the weight 0."""
     assert layer.running_mean is not None and layer.running_var is not None
     mean, var = (running.to(device, wide_dtype(device)) for running in (layer.running_mean, layer.running_var))

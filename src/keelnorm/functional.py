@@ -108,7 +108,7 @@ def batch_norm(
     """
     refuse_jit("kn.functional.batch_norm")
     if has_torch_function((input, running_mean, running_var, weight, bias, residual)):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             batch_norm,
             (input, running_mean, running_var, weight, bias, residual),
             input,
@@ -194,7 +194,7 @@ def layer_batch_norm(
     refuse_jit(what)
     activation, inplace, mask, sample_weight, weighting, padding = options
     if has_torch_function((x, residual)):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             layer_batch_norm, (x, residual), x, residual, weight, bias, state, options, ranks, too_few
         )
     act = resolve(what, activation)

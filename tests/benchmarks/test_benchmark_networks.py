@@ -10,6 +10,7 @@ import torch
 from support.bench_results import settings_of
 
 import keelnorm as kn
+from benchmarks.conversion import convert_and_learn
 from benchmarks.networks import agreement as agreement_module
 from benchmarks.networks import arm_process, network_run
 from benchmarks.networks.agreement import agreement, judge
@@ -35,7 +36,7 @@ def test_the_small_network_agrees(layout):
 def test_a_layer_that_is_wrong_is_found_in_the_small_network(monkeypatch, layout):
     """However much room the roundings leave: here eps of one layer is another."""
 
-    right = agreement_module.convert_and_learn
+    right = convert_and_learn
 
     def wrong(net, x):
         found, report = right(net, x)

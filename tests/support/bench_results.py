@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import typer
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from keelnorm.bench.cases import LAYOUTS, MODES, VARIANTS
 from keelnorm.bench.results import NetworkRow, Report, Row, Settings

@@ -89,7 +89,7 @@ def _eager(problem: Problem) -> Built:
 
 def _compiled(problem: Problem) -> Built:
     # Every case is a program of its own: without a reset, torch falls back to eager at its recompilation limit.
-    torch._dynamo.reset()
+    torch.compiler.reset()
     norm = _torch_norm(problem)
     return Built(torch.compile(_compose(problem.case, norm), dynamic=False), norm)
 

@@ -9,7 +9,6 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch.nn import Module
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.control.frozen_layer import has_frozen_statistics
 from keelnorm.control.layer_hooks import control_of, controlled, updating
@@ -17,6 +16,7 @@ from keelnorm.control.layer_selection import Where, named, select_some
 from keelnorm.control.run_uncompiled import uncompiled
 from keelnorm.engine.arguments import State
 from keelnorm.engine.running_statistics import update_running
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.engine.update_counts import UpdateCounts
 from keelnorm.moments import Moments
 from keelnorm.nn._shared.skipped_updates import CountsSkipped
@@ -24,7 +24,7 @@ from keelnorm.nn._shared.statistics_control import Pool
 from keelnorm.nn._shared.variant import Variant
 
 #: The update counts of torch.nn's layers; keelnorm's layers hold their own.
-_updates: WeakKeyDictionary[_BatchNorm, UpdateCounts] = WeakKeyDictionary()
+_updates: WeakKeyDictionary[BatchNormBase, UpdateCounts] = WeakKeyDictionary()
 
 
 class Accumulated:
@@ -147,7 +147,7 @@ def _pooled(pool: Pool) -> Iterator[None]:
             control.pool = None
 
 
-def count_in(layer: _BatchNorm, moments: Moments) -> None:
+def count_in(layer: BatchNormBase, moments: Moments) -> None:
     """Update the running statistics with a batch's moments, or pool them, as the open blocks ask."""
     control = control_of(layer)
     if not updating({"": layer}) or (control is not None and control.paused):
@@ -158,7 +158,7 @@ def count_in(layer: _BatchNorm, moments: Moments) -> None:
         enter(layer, moments, layer.momentum)
 
 
-def enter(layer: _BatchNorm, moments: Moments, momentum: float | None) -> None:
+def enter(layer: BatchNormBase, moments: Moments, momentum: float | None) -> None:
     """Update the running statistics with moments as a forward would; channels that are not finite stay."""
     if isinstance(layer, Variant):
         layer.enter(moments, momentum)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from keelnorm.control import frozen_layer
 from keelnorm.control.layer_selection import Where, named, select, select_some
+from keelnorm.engine.torch_internals import BatchNormBase
 
 
 class Frozen(NamedTuple):
@@ -64,7 +64,7 @@ def freeze(model: torch.nn.Module, *, statistics: bool = True, affine: bool = Tr
     if statistics:
         _check_statistics(layers)
 
-    def change(layer: _BatchNorm) -> None:
+    def change(layer: BatchNormBase) -> None:
         if statistics:
             frozen_layer.freeze_statistics(layer)
         if affine:
@@ -96,7 +96,7 @@ def unfreeze(model: torch.nn.Module, *, statistics: bool = True, affine: bool = 
     """
     layers = select_some("unfreeze", model, where)
 
-    def change(layer: _BatchNorm) -> None:
+    def change(layer: BatchNormBase) -> None:
         if statistics:
             frozen_layer.unfreeze_statistics(layer)
         if affine:
@@ -151,7 +151,7 @@ def assert_frozen(
     return list(layers)
 
 
-def _unfrozen(layer: _BatchNorm, statistics: bool, affine: bool) -> list[str]:
+def _unfrozen(layer: BatchNormBase, statistics: bool, affine: bool) -> list[str]:
     """What is not frozen in a layer, in words."""
     reasons = []
     if statistics and layer.running_mean is None:
@@ -167,7 +167,7 @@ def _unfrozen(layer: _BatchNorm, statistics: bool, affine: bool) -> list[str]:
     return reasons
 
 
-def _check_statistics(layers: dict[str, _BatchNorm]) -> None:
+def _check_statistics(layers: dict[str, BatchNormBase]) -> None:
     for path, layer in layers.items():
         if layer.running_mean is None:
             raise ValueError(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from torch.nn.modules.batchnorm import _BatchNorm
+from keelnorm.engine.torch_internals import BatchNormBase
 
 #: The attribute with the names of the parameters that freezing turned off.
 _TURNED_OFF = "_frozen_parameters"
@@ -21,7 +21,7 @@ class _FrozenTrain:
     ``kn.Sequential`` run unfused.
     """
 
-    def __init__(self, layer: _BatchNorm) -> None:
+    def __init__(self, layer: BatchNormBase) -> None:
         self.layer = layer
         self.mode = layer.training
         #: Attributes of these names that someone else had set.
@@ -31,7 +31,7 @@ class _FrozenTrain:
             if name in _ATTRIBUTES[:2] and value is not _keep_running_stats
         }
 
-    def __call__(self, mode: bool = True) -> _BatchNorm:
+    def __call__(self, mode: bool = True) -> BatchNormBase:
         if not isinstance(mode, bool):
             raise ValueError(f"train: mode must be True or False; got {mode!r}")
         type(self.layer).train(self.layer, False)
@@ -43,19 +43,19 @@ def _keep_running_stats() -> None:
     """Takes the place of ``layer.reset_running_stats`` while statistics are frozen."""
 
 
-def has_frozen_statistics(layer: _BatchNorm) -> bool:
+def has_frozen_statistics(layer: BatchNormBase) -> bool:
     """Whether :func:`freeze_statistics` is in force."""
     return isinstance(layer.__dict__.get("train"), _FrozenTrain)
 
 
-def freeze_statistics(layer: _BatchNorm) -> None:
+def freeze_statistics(layer: BatchNormBase) -> None:
     """Keep a layer in evaluation, whatever ``train()`` asks for."""
     if not has_frozen_statistics(layer):
         vars(layer).update(train=_FrozenTrain(layer), reset_running_stats=_keep_running_stats)
     layer.train(layer.__dict__["train"].mode)
 
 
-def unfreeze_statistics(layer: _BatchNorm) -> None:
+def unfreeze_statistics(layer: BatchNormBase) -> None:
     """Undo :func:`freeze_statistics`, and set the mode that was last asked for."""
     if has_frozen_statistics(layer):
         held = vars(layer).pop("train")
@@ -65,7 +65,7 @@ def unfreeze_statistics(layer: _BatchNorm) -> None:
         layer.train(held.mode)
 
 
-def freeze_parameters(layer: _BatchNorm) -> None:
+def freeze_parameters(layer: BatchNormBase) -> None:
     """Turn off the gradients of a layer's parameters, and note which were on."""
     parameters = dict(layer.named_parameters())
     names = [name for name, parameter in parameters.items() if parameter.requires_grad]
@@ -75,7 +75,7 @@ def freeze_parameters(layer: _BatchNorm) -> None:
     vars(layer)[_TURNED_OFF] = (*vars(layer).get(_TURNED_OFF, ()), *names)
 
 
-def unfreeze_parameters(layer: _BatchNorm) -> None:
+def unfreeze_parameters(layer: BatchNormBase) -> None:
     """Turn on the gradients that :func:`freeze_parameters` turned off."""
     names = vars(layer).pop(_TURNED_OFF, ())
     for name, parameter in layer.named_parameters():
@@ -83,7 +83,7 @@ def unfreeze_parameters(layer: _BatchNorm) -> None:
             parameter.requires_grad_(True)
 
 
-def all_or_none(layers: dict[str, _BatchNorm], change: Callable[[_BatchNorm], None]) -> None:
+def all_or_none(layers: dict[str, BatchNormBase], change: Callable[[BatchNormBase], None]) -> None:
     """Change all layers; after an error, none is changed."""
     with ExitStack() as undo:
         for layer in layers.values():
@@ -92,7 +92,7 @@ def all_or_none(layers: dict[str, _BatchNorm], change: Callable[[_BatchNorm], No
         undo.pop_all()
 
 
-def _snapshot(layer: _BatchNorm) -> tuple[Any, ...]:
+def _snapshot(layer: BatchNormBase) -> tuple[Any, ...]:
     attributes = {name: value for name, value in vars(layer).items() if name in _ATTRIBUTES}
     mode = vars(layer)["train"].mode if has_frozen_statistics(layer) else None
     modes = [(module, module.training) for module in layer.modules()]
@@ -100,7 +100,9 @@ def _snapshot(layer: _BatchNorm) -> tuple[Any, ...]:
     return attributes, mode, modes, parameters
 
 
-def _restore(layer: _BatchNorm, attributes: dict[str, Any], mode: Any, modes: list[Any], parameters: list[Any]) -> None:
+def _restore(
+    layer: BatchNormBase, attributes: dict[str, Any], mode: Any, modes: list[Any], parameters: list[Any]
+) -> None:
     for name in _ATTRIBUTES:
         vars(layer).pop(name, None)
     vars(layer).update(attributes)

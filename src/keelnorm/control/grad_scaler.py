@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -17,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from keelnorm.control.layer_hooks import control_of, updating
 from keelnorm.control.layer_selection import Where, select_some
 from keelnorm.engine.error_messages import describe
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.engine.update_counts import SKIPPED
 from keelnorm.nn._shared.skipped_updates import CountsSkipped
 from keelnorm.nn._shared.variant import Variant
@@ -124,7 +124,7 @@ def _noting_steps(parameters: Iterable[Tensor]) -> Iterator[list[Optimizer]]:
 class _Before:
     """A snapshot of what a layer counts: buffers, counts, windows and pool."""
 
-    def __init__(self, layer: _BatchNorm) -> None:
+    def __init__(self, layer: BatchNormBase) -> None:
         control = control_of(layer)
         self.layer, self._pool = layer, None if control is None else control.pool
         self._moments = None if self._pool is None else self._pool.moments
@@ -163,5 +163,5 @@ class _Before:
                 getattr(layer, name).copy_(values)
 
 
-def _is_lazy(layer: _BatchNorm) -> bool:
+def _is_lazy(layer: BatchNormBase) -> bool:
     return layer.running_mean is not None and is_lazy(layer.running_mean)

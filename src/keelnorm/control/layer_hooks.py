@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.control.run_uncompiled import uncompiled
 from keelnorm.engine.recomputation import is_second_run
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.functional import moments as moments_of
 from keelnorm.moments import Moments
 from keelnorm.nn._shared.statistics_control import Control, Controlled
@@ -24,7 +24,7 @@ _FLAG, _CHECK = "track_running_stats", "_check_input_dim"
 _lock = threading.RLock()
 
 
-def control_of(layer: _BatchNorm) -> Control | None:
+def control_of(layer: BatchNormBase) -> Control | None:
     """The layer's control while a block is open, else None."""
     if isinstance(layer, Controlled):
         return layer._control
@@ -32,18 +32,18 @@ def control_of(layer: _BatchNorm) -> Control | None:
     return None if around is None else around.control
 
 
-def updating(layers: dict[str, _BatchNorm]) -> dict[str, _BatchNorm]:
+def updating(layers: dict[str, BatchNormBase]) -> dict[str, BatchNormBase]:
     """The layers that update running statistics in training, or would without an open block."""
     return {path: layer for path, layer in layers.items() if layer.running_mean is not None and _tracks(layer)}
 
 
-def _tracks(layer: _BatchNorm) -> bool:
+def _tracks(layer: BatchNormBase) -> bool:
     around = _around(layer)
     return layer.track_running_stats if around is None else around.tracks(layer)
 
 
 @contextmanager
-def controlled(layer: _BatchNorm) -> Iterator[Control]:
+def controlled(layer: BatchNormBase) -> Iterator[Control]:
     """Give the layer a control inside the block. Blocks may end in any order."""
     with _lock:
         control = control_of(layer) or _attach(layer)
@@ -58,7 +58,7 @@ def controlled(layer: _BatchNorm) -> Iterator[Control]:
 
 
 @contextmanager
-def paused(layers: Iterable[_BatchNorm]) -> Iterator[None]:
+def paused(layers: Iterable[BatchNormBase]) -> Iterator[None]:
     """Keep the layers from updating their running statistics inside the block."""
     layers = list(layers)
     with ExitStack() as stack:
@@ -76,7 +76,7 @@ def _pause(control: Control, blocks: int) -> None:
         control.pause(blocks)
 
 
-def _attach(layer: _BatchNorm) -> Control:
+def _attach(layer: BatchNormBase) -> Control:
     control = Control()
     if isinstance(layer, Controlled):
         vars(layer)["_control"] = control
@@ -88,7 +88,7 @@ def _attach(layer: _BatchNorm) -> Control:
     return control
 
 
-def _detach(layer: _BatchNorm, control: Control) -> None:
+def _detach(layer: BatchNormBase, control: Control) -> None:
     # Both ways are undone: the layer's class may have changed meanwhile.
     if vars(layer).get("_control") is control:
         del vars(layer)["_control"]
@@ -124,10 +124,10 @@ class _Around:
     def __init__(self, control: Control | None = None) -> None:
         self.control = control
         #: For each running layer (replicas may run in other threads): the number of calls, and its own attributes.
-        self._running: dict[_BatchNorm, tuple[int, dict[str, Any]]] = {}
+        self._running: dict[BatchNormBase, tuple[int, dict[str, Any]]] = {}
         self._seen = _Seen()
 
-    def tracks(self, layer: _BatchNorm) -> bool:
+    def tracks(self, layer: BatchNormBase) -> bool:
         """The layer's flag as the user set it."""
         attributes = self._running[layer][1] if layer in self._running else vars(layer)
         return bool(attributes[_FLAG])
@@ -175,7 +175,7 @@ class _Around:
         for each in moments:
             self.control.pool.take(each)
 
-    def _leave(self, layer: _BatchNorm) -> None:
+    def _leave(self, layer: BatchNormBase) -> None:
         calls, own = self._running.pop(layer)
         if calls > 1:
             self._running[layer] = calls - 1, own
@@ -195,7 +195,7 @@ class _Around:
         for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
             for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
                 for table in tables:
-                    table.pop(key, None)  # type: ignore[attr-defined]
+                    table.pop(key, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Around:
         return _Around()

@@ -8,21 +8,21 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from torch.nn import Module
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.engine.error_messages import check_module, describe
+from keelnorm.engine.torch_internals import BatchNormBase
 
 #: None for all layers; a pattern for paths, or several; or a function of a path and its layer that selects it.
-Where: TypeAlias = str | Iterable[str] | Callable[[str, _BatchNorm], bool] | None
+Where: TypeAlias = str | Iterable[str] | Callable[[str, BatchNormBase], bool] | None
 
 
 def _is_layer(module: Module) -> bool:
-    return isinstance(module, _BatchNorm)
+    return isinstance(module, BatchNormBase)
 
 
 def select(
     what: str, model: Module, where: Where, is_layer: Callable[[Module], bool] = _is_layer
-) -> dict[str, _BatchNorm]:
+) -> dict[str, BatchNormBase]:
     """Select batch norms of a model by their paths; each once, in the model's order.
 
     Args:
@@ -51,13 +51,13 @@ def select(
             if not any(_matches(path, pattern) for path, _ in paths):
                 raise ValueError(f"{what}: where={pattern!r} matches no batch norm. {_listed(paths)}")
         paths = [(path, layer) for path, layer in paths if any(_matches(path, pattern) for pattern in patterns)]
-    first: dict[_BatchNorm, str] = {}
+    first: dict[BatchNormBase, str] = {}
     for path, layer in paths:
-        first.setdefault(layer, path)  # type: ignore[arg-type]
+        first.setdefault(layer, path)
     return {path: layer for layer, path in first.items()}
 
 
-def select_some(what: str, model: Module, where: Where) -> dict[str, _BatchNorm]:
+def select_some(what: str, model: Module, where: Where) -> dict[str, BatchNormBase]:
     """As :func:`select`, but a model without batch norms is an error too.
 
     Raises:
@@ -105,5 +105,5 @@ def _matches(path: str, pattern: str) -> bool:
 
 def _listed(paths: list[tuple[str, Module]]) -> str:
     if not paths:
-        return "The model has none (they are subclasses of torch.nn.modules.batchnorm._BatchNorm)"
+        return "The model has none (they are subclasses of BatchNormBase)"
     return "The model's are: " + ", ".join(repr(path) for path, _ in paths)

@@ -24,7 +24,7 @@ class MomentumSchedule:
     a step is a batch or an epoch.
 
     Args:
-        model: Its present batch norms are meant, torch.nn's (``_BatchNorm``, so SyncBatchNorm too) and keelnorm's.
+        model: Its present batch norms are meant, torch.nn's (``BatchNormBase``, so SyncBatchNorm too) and keelnorm's.
         schedule: A function from the number of steps to the momentum, between 0 and 1, in PyTorch's sense
             (``running = (1 − momentum)·running + momentum·batch``).
         where: A pattern for the layers' paths, a module's path, or several; or a function ``where(path, layer)`` that

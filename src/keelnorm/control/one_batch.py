@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.control.accumulation import count_in
 from keelnorm.control.layer_hooks import paused
@@ -18,6 +17,7 @@ from keelnorm.control.micro_batches import Call, Site, Watch
 from keelnorm.control.run_uncompiled import uncompiled
 from keelnorm.engine.error_messages import describe
 from keelnorm.engine.recomputation import is_second_run
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.moments import Moments
 from keelnorm.nn.batch_norm import FusedBatchNorm
 
@@ -80,7 +80,7 @@ def backward_as_one_batch(model: torch.nn.Module, step: Callable[[T], Tensor], m
         raise ValueError("backward_as_one_batch: there is no micro-batch")
     layers = {path: layer for path, layer in select("backward_as_one_batch", model, None).items() if layer.training}
     for path, layer in layers.items():
-        if type(layer).forward not in (_BatchNorm.forward, FusedBatchNorm.forward):
+        if type(layer).forward not in (BatchNormBase.forward, FusedBatchNorm.forward):
             raise TypeError(
                 f"backward_as_one_batch: {named(path)} is a {type(layer).__name__}, which may not normalize as plain "
                 "batch norm does. Legal are torch.nn.BatchNorm1d/2d/3d, keelnorm.BatchNorm*, and layers in evaluation"
@@ -102,14 +102,14 @@ class _Passes:
     """Passes of the step over all micro-batches."""
 
     def __init__(self, step: Callable[[Any], Tensor], parts: list[Any]) -> None:
-        self.sites: dict[tuple[_BatchNorm, int], Site] = {}
+        self.sites: dict[tuple[BatchNormBase, int], Site] = {}
         self._step, self._parts = step, parts
         self._random = [_RandomState() for _ in parts]
-        self._uses: Counter[_BatchNorm] = Counter()
-        self._pooled: dict[tuple[_BatchNorm, int], Moments] | None = None
+        self._uses: Counter[BatchNormBase] = Counter()
+        self._pooled: dict[tuple[BatchNormBase, int], Moments] | None = None
         self._terms: list[Tensor] = []
         #: The layers that are being called, with the batch normalizations of each call so far.
-        self._running: list[tuple[_BatchNorm, list[Call]]] = []
+        self._running: list[tuple[BatchNormBase, list[Call]]] = []
 
     def enter(self, layer: Any, _: Any) -> None:
         """The forward pre-hook of the layers."""
@@ -140,7 +140,7 @@ class _Passes:
 
     def _pool(self) -> bool:
         """Run a pass with the known moments, and pool again; return whether anything changed."""
-        pooled: dict[tuple[_BatchNorm, int], Moments] = {}
+        pooled: dict[tuple[BatchNormBase, int], Moments] = {}
         self._pooled = pooled
         for _ in self._losses():
             pass

@@ -1,7 +1,7 @@
 """The activations that fuse: one table of their names, formulas, derivatives, inverses and modules.
 
 C++, Triton, the readers of torch's functions and the documentation follow this table or are compared with it by tests;
-docs/kernels.md says how to add an activation. Derivatives at kinks are those of torch's own backward.
+docs/architecture.md says how to add an activation. Derivatives at kinks are those of torch's own backward.
 """
 
 from __future__ import annotations

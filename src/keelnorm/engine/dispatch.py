@@ -205,7 +205,7 @@ def backward(dy: Tensor, kept: Kept, need: Needs) -> tuple[Any, ...]:
         "backward", kept.x, dy, kept.x, kept.saved, kept.weight, kept.bias, kept.y, kept.residual, kept.training,
         act.code, act.a, act.b, *need, kept.mask, kept.keep,
     )  # fmt: skip
-    return fallback.backward(dy, kept, need) if found is None else found  # type: ignore[no-any-return]
+    return fallback.backward(dy, kept, need) if found is None else found
 
 
 def _traced(

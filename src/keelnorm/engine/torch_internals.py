@@ -22,6 +22,15 @@ from torch.nn.modules import module as torch_module
 # The base class of torch.nn.BatchNorm1d, 2d, 3d and SyncBatchNorm, by which tools recognize a batch norm.
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 
+# The same of lazy layers, and of all layers with running statistics, torch.nn.InstanceNorm2d and others too.
+from torch.nn.modules.batchnorm import _LazyNormBase as LazyNormBase
+from torch.nn.modules.batchnorm import _NormBase as NormBase
+
+# The base classes of convolutions and of instance normalization.
+from torch.nn.modules.conv import _ConvNd as ConvBase
+from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeBase
+from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNormBase
+
 # The modes that see each call of a function of torch, and the one of them that torch.set_default_device enters.
 from torch.overrides import _get_current_function_mode_stack as function_modes
 from torch.utils._device import DeviceContext as DeviceContext
@@ -35,7 +44,12 @@ from torch.utils._pytree import tree_map as tree_map
 __all__ = [
     "ATTRIBUTES",
     "BatchNormBase",
+    "ConvBase",
+    "ConvTransposeBase",
     "DeviceContext",
+    "InstanceNormBase",
+    "LazyNormBase",
+    "NormBase",
     "TorchDispatchMode",
     "compiled_module_class",
     "compiler",
@@ -67,19 +81,19 @@ __all__ = [
 ]
 
 # The innermost transform of torch.func at work, or None. Not under torch.compile, which can't trace it.
-transform_stack: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
+transform_stack: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 # The same as a boolean, which torch.compile evaluates while it traces.
 functorch_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 # Gradients of torch.autograd.grad(..., is_grads_batched=True).
-is_batched_gradient: Callable[[torch.Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor  # type: ignore[attr-defined]
+is_batched_gradient: Callable[[torch.Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 # The number of the backward that runs in this thread, -1 without one: activation checkpointing recomputes in there.
 running_backward: Callable[[], int] = torch._C._current_graph_task_id
 # Tells autograd that an operator without a mutating schema has written to tensors.
 increment_version: Callable[[list[torch.Tensor]], None] = torch._C._increment_version
 # What sees the tensors that are saved for the backward, as torch.utils.checkpoint does.
-saved_tensor_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
+saved_tensor_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
 # Exchanges the insides of two tensors, as torch.utils.swap_tensors does with fewer conditions.
-swap_tensors: Callable[[torch.Tensor, torch.Tensor], None] = torch._C._swap_tensor_impl  # type: ignore[attr-defined]
+swap_tensors: Callable[[torch.Tensor, torch.Tensor], None] = torch._C._swap_tensor_impl
 # Makes reading the memory of a tensor that has none an error.
 throw_on_mutable_data_pointer: Callable[[torch.Tensor], None] = torch._C._set_throw_on_mutable_data_ptr
 # How many modes see each operation: code within them must not be fused.
@@ -103,7 +117,9 @@ ATTRIBUTES: dict[str, str] = {
     "Module._backward_hooks": "the same for gradients",
     "Module._backward_pre_hooks": "the same for gradients",
     "Module._forward_hooks_always_called": "closing a scope after an exception",
-    "Module._non_persistent_buffers_set": "which buffers belong to the state_dict",
+    "Module._forward_hooks_with_kwargs": "removed together with its hook",
+    "Module._forward_pre_hooks_with_kwargs": "removed together with its hook",
+    "Module._save_to_state_dict": "a variant with rows saves torch's buffers too",
     "Module._compiled_call_impl": "whether Module.compile was called",
     "Module._load_from_state_dict": "older checkpoints lack num_batches_tracked",
     "Module._replicate_for_data_parallel": "update counts follow replicas",
@@ -133,7 +149,7 @@ def is_batched_by_vmap(x: torch.Tensor) -> bool:
     """Return whether x is batched by torch.func.vmap, which hides a dimension."""
     if torch.compiler.is_compiling():  # where x itself can't be inspected
         return functorch_is_active()
-    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    functorch: Any = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):
             return True
@@ -163,7 +179,7 @@ def plain_apply(function: type[Function]) -> Callable[..., Any]:
 
 def run_uncompiled(code: CodeType) -> None:
     """Let torch.compile run a function, and all that it calls, as ordinary Python."""
-    frames: Any = torch._C._dynamo.eval_frame  # type: ignore[attr-defined]
+    frames: Any = torch._C._dynamo.eval_frame
     skip = frames._FrameAction.SKIP
     frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))
 

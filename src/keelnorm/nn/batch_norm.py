@@ -69,7 +69,7 @@ class FusedBatchNorm(HasTooFew, Layer):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.set_too_few(too_few)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Tensor,
         residual: Tensor | None = None,
@@ -182,7 +182,7 @@ class BatchNorm(FusedBatchNorm):
     Differs:
         From ``torch.nn.BatchNorm*`` only by the arguments of the call, ``too_few``, ``skipped_updates``, speed, and
         accuracy when the mean is much larger than the standard deviation. It is an instance of
-        ``torch.nn.modules.batchnorm._BatchNorm``.
+        ``BatchNormBase``.
 
     Numerics, Cost:
         As :func:`keelnorm.functional.batch_norm`.

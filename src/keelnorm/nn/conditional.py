@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.engine import dispatch
 from keelnorm.engine.activations import NONE, Activation, ActivationLike
@@ -14,7 +13,7 @@ from keelnorm.engine.arguments import check_arguments, check_channels
 from keelnorm.engine.error_messages import describe, is_count
 from keelnorm.engine.layout import check_kind
 from keelnorm.engine.masking import Padding
-from keelnorm.engine.torch_internals import is_transformed
+from keelnorm.engine.torch_internals import BatchNormBase, is_transformed
 from keelnorm.functional import Options
 from keelnorm.moments import Weighting, compute_dtype
 from keelnorm.nn._shared.normalize import normalize_by_batch
@@ -129,7 +128,7 @@ class ConditionalBatchNorm(Variant):
     @classmethod
     def from_batch_norm(
         cls,
-        bn: _BatchNorm,
+        bn: BatchNormBase,
         num_classes: int | None = None,
         embedding_dim: int | None = None,
         *,
@@ -150,7 +149,7 @@ class ConditionalBatchNorm(Variant):
         adopt(layer, bn)
         return layer
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Tensor,
         residual: Tensor | None = None,

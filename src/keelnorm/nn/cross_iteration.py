@@ -138,7 +138,7 @@ class CrossIterationBatchNorm(WindowedVariant):
         self._last: deque[tuple[Moments, _Slopes | None]] = deque(maxlen=self.window - 1)
         self._recall: Recall[Moments | None] = Recall(maxlen=self._recalled)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Tensor,
         residual: Tensor | None = None,

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _LazyNormBase
 
 from keelnorm.engine.error_messages import describe
 from keelnorm.engine.masking import TooFew
+from keelnorm.engine.torch_internals import BatchNormBase, LazyNormBase
 from keelnorm.nn._shared.layer_base import Layer
 from keelnorm.nn.batch_norm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, FusedBatchNorm
 
@@ -66,7 +66,7 @@ class _LazyFused(FusedBatchNorm):
             layer.train(self.training).forward(x.clone(), *args, **kwargs)
 
 
-class LazyBatchNorm(_LazyFused, _LazyNormBase, torch.nn.modules.batchnorm._BatchNorm):  # type: ignore[misc]
+class LazyBatchNorm(_LazyFused, LazyNormBase, BatchNormBase):
     """:class:`keelnorm.BatchNorm` that takes ``num_features`` from its first input, of any rank from two on.
 
     Until then parameters and running statistics are uninitialized, as in ``torch.nn``'s lazy modules. The first forward
@@ -96,10 +96,10 @@ class LazyBatchNorm(_LazyFused, _LazyNormBase, torch.nn.modules.batchnorm._Batch
         (torch.Size([8, 3, 5]), BatchNorm(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True))
     """
 
-    cls_to_become: type = BatchNorm  # type: ignore[assignment]
+    cls_to_become: type = BatchNorm
 
 
-class LazyBatchNorm1d(_LazyFused, torch.nn.LazyBatchNorm1d):  # type: ignore[misc]
+class LazyBatchNorm1d(_LazyFused, torch.nn.LazyBatchNorm1d):
     """:class:`keelnorm.BatchNorm1d` that takes ``num_features`` from its first input. See :class:`LazyBatchNorm`.
 
     Example:
@@ -111,7 +111,7 @@ class LazyBatchNorm1d(_LazyFused, torch.nn.LazyBatchNorm1d):  # type: ignore[mis
     cls_to_become: type = BatchNorm1d  # type: ignore[assignment]
 
 
-class LazyBatchNorm2d(_LazyFused, torch.nn.LazyBatchNorm2d):  # type: ignore[misc]
+class LazyBatchNorm2d(_LazyFused, torch.nn.LazyBatchNorm2d):
     """:class:`keelnorm.BatchNorm2d` that takes ``num_features`` from its first input. See :class:`LazyBatchNorm`.
 
     Example:
@@ -123,7 +123,7 @@ class LazyBatchNorm2d(_LazyFused, torch.nn.LazyBatchNorm2d):  # type: ignore[mis
     cls_to_become: type = BatchNorm2d  # type: ignore[assignment]
 
 
-class LazyBatchNorm3d(_LazyFused, torch.nn.LazyBatchNorm3d):  # type: ignore[misc]
+class LazyBatchNorm3d(_LazyFused, torch.nn.LazyBatchNorm3d):
     """:class:`keelnorm.BatchNorm3d` that takes ``num_features`` from its first input. See :class:`LazyBatchNorm`.
 
     Example:

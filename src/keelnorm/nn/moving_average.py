@@ -232,7 +232,7 @@ def center_weights(module: torch.nn.Module) -> torch.nn.Module:
         raise TypeError(f"center_weights takes one layer of {names}; got {describe(module)}")
     if parametrize.is_parametrized(module, "weight") and any(
         isinstance(each, _CenteredWeight)
-        for each in module.parametrizations["weight"]  # type: ignore[index, union-attr]
+        for each in module.parametrizations["weight"]  # type: ignore[index]
     ):
         raise ValueError(f"center_weights: the weight of {module} is centered already")
     parametrize.register_parametrization(module, "weight", _CenteredWeight())

@@ -211,7 +211,7 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
         return self._run(self._parts()[self._choices.latest() or 0], x, residual, act)
 
     def _parts(self) -> list[AuxiliaryBatchNorm]:
-        return [self, *self.aux_bn]  # type: ignore[list-item]
+        return [self, *self.aux_bn]
 
     def _run(self, part: AuxiliaryBatchNorm, x: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
         affine = self if self.share_affine else part

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from keelnorm.engine.error_messages import describe
+from keelnorm.engine.torch_internals import BatchNormBase, NormBase
 
 Kind = TypeVar("Kind", bound=type[nn.Module])
 
@@ -81,7 +81,7 @@ def register(kind: Kind, *, then: Sequence[str] = (), frozen: bool = False) -> K
         raise ValueError(
             f"register: {kind.__name__} is torch.nn's or keelnorm's own class, which needs no registration"
         )
-    if not frozen and not issubclass(kind, _BatchNorm):
+    if not frozen and not issubclass(kind, BatchNormBase):
         raise ValueError(
             f"register: {kind.__name__} must be derived from a batch norm of torch.nn, which says what it computes. If "
             "it normalizes with fixed statistics in training too, pass frozen=True"
@@ -105,7 +105,7 @@ def known(kind: type[Any]) -> Known | None:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a batch norm: derived from torch.nn's, or of a known class."""
-    return isinstance(module, _BatchNorm) or known(type(module)) is not None
+    return isinstance(module, BatchNormBase) or known(type(module)) is not None
 
 
 def is_frozen(layer: nn.Module) -> bool:
@@ -153,4 +153,4 @@ def modules_after(layer: nn.Module) -> nn.Module:
 
 
 def _is_own(kind: type[Any]) -> bool:
-    return kind.__module__.partition(".")[0] == "keelnorm" or kind.__module__ == _NormBase.__module__
+    return kind.__module__.partition(".")[0] == "keelnorm" or kind.__module__ == NormBase.__module__

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from keelnorm.control.layer_selection import Where, named, select
+from keelnorm.engine.torch_internals import BatchNormBase, InstanceNormBase
 from keelnorm.surgery.known_layers import computes_as, is_norm
 
 _SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
 
-def batch_norms_in(what: str, model: nn.Module, where: Where = None) -> dict[str, _BatchNorm]:
+def batch_norms_in(what: str, model: nn.Module, where: Where = None) -> dict[str, BatchNormBase]:
     """The batch norms of a model that ``where`` selects, those of registered classes included, by path.
 
     Raises:
@@ -60,4 +59,4 @@ def notes_on(model: nn.Module) -> list[str]:
 
 
 def _has_running_statistics(module: nn.Module) -> bool:
-    return {"running_mean", "running_var"} <= module._buffers.keys() and not isinstance(module, _InstanceNorm)
+    return {"running_mean", "running_var"} <= module._buffers.keys() and not isinstance(module, InstanceNormBase)

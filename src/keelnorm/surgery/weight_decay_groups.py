@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from keelnorm.engine.error_messages import check_module, describe
+from keelnorm.engine.torch_internals import NormBase
 
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORMS = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 #: Class names of normalizations that are not derived from torch's, such as LlamaRMSNorm and LayerNorm2d.
 _NAMED_NORM = re.compile(r"Norm(\dd)?$")
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from keelnorm.engine.activations import Activation
 from keelnorm.moments import Moments
-from keelnorm.nn._shared.variant import Variant, normalize
+from keelnorm.nn._shared.normalize import normalize
+from keelnorm.nn._shared.variant import Variant
 
 
 class FloorBatchNorm(Variant):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
 
 import keelnorm as kn
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan
 from keelnorm.lab.core.seeds import generator
-from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
 from keelnorm.lab.reading.verdicts import Finding
 from keelnorm.measure.statistics import mean
 
@@ -37,7 +37,7 @@ def read(plan: Plan, results: Results) -> Reading:
         [Finding("largest mean of a channel", "normal values", found, 1e-5, larger=False, unit="", digits=8)],
         [Figure("Means", Axis("seed"), Axis("mean"), [series], "The largest mean of a channel, for each seed.")],
         [Table("Means", ["seed", "mean"], [[str(seed), f"{value:.1e}"] for seed, value in enumerate(values)])],
-        setup=[("Values", "normal, of mean 3")],
+        setup={"Values": "normal, of mean 3"},
     )
 
 

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from keelnorm.cli._shared.failures import one_line
 from keelnorm.control.freezing import frozen
 from keelnorm.control.layer_selection import Where
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.surgery import Report, convert, fold
 from keelnorm.surgery.folding.foldable_layers import channels_of
 from keelnorm.surgery.known_layers import is_frozen
@@ -122,7 +122,7 @@ def _converted(model: nn.Module, example: Any, where: Where, notes: list[str]) -
     return report
 
 
-def _facts(path: str, layer: _BatchNorm, held: bool) -> dict[str, Any]:
+def _facts(path: str, layer: BatchNormBase, held: bool) -> dict[str, Any]:
     kind = type(layer)
     weight = _numbers(layer.weight)
     gains = None if weight is None else weight.abs()
@@ -145,7 +145,7 @@ def _facts(path: str, layer: _BatchNorm, held: bool) -> dict[str, Any]:
     }
 
 
-def _moments(layer: _BatchNorm) -> str:
+def _moments(layer: BatchNormBase) -> str:
     if layer.running_mean is None or layer.running_var is None:
         return "none"
     moments = [_numbers(layer.running_mean), _numbers(layer.running_var)]
@@ -158,7 +158,7 @@ def _moments(layer: _BatchNorm) -> str:
     )
 
 
-def _number_of_batches(layer: _BatchNorm) -> int | None:
+def _number_of_batches(layer: BatchNormBase) -> int | None:
     count = _numbers(getattr(layer, "num_batches_tracked", None))
     return int(count) if count is not None and count.numel() == 1 else None
 
@@ -174,7 +174,7 @@ def _numbers(values: Any) -> Tensor | None:
     return values.detach()
 
 
-def _neighbours(trace: Trace, layer: _BatchNorm) -> dict[str, Any]:
+def _neighbours(trace: Trace, layer: BatchNormBase) -> dict[str, Any]:
     calls = trace.calls_of(layer)
     if not calls or not calls[0].inputs or not calls[0].outputs:
         return {"comes after": None if calls else "not called"}

@@ -181,11 +181,9 @@ def begin(layer: Any, scope: Scope, x: Tensor, plain: Callable[..., Tensor]) -> 
     if memory is None:
         return None
     training = layer.training
-    kernel = memory.expected[training]
-    if kernel is not None and not kernel.steps:
-        if not memory.looks_again(training):
-            return None
-        kernel = None
+    kernel = memory.next_expected(training)
+    if kernel is NEVER:
+        return None
     if type(x) in PLAIN and (x.layout is not torch.strided or x.is_nested):
         return None  # the layer says that it takes no such tensor
     if type(x) not in PLAIN or x.numel() < smallest[training]:

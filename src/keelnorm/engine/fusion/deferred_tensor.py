@@ -121,7 +121,7 @@ def settle(tensor: Tensor, reason: str, learn: bool = True) -> None:
 
 def defer(tensor: Tensor, pending: Pending) -> Tensor:
     """Turn a tensor itself into a deferred one."""
-    tensor.__class__ = DeferredTensor  # type: ignore[assignment]
+    tensor.__class__ = DeferredTensor
     tensor._pending = pending  # type: ignore[attr-defined]
     return tensor
 
@@ -139,7 +139,7 @@ def become(tensor: Tensor, value: Tensor) -> None:
     tensor.__class__ = value.__class__ = Tensor
     swap_tensors(tensor, value)
     if following is not None:
-        tensor.__class__ = kind  # type: ignore[assignment]
+        tensor.__class__ = kind
         tensor._pending = following  # type: ignore[attr-defined]
     if value._use_count() > 1:  # type: ignore[attr-defined]  # C++ still holds the promise, as an argument of autograd.Function.apply
         defer(value, pending)
@@ -147,8 +147,8 @@ def become(tensor: Tensor, value: Tensor) -> None:
 
 def without_memory(like: Tensor) -> DeferredTensor:
     """Return a deferred tensor of the same shape, strides, dtype and device, without memory."""
-    tensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    tensor = Tensor._make_wrapper_subclass(
         DeferredTensor, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
     )
     throw_on_mutable_data_pointer(tensor)
-    return tensor  # type: ignore[no-any-return]
+    return tensor

@@ -49,12 +49,18 @@ class Memory:
         self.reasons[training] = reason
         self.calls[training] = -1 if for_good or self.calls[training] < 0 else 0
 
-    def looks_again(self, training: bool) -> bool:
-        """Return whether a layer that expects nothing looks, in this call, at what follows."""
+    def next_expected(self, training: bool) -> Kernel | None:
+        """Return the kernel to expect after this call; None to look at what follows, :data:`NEVER` not to wait.
+
+        A layer that expects nothing looks again after every 64 calls, unless it gave up for good.
+        """
+        kernel = self.expected[training]
+        if kernel is None or kernel.steps:
+            return kernel
         if self.calls[training] < 0:
-            return False
+            return NEVER
         self.calls[training] = (self.calls[training] + 1) % _AGAIN
-        return self.calls[training] == 0
+        return None if self.calls[training] == 0 else NEVER
 
     def excuse(self, training: bool, reason: str) -> None:
         """Note why nothing was learned from a call, where nothing is known yet."""

@@ -63,6 +63,7 @@ class BatchNormNode(Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run the batch norm, and keep what its gradient needs."""
         call.run()
         ctx.save_for_backward(call.x, weight, call.saved)
         # torch's batch norm does not keep the bias, and lets it be changed before the backward.
@@ -75,6 +76,7 @@ class BatchNormNode(Function):
 
     @staticmethod
     def backward(ctx: Any, *dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients, those of the fused operations included."""
         fused, _ = ctx.shared.take()
         g = _sum(*dy)
         found: tuple[Tensor | None, ...] = fused or (None, None, None)
@@ -89,6 +91,7 @@ class SumNode(Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, residual: Tensor, call: Call, final: bool) -> Any:
+        """Add the residual."""
         call.add(residual)
         ctx.node, ctx.final = call.node, final
         if final:
@@ -98,6 +101,7 @@ class SumNode(Function):
 
     @staticmethod
     def backward(ctx: Any, *dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the batch norm's result and of the residual."""
         g = _sum(*dy)
         if ctx.final:
             return g, g, None, None
@@ -121,6 +125,7 @@ class StepNode(Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, start: Tensor | None, call: Call, number: int) -> Any:
+        """Return the kernel's result, or a deferred tensor before the last step."""
         steps = call.kernel.steps
         ctx.node, ctx.activation, ctx.steps, ctx.residual = call.node, call.kernel.activation, steps[:number], False
         ctx.step, ctx.final = steps[number], number + 1 == len(steps)
@@ -135,6 +140,7 @@ class StepNode(Function):
 
     @staticmethod
     def backward(ctx: Any, *dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the operands' gradients, or leave them to the earlier nodes."""
         g = _sum(*dy)
         if g is None:
             return None, None, None, None

@@ -50,9 +50,11 @@ class Observed:
 
     @property
     def takes_residual(self) -> bool:
+        """Return whether an addition may be fused next."""
         return not self.steps
 
     def follow(self, operation: Operation, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return the result of an operation on the tensor, or None where that needs plain tensors."""
         call, step, target = self.call, operation.step, operation.target
         if step == HAND_ON:
             return target
@@ -79,14 +81,17 @@ class Observed:
         return result
 
     def settle(self, tensor: Tensor, reason: str, learn: bool) -> None:
+        """Turn the tensor into a plain one."""
         become_plain(tensor)
         if learn and not self.steps:
             self.call.memory.give_up(self.call.training, reason)
 
     def stays(self, reason: str) -> bool:
+        """Return whether the tensor must stay the same object while its values are read."""
         return False
 
     def expose(self) -> Tensor:
+        """Return the values, for code that does not see the class."""
         raise AssertionError("an observed tensor has values of its own")
 
 
@@ -107,10 +112,12 @@ class Promise:
 
     @property
     def takes_residual(self) -> bool:
+        """Return whether an addition may be fused next."""
         return self.done == 0 and self.call.kernel.residual
 
     @property
     def start(self) -> Tensor | None:
+        """Return the batch norm's own result, if it is still deferred."""
         call = self.call
         root = call.root() if self.done and call.root is not None else None
         if type(root) is not DeferredTensor:
@@ -119,6 +126,7 @@ class Promise:
         return root if isinstance(made, Promise) and made.call is call and made.done == 0 else None
 
     def follow(self, operation: Operation, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return the result of an operation on the tensor, or None where that needs plain tensors."""
         call, step = self.call, operation.step
         if step == HAND_ON:
             return operation.target
@@ -155,7 +163,7 @@ class Promise:
         else:
             start = other._pending.hidden if operation.step == TIMES_START else None  # type: ignore[union-attr]
             made = _step_node(hidden, start, call, self.done)
-        return made if final else promise(call, done, *made)  # type: ignore[no-any-return]
+        return made if final else promise(call, done, *made)
 
     def _may_add(self, residual: Any) -> bool:
         call = self.call
@@ -176,6 +184,7 @@ class Promise:
             return tensor.grad_fn is self.hidden.grad_fn
 
     def settle(self, tensor: Tensor, reason: str, learn: bool) -> None:
+        """Turn the tensor into a plain one."""
         with torch.inference_mode(False):
             if self._is_own(tensor):
                 value = self.expose().detach()
@@ -201,6 +210,7 @@ class Promise:
             call.memory.give_up(call.training, f"{reason}, besides the operation that runs with it", True)
 
     def stays(self, reason: str) -> bool:
+        """Return whether the tensor must stay the same object while its values are read."""
         # So within an autograd.Function, which has looked at its arguments' places in the graph before.
         if not self.call.grad or torch.is_grad_enabled():
             return False
@@ -208,6 +218,7 @@ class Promise:
         return True
 
     def expose(self) -> Tensor:
+        """Return the values, for code that does not see the class."""
         if self.exposed is None:
             self.exposed = self.call.value_after(self.done)
         return self.exposed

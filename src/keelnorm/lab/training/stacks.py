@@ -87,7 +87,7 @@ class Stack(nn.Module):
             bias = draw_bias(shape, initialization, generator)  # drawn where it isn't used too: all arms share draws
             last = index == len(shapes) - 1
             self.weights.append(_stacked(weight, scales))
-            self.biases.append(_stacked(bias, scales) if last or not without_bias else None)  # type: ignore[arg-type]
+            self.biases.append(_stacked(bias, scales) if last or not without_bias else None)
             spatial = len(shape) - 2
             if place == "input":
                 self.inputs.append(arm.layer(spatial, shape[1], self.replicas))

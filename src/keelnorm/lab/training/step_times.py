@@ -24,7 +24,7 @@ def stepper(model: nn.Module, images: Tensor, labels: Tensor, rate: float) -> Ca
     def step() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         return loss.detach()
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import keelnorm as kn
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.lab.data import Split
 from keelnorm.lab.training.stacks import Stack
 
@@ -115,7 +115,7 @@ def _column(amount: Tensor | float) -> Tensor | float:
 
 def statistics_paused(stack: Stack) -> AbstractContextManager[object]:
     """Update no running statistics inside the block; arms without batch norm have none."""
-    has_some = any(isinstance(module, _BatchNorm) for module in stack.modules())
+    has_some = any(isinstance(module, BatchNormBase) for module in stack.modules())
     return kn.pause_statistics(stack) if has_some else nullcontext()
 
 

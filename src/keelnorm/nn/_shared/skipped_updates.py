@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.engine.update_counts import SKIPPED, UpdateCounts
 
 
-class CountsSkipped(_BatchNorm):
+class CountsSkipped(BatchNormBase):
     """A batch normalization with ``skipped_updates``, which is not a buffer: the buffers are torch.nn's."""
 
     #: None if the layer's class was changed to this one after its construction.
@@ -74,7 +74,7 @@ class CountsSkipped(_BatchNorm):
     def _replicate_for_data_parallel(self) -> torch.nn.Module:
         replica = super()._replicate_for_data_parallel()
         if self._updates is not None:
-            replica._updates = self._updates.shared()  # type: ignore[assignment]
+            replica._updates = self._updates.shared()
         return replica  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:

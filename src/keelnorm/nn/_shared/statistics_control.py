@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.engine.arguments import State
-from keelnorm.engine.torch_internals import transform_stack
+from keelnorm.engine.torch_internals import BatchNormBase, transform_stack
 from keelnorm.moments import Moments
 
 
 class Pool:
     """Merges the moments of a layer's batches, instead of updating its running statistics."""
 
-    def __init__(self, layer: _BatchNorm) -> None:
+    def __init__(self, layer: BatchNormBase) -> None:
         self.layer = layer
         self.moments: Moments | None = None
         #: The layer's momentum at the last forward.
@@ -103,7 +102,7 @@ class Control:
         return type(None), ()
 
 
-class Controlled(_BatchNorm):
+class Controlled(BatchNormBase):
     """A batch normalization that follows its :class:`Control`, if it has one."""
 
     _control: Control | None = None

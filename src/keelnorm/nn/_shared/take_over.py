@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.engine.activations import is_untouched
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.nn.batch_norm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 #: The layers that can be taken over: exact types, whose whole state is torch.nn's, and the ranks of their inputs.
@@ -57,7 +57,7 @@ def options_of(what: str, bn: Any) -> dict[str, Any]:
     }
 
 
-def adopt(layer: Any, bn: _BatchNorm) -> None:
+def adopt(layer: Any, bn: BatchNormBase) -> None:
     """Copy values, mode and legal ranks from a batch normalization to the layer that takes its place."""
     if bn.bias is None:
         layer.register_parameter("bias", None)

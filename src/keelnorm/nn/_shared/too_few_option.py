@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from torch.nn.modules.batchnorm import _BatchNorm
-
 from keelnorm.engine.masking import TooFew, check_policy
+from keelnorm.engine.torch_internals import BatchNormBase
 
 
-class HasTooFew(_BatchNorm):
+class HasTooFew(BatchNormBase):
     """A batch normalization with the option ``too_few``; see :class:`keelnorm.BatchNorm`."""
 
     too_few: TooFew = "error"

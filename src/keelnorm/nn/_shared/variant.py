@@ -56,7 +56,7 @@ class Variant(Layer):
     own_evaluation: str | None = None
     changed_by_forward: tuple[str, ...] = ()
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Tensor,
         residual: Tensor | None = None,
@@ -95,7 +95,7 @@ class Variant(Layer):
         if not isinstance(x, Tensor):
             node = fx_node(self, x, residual, options, **more)
             if node is not None:
-                return node  # type: ignore[no-any-return]
+                return node
         if torch.compiler.is_compiling():
             return self._answer(x, residual, options, **more)
         try:

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.engine.error_messages import check_module
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.nn._shared.replace_layers import replace_layers
 from keelnorm.nn._shared.take_over import options_of
 from keelnorm.nn.domain.domain_batch_norm import DomainBatchNorm
@@ -78,9 +78,9 @@ def convert_domains(
         'DomainBatchNorm'
     """
     check_module("convert_domains", model)
-    new: dict[_BatchNorm, torch.nn.Module] = {}
+    new: dict[BatchNormBase, torch.nn.Module] = {}
     for path, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and not isinstance(module, DomainBatchNorm):
+        if isinstance(module, BatchNormBase) and not isinstance(module, DomainBatchNorm):
             options_of(f"convert_domains: {path or 'the model'}", module)
             new[module] = DomainBatchNorm.from_batch_norm(module, domains, share_affine=share_affine)
     if not new:

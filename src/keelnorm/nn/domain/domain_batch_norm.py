@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.engine import dispatch
 from keelnorm.engine.activations import Activation, ActivationLike
 from keelnorm.engine.arguments import State, check_arguments, check_channels
 from keelnorm.engine.error_messages import describe
 from keelnorm.engine.masking import Padding
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.functional import Options
 from keelnorm.moments import Moments, Weighting
 from keelnorm.nn._shared.normalize import normalize_by_batch
@@ -128,7 +128,7 @@ class DomainBatchNorm(Variant):
 
     @classmethod
     def from_batch_norm(
-        cls, bn: _BatchNorm, domains: Sequence[str] | int, *, share_affine: bool = True
+        cls, bn: BatchNormBase, domains: Sequence[str] | int, *, share_affine: bool = True
     ) -> DomainBatchNorm:
         """Make a layer in which every domain starts as ``bn``.
 
@@ -147,7 +147,7 @@ class DomainBatchNorm(Variant):
             setattr(layer, name, parameter)
         return layer
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Tensor,
         residual: Tensor | None = None,

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import Module
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.engine.activations import is_untouched
 from keelnorm.engine.error_messages import check_module
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.nn._shared.replace_layers import replace_layers
 from keelnorm.nn._shared.skipped_updates import CountsSkipped
 from keelnorm.nn.batch_norm import FusedBatchNorm
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 #: Layers whose forward is that of plain batch normalization.
-_PLAIN = (_BatchNorm, torch.nn.SyncBatchNorm, FusedBatchNorm, SyncBatchNorm)
+_PLAIN = (BatchNormBase, torch.nn.SyncBatchNorm, FusedBatchNorm, SyncBatchNorm)
 
 
 def convert_sync(kind: type[SyncBatchNorm], module: Module, process_group: ProcessGroup | None) -> Module:
     """Do what :meth:`SyncBatchNorm.convert_sync_batchnorm` says, with layers of the class ``kind``."""
     check_module("convert_sync_batchnorm", module)
-    layers = {layer: name for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
+    layers = {layer: name for name, layer in module.named_modules() if isinstance(layer, BatchNormBase)}
     for layer, name in layers.items():
         _check_convertible(layer, name)
     return replace_layers(module, {layer: _synchronized(kind, layer, process_group) for layer in layers})
 
 
-def _check_convertible(layer: _BatchNorm, name: str) -> None:
+def _check_convertible(layer: BatchNormBase, name: str) -> None:
     """Raise a ValueError if a synchronized layer would compute something else."""
     if not any(type(layer).forward is plain.forward for plain in _PLAIN):
         reason = "has a forward of its own"
@@ -47,7 +47,7 @@ def _check_convertible(layer: _BatchNorm, name: str) -> None:
     )
 
 
-def _synchronized(kind: type[SyncBatchNorm], layer: _BatchNorm, process_group: ProcessGroup | None) -> SyncBatchNorm:
+def _synchronized(kind: type[SyncBatchNorm], layer: BatchNormBase, process_group: ProcessGroup | None) -> SyncBatchNorm:
     """A synchronized layer with the layer's parameters, buffers, options and mode."""
     new = kind(
         layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats, process_group,

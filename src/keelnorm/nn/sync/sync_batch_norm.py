@@ -59,7 +59,7 @@ class SyncBatchNorm(HasTooFew, Variant):
     Differs:
         From ``torch.nn.SyncBatchNorm``: runs on the CPU (gloo) as well; takes a residual, an activation and a mask;
         stays accurate when the mean is much larger than the standard deviation. It is not a subclass, because
-        ``DistributedDataParallel`` refuses those on the CPU; it is a subclass of ``_BatchNorm``. As there, the
+        ``DistributedDataParallel`` refuses those on the CPU; it is a subclass of ``BatchNormBase``. As there, the
         gradients of weight and bias are those of the rank's own samples: ``DistributedDataParallel`` averages them over
         ranks like all others; without it, sum them.
 
@@ -113,7 +113,7 @@ class SyncBatchNorm(HasTooFew, Variant):
         self.set_too_few(too_few)
         self.process_group = process_group
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input: Tensor,
         residual: Tensor | None = None,

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.control.layer_selection import Where
 from keelnorm.engine.activations import NONE
 from keelnorm.engine.fusion.expectations import ATTRIBUTE, Memory
 from keelnorm.engine.fusion.scope import add_scope, remove_scope
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.nn._shared.variant import Variant
 from keelnorm.nn.batch_norm import FusedBatchNorm
 from keelnorm.surgery.conversion.counterparts import (
@@ -150,7 +150,7 @@ def _callers(model: nn.Module) -> Iterator[nn.Module]:
 class _Change:
     """What was done to one layer."""
 
-    def __init__(self, layer: _BatchNorm, target: Target) -> None:
+    def __init__(self, layer: BatchNormBase, target: Target) -> None:
         self.layer, self.target = layer, target
         self.was = name_of(type(layer))
 
@@ -187,7 +187,7 @@ class _Summary(Mapping[str, Any]):
     """The summary of a report that follows the model."""
 
     def __init__(self, changes: Mapping[str, _Change], rows: _Rows) -> None:
-        self._values: dict[str, Callable[[], int]] = {
+        self._saved_values: dict[str, Callable[[], int]] = {
             "batch norms": lambda: len(changes),
             "converted": lambda: sum(change.target.kind is not None for change in changes.values()),
             "fused": lambda: sum(row["runs with"] is not None for row in rows),
@@ -195,13 +195,13 @@ class _Summary(Mapping[str, Any]):
         }
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self._saved_values)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
+        return iter(self._saved_values)
 
     def __getitem__(self, name: str) -> int:
-        return self._values[name]()
+        return self._saved_values[name]()
 
 
 def _words(memory: Memory) -> str | None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm import nn as layers
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.nn._shared.skipped_updates import CountsSkipped
 from keelnorm.surgery.conversion.foreign_layers import Registered, twin_of
 from keelnorm.surgery.known_layers import known, registration_mismatch
@@ -47,7 +47,7 @@ class Target:
     refusal: str | None = None
 
 
-def target_of(layer: _BatchNorm, sync: bool | None) -> Target:
+def target_of(layer: BatchNormBase, sync: bool | None) -> Target:
     """Decide which class a layer gets.
 
     Args:
@@ -86,7 +86,7 @@ def target_of(layer: _BatchNorm, sync: bool | None) -> Target:
     return Target(TWINS.get(kind))
 
 
-def change_class(layer: _BatchNorm, kind: type[nn.Module], process_group: Any) -> None:
+def change_class(layer: BatchNormBase, kind: type[nn.Module], process_group: Any) -> None:
     """Change a layer's class in place; :func:`change_back` undoes it."""
     attributes = layer.__dict__
     counted, grouped = "_updates" in attributes, "process_group" in attributes
@@ -106,7 +106,7 @@ def is_changed(layer: nn.Module) -> bool:
 
 def class_before(layer: nn.Module) -> type[nn.Module]:
     """The class that a layer had before :func:`change_class`, or has if it was not changed."""
-    return layer.__dict__[_WAS][0] if is_changed(layer) else type(layer)  # type: ignore[no-any-return]
+    return layer.__dict__[_WAS][0] if is_changed(layer) else type(layer)
 
 
 def name_of(kind: type) -> str:

@@ -9,18 +9,18 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm import nn as layers
 from keelnorm.engine.arguments import State
 from keelnorm.engine.fusion.call import passes_by
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.functional import Options
 from keelnorm.nn.batch_norm import FusedBatchNorm, fx_node
 from keelnorm.surgery.known_layers import ORIGIN, Known, known
 
 passes_by(__file__)
 #: The base that replaces each of torch.nn's.
-_OURS: dict[type[_BatchNorm], type[_BatchNorm]] = {
+_OURS: dict[type[BatchNormBase], type[BatchNormBase]] = {
     nn.BatchNorm1d: layers.BatchNorm1d,
     nn.BatchNorm2d: layers.BatchNorm2d,
     nn.BatchNorm3d: layers.BatchNorm3d,
@@ -42,7 +42,7 @@ class Registered(nn.Module):
             if node is not None:
                 return node  # type: ignore[no-any-return]
         if isinstance(self, Frozen) and not self.fits(x):
-            return self._registered.forward(self, x)  # type: ignore[no-any-return]
+            return self._registered.forward(self, x)
         y = super().forward(x)
         for name in self._then:
             part = getattr(self, name, None)

@@ -131,7 +131,7 @@ def _plain_calls(what: str, module: fx.GraphModule, changing: Collection[nn.Modu
 
     def has_more(node: fx.Node) -> bool:
         more = len(node.args) > 1 or node.kwargs.keys() - {"input", "x"}
-        return node.op == "call_module" and modules.get(node.target) in changing and bool(more)  # type: ignore[call-overload]
+        return node.op == "call_module" and modules.get(node.target) in changing and bool(more)
 
     if not any(map(has_more, module.graph.nodes)):
         return None

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.surgery.folding.fold_sites import Site, run_again
 from keelnorm.surgery.folding.fold_weights import Weights
 from keelnorm.surgery.known_layers import modules_after
@@ -25,7 +25,7 @@ def tolerance_of(dtype: torch.dtype) -> float:
 
 
 def layer_difference(
-    norm: _BatchNorm, site: Site, x: Tensor, before: Weights, after: Weights, is_producer: bool
+    norm: BatchNormBase, site: Site, x: Tensor, before: Weights, after: Weights, is_producer: bool
 ) -> float:
     """The largest difference that folding makes to a pair's output, relative to the output's largest value.
 

@@ -7,8 +7,8 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.nn._shared.replace_layers import replace_layers
 from keelnorm.surgery.folding.fold_check import layer_difference, run_between, tolerance_of
 from keelnorm.surgery.folding.fold_sites import CannotFoldError, Site, site_after, site_before
@@ -62,7 +62,7 @@ class Planner:
         #: The inputs of layers that the batch norm before them is folded into.
         self._inputs: dict[ModuleCall, Tensor] = {}
 
-    def run(self, norms: dict[str, _BatchNorm]) -> Plan:
+    def run(self, norms: dict[str, BatchNormBase]) -> Plan:
         """Plan the fold of these batch norms, in the order in which they ran."""
         ran = {call.module: i for i, call in enumerate(self._trace.modules)}
         for path, norm in sorted(norms.items(), key=lambda item: ran.get(item[1], -1)):
@@ -73,7 +73,7 @@ class Planner:
         self.plan.rows = {path: self.plan.rows[path] for path in norms}
         return self.plan
 
-    def _place(self, path: str, norm: _BatchNorm) -> dict[str, Any]:
+    def _place(self, path: str, norm: BatchNormBase) -> dict[str, Any]:
         """Fold into the layer before, else into the layer after; return the changes of the report's row."""
         call, reasons = self._trace.calls_of(norm)[0], []
         sides: tuple[Side, Side] = ("before", "after")
@@ -90,14 +90,14 @@ class Planner:
             return {"into": site.call.path, "where": where, "difference": difference}
         return {"reason": "; ".join(reasons)}
 
-    def _site(self, norm: _BatchNorm, call: ModuleCall, where: Side) -> Site:
+    def _site(self, norm: BatchNormBase, call: ModuleCall, where: Side) -> Site:
         if where == "before":
             return site_before(self._trace, call, self._gone)
         if _calls_more(norm):
             raise CannotFoldError(f"calls {', '.join(modules_after(norm)._modules)} after the normalization")
         return site_after(self._trace, call)
 
-    def _fold(self, norm: _BatchNorm, call: ModuleCall, site: Site, where: Side) -> float:
+    def _fold(self, norm: BatchNormBase, call: ModuleCall, site: Site, where: Side) -> float:
         """Plan the fold of one pair, and return the difference that it makes.
 
         Raises:
@@ -146,7 +146,7 @@ def _first(call: ModuleCall) -> Tensor:
     return x
 
 
-def _calls_more(norm: _BatchNorm) -> bool:
+def _calls_more(norm: BatchNormBase) -> bool:
     """Whether a batch norm's layer calls modules after the normalization."""
     return type(modules_after(norm)) is not nn.Identity
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.surgery.folding.foldable_layers import is_transposed
 
 
@@ -25,7 +25,7 @@ class Weights(NamedTuple):
     bias: Tensor | None
 
 
-def affine_of(layer: _BatchNorm) -> Affine:
+def affine_of(layer: BatchNormBase) -> Affine:
     """Compute scale = γ / √(running_var + eps) and shift = β − running_mean · scale."""
     assert layer.running_mean is not None and layer.running_var is not None
     scale = (layer.running_var.detach().double() + layer.eps).rsqrt()

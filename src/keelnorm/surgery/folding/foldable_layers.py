@@ -6,11 +6,10 @@ from collections import Counter, defaultdict
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from keelnorm.engine.torch_internals import BatchNormBase, ConvBase, ConvTransposeBase
 from keelnorm.nn._shared.variant import Variant
 from keelnorm.surgery.known_layers import computes_as, is_frozen, is_norm, registration_mismatch
 from keelnorm.surgery.observation.call_record import ModuleCall, Trace, Value
@@ -40,7 +39,7 @@ class Layers:
             id(parameter) for module in self.paths for parameter in module._parameters.values() if parameter is not None
         )
 
-    def norm_refusal(self, layer: _BatchNorm) -> str | None:
+    def norm_refusal(self, layer: BatchNormBase) -> str | None:
         """Why a batch norm can't be folded, whatever its neighbours are; None if it can."""
         if self.paths[layer] == [""]:
             return "is the model itself"
@@ -90,7 +89,7 @@ class Layers:
                 return f"has a {name} that is read outside its forward"
         return None
 
-    def _call_refusal(self, layer: _BatchNorm) -> str | None:
+    def _call_refusal(self, layer: BatchNormBase) -> str | None:
         call = self.trace.calls_of(layer)[0]
         x = input_of(call)
         if x is None:
@@ -104,7 +103,7 @@ class Layers:
 
 def is_whole(module: nn.Module) -> bool:
     """Whether folding looks at the module's call as one, and not at the functions that it calls."""
-    return isinstance(module, _ConvNd | nn.Linear) or is_norm(module)
+    return isinstance(module, ConvBase | nn.Linear) or is_norm(module)
 
 
 def channels_of(layer: nn.Module) -> int:
@@ -128,14 +127,14 @@ def _is_plain_linear(module: nn.Module) -> bool:
     kind = type(module)
     return any(
         isinstance(module, known)
-        and kind.forward is known.forward  # type: ignore[attr-defined]
+        and kind.forward is known.forward
         and getattr(kind, "_conv_forward", None) is getattr(known, "_conv_forward", None)
         and getattr(kind, "_output_padding", None) is getattr(known, "_output_padding", None)
         for known in LINEAR
     )
 
 
-def _bad_values(layer: _BatchNorm) -> str | None:
+def _bad_values(layer: BatchNormBase) -> str | None:
     """What is wrong with a batch norm's statistics and parameters; None for nothing."""
     named = {name: getattr(layer, name) for name in ("running_mean", "running_var", "weight", "bias")}
     present = {name: value for name, value in named.items() if value is not None}
@@ -169,14 +168,14 @@ def _bad_weight(module: nn.Module) -> str | None:
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether the layer is a transposed convolution."""
-    return isinstance(module, _ConvTransposeNd)
+    return isinstance(module, ConvTransposeBase)
 
 
 def pads_with_zeros(module: nn.Module) -> bool:
     """Whether the layer pads its input with zeros."""
     if isinstance(module, nn.Linear):
         return False
-    assert isinstance(module, _ConvNd)
+    assert isinstance(module, ConvBase)
     if isinstance(module.padding, str):
         reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         pads = module.padding == "same" and any(reach)

@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.control.layer_selection import named
 from keelnorm.engine.error_messages import describe
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.nn.batch_norm import BatchNorm
 from keelnorm.surgery.target_layers import batch_norms_in
 
@@ -74,7 +74,7 @@ class Convention:
         layer["running_var"] = scaled(layer["running_var"], n, n - 1 if n else None)
         return layer
 
-    def write(self, what: str, path: str, layer: _BatchNorm, count: Count) -> dict[str, np.ndarray]:
+    def write(self, what: str, path: str, layer: BatchNormBase, count: Count) -> dict[str, np.ndarray]:
         """Write a layer's entries under the library's names, with the variance biased if ``count`` is given.
 
         Raises:
@@ -160,7 +160,7 @@ def export_layers(
     """Write all batch norms of a model, by the parts of their paths; () for a model that is itself one."""
     layers = batch_norms_in(what, model)
     if not layers:
-        raise ValueError(f"{what}: the model has no batch norm (a torch.nn.modules.batchnorm._BatchNorm)")
+        raise ValueError(f"{what}: the model has no batch norm (a BatchNormBase)")
     return {
         tuple(path.split(".")) if path else (): convention.write(what, path, layer, count)
         for path, layer in layers.items()

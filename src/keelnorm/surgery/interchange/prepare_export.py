@@ -6,10 +6,10 @@ import copy
 from typing import Any, Literal, TypeVar
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.control.layer_selection import named
 from keelnorm.engine.error_messages import describe
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.nn._shared.variant import Variant
 from keelnorm.surgery.conversion.counterparts import name_of
 from keelnorm.surgery.conversion.to_torch import make_plain
@@ -78,14 +78,14 @@ def prepare_export(
     return model, Report("prepare_export", summary, rows, notes_on(model))
 
 
-def _normalizes_with_batch(layer: _BatchNorm) -> str | None:
+def _normalizes_with_batch(layer: BatchNormBase) -> str | None:
     """Why a layer normalizes with the batch, in words that follow its path."""
     if layer.running_mean is None:
         return "has no running statistics"
     return "is in training mode" if layer.training and not is_frozen(layer) else None
 
 
-def _not_ready(layer: _BatchNorm) -> str | None:
+def _not_ready(layer: BatchNormBase) -> str | None:
     """What a layer lacks to evaluate, in words that follow its path."""
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return "does not know its channels yet: run the model once"

@@ -8,11 +8,11 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.control.layer_selection import Where
 from keelnorm.control.run_uncompiled import uncompiled
 from keelnorm.engine.error_messages import describe
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.functional import moments as moments_of
 from keelnorm.surgery.report import Report
 from keelnorm.surgery.snapshot import all_or_nothing, copy_values, in_evaluation, put_back
@@ -103,7 +103,7 @@ def adapt(
     passes = (len(targets) if sequential else 1) + bool(entropy)
     if mode == "cumulative":
         check_loader("adapt", loader, passes)
-    pooled: dict[_BatchNorm, PooledInput] = {}
+    pooled: dict[BatchNormBase, PooledInput] = {}
     values = [getattr(layer, name, None) for layer in targets.values() for name in _ADAPTED]
     with all_or_nothing(targets.values(), values):
         for layer in targets.values():
@@ -158,7 +158,7 @@ class AdaptedForward:
     A forward that someone else has set on the layer is kept, and called.
     """
 
-    def __init__(self, layer: _BatchNorm, prior: float) -> None:
+    def __init__(self, layer: BatchNormBase, prior: float) -> None:
         self.layer, self.prior = layer, prior
         self.patch: Callable[..., Any] | None = vars(layer).get("forward")
 
@@ -183,7 +183,7 @@ class AdaptedForward:
             buffers.update(before)
 
 
-def _stop_adapting_batches(layer: _BatchNorm) -> None:
+def _stop_adapting_batches(layer: BatchNormBase) -> None:
     """Undo ``mode="batch"``, if the layer has it."""
     forward = vars(layer).get("forward")
     if isinstance(forward, AdaptedForward):
@@ -215,7 +215,7 @@ def _check(loader: Any, prior: Any, mode: Any, entropy: bool) -> None:
         )
 
 
-def _set_blended(layer: _BatchNorm, pooled: PooledInput, prior: float) -> None:
+def _set_blended(layer: BatchNormBase, pooled: PooledInput, prior: float) -> None:
     """Set a layer's running statistics to the source's, blended with those of its inputs."""
     if pooled.samples == 0:
         raise ValueError(f"adapt: {name_of(layer)} got no values; use where= to leave layers out")
@@ -229,7 +229,9 @@ def _set_blended(layer: _BatchNorm, pooled: PooledInput, prior: float) -> None:
     put_back(layer, new)
 
 
-def _row(path: str, layer: _BatchNorm, pooled: PooledInput | None, prior: float, reason: str | None) -> dict[str, Any]:
+def _row(
+    path: str, layer: BatchNormBase, pooled: PooledInput | None, prior: float, reason: str | None
+) -> dict[str, Any]:
     row: dict[str, Any] = {
         "path": path, "kind": type(layer).__name__, "samples": None, "source weight": None, "mean drift": None,
         "variance ratio": None, "reason": reason,

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.control.frozen_layer import has_frozen_statistics
 from keelnorm.control.layer_hooks import paused
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.functional import moments as moments_of
 from keelnorm.moments import Moments
 from keelnorm.nn._shared.variant import Variant
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def reason_to_leave(layer: _BatchNorm) -> str | None:
+def reason_to_leave(layer: BatchNormBase) -> str | None:
     """Why a layer's running statistics can't be set from its inputs; None if they can."""
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return "does not know its channels yet"
@@ -40,12 +40,12 @@ def reason_to_leave(layer: _BatchNorm) -> str | None:
     return None
 
 
-def name_of(layer: _BatchNorm) -> str:
+def name_of(layer: BatchNormBase) -> str:
     """A layer in the words of an error."""
     return f"a {type(layer).__name__} of {layer.num_features} channels"
 
 
-def check_finite(what: str, layer: _BatchNorm, moments: Moments, *new: Tensor) -> None:
+def check_finite(what: str, layer: BatchNormBase, moments: Moments, *new: Tensor) -> None:
     """Raise unless the moments of a layer's inputs are finite, and its new running statistics in their dtype too."""
     if not bool((moments.mean.isfinite() & moments.m2.isfinite()).all()):
         raise RuntimeError(
@@ -101,7 +101,7 @@ StartPass = Callable[[], Iterable[Any]]
 #: Runs the model on a batch.
 RunBatch = Callable[[Any], Any]
 #: Sets a layer's running statistics from its pooled inputs.
-SetStatistics = Callable[[_BatchNorm, PooledInput], None]
+SetStatistics = Callable[[BatchNormBase, PooledInput], None]
 
 
 class Collector:
@@ -114,15 +114,15 @@ class Collector:
     """
 
     def __init__(
-        self, targets: Iterable[_BatchNorm], *, keep_batches: bool, after_call: Callable[[], None] = lambda: None
+        self, targets: Iterable[BatchNormBase], *, keep_batches: bool, after_call: Callable[[], None] = lambda: None
     ) -> None:
-        self.pooled: dict[_BatchNorm, PooledInput] = {}
+        self.pooled: dict[BatchNormBase, PooledInput] = {}
         for layer in targets:
             assert layer.running_mean is not None
             channels, device = layer.running_mean.shape[-1], layer.running_mean.device
             self.pooled[layer] = PooledInput(Moments.empty(channels, device=device))
         self._keep_batches, self._after_call = keep_batches, after_call
-        self._batch: dict[_BatchNorm, tuple[list[Moments], int]] = {}
+        self._batch: dict[BatchNormBase, tuple[list[Moments], int]] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -133,7 +133,7 @@ class Collector:
             yield
 
     def _record(self, layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        assert isinstance(layer, _BatchNorm)
+        assert isinstance(layer, BatchNormBase)
         if keywords.get("sample_weight") is not None:
             raise ValueError(
                 f"a {type(layer).__name__} is called with sample_weight=, which can't be pooled; use mask= instead"
@@ -190,12 +190,12 @@ def _end_forward() -> None:
     raise _EnoughError
 
 
-def calls_in_order(targets: Iterable[_BatchNorm], forward: RunBatch, batch: Any) -> dict[_BatchNorm, int]:
+def calls_in_order(targets: Iterable[BatchNormBase], forward: RunBatch, batch: Any) -> dict[BatchNormBase, int]:
     """The layers that a batch reaches, in the order of their first calls, with the number of calls of each."""
-    calls: dict[_BatchNorm, int] = {}
+    calls: dict[BatchNormBase, int] = {}
 
     def note(layer: nn.Module, *_: Any) -> None:
-        assert isinstance(layer, _BatchNorm)
+        assert isinstance(layer, BatchNormBase)
         calls[layer] = calls.get(layer, 0) + 1
 
     with ExitStack() as stack, torch.no_grad():
@@ -206,7 +206,7 @@ def calls_in_order(targets: Iterable[_BatchNorm], forward: RunBatch, batch: Any)
 
 
 @contextmanager
-def normalizing_with_batch(targets: Iterable[_BatchNorm]) -> Iterator[None]:
+def normalizing_with_batch(targets: Iterable[BatchNormBase]) -> Iterator[None]:
     """Let layers of a model in evaluation normalize with the batch, without updating their running statistics.
 
     A batch with one value per channel has no variance, and is normalized by the running statistics.
@@ -228,13 +228,13 @@ def normalizing_with_batch(targets: Iterable[_BatchNorm]) -> Iterator[None]:
 
 
 def in_one_pass(
-    targets: list[_BatchNorm],
+    targets: list[BatchNormBase],
     forward: RunBatch,
     start: StartPass,
     set_statistics: SetStatistics,
     tolerance: float | None = None,
     group: ProcessGroup | None = None,
-) -> dict[_BatchNorm, PooledInput]:
+) -> dict[BatchNormBase, PooledInput]:
     """Pool the inputs of all layers in one pass, in which they normalize with the batch; then set their statistics."""
     collector = Collector(targets, keep_batches=tolerance is not None)
     with normalizing_with_batch(targets), collector.recording():
@@ -246,17 +246,17 @@ def in_one_pass(
 
 
 def layer_by_layer(
-    targets: list[_BatchNorm],
+    targets: list[BatchNormBase],
     forward: RunBatch,
     start: StartPass,
     set_statistics: SetStatistics,
     tolerance: float | None = None,
     group: ProcessGroup | None = None,
-) -> dict[_BatchNorm, PooledInput]:
+) -> dict[BatchNormBase, PooledInput]:
     """Pool the inputs of each layer in a pass of its own, with the statistics of all layers before it already set."""
     first = next(iter(start()), None)
     calls = {} if first is None else calls_in_order(targets, forward, first)
-    found: dict[_BatchNorm, PooledInput] = {}
+    found: dict[BatchNormBase, PooledInput] = {}
     for layer in [*calls, *(layer for layer in targets if layer not in calls)]:
         after_call = _end_forward if calls.get(layer, 1) == 1 else lambda: None
         collector = Collector([layer], keep_batches=tolerance is not None, after_call=after_call)

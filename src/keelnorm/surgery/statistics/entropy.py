@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.engine.error_messages import describe
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.surgery.snapshot import training_only
 from keelnorm.surgery.statistics.collect import RunBatch, StartPass, normalizing_with_batch
 
@@ -19,7 +19,7 @@ MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 def minimize_entropy(
     model: nn.Module,
-    targets: list[_BatchNorm],
+    targets: list[BatchNormBase],
     forward: RunBatch,
     start: StartPass,
     optimizer: bool | MakeOptimizer,
@@ -42,7 +42,7 @@ def minimize_entropy(
     with training_only(trained, model), normalizing_with_batch(targets), torch.enable_grad():
         for batch in start():
             steps.zero_grad()
-            _entropy(_logits(forward(batch))).backward()  # type: ignore[no-untyped-call]
+            _entropy(_logits(forward(batch))).backward()
             steps.step()
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from keelnorm.control.layer_selection import Where
 from keelnorm.control.run_uncompiled import uncompiled
 from keelnorm.engine.error_messages import describe
+from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.surgery.report import Report
 from keelnorm.surgery.snapshot import all_or_nothing, copy_values, in_evaluation
 from keelnorm.surgery.statistics.collect import (
@@ -130,7 +130,7 @@ def recalibrate(
     return model, Report("recalibrate", summary, rows, notes)
 
 
-def set_statistics(layer: _BatchNorm, pooled: PooledInput) -> None:
+def set_statistics(layer: BatchNormBase, pooled: PooledInput) -> None:
     """Set a layer's running statistics to the moments of its inputs.
 
     Raises:
@@ -162,7 +162,7 @@ def drift(mean: Tensor, var: Tensor, old_mean: Tensor, old_var: Tensor) -> dict[
 
 
 def _row(
-    path: str, layer: _BatchNorm, pooled: PooledInput | None, old: Mapping[str, Tensor] | None, reason: str | None
+    path: str, layer: BatchNormBase, pooled: PooledInput | None, old: Mapping[str, Tensor] | None, reason: str | None
 ) -> dict[str, Any]:
     row: dict[str, Any] = {
         "path": path, "kind": type(layer).__name__, "values": None, "mean drift": None, "variance ratio": None,
