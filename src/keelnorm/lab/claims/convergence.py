@@ -182,8 +182,8 @@ CLAIM = Claim(
         Source("Ioffe, Szegedy 2015, section 4.1 and figure 1", "https://arxiv.org/abs/1502.03167"),
         Source("LeCun, Bottou, Orr, Müller 1998: Efficient BackProp", "https://doi.org/10.1007/3-540-49430-8_2"),
     ],
-    criterion="Holds if, under every baseline, the interval of the ratio of steps (none over batch norm) lies above 1; "
-    "depends if under some only; does not hold if it lies below 1 somewhere and above it nowhere.",
+    criterion="Holds if, under every baseline, the interval of the ratio of steps (without batch norm ÷ with it) "
+    "lies above 1; depends if under some only; does not hold if it lies below 1 somewhere and above it nowhere.",
     data=("digits", "mnist", "images"),
     cells=cells,
     read=read,

@@ -171,7 +171,7 @@ CLAIM = Claim(
     title="Remedies for small batches",
     statement="What batch normalization loses with small batches, its remedies bring back.",
     question="Which remedy repairs batch norm at batches of 2 to 8?",
-    literature="Batch renormalization corrects the batch's moments to the running ones, cross-iteration and "
+    literature="Batch renormalization corrects the batch's moments to the running statistics, cross-iteration and "
     "moving-average batch norm take the last batches' moments in, synchronization those of other processes. Their "
     "papers report accuracies near those of large batches, mostly on ImageNet with 2 to 32 samples of many positions "
     "each; a fully connected layer has no positions, and at batch 2 two values a channel. Group norm does not look at "

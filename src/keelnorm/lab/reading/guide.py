@@ -59,8 +59,9 @@ ADVICE = (
     ),
     Advice(
         "A recurrent network",
-        "Batch norm with moments of each step's own. Where inputs hardly vary at some steps, look at accuracy with the "
-        "batch's own moments beside that with running ones, and compare with none ([recurrent](../recurrent.md)).",
+        "Batch norm with moments of each step's own. Where inputs hardly vary at some steps, look at accuracy with "
+        "the batch's own moments beside that with running statistics, and compare with none "
+        "([recurrent](../recurrent.md)).",
         ("recurrent",),
     ),
     Advice(
