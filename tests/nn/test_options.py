@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import keelnorm as kn
-from keelnorm.nn.recurrent.cells import BatchNormLSTMCell
+from keelnorm.nn.recurrent.recurrent_cells import BatchNormLSTMCell
 from keelnorm.nn.recurrent.stepwise import StepwiseBatchNorm
 
 C = 4

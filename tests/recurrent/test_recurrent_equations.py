@@ -9,7 +9,7 @@ import torch
 from recurrent_oracle import flat, gradients, layers, randomize
 from torch.nn.utils.rnn import pad_sequence
 
-from keelnorm.nn.recurrent.cells import BatchNormGRUCell, BatchNormLSTMCell
+from keelnorm.nn.recurrent.recurrent_cells import BatchNormGRUCell, BatchNormLSTMCell
 from keelnorm.nn.recurrent.recurrent_layers import BatchNormGRU, BatchNormLSTM
 
 KINDS = {"LSTM": BatchNormLSTM, "GRU": BatchNormGRU}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
-from keelnorm.nn.recurrent.cells import BatchNormGRUCell, BatchNormLSTMCell
+from keelnorm.nn.recurrent.recurrent_cells import BatchNormGRUCell, BatchNormLSTMCell
 from keelnorm.nn.recurrent.recurrent_layers import BatchNormGRU, BatchNormLSTM
 from keelnorm.nn.recurrent.stepwise import StepwiseBatchNorm
 

@@ -9,7 +9,7 @@ import torch
 from recurrent_oracle import flat, gradients
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
-from keelnorm.nn.recurrent.cells import BatchNormGRUCell, BatchNormLSTMCell
+from keelnorm.nn.recurrent.recurrent_cells import BatchNormGRUCell, BatchNormLSTMCell
 from keelnorm.nn.recurrent.recurrent_layers import BatchNormGRU, BatchNormLSTM
 
 PAIRS = {"LSTM": (torch.nn.LSTM, BatchNormLSTM), "GRU": (torch.nn.GRU, BatchNormGRU)}

@@ -51,23 +51,19 @@ class Normalization:
         """Return ``act(bn(x) + residual)`` with the statistics that :meth:`run` found, without a graph."""
         return dispatch.forward(x, residual, weight, bias, saved, self.state, act)[0]
 
-    def backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        saved: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        y: Tensor | None,
-        act: Activation,
-        need: Needs,
-    ) -> tuple[Tensor | None, ...]:
-        """Return dx, dresidual, dweight, dbias, as far as they are needed.
+    def kept(
+        self, x: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None, act: Activation
+    ) -> Kept:
+        """Return the bundle that the backward takes.
 
         Args:
             y: The result, where a residual was added and the activation is ReLU.
         """
-        return dispatch.backward(dy, self._kept(x, saved, weight, bias if act.code else None, y, act), need)
+        return Kept(x, saved, weight, bias if act.code else None, y, None, self.state.training, act)
+
+    def backward(self, dy: Tensor, kept: Kept, need: Needs) -> tuple[Tensor | None, ...]:
+        """Return dx, dresidual, dweight, dbias, as far as they are needed."""
+        return dispatch.backward(dy, kept, need)
 
     def differentiable(self, x: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Return ``bn(x)`` by the formula, differentiable in x, weight and bias."""
@@ -76,20 +72,6 @@ class Normalization:
         y = xhat if weight is None else xhat * per_channel(weight.to(xhat.dtype), x)
         return (y if bias is None else y + per_channel(bias.to(xhat.dtype), x)).to(x.dtype)
 
-    def differentiable_backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        saved: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        y: Tensor | None,
-        act: Activation,
-    ) -> tuple[Tensor | None, ...]:
+    def differentiable_backward(self, dy: Tensor, kept: Kept) -> tuple[Tensor | None, ...]:
         """Return all four gradients as differentiable functions; see :meth:`backward`."""
-        return composite.backward(dy, self._kept(x, saved, weight, bias, y, act), self.state.eps)
-
-    def _kept(
-        self, x: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None, act: Activation
-    ) -> Kept:
-        return Kept(x, saved, weight, bias, y, None, self.state.training, act)
+        return composite.backward(dy, kept, self.state.eps)

@@ -9,7 +9,7 @@ from keelnorm.nn.ghost import GhostBatchNorm
 from keelnorm.nn.l1 import L1BatchNorm, RangeBatchNorm
 from keelnorm.nn.lazy import LazyBatchNorm, LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from keelnorm.nn.moving_average import MovingAverageBatchNorm, center_weights
-from keelnorm.nn.recurrent.cells import BatchNormGRUCell, BatchNormLSTMCell
+from keelnorm.nn.recurrent.recurrent_cells import BatchNormGRUCell, BatchNormLSTMCell
 from keelnorm.nn.recurrent.recurrent_layers import BatchNormGRU, BatchNormLSTM
 from keelnorm.nn.recurrent.stepwise import StepwiseBatchNorm
 from keelnorm.nn.renorm import BatchRenorm, LinearRamp

@@ -162,12 +162,11 @@ def _gradients(
     """Return dx, dresidual, dweight and dbias from the gradient after an activation, by one kernel where possible."""
     x, weight, bias, saved = _kept(node)
     normalization: Normalization = node.normalization
+    kept = normalization.kept(x, saved, weight, bias, y, act)
     if torch.is_grad_enabled() or _is_batched(dy):
-        return normalization.differentiable_backward(dy, x, saved, weight, bias, y, act)
+        return normalization.differentiable_backward(dy, kept)
     need_x, need_weight, need_bias = node.need
-    return normalization.backward(
-        dy, x, saved, weight, bias, y, act, Needs(need_x, need_residual, need_weight, need_bias)
-    )
+    return normalization.backward(dy, kept, Needs(need_x, need_residual, need_weight, need_bias))
 
 
 def _kept(node: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 import keelnorm as kn
 from keelnorm.lab.core.cell import Result
 from keelnorm.lab.core.seeds import generator, seed_from
+from keelnorm.lab.data.data_split import Split, split
 from keelnorm.lab.data.images import all_images
-from keelnorm.lab.data.split import Split, split
 from keelnorm.lab.training.arms import BN, NONE, Arm
 from keelnorm.lab.training.stacks import Stack, StackedMLP
 from keelnorm.lab.training.train import Descent, batches, correct, losses, percent, rounded

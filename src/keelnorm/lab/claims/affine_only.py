@@ -11,7 +11,7 @@ from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, seeds_text
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.data import images
-from keelnorm.lab.reading.learning_rates import CHOSEN_BY_VALIDATION, accuracies, edge_notes, highest_accuracy
+from keelnorm.lab.reading.best_rates import CHOSEN_BY_VALIDATION, accuracies, edge_notes, highest_accuracy
 from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.series import with_intervals
 from keelnorm.lab.reading.verdicts import Finding, difference_finding, difference_findings

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from keelnorm.lab.core.cell import Cell, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, seeds_text
-from keelnorm.lab.reading.batch_sizes import (
+from keelnorm.lab.reading.by_batch_size import (
     BestBySize,
     best_by_size,
     size_figure,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import LONGER, Plan, seeds_text, steps_for
-from keelnorm.lab.reading.learning_rates import Tuned, edge_notes, fewest_steps
+from keelnorm.lab.reading.best_rates import Tuned, edge_notes, fewest_steps
 from keelnorm.lab.reading.results_by_arm import Runs, column
 from keelnorm.lab.reading.series import band, bars
 from keelnorm.lab.reading.verdicts import speedup_finding

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from keelnorm.lab.core.cell import Cell, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, kind_of, seeds_text
-from keelnorm.lab.reading.learning_rates import (
+from keelnorm.lab.reading.best_rates import (
     CHOSEN_BY_VALIDATION,
     accuracies,
     best_by_arm,

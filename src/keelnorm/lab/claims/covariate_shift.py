@@ -26,7 +26,7 @@ from keelnorm.lab.claims._covariate_shift_training import (
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, seeds_text
-from keelnorm.lab.reading.learning_rates import Tuned, edge_notes, fewest_steps
+from keelnorm.lab.reading.best_rates import Tuned, edge_notes, fewest_steps
 from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.verdicts import Finding, difference_finding, ratio_finding, speedup_finding
 from keelnorm.lab.reading.wording import listed, steps, where_text

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from keelnorm.lab.core.cell import Cell, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, seeds_text
-from keelnorm.lab.reading.learning_rates import accuracies, best_by_arm, edge_notes, rate_row, rate_table
+from keelnorm.lab.reading.best_rates import accuracies, best_by_arm, edge_notes, rate_row, rate_table
 from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.series import accuracy_boxes
 from keelnorm.lab.reading.verdicts import difference_findings

@@ -22,7 +22,7 @@ from keelnorm.lab.claims._generative_training import (
 from keelnorm.lab.core.cell import Cell, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, seeds_text
-from keelnorm.lab.reading.learning_rates import best_rate
+from keelnorm.lab.reading.best_rates import best_rate
 from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.series import boxes
 from keelnorm.lab.reading.verdicts import Finding, difference_finding, ratio_finding

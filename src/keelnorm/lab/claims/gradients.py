@@ -17,7 +17,7 @@ from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, seeds_text
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.data import images
-from keelnorm.lab.reading.learning_rates import accuracies, best_by_arm, edge_notes
+from keelnorm.lab.reading.best_rates import accuracies, best_by_arm, edge_notes
 from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.series import band
 from keelnorm.lab.reading.verdicts import Finding, difference_findings

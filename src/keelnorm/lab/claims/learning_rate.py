@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, seeds_text
-from keelnorm.lab.reading.learning_rates import rate_figure
+from keelnorm.lab.reading.best_rates import rate_figure
 from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.series import bars
 from keelnorm.lab.reading.verdicts import Finding, difference_finding, ratio_finding

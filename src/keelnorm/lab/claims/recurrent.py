@@ -13,7 +13,7 @@ from keelnorm.lab.claims._recurrent_training import ARMS, BATCH, EPS, TASKS, WIN
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, kind_of, seeds_text
-from keelnorm.lab.reading.learning_rates import best_rate
+from keelnorm.lab.reading.best_rates import best_rate
 from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.series import band
 from keelnorm.lab.reading.verdicts import Finding, difference_finding, difference_findings

@@ -23,7 +23,7 @@ from keelnorm.lab.claims._regularization_training import (
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, seeds_text
-from keelnorm.lab.reading.learning_rates import (
+from keelnorm.lab.reading.best_rates import (
     CHOSEN_BY_VALIDATION,
     Best,
     accuracies,

@@ -13,7 +13,7 @@ from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan, seeds_text
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.data import Split, table
-from keelnorm.lab.reading.learning_rates import (
+from keelnorm.lab.reading.best_rates import (
     CHOSEN_BY_VALIDATION,
     accuracies,
     best_by_arm,

@@ -10,9 +10,9 @@ from __future__ import annotations
 from keelnorm.lab.data.corruptions import CORRUPTIONS, corrupted
 from keelnorm.lab.data.data_error import DataError
 from keelnorm.lab.data.data_folder import discover
+from keelnorm.lab.data.data_split import Split
 from keelnorm.lab.data.images import digits, images
 from keelnorm.lab.data.limits import limits
-from keelnorm.lab.data.split import Split
 from keelnorm.lab.data.spoken import Recordings, speakers_of, spoken
 from keelnorm.lab.data.tables import table
 from keelnorm.lab.data.text import characters

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from keelnorm.lab.core.plan import kind_of
 from keelnorm.lab.data.data_folder import files_of
+from keelnorm.lab.data.data_split import Split, split
 from keelnorm.lab.data.idx import read_mnist
 from keelnorm.lab.data.pictures import read_pictures
-from keelnorm.lab.data.split import Split, split
 
 GREY_LEVELS = 16.0
 HELD_OUT = {"digits": (200, 300), "mnist": (1000, 1000), "images": (1000, 1000)}

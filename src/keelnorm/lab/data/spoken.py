@@ -15,8 +15,8 @@ from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.core.threads import one_thread
 from keelnorm.lab.data.data_error import DataError
 from keelnorm.lab.data.data_folder import files_of
+from keelnorm.lab.data.data_split import Split, split
 from keelnorm.lab.data.images import all_images
-from keelnorm.lab.data.split import Split, split
 from keelnorm.lab.data.wav import log_mel, read_wav, recordings_used
 
 GROUPS = 6

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from keelnorm.lab.data.split import Split, split
+from keelnorm.lab.data.data_split import Split, split
 
 TABLES = ("wine", "cancer")
 

@@ -55,10 +55,11 @@ class Synchronized(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients, with sums over all ranks."""
         x, weight, saved, count, bias, y, residual = ctx.saved_tensors
-        need, call = ctx.needs_input_grad[:4], ctx.call
+        need, call = Needs(*ctx.needs_input_grad[:4]), ctx.call
         if torch.is_grad_enabled() or is_transformed():
             refuse_second_derivative(call.what)
-        found = synchronized_backward(dy, x, saved, count, weight, bias, y, residual, call, need)
+        kept = Kept(x, saved, weight, bias, y, residual, training=True, act=call.act)
+        found = synchronized_backward(dy, kept, count, call, need)
         return *found, None, None, None
 
 
@@ -70,42 +71,31 @@ def refuse_second_derivative(what: str) -> NoReturn:
     )
 
 
-def synchronized_backward(
-    dy: Tensor,
-    x: Tensor,
-    saved: Tensor,
-    count: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor | None,
-    residual: Tensor | None,
-    call: Call,
-    need: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
+def synchronized_backward(dy: Tensor, kept: Kept, count: Tensor, call: Call, need: Needs) -> tuple[Tensor | None, ...]:
     """Compute dx, dresidual, dweight and dbias, each only if ``need`` says so.
 
-    ``bias``, ``y`` and ``residual`` are what ``ops.gate_needs`` keeps of them.
+    Args:
+        count: Values per channel of all ranks.
     """
-    act, group, what, step = call.act, call.group, call.what, call.step
-    need_x, need_residual, need_weight, need_bias = need
-    mean, _, rstd = saved
-    given = (dy, x, mean, rstd, weight, bias, y, residual)
+    x, act, group, what, step = kept.x, call.act, call.group, call.what, call.step
+    mean, _, rstd = kept.saved
+    given = (dy, x, mean, rstd, kept.weight, kept.bias, kept.y, kept.residual)
     dx = dresidual = dweight = dbias = None
-    if need_x or need_weight or need_bias:
+    if need.x or need.weight or need.bias:
         dbias, dweight = sums = _run("grad_stats", x, *given, act=act)
-    if need_x:
+    if need.x:
         if step is not None:
             agree(step._replace(direction="backward"), group, what)
         here = step or Step(f"a {what}", "backward", x.shape[1], str(x.dtype).removeprefix("torch."), "training", True)
         total = add_up(torch.stack(tuple(sums)), group, what, lambda: here._replace(direction="backward"))
         dx = _run("grad_input", x, *given, total / count.clamp(min=1), act=act)
-    if need_residual:
+    if need.residual:
         dresidual = dy
         if act.code != 0:
-            kept = Kept(x, saved, weight, bias, y, residual, False, act)
-            dresidual = dispatch.backward(dy, kept, Needs(x=False, residual=True, weight=False, bias=False))[1]
+            only_residual = Needs(x=False, residual=True, weight=False, bias=False)
+            dresidual = dispatch.backward(dy, kept._replace(training=False), only_residual)[1]
         dresidual = dresidual.to(call.residual_dtype)
-    return dx, dresidual, dweight if need_weight else None, dbias if need_bias else None
+    return dx, dresidual, dweight if need.weight else None, dbias if need.bias else None
 
 
 def _run(stem: str, x: Tensor, *given: Tensor | None, act: Activation) -> Any:

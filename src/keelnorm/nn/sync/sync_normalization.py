@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from keelnorm.engine.activations import Activation
-from keelnorm.engine.arguments import State, check_arguments
+from keelnorm.engine.arguments import Kept, Needs, State, check_arguments
 from keelnorm.engine.normalization_steps import Normalization
 from keelnorm.nn.sync.autograd import Call, refuse_second_derivative, synchronized_backward
 
@@ -40,20 +40,10 @@ class SyncNormalization(Normalization):
         self.layer.update_running(total)
         return y, saved
 
-    def backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        saved: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        y: Tensor | None,
-        act: Activation,
-        need: tuple[bool, bool, bool, bool],
-    ) -> tuple[Tensor | None, ...]:
+    def backward(self, dy: Tensor, kept: Kept, need: Needs) -> tuple[Tensor | None, ...]:
         """As :meth:`Normalization.backward`, with sums over all ranks."""
-        call = Call(act, self.group, self.state.what, dy.dtype, None)
-        return synchronized_backward(dy, x, saved, self.count, weight, bias if act.code else None, y, None, call, need)
+        call = Call(kept.act, self.group, self.state.what, dy.dtype, None)
+        return synchronized_backward(dy, kept, self.count, call, need)
 
     def differentiable(self, *_: Any) -> Tensor:
         """Raise: there is no second derivative."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from keelnorm.lab.reading.learning_rates import Best, best_by_arm, edge_notes
+from keelnorm.lab.reading.best_rates import Best, best_by_arm, edge_notes
 from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.series import with_intervals
 from keelnorm.measure.page_parts import Axis, Figure, Series, Table
