@@ -90,7 +90,7 @@ def test_the_check_compares_every_dtype_layout_and_variant():
 def test_a_network_is_compared_with_eager_before_it_is_timed(monkeypatch):
     rows = gpu_network.run_network("ResNet-50", 4, 64, "cpu", 1, ("eager", "keelnorm"))
     assert [(row.error, len(row.samples_ms)) for row in rows] == [(None, 1), (None, 1)]
-    assert rows[1].ratios[rows[1].eager_arm] == pytest.approx(rows[1].samples_ms[0] / rows[0].samples_ms[0], rel=1e-6)
+    assert rows[1].ratios[rows[1].eager_arm] == pytest.approx(rows[1].samples_ms[0] / rows[0].samples_ms[0], rel=1e-3)
 
 
 def test_a_loss_is_held_against_those_of_roundings_of_the_images():

@@ -54,7 +54,7 @@ def test_weights_of_nothing_change_nothing():
 def test_too_little_is_refused(weights, dtype):
     """Also where a rounding puts the sum above 1."""
     layer, x = kn.BatchNorm1d(1), torch.arange(len(weights), dtype=torch.float32).unsqueeze(1)
-    with pytest.raises(ValueError, match=r"BatchNorm1d: sample_weight says how often.*Σw must be above 1.*importance"):
+    with pytest.raises(ValueError, match=r"BatchNorm1d: sample_weight is a frequency.*Σw must be above 1.*importance"):
         layer(x, sample_weight=torch.tensor(weights, dtype=dtype))
     assert (layer.running_mean.item(), layer.num_batches_tracked.item()) == (0, 0)
     with pytest.raises(ValueError, match="Σw must be above 1"):

@@ -58,10 +58,10 @@ def attempt(run: Callable[..., Any], *arguments: Any, check: Callable[[], None] 
 
 def _declined(error: RuntimeError) -> str | None:
     """Return the argument for which an operator declined; "" where it has no kernel, None for any other error."""
-    if isinstance(error, NotImplementedError):
-        return ""
     _, declined, reason = str(error).partition(_UNSUPPORTED)
-    return reason.partition("\n")[0].strip() if declined else None
+    if declined:
+        return reason.partition("\n")[0].strip()
+    return "" if isinstance(error, NotImplementedError) else None
 
 
 def _announce(reason: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from keelnorm.lab.reading.figures import Axis, Figure, Series, Table
+from keelnorm.measure.page_parts import Axis, Figure, Series, Table
 
 import keelnorm as kn
 from keelnorm.lab.core.cell import Cell, Result, Results
