@@ -14,7 +14,7 @@ from torch import Tensor
 
 from keelnorm.engine import composite, fallback, ops
 from keelnorm.engine.activations import Activation
-from keelnorm.engine.arguments import Kept, Needs, State, check_arguments
+from keelnorm.engine.arguments import Kept, Needs, State
 from keelnorm.engine.fast_operators import mark_updated, run_fast
 from keelnorm.engine.kernels import registry, triton
 from keelnorm.engine.layout import counted, dense
@@ -124,22 +124,22 @@ class _BatchNorm(torch.autograd.Function):
         x, weight, saved, bias, y, residual, mask = ctx.saved_tensors
         training, eps, act, residual_dtype, keep = ctx.options
         kept = Kept(x, saved, weight, bias, y, residual, training, act, mask, keep)
-        need = Needs(*ctx.needs_input_grad[:4])
+        need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
         dresidual: Tensor | None = dy
         if torch.is_grad_enabled() or is_transformed():  # create_graph=True, or a derivative of the backward
             dx, dresidual, dweight, dbias = composite.backward(dy, kept, eps)
         else:
-            written = need.residual and act.code != 0
-            dx, dresidual, dweight, dbias = backward(dy, kept, need._replace(residual=written))
+            written = need_residual and act.code != 0
+            dx, dresidual, dweight, dbias = backward(dy, kept, Needs(need_x, written, need_weight, need_bias))
             if not written:
                 dresidual = dy
-            if need.residual and mask is not None:
+            if need_residual and mask is not None:
                 dresidual = counted(mask.unsqueeze(1), dresidual)
         return (
-            dx if need.x else None,
-            dresidual.to(residual_dtype) if need.residual else None,
-            dweight if need.weight else None,
-            dbias if need.bias else None,
+            dx if need_x else None,
+            dresidual.to(residual_dtype) if need_residual else None,
+            dweight if need_weight else None,
+            dbias if need_bias else None,
             None,
             None,
             None,
@@ -162,10 +162,7 @@ def forward(
 
     Unless the latter is given, the running statistics are updated as ``state`` says.
     """
-
-    def check() -> None:
-        check_arguments(state.what, x, residual, weight, bias, state)
-
+    check = (state.what, x, residual, weight, bias, state)
     if saved is not None:
         y = run_fast("finish", x, x, saved, weight, bias, residual, act.code, act.a, act.b, check=check)
         if y is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from keelnorm.engine.arguments import State
+from keelnorm.engine.arguments import State, check_arguments
 from keelnorm.engine.kernels import registry
 from keelnorm.engine.torch_internals import increment_version
 from keelnorm.engine.update_counts import COUNTS
@@ -21,39 +21,45 @@ _log = logging.getLogger("keelnorm")
 _announced: set[str] = set()
 
 
-def run_fast(name: str, x: Tensor, *arguments: Any, check: Callable[[], None] | None = None) -> Any:
+def run_fast(name: str, x: Tensor, *arguments: Any, check: tuple[Any, ...] | None = None) -> Any:
     """Run a fast operator, or return None where the reference back end has to run.
 
     Args:
         name: The operator's, see `engine.ops`.
         x: The tensor whose device and dtype choose the kernels.
         arguments: The operator's.
-        check: See :func:`attempt`.
+        check: Arguments of :func:`check_arguments`, which raises where they are illegal and not only unusual.
     """
     fast = registry.operators(x)
-    return None if fast is None else attempt(getattr(fast, name), *arguments, check=check)
+    if fast is None:
+        return None
+    try:  # as attempt does, without a second call
+        return getattr(fast, name)(*arguments)
+    except RuntimeError as error:
+        _handle(error, check)
+        return None
 
 
-def attempt(run: Callable[..., Any], *arguments: Any, check: Callable[[], None] | None = None) -> Any:
-    """Call a fast operator, or what calls one; return None where it declines the arguments.
-
-    An operator declines before it writes anything. That is announced once, with the reason.
-
-    Args:
-        run: The operator.
-        arguments: The operator's.
-        check: Called when the operator declined: raises where the arguments are illegal, and not only unusual.
-    """
+def attempt(run: Callable[..., Any], *arguments: Any) -> Any:
+    """Call what runs a fast operator; return None where the operator declines the arguments."""
     try:
         return run(*arguments)
     except RuntimeError as error:
-        reason = _declined(error)
-        if reason is None:
-            raise
-        if check is not None:
-            check()
-        _announce(reason)
+        _handle(error, None)
         return None
+
+
+def _handle(error: RuntimeError, check: tuple[Any, ...] | None) -> None:
+    """Raise the error again, unless an operator declined, which is announced once with the reason.
+
+    An operator declines before it writes anything.
+    """
+    reason = _declined(error)
+    if reason is None:
+        raise error
+    if check is not None:
+        check_arguments(*check)
+    _announce(reason)
 
 
 def _declined(error: RuntimeError) -> str | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from keelnorm.engine import composite, dispatch, fallback
 from keelnorm.engine.activations import Activation
-from keelnorm.engine.arguments import Kept, Needs, State, check_arguments
+from keelnorm.engine.arguments import Kept, Needs, State
 from keelnorm.engine.fast_operators import mark_updated, run_fast
 from keelnorm.engine.kernels import reference
 from keelnorm.engine.layout import reduced_dims, require_memory
@@ -109,7 +109,7 @@ def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, state: State
     saved: Tensor | None = run_fast(
         "inplace_", x, x, weight, bias, state.running_mean, state.running_var, state.num_batches_tracked,
         state.training, state.update and state.sink is None, state.momentum, state.eps, act.code, act.a, act.b,
-        state.counts(), check=lambda: check_arguments(state.what, x, None, weight, bias, state),
+        state.counts(), check=(state.what, x, None, weight, bias, state),
     )  # fmt: skip
     if saved is not None:
         mark_updated(state if state.sink is None else state._replace(update=False), x)

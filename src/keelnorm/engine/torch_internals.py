@@ -132,7 +132,9 @@ def is_transformed() -> bool:
 
     torch.compile differentiates what it traced, and is not one of these.
     """
-    return not torch.compiler.is_compiling() and transforms_active()
+    if torch.compiler.is_compiling():
+        return False
+    return transform_stack() is not None or forward_ad._current_level >= 0
 
 
 def transforms_active() -> bool:

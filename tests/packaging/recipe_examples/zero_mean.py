@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from keelnorm.measure.page_parts import Axis, Figure, Series, Table
 
 import keelnorm as kn
 from keelnorm.lab.core.cell import Cell, Result, Results
@@ -13,6 +12,7 @@ from keelnorm.lab.core.claim import Claim, Reading, Source
 from keelnorm.lab.core.plan import Plan
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.reading.verdicts import Finding
+from keelnorm.measure.page_parts import Axis, Figure, Series, Table
 from keelnorm.measure.statistics import mean
 
 
