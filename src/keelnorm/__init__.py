@@ -16,7 +16,7 @@ from keelnorm.control import (
     unfreeze,
 )
 from keelnorm.distributed import sync_statistics
-from keelnorm.memory import reuse_memory
+from keelnorm.memory import reuse_memory, save_memory
 from keelnorm.moments import Moments
 from keelnorm.nn import (
     BatchNorm,
@@ -137,6 +137,7 @@ __all__ = [
     "reset_adaptation",
     "reuse_memory",
     "revert",
+    "save_memory",
     "surgery",
     "sync_statistics",
     "to_flax",

@@ -1,4 +1,4 @@
-"""Reuse of freed memory: large tensors are allocated in pages that the process already has."""
+"""Memory: pages that are reused for large tensors, and outputs that are not kept for the backward."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ import threading
 import warnings
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-__all__ = ["is_active", "obstacle", "reuse_memory"]
+from torch import nn
+
+from keelnorm.engine import saved_outputs
+from keelnorm.engine.error_messages import check_module, describe, is_count
+
+__all__ = ["is_active", "obstacle", "reuse_memory", "save_memory"]
 
 # malloc.h's names for what mallopt sets.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
@@ -104,6 +110,75 @@ class reuse_memory:  # noqa: N801 - reads as a verb, with or without `with`
 
     def __repr__(self) -> str:
         return f"<reuse_memory: {'active' if self.active else 'not active'}, {self.reason}>"
+
+
+class save_memory:  # noqa: N801 - reads as a verb, with or without `with`
+    """Recompute outputs of a model's batch norms in the backward instead of keeping them, until ``undo()``.
+
+    For y = act(bn(x) + residual), autograd keeps x for the batch norm and y for whatever reads it. Only x is kept then:
+    the backward computes y from x once more, which costs one pass over x. Outputs, gradients and running statistics
+    are the same bit for bit. A residual that is itself such an output is recomputed too, in chains of ``longest``.
+
+    It is about the fused operation: an activation behind a batch norm that runs by itself is kept as before. So convert
+    the model first (:func:`kn.convert`), or give layers their ``activation=``. Masked, ghost and in-place batch norms
+    keep what they kept.
+
+    Args:
+        model: A module whose calls are concerned. It is not changed, but for two hooks.
+        longest: The longest chain of outputs that are computed from one another, at least 1. A longer chain keeps less
+            and computes more.
+
+    Differs:
+        From activation checkpointing: convolutions are not computed again. Inside of a checkpoint, or of other hooks on
+        saved tensors (``torch.autograd.graph.save_on_cpu``), inside or outside the model, these act alone. Under
+        torch.compile nothing is done: the compiler recomputes by itself.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: ``longest`` is not an integer from 1 on.
+        RuntimeError: In the backward, as torch's own: what an output is computed from was changed in place.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> with save_memory(layer):
+        ...     layer(torch.randn(2, 3, 8, 8)).sum().backward()
+
+    Source:
+        Rota Bulò, Porzi, Kontschieder (2018), arXiv:1712.02616, section 3 ("checkpointing" of BN and activation);
+        Chen and others (2016), arXiv:1604.06174, for recomputation in general.
+    """
+
+    def __init__(self, model: nn.Module, *, longest: int = 4) -> None:
+        check_module("save_memory", model)
+        if not is_count(longest):
+            raise ValueError(f"save_memory: longest is an integer from 1 on; got {describe(longest)}")
+        self.model = model
+
+        def begin(module: nn.Module, _: Any) -> None:
+            saved_outputs.enter(module, longest)
+
+        def end(module: nn.Module, _: Any, __: Any) -> None:
+            saved_outputs.leave(module)
+
+        self._handles = [
+            model.register_forward_pre_hook(begin),
+            model.register_forward_hook(end, always_call=True),
+        ]
+
+    def undo(self) -> None:
+        """Keep outputs again; a second call does nothing. Graphs that exist stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> save_memory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
 
 
 def is_active() -> bool:

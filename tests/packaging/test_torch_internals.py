@@ -14,7 +14,7 @@ from keelnorm.engine import torch_internals
 PACKAGE = Path(torch_internals.__file__).parents[1]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "torch_internals.py")
 LISTED = {name.partition(".")[2] for name in torch_internals.ATTRIBUTES}
-OWNERS = {"Tensor": torch.zeros(1), "Module": nn.Module()}
+OWNERS = {"Tensor": torch.zeros(1), "UntypedStorage": torch.zeros(1).untyped_storage(), "Module": nn.Module()}
 
 
 def is_private(name: str) -> bool:

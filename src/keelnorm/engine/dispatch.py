@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from keelnorm.engine import composite, fallback, ops
+from keelnorm.engine import composite, fallback, ops, saved_outputs
 from keelnorm.engine.activations import Activation
 from keelnorm.engine.arguments import Kept, Needs, State
 from keelnorm.engine.fast_operators import mark_updated, run_fast
@@ -115,6 +115,8 @@ class _BatchNorm(torch.autograd.Function):
         act: Activation,
     ) -> Tensor:
         y, saved = forward(x, residual, weight, bias, saved, state, act)
+        if saved_outputs.calls and state.mask is None:
+            note_output(y, x, residual, weight, bias, saved, state, act)
         ctx.save_for_backward(x, weight, saved, *ops.gate_needs(act.code, residual, bias, y), state.mask)
         ctx.options = state.training, state.eps, act, None if residual is None else residual.dtype, state.keep
         return y
@@ -178,6 +180,21 @@ def forward(
             return result  # type: ignore[no-any-return]
     with unchanged(state):
         return fallback.forward(x, residual, weight, bias, state, act, saved)
+
+
+def note_output(
+    y: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, saved: Tensor,
+    state: State, act: Activation,
+) -> None:  # fmt: skip
+    """Note how y is computed, so that it need not be kept for the backward; see `engine.saved_outputs`."""
+    # Copies, of C values each: a wrapper may free the parameters before the backward, or an optimizer change them.
+    scale = None if weight is None else weight.detach().clone()
+    shift = None if bias is None else bias.detach().clone()
+
+    def make(x: Tensor, residual: Tensor | None) -> Tensor:
+        return forward(x, residual, scale, shift, saved, state, act)[0]
+
+    saved_outputs.note(y, make, x, residual)
 
 
 def _note_update(x: Tensor, saved: Tensor, state: State) -> None:

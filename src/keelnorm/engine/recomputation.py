@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from keelnorm.engine.torch_internals import running_backward
 
@@ -32,3 +33,12 @@ def second_run() -> Iterator[None]:
         yield
     finally:
         _here.repeating = before
+
+
+def is_running(frame: FrameType) -> bool:
+    """Return whether a call still runs, by its frame."""
+    try:
+        frame.clear()  # refuses while it runs
+    except RuntimeError:
+        return True
+    return False

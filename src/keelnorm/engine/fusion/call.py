@@ -11,8 +11,9 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from keelnorm.engine import saved_outputs
 from keelnorm.engine.activations import NONE, Activation
-from keelnorm.engine.dispatch import PLAIN
+from keelnorm.engine.dispatch import PLAIN, note_output
 from keelnorm.engine.error_messages import locate, module_path
 from keelnorm.engine.fusion.deferred_tensor import defer, without_memory
 from keelnorm.engine.fusion.expectations import ATTRIBUTE, NEVER, Memory
@@ -123,6 +124,17 @@ class Call:
         """Return the kernel's result, once."""
         result, self.result = self.result, None
         assert result is not None
+        return result
+
+    def take_noted_result(self) -> Tensor:
+        """Return the kernel's result, once, after noting how it is computed, so that it need not be kept."""
+        result = self.take_result()
+        if saved_outputs.calls:
+            residual = None if self.residual is None else self.residual[0]
+            note_output(
+                result, self.x, residual, self.weight, self.bias, self.saved, self.normalization.state,
+                self.kernel.activation,
+            )  # fmt: skip
         return result
 
     def is_unchanged(self) -> bool:

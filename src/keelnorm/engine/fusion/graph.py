@@ -95,7 +95,7 @@ class SumNode(Function):
         call.add(residual)
         ctx.node, ctx.final = call.node, final
         if final:
-            return call.take_result()
+            return call.take_noted_result()
         ctx.set_materialize_grads(False)
         return without_memory(call.like), call.x.data
 
@@ -132,7 +132,7 @@ class StepNode(Function):
         if not ctx.final:
             ctx.set_materialize_grads(False)
             return without_memory(call.like), call.x.data
-        result = call.take_result()
+        result = call.take_noted_result()
         if call.kernel.residual:
             ctx.residual = True
             ctx.save_for_backward(result)

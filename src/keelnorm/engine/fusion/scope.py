@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from keelnorm.engine.fusion.deferred_tensor import DeferredTensor, settle
+from keelnorm.engine.recomputation import is_running
 from keelnorm.engine.torch_internals import (
     DeviceContext,
     compiled_module_class,
@@ -51,7 +52,7 @@ class Scope:
         """Return whether the call still runs, and no mode that sees every operation was entered inside it."""
         if function_mode_count() != self._modes or dispatch_mode_count() > 0:
             return False
-        return self._frame is None or _runs(self._frame)
+        return self._frame is None or is_running(self._frame)
 
     def track(self, tensor: Tensor) -> Tensor:
         """Settle a tensor when the scope closes, if it is still deferred."""
@@ -110,7 +111,7 @@ class _Here(threading.local):
 
     def is_taken(self) -> bool:
         """Return whether a call runs. A call that KeyboardInterrupt ended, which hooks do not see, is forgotten."""
-        if self.frame is not None and not _runs(self.frame):
+        if self.frame is not None and not is_running(self.frame):
             self.leave()
         return self.module is not None
 
@@ -178,14 +179,6 @@ def scope_of(module: nn.Module) -> Iterator[None]:
             _here.scope.settle(_LEAVES)
     finally:
         _here.leave()
-
-
-def _runs(frame: FrameType) -> bool:
-    try:
-        frame.clear()  # refuses while it runs
-    except RuntimeError:
-        return True
-    return False
 
 
 def _scope_for(module: nn.Module, frame: FrameType | None) -> Scope | None:

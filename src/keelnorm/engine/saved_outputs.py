@@ -1,0 +1,224 @@
+"""Outputs of batch norms that are recomputed in the backward instead of being kept for it.
+
+Autograd keeps y = act(bn(x) + residual) for whatever reads it: the next convolution, a pooling, ReLU's own gradient.
+The batch norm's gradient needs x, which is kept anyway, and y is a cheap function of x. So while a model runs, hooks on
+saved tensors keep a :class:`Recipe` instead of y, and the backward computes y again, bit for bit.
+
+An output is recognized by its storage and its version. A weak reference keeps the storage's address from being given to
+another one, and a tensor that was changed in place is kept as it is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from sys import _getframe
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from keelnorm.engine.recomputation import is_running
+from keelnorm.engine.torch_internals import saved_tensor_hooks
+
+#: Computes an output again from x and the residual.
+Make = Callable[[Tensor, Tensor | None], Tensor]
+
+#: How many calls of models, in all threads, recompute outputs now. Read before anything else, so that it costs nothing.
+calls = 0
+_lock = threading.Lock()
+
+
+class Held:
+    """A tensor that is kept for the backward, which must not be changed in place until then."""
+
+    __slots__ = ("tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.version = None if tensor.is_inference() else tensor._version
+
+    def get(self) -> Tensor:
+        """Return the tensor, or raise autograd's error for one that was changed in place."""
+        if self.version is not None and self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"tensor of shape {tuple(self.tensor.shape)} is at version {self.tensor._version}; expected version "
+                f"{self.version} instead"
+            )
+        return self.tensor
+
+
+class Recipe:
+    """How an output is computed again.
+
+    Args:
+        y: The output; only its layout is kept.
+        make: Computes it from x and the residual.
+        x, residual: What it was computed from.
+        length: How many recipes follow one another, this one included.
+    """
+
+    __slots__ = ("_lock", "_taken", "_value", "layout", "length", "make", "residual", "saved", "x")
+
+    def __init__(self, y: Tensor, make: Make, x: Held | Recipe, residual: Held | Recipe | None, length: int) -> None:
+        self.make, self.x, self.residual, self.length = make, x, residual, length
+        self.layout = y.shape, y.stride(), y.storage_offset()
+        self.saved = self._taken = 0
+        self._value: Tensor | None = None
+        self._lock = threading.Lock()
+
+    def get(self) -> Tensor:
+        """Return the output, for one of those who saved it; the last one leaves nothing behind."""
+        with self._lock:
+            y = self._compute() if self._value is None else self._value
+            self._taken += 1
+            last = self._taken >= self.saved
+            self._value = None if last else y
+            self._taken = 0 if last else self._taken
+        return y
+
+    def _compute(self) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            x = self.x.get()
+            y = self.make(x.detach(), None if self.residual is None else self.residual.get().detach())
+        if (y.shape, y.stride(), y.storage_offset()) != self.layout:
+            raise RuntimeError(
+                f"save_memory: an output of shape {tuple(self.layout[0])} and strides {self.layout[1]} was computed "
+                f"again with strides {y.stride()}; please report this, and leave the model out of save_memory"
+            )
+        return y
+
+
+@dataclass(frozen=True)
+class View:
+    """A view of an output, as a flattened one."""
+
+    recipe: Recipe
+    layout: tuple[Any, ...]
+
+    def get(self) -> Tensor:
+        """Return the view of the recomputed output."""
+        return self.recipe.get().as_strided(*self.layout)
+
+
+class Frame:
+    """One call of a model, in which outputs are recognized.
+
+    Args:
+        module: The model.
+        frame: The call's frame; hooks that a call left behind, as KeyboardInterrupt does, keep tensors as they are.
+        longest: The longest chain of recipes.
+    """
+
+    def __init__(self, module: nn.Module, frame: FrameType, longest: int) -> None:
+        self.module, self.longest, self.depth = module, longest, 1
+        self._frame: FrameType | None = frame
+        self._known: dict[int, tuple[StorageWeakRef, int, Recipe]] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        self._hooks.__enter__()
+
+    def runs(self) -> bool:
+        """Return whether the call still runs: KeyboardInterrupt ends it unseen by hooks."""
+        return self._frame is not None and is_running(self._frame)
+
+    def close(self) -> None:
+        """End the call: forget its outputs. What was kept for the backward stays."""
+        self._hooks.__exit__()
+        self._frame, self._known = None, {}
+
+    def note(self, y: Tensor, make: Make, x: Tensor, residual: Tensor | None) -> None:
+        """Note how an output is computed, unless the chain of recipes would become too long."""
+        source, added = self._source(x), None if residual is None else self._source(residual)
+        lengths = [each.length for each in (source, added) if isinstance(each, Recipe)]
+        if max(lengths, default=0) >= self.longest:
+            source, added = Held(x), None if residual is None else Held(residual)
+            lengths = []
+        storage = y.untyped_storage()
+        recipe = Recipe(y, make, source, added, 1 + max(lengths, default=0))
+        self._known[storage._cdata] = StorageWeakRef(storage), y._version, recipe
+
+    def _source(self, tensor: Tensor) -> Held | Recipe:
+        recipe = self._recipe_of(tensor)
+        if recipe is None or recipe.layout != (tensor.shape, tensor.stride(), tensor.storage_offset()):
+            return Held(tensor)
+        recipe.saved += 1
+        return recipe
+
+    def _recipe_of(self, tensor: Tensor) -> Recipe | None:
+        if tensor.is_inference() or tensor.layout is not torch.strided:
+            return None
+        known = self._known.get(tensor.untyped_storage()._cdata)
+        if known is None:
+            return None
+        _, version, recipe = known  # the weak reference keeps the address from being given to another storage
+        return recipe if tensor._version == version else None
+
+    def _pack(self, tensor: Tensor) -> Any:
+        recipe = self._recipe_of(tensor) if type(tensor) is Tensor and self.runs() else None
+        if recipe is None:
+            return Held(tensor)
+        recipe.saved += 1
+        layout = tensor.shape, tensor.stride(), tensor.storage_offset()
+        return recipe if layout == recipe.layout else View(recipe, layout)
+
+
+def _unpack(packed: Held | Recipe | View) -> Tensor:
+    return packed.get()
+
+
+class _Here(threading.local):
+    frame: Frame | None = None
+
+
+_here = _Here()
+
+
+def current() -> Frame | None:
+    """Return the call that runs in this thread and recomputes outputs."""
+    return _here.frame
+
+
+def note(y: Tensor, make: Make, x: Tensor, residual: Tensor | None) -> None:
+    """Note how an output is computed, if a call in this thread recomputes outputs."""
+    frame = _here.frame
+    if frame is not None:
+        frame.note(y, make, x, residual)
+
+
+def enter(module: nn.Module, longest: int) -> None:
+    """Begin a call of a model, as a forward pre-hook; nothing if one runs already, or hooks of the user's do."""
+    global calls
+    if torch.compiler.is_compiling():
+        return
+    frame = _here.frame
+    if frame is not None and not frame.runs():
+        _end(frame)
+        frame = None
+    if frame is not None:
+        frame.depth += frame.module is module
+    elif torch.is_grad_enabled() and saved_tensor_hooks(True) is None:
+        _here.frame = Frame(module, _getframe(2), longest)
+        with _lock:
+            calls += 1
+
+
+def leave(module: nn.Module) -> None:
+    """End the call of a model, as a forward hook that runs after an exception too."""
+    frame = _here.frame
+    if torch.compiler.is_compiling() or frame is None or frame.module is not module:
+        return
+    frame.depth -= 1
+    if frame.depth == 0:
+        _end(frame)
+
+
+def _end(frame: Frame) -> None:
+    global calls
+    _here.frame = None
+    with _lock:
+        calls -= 1
+    frame.close()
