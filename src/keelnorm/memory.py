@@ -149,7 +149,7 @@ class save_memory:  # noqa: N801 - reads as a verb, with or without `with`
         Chen and others (2016), arXiv:1604.06174, for recomputation in general.
     """
 
-    def __init__(self, model: nn.Module, *, longest: int = 4) -> None:
+    def __init__(self, model: nn.Module, *, longest: int = 8) -> None:
         check_module("save_memory", model)
         if not is_count(longest):
             raise ValueError(f"save_memory: longest is an integer from 1 on; got {describe(longest)}")

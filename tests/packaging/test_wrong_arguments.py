@@ -26,6 +26,7 @@ REST = {
     "MomentumSchedule": (lambda step: 0.5,),
     "adapt": ([X],),
     "fold": (X,),
+    "kept_memory": (X,),
     "recalibrate": ([X],),
     "param_groups": (0.1,),
     "export_onnx": (X, os.devnull),

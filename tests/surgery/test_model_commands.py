@@ -107,6 +107,25 @@ def test_inspect_says_what_the_model_says(model: nn.Module) -> None:
     assert (second["goes to"], second["folds into"]) == ("add", None)
 
 
+def test_inspect_memory(folder: Path) -> None:
+    (folder / "mine.py").write_text(
+        "from torch import nn\n\ndef net():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 8, 1))\n",
+        encoding="utf-8",
+    )
+    words = ("inspect", "mine:net", "--input", "8,3,64,64", "--memory")
+    report = json.loads(run(*words, "--limit", "1", "--json").stdout)
+    rows = {row["path"]: row for row in report["rows"]}
+    one = 8 * 8 * 64 * 64 * 4 / 1e6
+    assert rows["1"]["kept MB"] == pytest.approx(one, abs=2e-3)
+    assert report["summary"]["kept MB"] == pytest.approx(3 * one, abs=4e-3)
+    assert report["summary"]["converted"] == pytest.approx(2 * one, abs=4e-3)
+    assert report["summary"]["with save_memory"] == pytest.approx(one, abs=4e-3)
+    assert re.fullmatch(r"\d+ / \d+ / \d+", report["summary"]["largest batch"])
+    assert "inspect --memory: kept MB" in run(*words).stdout
+    assert "--memory runs the model; give an example by --input or --example" in refused(*words[:2], "--memory")
+
+
 def test_inspect_without_a_run_and_of_frozen_and_lazy_layers(folder: Path) -> None:
     (folder / "more.py").write_text(
         "import keelnorm as kn, torch\nfrom torch import nn\n"

@@ -11,11 +11,12 @@ another one, and a tensor that was changed in place is kept as it is.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from sys import _getframe
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -105,17 +106,24 @@ class View:
         return self.recipe.get().as_strided(*self.layout)
 
 
+#: What is kept for a saved tensor.
+Packed: TypeAlias = Held | Recipe | View
+
+
 class Frame:
     """One call of a model, in which outputs are recognized.
 
     Args:
         module: The model.
         frame: The call's frame; hooks that a call left behind, as KeyboardInterrupt does, keep tensors as they are.
-        longest: The longest chain of recipes.
+        longest: The longest chain of recipes; 0 keeps every output.
+        record: Called with the tensor and what is kept for it, each time one is saved.
     """
 
-    def __init__(self, module: nn.Module, frame: FrameType, longest: int) -> None:
-        self.module, self.longest, self.depth = module, longest, 1
+    def __init__(
+        self, module: nn.Module, frame: FrameType, longest: int, record: Callable[[Tensor, Packed], None] | None = None
+    ) -> None:
+        self.module, self.longest, self.depth, self.record = module, longest, 1, record
         self._frame: FrameType | None = frame
         self._known: dict[int, tuple[StorageWeakRef, int, Recipe]] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
@@ -132,6 +140,8 @@ class Frame:
 
     def note(self, y: Tensor, make: Make, x: Tensor, residual: Tensor | None) -> None:
         """Note how an output is computed, unless the chain of recipes would become too long."""
+        if self.longest == 0:
+            return
         source, added = self._source(x), None if residual is None else self._source(residual)
         lengths = [each.length for each in (source, added) if isinstance(each, Recipe)]
         if max(lengths, default=0) >= self.longest:
@@ -157,17 +167,32 @@ class Frame:
         _, version, recipe = known  # the weak reference keeps the address from being given to another storage
         return recipe if tensor._version == version else None
 
-    def _pack(self, tensor: Tensor) -> Any:
+    def _pack(self, tensor: Tensor) -> Packed:
         recipe = self._recipe_of(tensor) if type(tensor) is Tensor and self.runs() else None
-        if recipe is None:
-            return Held(tensor)
-        recipe.saved += 1
-        layout = tensor.shape, tensor.stride(), tensor.storage_offset()
-        return recipe if layout == recipe.layout else View(recipe, layout)
+        packed: Packed = Held(tensor)
+        if recipe is not None:
+            recipe.saved += 1
+            layout = tensor.shape, tensor.stride(), tensor.storage_offset()
+            packed = recipe if layout == recipe.layout else View(recipe, layout)
+        if self.record is not None:
+            self.record(tensor, packed)
+        return packed
 
 
-def _unpack(packed: Held | Recipe | View) -> Tensor:
+def _unpack(packed: Packed) -> Tensor:
     return packed.get()
+
+
+def held_by(packed: Packed) -> Iterator[Tensor]:
+    """Yield the tensors that are kept, in the place of a saved one."""
+    if isinstance(packed, View):
+        packed = packed.recipe
+    if isinstance(packed, Held):
+        yield packed.tensor
+        return
+    for source in (packed.x, packed.residual):
+        if source is not None:
+            yield from held_by(source)
 
 
 class _Here(threading.local):
@@ -191,7 +216,6 @@ def note(y: Tensor, make: Make, x: Tensor, residual: Tensor | None) -> None:
 
 def enter(module: nn.Module, longest: int) -> None:
     """Begin a call of a model, as a forward pre-hook; nothing if one runs already, or hooks of the user's do."""
-    global calls
     if torch.compiler.is_compiling():
         return
     frame = _here.frame
@@ -201,9 +225,7 @@ def enter(module: nn.Module, longest: int) -> None:
     if frame is not None:
         frame.depth += frame.module is module
     elif torch.is_grad_enabled() and saved_tensor_hooks(True) is None:
-        _here.frame = Frame(module, _getframe(2), longest)
-        with _lock:
-            calls += 1
+        _begin(Frame(module, _getframe(2), longest))
 
 
 def leave(module: nn.Module) -> None:
@@ -214,6 +236,24 @@ def leave(module: nn.Module) -> None:
     frame.depth -= 1
     if frame.depth == 0:
         _end(frame)
+
+
+@contextmanager
+def recorded(module: nn.Module, longest: int, record: Callable[[Tensor, Packed], None]) -> Iterator[None]:
+    """Record what calls of a model keep for the backward, within a block of the caller's."""
+    frame = Frame(module, _getframe(2), longest, record)
+    _begin(frame)
+    try:
+        yield
+    finally:
+        _end(frame)
+
+
+def _begin(frame: Frame) -> None:
+    global calls
+    _here.frame = frame
+    with _lock:
+        calls += 1
 
 
 def _end(frame: Frame) -> None:

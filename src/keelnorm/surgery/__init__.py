@@ -11,6 +11,7 @@ from keelnorm.surgery.interchange.keras import from_keras, to_keras
 from keelnorm.surgery.interchange.onnx_export import export_onnx
 from keelnorm.surgery.interchange.prepare_export import prepare_export
 from keelnorm.surgery.known_layers import register as register
+from keelnorm.surgery.observation.kept_memory import kept_memory
 from keelnorm.surgery.report import Report
 from keelnorm.surgery.statistics.adapt import adapt, reset_adaptation
 from keelnorm.surgery.statistics.merge import merge_statistics
@@ -25,6 +26,7 @@ __all__ = [
     "fold",
     "from_flax",
     "from_keras",
+    "kept_memory",
     "merge_statistics",
     "param_groups",
     "prepare_export",

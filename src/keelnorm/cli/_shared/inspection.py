@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from keelnorm.cli._shared.failures import one_line
+from keelnorm.cli._shared.failures import CommandError, one_line
 from keelnorm.control.freezing import frozen
 from keelnorm.control.layer_selection import Where
 from keelnorm.engine.torch_internals import BatchNormBase
-from keelnorm.surgery import Report, convert, fold
+from keelnorm.surgery import Report, convert, fold, kept_memory
 from keelnorm.surgery.folding.foldable_layers import channels_of
 from keelnorm.surgery.known_layers import is_frozen
 from keelnorm.surgery.observation.call_record import Call, ModuleCall, Trace
@@ -24,6 +24,8 @@ from keelnorm.surgery.observation.observe import observe
 from keelnorm.surgery.snapshot import preserved
 from keelnorm.surgery.target_layers import batch_norms_in, notes_on
 
+#: The column of `kn.kept_memory` for what is kept with `kn.save_memory`.
+SAVING = "with save_memory"
 #: A channel with a smaller |γ| is counted as dead: its output is β.
 DEAD = 1e-6
 
@@ -72,6 +74,33 @@ def inspect_model(model: nn.Module, example: Any, *, where: Where = None, evalua
         if folding:
             summary["foldable"] = folding.summary["folded"]
     return Report("inspect", summary, list(rows.values()), notes)
+
+
+def inspect_memory(model: nn.Module, example: Any, *, limit: float | None = None) -> Report:
+    """Report what each module keeps for the backward: as it is, converted, and converted with ``kn.save_memory``.
+
+    Args:
+        model: Any module; it stays as it is.
+        example: As in ``kn.fold``.
+        limit: See ``kn.kept_memory``.
+    """
+    if example is None:
+        raise CommandError("inspect: --memory runs the model; give an example by --input or --example")
+    plain = kept_memory(model, example, limit=limit)
+    converted, _ = convert(copy.deepcopy(model))
+    notes = run_twice(converted, example)
+    less = kept_memory(converted, example, limit=limit)
+    rows: dict[str, dict[str, Any]] = {}
+    for report, names in ((plain, {"kept MB": "kept MB"}), (less, {"kept MB": "converted", SAVING: SAVING})):
+        for row in report.rows:
+            mine = rows.setdefault(row["path"], {"path": row["path"], "kept MB": 0.0, "converted": 0.0, SAVING: 0.0})
+            mine.update({name: row[given] for given, name in names.items()})
+    order = [name for name, _ in model.named_modules() if name in rows]
+    summary = {"kept MB": plain.summary["kept MB"], "converted": less.summary["kept MB"], SAVING: less.summary[SAVING]}
+    if limit is not None:
+        batches = [plain.summary["largest batch"], *(less.summary[f"largest batch{of}"] for of in ("", f" {SAVING}"))]
+        summary["largest batch"] = " / ".join(map(str, batches))
+    return Report("inspect --memory", summary, [rows[path] for path in order], notes)
 
 
 def run_twice(model: nn.Module, example: Any) -> list[str]:
