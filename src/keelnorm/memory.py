@@ -131,7 +131,7 @@ class save_memory:  # noqa: N801 - reads as a verb, with or without `with`
     Differs:
         From activation checkpointing: convolutions are not computed again. Inside of a checkpoint, or of other hooks on
         saved tensors (``torch.autograd.graph.save_on_cpu``), inside or outside the model, these act alone. Under
-        torch.compile nothing is done: the compiler recomputes by itself.
+        torch.compile and torch.func nothing is done. A change of an output through ``.data`` is not seen.
 
     Raises:
         TypeError: ``model`` is not a module.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -432,3 +433,68 @@ def test_a_wrong_longest(longest: Any) -> None:
 def test_a_wrong_model() -> None:
     with pytest.raises(TypeError, match="save_memory"):
         kn.save_memory([network()])
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "relu", "tanh"])
+def test_what_saves_its_own_output_is_freed(activation: str) -> None:
+    """A graph that holds its own output would never be freed."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), kn.BatchNorm2d(4))
+    function = getattr(torch, activation)
+    with kn.save_memory(model):
+        ends = []
+        for _ in range(3):
+            y = function(model(torch.randn(2, 3, 8, 8)))
+            ends.append(weakref.ref(y))
+            del y
+
+    class Ending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return function(self.body(x))
+
+    ending = Ending()
+    with kn.save_memory(ending):
+        for _ in range(3):
+            y = ending(torch.randn(2, 3, 8, 8))
+            ends.append(weakref.ref(y))
+            del y
+    assert [end() for end in ends] == [None] * 6
+
+
+def test_torch_func_goes_its_own_way() -> None:
+    model = network("silu").eval()
+    parameters = dict(model.named_parameters())
+
+    def loss(given: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(model, given, (torch.ones(2, 3, 8, 8),)).square().sum()
+
+    expected = torch.func.grad(loss)(parameters)
+    with kn.save_memory(model):
+        found = torch.func.grad(loss)(parameters)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_in_place_layers() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2, self.conv3 = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+            self.bn1, self.bn2 = kn.BatchNorm2d(4), kn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.bn1(self.conv1(x), activation="leaky_relu", inplace=True)
+            return self.conv3(F.relu_(self.bn2(self.conv2(y), activation=None)))
+
+    assert_saving_changes_nothing(InPlace(), torch.randn(2, 3, 8, 8))
+
+
+def test_layers_without_weight_or_statistics() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), kn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 4, 1),
+        kn.BatchNorm2d(4, track_running_stats=False, bias=False), nn.Conv2d(4, 2, 1),
+    )  # fmt: skip
+    assert_saving_changes_nothing(model, torch.randn(2, 3, 8, 8))
+    assert_saving_changes_nothing(model.eval(), torch.randn(2, 3, 8, 8))

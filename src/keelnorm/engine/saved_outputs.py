@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from keelnorm.engine.recomputation import is_running
-from keelnorm.engine.torch_internals import saved_tensor_hooks
+from keelnorm.engine.torch_internals import saved_tensor_hooks, transforms_active
 
 #: Computes an output again from x and the residual.
 Make = Callable[[Tensor, Tensor | None], Tensor]
@@ -39,7 +39,8 @@ class Held:
     __slots__ = ("tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        # Detached, which shares memory and version: an operation that saves its own output would keep itself alive.
+        self.tensor = tensor if tensor.grad_fn is None else tensor.detach()
         self.version = None if tensor.is_inference() else tensor._version
 
     def get(self) -> Tensor:
@@ -216,7 +217,7 @@ def note(y: Tensor, make: Make, x: Tensor, residual: Tensor | None) -> None:
 
 def enter(module: nn.Module, longest: int) -> None:
     """Begin a call of a model, as a forward pre-hook; nothing if one runs already, or hooks of the user's do."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transforms_active():  # torch.func takes no hooks on saved tensors
         return
     frame = _here.frame
     if frame is not None and not frame.runs():
