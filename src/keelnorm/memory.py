@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -112,6 +113,20 @@ class reuse_memory:  # noqa: N801 - reads as a verb, with or without `with`
         return f"<reuse_memory: {'active' if self.active else 'not active'}, {self.reason}>"
 
 
+@dataclass(frozen=True)
+class _Begin:
+    """A forward pre-hook, which is copied and pickled with its model."""
+
+    longest: int
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        saved_outputs.enter(module, self.longest)
+
+
+def _end(module: nn.Module, _: Any, __: Any) -> None:
+    saved_outputs.leave(module)
+
+
 class save_memory:  # noqa: N801 - reads as a verb, with or without `with`
     """Recompute outputs of a model's batch norms in the backward instead of keeping them, until ``undo()``.
 
@@ -124,7 +139,7 @@ class save_memory:  # noqa: N801 - reads as a verb, with or without `with`
     keep what they kept.
 
     Args:
-        model: A module whose calls are concerned. It is not changed, but for two hooks.
+        model: A module whose calls are concerned. It is not changed, but for two hooks, which a copy of it has too.
         longest: The longest chain of outputs that are computed from one another, at least 1. A longer chain keeps less
             and computes more.
 
@@ -154,16 +169,9 @@ class save_memory:  # noqa: N801 - reads as a verb, with or without `with`
         if not is_count(longest):
             raise ValueError(f"save_memory: longest is an integer from 1 on; got {describe(longest)}")
         self.model = model
-
-        def begin(module: nn.Module, _: Any) -> None:
-            saved_outputs.enter(module, longest)
-
-        def end(module: nn.Module, _: Any, __: Any) -> None:
-            saved_outputs.leave(module)
-
         self._handles = [
-            model.register_forward_pre_hook(begin),
-            model.register_forward_hook(end, always_call=True),
+            model.register_forward_pre_hook(_Begin(longest)),
+            model.register_forward_hook(_end, always_call=True),
         ]
 
     def undo(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -498,3 +499,16 @@ def test_layers_without_weight_or_statistics() -> None:
     )  # fmt: skip
     assert_saving_changes_nothing(model, torch.randn(2, 3, 8, 8))
     assert_saving_changes_nothing(model.eval(), torch.randn(2, 3, 8, 8))
+
+
+def test_copies_and_pickles_save_memory_too() -> None:
+    model, x = network(), torch.randn(2, 3, 8, 8)
+    expected = outcome(copy.deepcopy(model), x)
+    with kn.save_memory(model):
+        others = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    assert not model._forward_hooks
+    for other in others:
+        seen: list[int] = []
+        other[0].register_forward_pre_hook(lambda *_, seen=seen: seen.append(saved_outputs.calls))
+        assert_same_bits(outcome(other, x), expected)
+        assert seen == [1]
