@@ -43,7 +43,7 @@ class WindowedVariant(Variant):
         burn_in: Number of batches, at the start of training, that are normalized alone.
     """
 
-    changed_by_forward = ("_burning_in",)
+    changed_by_forward: tuple[str, ...] = ("_burning_in",)
     #: Number of forwards in :class:`Recall`: more than ever lie between a forward and its backward, even in pipelines.
     _recalled = 64
 
