@@ -140,8 +140,8 @@ class save_memory:  # noqa: N801 - reads as a verb, with or without `with`
 
     Args:
         model: A module whose calls are concerned. It is not changed, but for two hooks, which a copy of it has too.
-        longest: The longest chain of outputs that are computed from one another, at least 1. A longer chain keeps less
-            and computes more.
+        longest: The longest chain of outputs that are computed from one another, 1 to 64. A longer chain keeps less and
+            computes more.
 
     Differs:
         From activation checkpointing: convolutions are not computed again. Inside of a checkpoint, or of other hooks on
@@ -150,8 +150,9 @@ class save_memory:  # noqa: N801 - reads as a verb, with or without `with`
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: ``longest`` is not an integer from 1 on.
-        RuntimeError: In the backward, as torch's own: what an output is computed from was changed in place.
+        ValueError: ``longest`` is not an integer from 1 to 64.
+        RuntimeError: In the backward, in torch's words: what an output is computed from was changed in place;
+            also where torch would not look, as for a residual's buffer that is used again.
 
     Example:
         >>> import torch
@@ -166,8 +167,10 @@ class save_memory:  # noqa: N801 - reads as a verb, with or without `with`
 
     def __init__(self, model: nn.Module, *, longest: int = 8) -> None:
         check_module("save_memory", model)
-        if not is_count(longest):
-            raise ValueError(f"save_memory: longest is an integer from 1 on; got {describe(longest)}")
+        if not is_count(longest) or longest > saved_outputs.LONGEST:
+            raise ValueError(
+                f"save_memory: longest is an integer from 1 to {saved_outputs.LONGEST}; got {describe(longest)}"
+            )
         self.model = model
         self._handles = [
             model.register_forward_pre_hook(_Begin(longest)),
@@ -179,6 +182,7 @@ class save_memory:  # noqa: N801 - reads as a verb, with or without `with`
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        saved_outputs.end_dead(self.model)
 
     def __enter__(self) -> save_memory:
         return self

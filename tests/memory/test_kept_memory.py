@@ -82,7 +82,7 @@ def test_an_error_of_the_model_leaves_it_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("keywords", "words"),
     [
-        ({"longest": 0}, "longest is an integer from 1 on; got 0"),
+        ({"longest": 0}, "longest is an integer from 1 to 64; got 0"),
         ({"limit": 0}, "limit is a positive number of bytes, or None; got 0"),
         ({"limit": "4GiB"}, "limit is a positive number of bytes, or None; got '4GiB'"),
         ({"limit": float("nan")}, "limit is a positive number of bytes"),

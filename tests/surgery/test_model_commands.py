@@ -108,12 +108,12 @@ def test_inspect_says_what_the_model_says(model: nn.Module) -> None:
 
 
 def test_inspect_memory(folder: Path) -> None:
-    (folder / "mine.py").write_text(
+    (folder / "memory_hungry.py").write_text(
         "from torch import nn\n\ndef net():\n"
         "    return nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 8, 1))\n",
         encoding="utf-8",
     )
-    words = ("inspect", "mine:net", "--input", "8,3,64,64", "--memory")
+    words = ("inspect", "memory_hungry:net", "--input", "8,3,64,64", "--memory")
     report = json.loads(run(*words, "--limit", "1", "--json").stdout)
     rows = {row["path"]: row for row in report["rows"]}
     one = 8 * 8 * 64 * 64 * 4 / 1e6

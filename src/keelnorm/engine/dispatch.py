@@ -187,11 +187,17 @@ def note_output(
     state: State, act: Activation,
 ) -> None:  # fmt: skip
     """Note how y is computed, so that it need not be kept for the backward; see `engine.saved_outputs`."""
+    vectors = (weight, bias, state.running_mean, state.running_var)
+    if not all(vector is None or vector.is_contiguous() for vector in vectors):
+        return  # the fast operators decline those, and would take the copies: not the same bits
+    reference_ran = registry.operators(x) is None
     # Copies, of C values each: a wrapper may free the parameters before the backward, or an optimizer change them.
     scale = None if weight is None else weight.detach().clone()
     shift = None if bias is None else bias.detach().clone()
 
     def make(x: Tensor, residual: Tensor | None) -> Tensor:
+        if reference_ran:  # also where other kernels have been chosen since
+            return fallback.forward(x, residual, scale, shift, state, act, saved)[0]
         return forward(x, residual, scale, shift, saved, state, act)[0]
 
     saved_outputs.note(y, make, x, residual)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from sys import _getframe
 from types import FrameType
@@ -25,12 +25,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from keelnorm.engine.recomputation import is_running
 from keelnorm.engine.torch_internals import saved_tensor_hooks, transforms_active
 
+#: The longest chain that may be asked for: a backward recurses so deep.
+LONGEST = 64
 #: Computes an output again from x and the residual.
 Make = Callable[[Tensor, Tensor | None], Tensor]
 
 #: How many calls of models, in all threads, recompute outputs now. Read before anything else, so that it costs nothing.
 calls = 0
 _lock = threading.Lock()
+
+
+def layout_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return shape, strides and offset."""
+    return tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 class Held:
@@ -64,30 +71,39 @@ class Recipe:
         length: How many recipes follow one another, this one included.
     """
 
-    __slots__ = ("_lock", "_taken", "_value", "layout", "length", "make", "residual", "saved", "x")
+    __slots__ = ("_lock", "_taken", "_value", "dtype", "layout", "length", "make", "residual", "saved", "x")
 
     def __init__(self, y: Tensor, make: Make, x: Held | Recipe, residual: Held | Recipe | None, length: int) -> None:
         self.make, self.x, self.residual, self.length = make, x, residual, length
-        self.layout = y.shape, y.stride(), y.storage_offset()
+        self.layout, self.dtype = layout_of(y), y.dtype
         self.saved = self._taken = 0
-        self._value: Tensor | None = None
+        self._value: tuple[Held, Any] | None = None
         self._lock = threading.Lock()
 
     def get(self) -> Tensor:
-        """Return the output, for one of those who saved it; the last one leaves nothing behind."""
+        """Return the output, for one of those who saved it; the last one leaves nothing behind.
+
+        A reader that changed it in place is found by its version. On a GPU it is shared within one stream alone.
+        """
         with self._lock:
-            y = self._compute() if self._value is None else self._value
+            held, stream = self._value or (None, None)
+            here = torch.cuda.current_stream(self.x_device()) if self.x_device().type == "cuda" else None
+            y = held.get() if held is not None and stream == here else self._compute()
             self._taken += 1
             last = self._taken >= self.saved
-            self._value = None if last else y
+            self._value = None if last else (held if held is not None and stream == here else Held(y), here)
             self._taken = 0 if last else self._taken
         return y
+
+    def x_device(self) -> torch.device:
+        """Return the device of all that it is computed from."""
+        return self.x.tensor.device if isinstance(self.x, Held) else self.x.x_device()
 
     def _compute(self) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
             x = self.x.get()
             y = self.make(x.detach(), None if self.residual is None else self.residual.get().detach())
-        if (y.shape, y.stride(), y.storage_offset()) != self.layout:
+        if layout_of(y) != self.layout or y.dtype is not self.dtype:
             raise RuntimeError(
                 f"save_memory: an output of shape {tuple(self.layout[0])} and strides {self.layout[1]} was computed "
                 f"again with strides {y.stride()}; please report this, and leave the model out of save_memory"
@@ -124,20 +140,31 @@ class Frame:
     def __init__(
         self, module: nn.Module, frame: FrameType, longest: int, record: Callable[[Tensor, Packed], None] | None = None
     ) -> None:
-        self.module, self.longest, self.depth, self.record = module, longest, 1, record
+        self.module, self.longest, self.record = module, longest, record
         self._frame: FrameType | None = frame
         self._known: dict[int, tuple[StorageWeakRef, int, Recipe]] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
-        self._hooks.__enter__()
+        self._hooks.__enter__()  # raises where hooks are disabled
 
     def runs(self) -> bool:
         """Return whether the call still runs: KeyboardInterrupt ends it unseen by hooks."""
         return self._frame is not None and is_running(self._frame)
 
+    def is_of(self, caller: FrameType) -> bool:
+        """Return whether torch calls a hook of this very call: after an exception it does so from the frame outside."""
+        return self._frame is not None and caller in (self._frame, self._frame.f_back)
+
     def close(self) -> None:
         """End the call: forget its outputs. What was kept for the backward stays."""
-        self._hooks.__exit__()
         self._frame, self._known = None, {}
+
+    def remove_hooks(self) -> bool:
+        """Remove the hooks, unless others were put on top of them; return whether they are gone."""
+        top = saved_tensor_hooks(True)
+        if top is None or top[0] != self._pack:
+            return False
+        self._hooks.__exit__()
+        return True
 
     def note(self, y: Tensor, make: Make, x: Tensor, residual: Tensor | None) -> None:
         """Note how an output is computed, unless the chain of recipes would become too long."""
@@ -148,32 +175,34 @@ class Frame:
         if max(lengths, default=0) >= self.longest:
             source, added = Held(x), None if residual is None else Held(residual)
             lengths = []
+        for each in (source, added):
+            if isinstance(each, Recipe):
+                each.saved += 1
         storage = y.untyped_storage()
         recipe = Recipe(y, make, source, added, 1 + max(lengths, default=0))
         self._known[storage._cdata] = StorageWeakRef(storage), y._version, recipe
 
     def _source(self, tensor: Tensor) -> Held | Recipe:
         recipe = self._recipe_of(tensor)
-        if recipe is None or recipe.layout != (tensor.shape, tensor.stride(), tensor.storage_offset()):
-            return Held(tensor)
-        recipe.saved += 1
-        return recipe
+        return Held(tensor) if recipe is None or recipe.layout != layout_of(tensor) else recipe
 
     def _recipe_of(self, tensor: Tensor) -> Recipe | None:
-        if tensor.is_inference() or tensor.layout is not torch.strided:
+        # Without a place in the graph it may be an alias by .data, whose version is its own.
+        if tensor.grad_fn is None or tensor.is_inference() or tensor.is_nested or tensor.layout is not torch.strided:
             return None
         known = self._known.get(tensor.untyped_storage()._cdata)
         if known is None:
             return None
         _, version, recipe = known  # the weak reference keeps the address from being given to another storage
-        return recipe if tensor._version == version else None
+        same = tensor._version == version and tensor.dtype is recipe.dtype
+        return recipe if same and not tensor.is_conj() and not tensor.is_neg() else None
 
     def _pack(self, tensor: Tensor) -> Packed:
         recipe = self._recipe_of(tensor) if type(tensor) is Tensor and self.runs() else None
         packed: Packed = Held(tensor)
         if recipe is not None:
             recipe.saved += 1
-            layout = tensor.shape, tensor.stride(), tensor.storage_offset()
+            layout = layout_of(tensor)
             packed = recipe if layout == recipe.layout else View(recipe, layout)
         if self.record is not None:
             self.record(tensor, packed)
@@ -199,6 +228,10 @@ def held_by(packed: Packed) -> Iterator[Tensor]:
 class _Here(threading.local):
     frame: Frame | None = None
 
+    def __init__(self) -> None:
+        #: Ended calls whose hooks still lie below others: removed as soon as they are on top.
+        self.ended: list[Frame] = []
+
 
 _here = _Here()
 
@@ -219,24 +252,27 @@ def enter(module: nn.Module, longest: int) -> None:
     """Begin a call of a model, as a forward pre-hook; nothing if one runs already, or hooks of the user's do."""
     if torch.compiler.is_compiling() or transforms_active():  # torch.func takes no hooks on saved tensors
         return
-    frame = _here.frame
-    if frame is not None and not frame.runs():
-        _end(frame)
-        frame = None
-    if frame is not None:
-        frame.depth += frame.module is module
-    elif torch.is_grad_enabled() and saved_tensor_hooks(True) is None:
+    end_dead()
+    if _here.frame is not None or not torch.is_grad_enabled() or saved_tensor_hooks(True) is not None:
+        return
+    with suppress(RuntimeError):  # torch.autograd.graph.disable_saved_tensors_hooks
         _begin(Frame(module, _getframe(2), longest))
 
 
 def leave(module: nn.Module) -> None:
     """End the call of a model, as a forward hook that runs after an exception too."""
     frame = _here.frame
-    if torch.compiler.is_compiling() or frame is None or frame.module is not module:
-        return
-    frame.depth -= 1
-    if frame.depth == 0:
+    if not torch.compiler.is_compiling() and frame is not None and frame.module is module and frame.is_of(_getframe(2)):
         _end(frame)
+
+
+def end_dead(module: nn.Module | None = None) -> None:
+    """End what calls in this thread left behind: those that KeyboardInterrupt ended, and those of a module."""
+    frame = _here.frame
+    if frame is not None and (not frame.runs() or frame.module is module):
+        _end(frame)
+    while _here.ended and _here.ended[-1].remove_hooks():
+        _here.ended.pop()
 
 
 @contextmanager
@@ -263,3 +299,5 @@ def _end(frame: Frame) -> None:
     with _lock:
         calls -= 1
     frame.close()
+    if not frame.remove_hooks():
+        _here.ended.append(frame)

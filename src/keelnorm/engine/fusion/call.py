@@ -129,7 +129,7 @@ class Call:
     def take_noted_result(self) -> Tensor:
         """Return the kernel's result, once, after noting how it is computed, so that it need not be kept."""
         result = self.take_result()
-        if saved_outputs.calls:
+        if saved_outputs.calls and self.is_unchanged():  # since the kernel ran, which may be some operations ago
             residual = None if self.residual is None else self.residual[0]
             note_output(
                 result, self.x, residual, self.weight, self.bias, self.saved, self.normalization.state,

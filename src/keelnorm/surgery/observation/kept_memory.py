@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from keelnorm.engine.error_messages import check_module, describe, is_count
-from keelnorm.engine.saved_outputs import Packed, held_by, recorded
+from keelnorm.engine.saved_outputs import LONGEST, Packed, held_by, recorded
 from keelnorm.surgery.observation.nested_tensors import call_of, tensors_in
 from keelnorm.surgery.report import Report
 from keelnorm.surgery.snapshot import preserved
@@ -37,7 +37,7 @@ def kept_memory(model: nn.Module, example: Any, *, longest: int = 8, limit: floa
 
     Raises:
         TypeError: ``model`` is not a module, or ``example`` is of another kind.
-        ValueError: ``longest`` is not an integer from 1 on, or ``limit`` is not positive.
+        ValueError: ``longest`` is not an integer from 1 to 64, or ``limit`` is not positive.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1))
@@ -47,8 +47,8 @@ def kept_memory(model: nn.Module, example: Any, *, longest: int = 8, limit: floa
     """
     check_module("kept_memory", model)
     args, keywords = call_of("kept_memory", example)
-    if not is_count(longest):
-        raise ValueError(f"kept_memory: longest is an integer from 1 on; got {describe(longest)}")
+    if not is_count(longest) or longest > LONGEST:
+        raise ValueError(f"kept_memory: longest is an integer from 1 to {LONGEST}; got {describe(longest)}")
     if limit is not None and not (isinstance(limit, int | float) and limit > 0):
         raise ValueError(f"kept_memory: limit is a positive number of bytes, or None; got {describe(limit)}")
     found = [_kept_by_path(model, args, keywords, chain) for chain in (0, longest)]
