@@ -28,7 +28,7 @@ from keelnorm.engine.torch_internals import saved_tensor_hooks
 def _small_results_wait() -> Iterator[None]:
     with all_sizes_wait():
         yield
-    assert saved_outputs.current() is None
+    assert saved_outputs._here.frame is None
     assert saved_outputs.calls == 0
 
 

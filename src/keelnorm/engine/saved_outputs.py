@@ -236,11 +236,6 @@ class _Here(threading.local):
 _here = _Here()
 
 
-def current() -> Frame | None:
-    """Return the call that runs in this thread and recomputes outputs."""
-    return _here.frame
-
-
 def note(y: Tensor, make: Make, x: Tensor, residual: Tensor | None) -> None:
     """Note how an output is computed, if a call in this thread recomputes outputs."""
     frame = _here.frame
