@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from keelnorm.engine.error_messages import check_module, describe, is_count
-from keelnorm.engine.saved_outputs import LONGEST, Packed, held_by, recorded
+from keelnorm.engine.output_recipes import Packed, held_by
+from keelnorm.engine.saved_outputs import LONGEST, recorded
 from keelnorm.surgery.observation.nested_tensors import call_of, tensors_in
 from keelnorm.surgery.report import Report
 from keelnorm.surgery.snapshot import preserved
