@@ -31,11 +31,11 @@ class View:
         self.page.set_viewport_size({"width": width, "height": 900})
         self.page.emulate_media(color_scheme=theme, media="screen")
         self.page.goto(path.as_uri())
-        self.drawn()
+        self.page.wait_for_selector("html[data-drawn=light], html[data-drawn=dark]", state="attached")
 
-    def drawn(self) -> None:
-        """Wait until every plot is drawn."""
-        self.page.wait_for_selector("html[data-drawn=all]", state="attached")
+    def drawn(self, theme: Literal["light", "dark"]) -> None:
+        """Wait until every plot is drawn in this theme: the page hears of a new one only with its next frame."""
+        self.page.wait_for_selector(f"html[data-drawn={theme}]", state="attached")
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression."""

@@ -83,11 +83,20 @@
     Plotly.react(id, figure.data.map(paintTrace), paintLayout(figure.layout), config);
   };
 
+  const theme = () => root.dataset.theme || (dark.matches ? "dark" : "light");
+
+  // The root says in data-drawn which theme every plot is drawn in, and "no" while there are plots to come.
   let waiting = [];
+  let began = theme();
+  const begin = () => {
+    began = theme();
+    root.dataset.drawn = "no";
+    waiting = Object.entries(figures);
+  };
   const finish = () => {
     waiting.forEach(drawOne);
     waiting = [];
-    root.dataset.drawn = "all";
+    root.dataset.drawn = began;
   };
 
   // One plot after another, so that the page can be read and scrolled while there are plots to come.
@@ -97,14 +106,13 @@
       drawOne(first);
       setTimeout(next, 0);
     } else {
-      root.dataset.drawn = "all";
+      root.dataset.drawn = began;
     }
   };
 
   const draw = () => {
     const idle = waiting.length === 0;
-    root.dataset.drawn = "no";
-    waiting = Object.entries(figures);
+    begin();
     if (idle) setTimeout(next, 0);
   };
 
@@ -116,10 +124,10 @@
     }
   };
 
-  const choose = (theme) => {
-    root.dataset.theme = theme;
+  const choose = (chosen) => {
+    root.dataset.theme = chosen;
     try {
-      localStorage.setItem("keelnorm-theme", theme);
+      localStorage.setItem("keelnorm-theme", chosen);
     } catch {
       // the choice then lasts as long as the page
     }
@@ -128,8 +136,7 @@
 
   if (remembered()) root.dataset.theme = remembered();
   document.getElementById("theme").addEventListener("click", () => {
-    const now = root.dataset.theme || (dark.matches ? "dark" : "light");
-    choose(now === "dark" ? "light" : "dark");
+    choose(theme() === "dark" ? "light" : "dark");
   });
   dark.addEventListener("change", draw);
 
@@ -139,7 +146,7 @@
       each.dataset.wasOpen = each.open;
       each.open = true;
     });
-    waiting = Object.entries(figures);
+    begin();
     finish();
   });
   window.addEventListener("afterprint", () => {
