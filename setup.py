@@ -5,6 +5,9 @@ every Python, and every torch from 2.10 on. Where it cannot be built (no C++ com
 without it and runs on the reference back end. KEELNORM_NATIVE=0 skips it, KEELNORM_NATIVE=1 requires it. CXX, CXXFLAGS
 and LDFLAGS are used. KEELNORM_OBJECTS names a folder that keeps object files, so that the next build compiles only
 changed files.
+
+Autograd's node in C++ is built for this torch and this Python, where Python's headers are; others do without.
+KEELNORM_NODE=0 skips it.
 """
 
 from __future__ import annotations
@@ -18,8 +21,11 @@ import shutil
 import site
 import subprocess
 import sys
+import sysconfig
 import tempfile
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -30,6 +36,8 @@ from setuptools.errors import CompileError
 
 LIBRARY = "keelnorm.engine.kernels.cpu.libkeelnorm"
 CSRC = Path("src/keelnorm/engine/kernels/cpu/csrc")
+#: What a build leaves in the package.
+BUILT = ("libkeelnorm.so", "not_built.txt", "autograd_node-torch-*", "no_autograd_node.txt")
 TORCH_FOR_BUILDING = "torch==2.13.0"
 TORCH_TARGET_VERSION = "0x020a000000000000"  # the oldest torch that the library must load into: 2.10
 
@@ -52,6 +60,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx512_bf16"] = ["-mavx512bf16", *INSTRUCTION_SETS["avx512"]]
 DTYPES = dict.fromkeys(INSTRUCTION_SETS, ("f32", "f64", "bf16", "f16")) | {"avx512_bf16": ("bf16",)}
 
+#: Of the node: torch's headers are C++20, and its ABI has exceptions, Python objects and visible types.
+NODE_FLAGS = ["-std=c++20", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+
 wish = os.environ.get("KEELNORM_NATIVE", "")
 if wish not in ("", "0", "1"):
     raise SystemExit(f"KEELNORM_NATIVE is {wish!r}; legal are 0 (skip), 1 (require) and unset (build where possible)")
@@ -71,6 +82,12 @@ def find_compiler() -> list[str] | None:
     return None
 
 
+def version_of(torch: Path) -> str | None:
+    """Find the version of a torch by its files, as ``torch.__version__`` says it."""
+    found = re.search(r"__version__ = '([^']+)'", (torch / "version.py").read_text())
+    return found[1] if found else None
+
+
 def find_torch() -> Path | None:
     """Find the torch to compile against, 2.10 or newer; in an isolated build also outside, in the same Python."""
     spec = importlib.util.find_spec("torch")
@@ -79,7 +96,7 @@ def find_torch() -> Path | None:
     for torch in candidates:
         if not (torch / "include/torch/csrc/stable/library.h").exists():
             continue
-        version = re.search(r"__version__ = '(\d+)\.(\d+)", (torch / "version.py").read_text())
+        version = re.match(r"(\d+)\.(\d+)", version_of(torch) or "")
         if version and (int(version[1]), int(version[2])) >= (2, 10):
             return torch
     return None
@@ -116,49 +133,75 @@ def compile_unit(command: list[str], object_: Path, what: str) -> None:
         object_.with_suffix(".command").write_text(shlex.join(command))
 
 
-def build(library: Path) -> None:
-    """Compile and link the library.
+class Build:
+    """What both libraries are built with.
+
+    Args:
+        folder: Where object files go.
 
     Raises:
-        BuildError: KEELNORM_NATIVE=0 skips it, something is missing, or the compiler failed.
+        BuildError: KEELNORM_NATIVE=0 skips them, or something is missing.
     """
-    if wish == "0":
-        raise BuildError("KEELNORM_NATIVE=0 skipped it")
-    compiler, torch = find_compiler(), find_torch()
-    if compiler is None:
-        asked = f" (CXX is {os.environ['CXX']!r})" if os.environ.get("CXX") else ""
-        raise BuildError(f"there was no C++ compiler{asked}")
-    if torch is None:
-        raise BuildError("there was no torch 2.10 or newer to compile against")
-    wished_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
-    with_torch = [f"-isystem{torch / 'include'}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
-    units = [
-        *(
-            (f"kernels_{isa}_{dtype}", "kernels.cpp", [f"-DKEELNORM_ISA={isa}", f"-DKEELNORM_DTYPE={dtype}", *options])
-            for isa, options in INSTRUCTION_SETS.items()
-            for dtype in DTYPES[isa]
-        ),
-        ("register", "register.cpp", with_torch),
-        ("dispatch", "dispatch.cpp", []),
-    ]
-    kept = os.environ.get("KEELNORM_OBJECTS")
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
-        folder = Path(kept or temporary)
+
+    def __init__(self, folder: Path) -> None:
+        if wish == "0":
+            raise BuildError("KEELNORM_NATIVE=0 skipped it")
+        compiler, torch = find_compiler(), find_torch()
+        if compiler is None:
+            asked = f" (CXX is {os.environ['CXX']!r})" if os.environ.get("CXX") else ""
+            raise BuildError(f"there was no C++ compiler{asked}")
+        if torch is None:
+            raise BuildError("there was no torch 2.10 or newer to compile against")
+        self.compiler, self.torch, self.folder = compiler, torch, folder
+        self.wished_flags = shlex.split(os.environ.get("CXXFLAGS", ""))
         folder.mkdir(parents=True, exist_ok=True)
 
-        def compile_(unit: tuple[str, str, list[str]]) -> str:
-            name, source, options = unit
-            object_ = folder / f"{name}.o"
-            command = [*compiler, *FLAGS, *wished_flags, *options, str(CSRC / source)]
-            compile_unit(command, object_, f"{source} ({name})")
-            return str(object_)
+    def compile(self, name: str, source: str, flags: list[str], options: list[str]) -> str:
+        """Compile one object file."""
+        object_ = self.folder / f"{name}.o"
+        command = [*self.compiler, *flags, *self.wished_flags, *options, str(CSRC / source)]
+        compile_unit(command, object_, f"{source} ({name})")
+        return str(object_)
 
-        objects = list(pool.map(compile_, units))
+    def link(self, library: Path, objects: list[str], libraries: list[str]) -> None:
+        """Link a library against torch's."""
         # Debian's linker drops libraries that nothing refers to yet; the operators need these when they are loaded.
-        libraries = ["-Wl,--no-as-needed", f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
-        strip = [] if any(re.match(r"-g(?!0)", flag) for flag in wished_flags) else ["-Wl,-s"]
+        torchs = ["-Wl,--no-as-needed", f"-L{self.torch / 'lib'}", *libraries]
+        strip = [] if any(re.match(r"-g(?!0)", flag) for flag in self.wished_flags) else ["-Wl,-s"]
         options = [*strip, *shlex.split(os.environ.get("LDFLAGS", ""))]
-        run([*compiler, "-shared", *objects, *libraries, *options, "-o", str(library)], library.name)
+        run([*self.compiler, "-shared", *objects, *torchs, *options, "-o", str(library)], library.name)
+
+    def kernels(self, library: Path, map_: Callable[..., Iterable[str]]) -> None:
+        """Build the kernels' library."""
+        with_torch = [f"-isystem{self.torch / 'include'}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+        units = [
+            *(
+                (
+                    f"kernels_{isa}_{dtype}",
+                    "kernels.cpp",
+                    [f"-DKEELNORM_ISA={isa}", f"-DKEELNORM_DTYPE={dtype}", *options],
+                )
+                for isa, options in INSTRUCTION_SETS.items()
+                for dtype in DTYPES[isa]
+            ),
+            ("register", "register.cpp", with_torch),
+            ("dispatch", "dispatch.cpp", []),
+        ]
+        objects = list(map_(lambda unit: self.compile(unit[0], unit[1], FLAGS, unit[2]), units))
+        self.link(library, objects, ["-ltorch_cpu", "-lc10"])
+
+    def node(self, folder: Path) -> None:
+        """Build autograd's node for this torch and this Python."""
+        if os.environ.get("KEELNORM_NODE") == "0":
+            raise BuildError("KEELNORM_NODE=0 skipped it")
+        headers = sysconfig.get_paths()["include"]
+        if not (Path(headers) / "Python.h").exists():
+            raise BuildError("there were no headers of this Python (on Debian and Ubuntu: python3-dev)")
+        include = self.torch / "include"
+        options = [f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}", f"-isystem{headers}"]
+        built = self.compile("autograd_node", "autograd_node.cpp", NODE_FLAGS, options)
+        library = folder / f"autograd_node-torch-{version_of(self.torch)}{EXTENSION_SUFFIXES[0]}"
+        self.link(library, [built], ["-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10"])
 
 
 class BuildAfresh(build_command):
@@ -170,29 +213,47 @@ class BuildAfresh(build_command):
 
 
 class BuildNative(build_ext):
-    """Puts the library into its package's folder, or not_built.txt with the reason why it is missing."""
+    """Puts the libraries into their package's folder, or files that say why one is missing."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
     def run(self) -> None:
         library = Path(self.get_ext_fullpath(LIBRARY))  # in the source tree when the install is editable
-        reason = library.with_name("not_built.txt")
-        library.parent.mkdir(parents=True, exist_ok=True)
-        for stale in (library, reason):  # removed, not overwritten: a running process may have it mapped
-            stale.unlink(missing_ok=True)
-        try:
-            build(library)
-        except BuildError as error:
-            if wish == "1":
-                raise CompileError(f"KEELNORM_NATIVE=1 requires the native CPU kernels, but {error}") from None
-            reason.write_text(f"{error}\n")
-            self.warn(f"the native CPU kernels are missing, the reference back end will run: {error}")
+        package = library.parent
+        package.mkdir(parents=True, exist_ok=True)
+        for name in BUILT:  # removed, not overwritten: a running process may have it mapped
+            for stale in package.glob(name):
+                stale.unlink()
+        kept = os.environ.get("KEELNORM_OBJECTS")
+        with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
+            try:
+                build = Build(Path(kept or temporary))
+                node = pool.submit(build.node, package)  # takes longest
+                build.kernels(library, pool.map)
+            except BuildError as error:
+                self.leave_out(package / "not_built.txt", "the native CPU kernels are", error)
+                return
+            try:
+                node.result()
+            except BuildError as error:
+                self.leave_out(package / "no_autograd_node.txt", "autograd's node in C++ is", error)
+
+    def leave_out(self, record: Path, what: str, error: BuildError) -> None:
+        """Record why something is missing; the kernels may be required."""
+        if wish == "1" and record.name == "not_built.txt":
+            raise CompileError(f"KEELNORM_NATIVE=1 requires the native CPU kernels, but {error}") from None
+        record.write_text(f"{error}\n")
+        self.warn(f"{what} missing: {error}")
 
     def get_output_mapping(self) -> dict[str, str]:  # from a wheel's path to the source tree's, for editable installs
         paths = [(Path(wheel), Path(source)) for wheel, source in super().get_output_mapping().items()]
-        paths += [(wheel.with_name("not_built.txt"), source.with_name("not_built.txt")) for wheel, source in paths]
-        return {str(wheel): str(source) for wheel, source in paths if source.exists()}
+        return {
+            str(wheel.with_name(found.name)): str(found)
+            for wheel, source in paths
+            for name in BUILT
+            for found in source.parent.glob(name)
+        }
 
 
 class WheelForEveryPython(bdist_wheel):

@@ -51,6 +51,7 @@ def native(folder: Path = BUILD / "native", flags: list[str] | None = None) -> l
     environment = {
         **os.environ,
         "KEELNORM_NATIVE": "1",
+        "KEELNORM_NODE": "0",
         "KEELNORM_OBJECTS": str(objects),
         "CXXFLAGS": shlex.join([*flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]),
         "LDFLAGS": shlex.join([*flags, *shlex.split(os.environ.get("LDFLAGS", ""))]),

@@ -17,6 +17,7 @@ def gather() -> dict[str, Any]:
 
     from keelnorm import memory
     from keelnorm.engine.kernels import registry
+    from keelnorm.engine.kernels.cpu import autograd_node
     from keelnorm.measure.machine import describe
 
     machine = describe()
@@ -32,6 +33,7 @@ def gather() -> dict[str, Any]:
         "chosen_by": registry.chosen_by(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "active_on_gpus": registry.active("cuda"),
+        "node": autograd_node.missing() or "runs",
         "memory": memory.obstacle() or "can be reused",
         "kernels": [asdict(kernel) for kernel in registry.available()],
     }
@@ -42,6 +44,10 @@ def _on_gpus(facts: dict[str, Any]) -> str:
         return "torch finds no GPU here."
     takes = "float32, float16 and bfloat16" if facts["active_on_gpus"] == "triton" else "floating-point"
     return f"{takes} on {', '.join(facts['gpus'])} runs on {facts['active_on_gpus']}."
+
+
+def _node(facts: dict[str, Any]) -> str:
+    return "runs" if facts["node"] == "runs" else f"is missing, Python's runs: {facts['node']}"
 
 
 def info_command(as_json: AsJson = False) -> None:
@@ -71,6 +77,7 @@ def info_command(as_json: AsJson = False) -> None:
     console.print(table)
     console.print(
         f"floating-point on the CPU runs on {facts['active']} ({facts['chosen_by']}).\n{_on_gpus(facts)}\n"
+        f"Small tensors: autograd's node in C++ {_node(facts)}.\n"
         f"Memory of freed tensors (keelnorm.reuse_memory): {facts['memory']}.",
         markup=False,
         highlight=False,

@@ -25,6 +25,11 @@ def is_second_run() -> bool:
     return _here.repeating or running_backward() != -1
 
 
+def is_repeating() -> bool:
+    """Return whether this is inside :func:`second_run`."""
+    return _here.repeating
+
+
 @contextmanager
 def second_run() -> Iterator[None]:
     """Mark calls of layers in this thread as repeated: they compute what they did, and update nothing."""

@@ -10,9 +10,10 @@ from torch.overrides import has_torch_function
 
 from keelnorm.engine.activations import NONE, ActivationLike, resolve
 from keelnorm.engine.arguments import State
+from keelnorm.engine.dispatch import run_node
 from keelnorm.engine.error_messages import locate
 from keelnorm.engine.fusion.call import begin, passes_by
-from keelnorm.engine.fusion.scope import current
+from keelnorm.engine.fusion.scope import is_inside
 from keelnorm.engine.masking import Padding, TooFew
 from keelnorm.engine.normalization_steps import Normalization, is_plain
 from keelnorm.functional import Options, check_layer_call, layer_batch_norm
@@ -94,14 +95,19 @@ class FusedBatchNorm(HasTooFew, Layer):
                 matters).
             padding: The output where the mask is False: "zero", or "keep" for the value of x.
         """
-        if residual is None and activation is None and not torch.compiler.is_compiling():
-            scope = current()
-            plain = mask is None and sample_weight is None and not inplace
-            if scope is not None and plain and weighting == "frequency" and padding == "zero":
-                deferred = begin(self, scope, input, FusedBatchNorm.forward)
-                if deferred is not None:
-                    return deferred
+        ordinary = (
+            mask is None and sample_weight is None and not inplace and weighting == "frequency" and padding == "zero"
+            and not torch.compiler.is_compiling()
+        )  # fmt: skip
+        if ordinary and residual is None and activation is None and is_inside():
+            deferred = begin(self, input, FusedBatchNorm.forward)
+            if deferred is not None:
+                return deferred
         weight, bias, state = self._unpacked()
+        if ordinary:
+            y = run_node(input, residual, weight, bias, state, activation, self._ranks)
+            if y is not NotImplemented:
+                return y  # type: ignore[no-any-return]
         options = Options(activation, inplace, mask, sample_weight, weighting, padding)
         if has_torch_function((input, residual)):
             node = fx_node(self, input, residual, options)

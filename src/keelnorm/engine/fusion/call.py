@@ -20,7 +20,7 @@ from keelnorm.engine.fusion.expectations import ATTRIBUTE, NEVER, Memory
 from keelnorm.engine.fusion.graph import BatchNormNode, Shared, after
 from keelnorm.engine.fusion.operations import ADD, TIMES_START, Kernel
 from keelnorm.engine.fusion.pending import Observed, promise
-from keelnorm.engine.fusion.scope import Scope
+from keelnorm.engine.fusion.scope import Scope, current
 from keelnorm.engine.layout import dense
 from keelnorm.engine.normalization_steps import Normalization
 from keelnorm.engine.recomputation import second_run
@@ -180,12 +180,11 @@ class Call:
 _batch_norm_node = plain_apply(BatchNormNode)
 
 
-def begin(layer: Any, scope: Scope, x: Tensor, plain: Callable[..., Tensor]) -> Tensor | None:
+def begin(layer: Any, x: Tensor, plain: Callable[..., Tensor]) -> Tensor | None:
     """Return the waiting result of a layer's call; None where the layer computes it at once.
 
     Args:
-        layer: A batch norm that is called with its input alone.
-        scope: The scope that is open.
+        layer: A batch norm that is called with its input alone, while a model runs.
         plain: The layer's own forward.
     """
     attributes = layer.__dict__
@@ -193,13 +192,14 @@ def begin(layer: Any, scope: Scope, x: Tensor, plain: Callable[..., Tensor]) -> 
     if memory is None:
         return None
     training = layer.training
-    kernel = memory.next_expected(training)
-    if kernel is NEVER:
-        return None
     if type(x) in PLAIN and (x.layout is not torch.strided or x.is_nested):
         return None  # the layer says that it takes no such tensor
     if type(x) not in PLAIN or x.numel() < smallest[training]:
         memory.excuse(training, _SMALL)
+        return None
+    kernel = memory.next_expected(training)
+    scope = None if kernel is NEVER else current()
+    if scope is None:
         return None
     hooks = saved_tensor_hooks(True)
     if _is_watched(attributes, hooks) or not scope.is_open():

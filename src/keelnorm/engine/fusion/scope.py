@@ -37,16 +37,16 @@ class Scope:
     Args:
         module: The model.
         frame: The call's frame; the scope ends with it even if nobody closes it. None where ``finally`` closes it.
+        modes: How many modes saw each call of a function of torch when the model was called.
     """
 
     __slots__ = ("_deferred", "_frame", "_guards", "_modes", "module", "thread")
 
-    def __init__(self, module: nn.Module, frame: FrameType | None) -> None:
+    def __init__(self, module: nn.Module, frame: FrameType | None, modes: int) -> None:
         self.module, self.thread = module, threading.get_ident()
-        self._frame = frame
+        self._frame, self._modes = frame, modes
         self._deferred: list[weakref.ref[Tensor]] = []
         self._guards: list[Any] = []
-        self._modes = function_mode_count()
 
     def is_open(self) -> bool:
         """Return whether the call still runs, and no mode that sees every operation was entered inside it."""
@@ -94,20 +94,24 @@ class _Guard:
 
 
 class _Here(threading.local):
-    """A thread's scope, which belongs to the outermost call."""
+    """A thread's outermost call of a model, and its scope."""
 
-    scope: Scope | None = None
-    #: The outermost module that is called, and the call's frame. The scope is None where nothing may wait.
+    #: The module that is called, the call's frame, and how many function modes were active then.
     module: nn.Module | None = None
     frame: FrameType | None = None
+    modes = 0
+    #: Made when the first result may wait; None before that, and where nothing may.
+    scope: Scope | None = None
+    decided = False
 
     def enter(self, module: nn.Module, frame: FrameType | None) -> None:
-        self.module, self.frame, self.scope = module, frame, _scope_for(module, frame)
+        self.module, self.frame, self.modes = module, frame, function_mode_count()
 
     def leave(self) -> None:
         if self.scope is not None:
             self.scope.end()
         self.module = self.frame = self.scope = None
+        self.decided = False
 
     def is_taken(self) -> bool:
         """Return whether a call runs. A call that KeyboardInterrupt ended, which hooks do not see, is forgotten."""
@@ -119,8 +123,16 @@ class _Here(threading.local):
 _here = _Here()
 
 
+def is_inside() -> bool:
+    """Return whether a call of a model runs in this thread, within which results may wait."""
+    return _here.module is not None
+
+
 def current() -> Scope | None:
-    """Return the scope of the call that runs in this thread."""
+    """Return the scope of the call that runs in this thread; None where results must not wait."""
+    if _here.module is not None and not _here.decided and _may_wait():
+        _here.decided = True
+        _here.scope = _scope_for(_here.module, _here.frame, _here.modes)
     return _here.scope
 
 
@@ -181,16 +193,14 @@ def scope_of(module: nn.Module) -> Iterator[None]:
         _here.leave()
 
 
-def _scope_for(module: nn.Module, frame: FrameType | None) -> Scope | None:
-    """Return a scope for a module's call, or None where results must not wait."""
-    if not _may_wait():
-        return None
+def _scope_for(module: nn.Module, frame: FrameType | None, modes: int) -> Scope | None:
+    """Return a scope for a module's call, or None where a part of it is compiled."""
     hooked = False
     for part in module.modules():
         if part._compiled_call_impl is not None or type(part) is compiled_module_class():
             return None  # compiled code guards on its arguments' classes
         hooked = hooked or (part is not module and has_hooks(part))
-    scope = Scope(module, frame)
+    scope = Scope(module, frame, modes)
     if hooked:
         scope.guard()
     return scope

@@ -13,7 +13,7 @@ from keelnorm.engine.activations import Activation, ActivationLike, resolve
 from keelnorm.engine.arguments import State, check_arguments
 from keelnorm.engine.error_messages import locate
 from keelnorm.engine.fusion.call import begin, passes_by
-from keelnorm.engine.fusion.scope import current
+from keelnorm.engine.fusion.scope import is_inside
 from keelnorm.engine.layout import counted, dense
 from keelnorm.engine.masking import Padding, check_padding, named_mask
 from keelnorm.engine.normalization_steps import Normalization, is_plain
@@ -81,10 +81,9 @@ class Variant(Layer):
             padding: The output where the mask is False: "zero", or "keep" for the value of x.
         """
         if residual is None and activation is None and mask is None and not torch.compiler.is_compiling():
-            scope = current()
             plain = sample_weight is None and not inplace
-            if scope is not None and plain and weighting == "frequency" and padding == "zero":
-                deferred = begin(self, scope, input, Variant.forward)
+            if is_inside() and plain and weighting == "frequency" and padding == "zero":
+                deferred = begin(self, input, Variant.forward)
                 if deferred is not None:
                     return deferred
         return self._call(input, residual, Options(activation, inplace, mask, sample_weight, weighting, padding))

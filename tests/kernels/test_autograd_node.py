@@ -1,0 +1,371 @@
+"""The node in C++ gives what the node in Python gives, bit for bit, and leaves to Python what it can't do rightly."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.activations import MODULES
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+import keelnorm as kn
+from keelnorm.engine.activations import NAMED
+from keelnorm.engine.kernels.cpu import autograd_node
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ACTIVATIONS: tuple[Any, ...] = (*NAMED, *MODULES)
+SHAPES = {"2d": (9, 5), "3d": (4, 3, 7), "4d": (4, 3, 5, 2), "5d": (2, 3, 2, 3, 2)}
+
+pytestmark = pytest.mark.skipif(autograd_node.run is None, reason=f"no node in C++: {autograd_node.missing()}")
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Yield, for each call that reaches the node, whether it took the call."""
+    taken: list[bool] = []
+    run = autograd_node.run
+    assert run is not None
+
+    def noted(*arguments: Any) -> Any:
+        y = run(*arguments)
+        taken.append(y is not NotImplemented)
+        return y
+
+    with monkeypatch.context() as patch:
+        patch.setattr(autograd_node, "run", noted)
+        yield taken
+
+
+@contextmanager
+def in_python(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr(autograd_node, "run", None)
+        yield
+
+
+def layer_for(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    torch.manual_seed(3)
+    layer = kn.BatchNorm(shape[1], **options).to(dtype)
+    if layer.affine:
+        nn.init.normal_(layer.weight)
+        if layer.bias is not None:
+            nn.init.normal_(layer.bias)
+    layer(torch.randn(shape).to(dtype))
+    return layer
+
+
+def gradients(y: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
+    wanted = [t for t in inputs if t.requires_grad]
+    return list(torch.autograd.grad(y, wanted, dy, retain_graph=True)) if wanted else []
+
+
+def everything(layer: nn.Module, x: Tensor, residual: Tensor | None, activation: Any) -> list[Any]:
+    """The result, gradients and state of a call of a copy of the layer."""
+    layer = copy.deepcopy(layer)
+    y = layer(x, residual, activation=activation)
+    inputs = [t for t in (x, residual, layer.weight, layer.bias) if t is not None]
+    found = [y.detach(), *gradients(y, inputs)] if y.requires_grad else [y]
+    return [*found, *(b for b in layer.buffers()), layer.update_counts()]
+
+
+def same(ours: list[Any], theirs: list[Any]) -> None:
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.dtype == b.dtype
+            assert a.stride() == b.stride()
+            assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+def test_every_activation(monkeypatch: pytest.MonkeyPatch, activation: Any, residual: bool) -> None:
+    for dtype in DTYPES:
+        layer = layer_for((4, 3, 5), dtype)
+        x = torch.randn(4, 3, 5).to(dtype).requires_grad_()
+        added = torch.randn(4, 3, 5).to(dtype).requires_grad_() if residual else None
+        with counted(monkeypatch) as taken:
+            ours = everything(layer, x, added, activation)
+        assert taken == [True]
+        with in_python(monkeypatch):
+            same(ours, everything(layer, x, added, activation))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"affine": False}, {"bias": False}, {"momentum": None}, {"track_running_stats": False}, {"eps": 0.5}],
+    ids=str,
+)
+def test_every_form_of_layer(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    for training in (True, False):
+        for wanted in (True, False):
+            layer = layer_for(shape, **options).train(training)
+            x = torch.randn(shape, requires_grad=wanted)
+            with counted(monkeypatch) as taken:
+                ours = everything(layer, x, None, "silu")
+            assert taken == [True]
+            with in_python(monkeypatch):
+                same(ours, everything(layer, x, None, "silu"))
+
+
+@pytest.mark.parametrize("wanted", range(16))
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_every_choice_of_gradients(monkeypatch: pytest.MonkeyPatch, wanted: int, activation: Any) -> None:
+    layer = layer_for((4, 3, 5))
+    x, residual = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
+    for bit, tensor in enumerate((x, residual, layer.weight, layer.bias)):
+        tensor.requires_grad_(bool(wanted >> bit & 1))
+    with counted(monkeypatch) as taken:
+        ours = everything(layer, x, residual, activation)
+    assert taken == [True]
+    with in_python(monkeypatch):
+        same(ours, everything(layer, x, residual, activation))
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced"])
+def test_layouts(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    layer = layer_for((4, 3, 5, 2))
+    x = torch.randn(4, 3, 5, 2)
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    elif layout == "transposed":
+        x = x.mT.contiguous().mT
+    else:
+        x = torch.randn(4, 3, 5, 4)[..., ::2]
+    x.requires_grad_()
+    ours = everything(layer, x, None, "relu")
+    with in_python(monkeypatch):
+        same(ours, everything(layer, x, None, "relu"))
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu", "tanh"])
+def test_second_derivatives(activation: str | None) -> None:
+    layer = layer_for((5, 3), torch.float64)
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    residual = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+
+    def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        layer.weight.data, layer.bias.data = weight.data, bias.data
+        own = {"weight": weight, "bias": bias}
+        layer._parameters.update(own)  # the node looks there, and takes plain tensors
+        return layer(x, residual, activation=activation)
+
+    inputs = (x, residual, layer.weight.detach().requires_grad_(), layer.bias.detach().requires_grad_())
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use
+def test_what_python_has_to_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls in modes and transforms, and of other kinds of tensors, are left to Python, and are right there."""
+    layer = layer_for((4, 3))
+    x = torch.randn(4, 3)
+    with counted(monkeypatch) as taken:
+        torch.func.vmap(lambda x: layer.eval()(x))(torch.randn(2, 4, 3))
+        torch.func.grad(lambda x: layer(x).sum())(x)
+        with forward_ad.dual_level():
+            layer(forward_ad.make_dual(x, x))
+        layer(x.T.contiguous().T)
+        layer(nn.Parameter(x).mT.mT)
+        with pytest.raises(ValueError, match="has 5 channels"):
+            layer(torch.randn(4, 5))
+        with pytest.raises(TypeError, match="must be a tensor"):
+            layer([1.0])
+        with pytest.raises(TypeError, match="floating-point"):
+            layer(x.int())
+    assert taken.count(True) == 1  # the view of a parameter
+
+
+def test_a_mode_that_is_true_but_not_a_bool(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = layer_for((4, 3)), torch.randn(4, 3)
+    plain = everything(layer, x, None, None)
+    layer.training = 1  # type: ignore[assignment]
+    with counted(monkeypatch) as taken:
+        same(everything(layer, x, None, None), plain)
+    assert taken == [True]
+
+
+def test_errors_leave_the_layer_as_it_was() -> None:
+    layer = layer_for((4, 3))
+    before = copy.deepcopy(layer.state_dict())
+    for wrong in (torch.randn(4, 4), torch.randn(1, 3), torch.randn(4, 3).half().to_sparse(), torch.ones(4, 3).int()):
+        with pytest.raises((TypeError, ValueError, RuntimeError)):
+            layer(wrong)
+    with pytest.raises(ValueError, match="residual"):
+        layer(torch.randn(4, 3), torch.randn(4, 1))
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_autograd_is_told_what_was_written() -> None:
+    layer = layer_for((4, 3))
+    buffers = [*layer.buffers(), layer.update_counts()]
+    before = [buffer._version for buffer in buffers]
+    layer(torch.randn(4, 3, requires_grad=True))
+    assert [buffer._version for buffer in buffers] == [version + 1 for version in before]
+    layer.eval()(torch.randn(4, 3))
+    assert [buffer._version for buffer in buffers] == [version + 1 for version in before]
+
+
+def test_a_changed_weight_is_torchs_error() -> None:
+    layer = layer_for((4, 3))
+    y = layer(torch.randn(4, 3, requires_grad=True))
+    with torch.no_grad():
+        layer.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_second_backward_needs_a_retained_graph() -> None:
+    layer = layer_for((4, 3))
+    y = layer(torch.randn(4, 3, requires_grad=True), activation="relu")
+    y.sum().backward(retain_graph=True)
+    first = layer.weight.grad.clone()
+    y.sum().backward()
+    assert torch.equal(layer.weight.grad, 2 * first)
+    with pytest.raises(RuntimeError, match="second time"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("keep", ["cpu", "own"])
+def test_hooks_on_saved_tensors(keep: str) -> None:
+    seen: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen.append(tensor)
+        return tensor.clone()
+
+    own = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    layer = layer_for((4, 3))
+    x = torch.randn(4, 3, requires_grad=True)
+    plain = everything(layer, x, None, "silu")
+    with torch.autograd.graph.save_on_cpu() if keep == "cpu" else own:
+        same(everything(layer, x, None, "silu"), plain)
+    assert len(seen) == (4 if keep == "own" else 0)  # x, statistics, weight, bias
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_both_nodes_save_the_same_in_the_same_order(
+    monkeypatch: pytest.MonkeyPatch, activation: str | None, residual: bool
+) -> None:
+    """Activation checkpointing tells saved tensors by their number: one node runs first, and the other again."""
+    layer = layer_for((4, 3))
+    x, added = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3) if residual else None
+    kept: list[list[Tensor]] = [[], []]
+    for seen in kept:
+
+        def pack(tensor: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(tensor)
+            return tensor
+
+        node = in_python(monkeypatch) if seen is kept[1] else counted(monkeypatch)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), node:
+            copy.deepcopy(layer)(x, added, activation=activation)
+    same(*kept)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints(reentrant: bool) -> None:
+    layer = layer_for((4, 3))
+    x, added = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    inputs = [x, added, layer.weight, layer.bias]
+    twin = copy.deepcopy(layer)
+    checkpointed = checkpoint(
+        lambda x, added: layer(x * 2, added, activation="silu"), x, added, use_reentrant=reentrant
+    )
+    plain = twin(x * 2, added, activation="silu")
+    plain.square().sum().backward()
+    expected = [x.grad, added.grad, twin.weight.grad, twin.bias.grad]
+    x.grad = added.grad = None
+    checkpointed.square().sum().backward()
+    same([tensor.grad for tensor in inputs], expected)
+    same([*layer.buffers()], [*twin.buffers()])
+
+
+def test_an_exception_in_a_hook_reaches_the_caller() -> None:
+    def fail(_: Tensor) -> Tensor:
+        raise KeyError("mine")
+
+    layer = layer_for((4, 3))
+    updates = int(layer.num_batches_tracked)
+    with pytest.raises(KeyError, match="mine"), torch.autograd.graph.saved_tensors_hooks(fail, lambda t: t):
+        layer(torch.randn(4, 3, requires_grad=True))
+    assert int(layer.num_batches_tracked) == updates + 1  # as in torch.nn, the forward has run
+
+
+def test_batched_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_for((4, 3), torch.float64)
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    y = layer(x, activation="silu")
+    many = torch.randn(5, 4, 3, dtype=torch.float64)
+    [batched] = torch.autograd.grad(y, x, many, is_grads_batched=True, retain_graph=True)
+    one_by_one = torch.stack([torch.autograd.grad(y, x, each, retain_graph=True)[0] for each in many])
+    torch.testing.assert_close(batched, one_by_one)
+
+
+def test_modes_of_torch() -> None:
+    layer = layer_for((4, 3)).eval()
+    x = torch.randn(4, 3)
+    plain = layer(x, activation="relu").detach()
+    for mode in (torch.inference_mode(), torch.no_grad(), torch.autocast("cpu")):
+        with mode:
+            y = layer(x, activation="relu")
+            assert torch.equal(y, plain)
+            assert y.is_inference() == isinstance(mode, torch.inference_mode)
+    made = layer(x.requires_grad_()).sum()
+    with torch.inference_mode():
+        inside = torch.randn(4, 3)
+    with pytest.raises(RuntimeError, match="inference_mode"):
+        layer(inside)
+    made.backward()
+
+
+def test_threads() -> None:
+    layer = layer_for((64, 3)).eval()
+    x = torch.randn(64, 3)
+    expected = everything(layer, x.clone().requires_grad_(), None, "gelu")
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(20):
+                same(everything(layer, x.clone().requires_grad_(), None, "gelu"), expected)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_one_for_another_torch_is_not_loaded() -> None:
+    assert autograd_node.file_name("9.9.9") != autograd_node.file_name(torch.__version__)
+    assert Path(autograd_node.__file__).with_name(autograd_node.file_name(torch.__version__)).exists()
+
+
+def test_it_can_be_left_out() -> None:
+    program = (
+        "import torch, keelnorm as kn; from keelnorm.engine.kernels.cpu import autograd_node as node\n"
+        "kn.BatchNorm1d(3)(torch.randn(4, 3, requires_grad=True)).sum().backward()\n"
+        "print(node.run, node.missing())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={"KEELNORM_NODE": "0", "PATH": ""}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "None KEELNORM_NODE=0 leaves it out", done.stderr
