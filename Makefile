@@ -30,7 +30,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo lab claims test coverage fuzz check bench models native sanitize arm format clean FORCE
+.PHONY: help demo lab claims test coverage fuzz check bench models memory native sanitize arm format clean FORCE
 CHECKS := check-format check-lint check-types check-public check-layers check-kernels
 .PHONY: $(CHECKS)
 
@@ -44,14 +44,15 @@ help:
 	@echo 'make bench    time the layers and whole networks: tables, and bench-results/bench.html; and the pages of benchmarks/results'
 	@echo 'make claims   measure all claims in full form, alone on the machine: the pages in docs/claims; with DATA=FOLDER, which'
 	@echo '              holds MNIST and recordings, also those in docs/claims_on_more_data'
-	@echo 'make models   convert and fold published architectures: a table, and docs/models.md'
+	@echo 'make models   convert and fold published architectures: a table, and docs/models.md; then make memory'
+	@echo 'make memory   what save_memory saves and costs on them: tables, docs/memory_figures.md, and bench-results/memory.html'
 	@echo 'make native   check the kernels without torch, on everything that the driver has'
 	@echo 'make sanitize check them with address and undefined-behaviour sanitizers, without torch and with it'
 	@echo 'make arm      check them on an emulated ARM'
 	@echo 'make format   format the sources, and mend what the linter can'
 	@echo 'make clean    remove what was built (the virtual environment stays)'
 	@echo
-	@echo 'ARGS="..." is passed on by demo, lab, claims, test, coverage, bench, models, native, sanitize and arm:'
+	@echo 'ARGS="..." is passed on by demo, lab, claims, test, coverage, bench, models, memory, native, sanitize and arm:'
 	@echo '              make test ARGS="tests/docs -x"'
 	@echo 'PYTHON ($(PYTHON)), VENV ($(VENV)) and TORCH ($(TORCH)) can be set in the same way.'
 
@@ -102,6 +103,12 @@ bench: $(VENV)/.built
 
 models: $(VENV)/.built
 	@$(BIN)/python -m benchmarks.zoo --out bench-results/models.json --page docs/models.md $(ARGS)
+	@$(MAKE) --no-print-directory memory
+
+# Half an hour on two cores. A run that was stopped goes on. The pages are drawn from what it stored.
+memory: $(VENV)/.built
+	@$(BIN)/python -m benchmarks.memory --out bench-results/memory.json --page docs/memory_figures.md \
+		--html bench-results/memory.html $(ARGS)
 
 # tests/native/build_driver.py says what is built, and how.
 native: $(VENV)/.installed

@@ -1,4 +1,4 @@
-"""keelnorm's own benchmarks: networks, published architectures, folding, variants, GPU kernels.
+"""keelnorm's own benchmarks: networks, published architectures, memory, folding, variants, GPU kernels.
 
 They are not installed. Run them from the root of the repository, as `python -m benchmarks.networks`.
 """

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,14 +73,20 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            status = self._process.wait()
-            self._errors.seek(0)
-            said = self._errors.read().decode(errors="replace").strip().splitlines()
-            raise ArmError(
-                said[-1] if said else f"its process ended with status {status}; it may have run out of memory"
-            )
+            raise ArmError(why_it_ended(self._process.wait(), self._errors))
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+def why_it_ended(status: int, errors: IO[bytes]) -> str:
+    """Why a process ended too early: by a signal, or as the last line of its standard error stream says."""
+    errors.seek(0)
+    said = errors.read().decode(errors="replace").strip().splitlines()
+    if status >= 0:
+        return said[-1] if said else f"its process ended with status {status}"
+    return f"its process was ended by signal {-status}; it may have run out of memory" + (
+        f" (it last said: {said[-1]})" if said else ""
+    )
 
 
 @contextmanager

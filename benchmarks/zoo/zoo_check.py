@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import keelnorm as kn
 from benchmarks.architectures import Architecture
 from benchmarks.conversion import convert_and_learn
+from benchmarks.training_steps import outputs_and_loss
 from benchmarks.zoo.fusible_patterns import count_patterns
 from keelnorm.engine.fusion import pending
 from keelnorm.engine.fusion.call import all_sizes_wait
@@ -120,8 +121,7 @@ def _without_path(reason: str) -> str:
 
 def results(model: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Outputs and gradients, each with the magnitude that its error is relative to."""
-    outputs = [t for t in tensors_in(model(x)) if t.requires_grad]
-    loss = sum((y.square().mean() for y in outputs), torch.zeros((), dtype=x.dtype))
+    outputs, loss = outputs_and_loss(model, x)
     parameters = list(model.parameters())
     gradients = [g for g in torch.autograd.grad(loss, parameters, allow_unused=True) if g is not None]
     largest = max(g.abs().max() for g in gradients)

@@ -10,15 +10,14 @@ from functools import partial
 from time import perf_counter
 
 import torch
-from torch import Tensor, nn
 
 import keelnorm as kn
 from benchmarks.architectures import ARCHITECTURES, Architecture
+from benchmarks.training_steps import gradient_step
 from benchmarks.zoo.zoo_check import ZooCheck, check_architecture
 from keelnorm.bench.session import progress_bar, threads
 from keelnorm.measure import timing
 from keelnorm.measure.machine import Machine, describe
-from keelnorm.surgery.observation.nested_tensors import tensors_in
 
 
 @dataclass
@@ -101,19 +100,8 @@ def _time(one: Architecture, row: ZooRow, samples: int, rounds: int) -> None:
         taken = _turns({name: partial(model, x) for name, model in arms.items()}, rounds)
     row.converted_inference = timing.median_ratio(taken["original"], taken["converted"])
     row.folded_inference = timing.median_ratio(taken["original"], taken["folded"])
-    taken = _turns({name: _step(arms[name].train(), x) for name in ("original", "converted")}, rounds)
+    taken = _turns({name: gradient_step(arms[name].train(), x) for name in ("original", "converted")}, rounds)
     row.training = timing.median_ratio(taken["original"], taken["converted"])
-
-
-def _step(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    parameters = list(model.parameters())
-
-    def step() -> None:
-        outputs = [y for y in tensors_in(model(x)) if y.requires_grad]
-        loss = sum((y.square().mean() for y in outputs), torch.zeros(()))
-        torch.autograd.grad(loss, parameters, allow_unused=True)
-
-    return step
 
 
 def _turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

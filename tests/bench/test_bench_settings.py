@@ -13,7 +13,7 @@ from keelnorm.bench.peers import PEERS, CannotError
 from keelnorm.bench.problem import make_problem
 from keelnorm.bench.session import page_settings
 from keelnorm.measure import timing
-from keelnorm.measure.machine import caches
+from keelnorm.measure.machine import available_bytes, caches
 
 
 @pytest.mark.parametrize("peer", ["keelnorm", "eager"])
@@ -118,3 +118,14 @@ def test_caches_are_summed_over_cores(tmp_path):
         for name, value in zip(("level", "type", "size", "shared_cpu_list"), values, strict=True):
             (folder / name).write_text(value)
     assert caches(tmp_path) == {"L1": 64 << 10, "L3": 2 << 20}
+
+
+def test_free_memory_is_the_systems_or_the_containers(tmp_path):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 9000 kB\nMemAvailable: 2000 kB\n")
+    assert available_bytes(meminfo, tmp_path) == 2000 << 10
+    (tmp_path / "memory.current").write_text("1000\n")
+    for most, free in (("max", 2000 << 10), ("5000", 4000), ("500", 0)):
+        (tmp_path / "memory.max").write_text(f"{most}\n")
+        assert available_bytes(meminfo, tmp_path) == free
+    assert available_bytes(tmp_path / "absent", tmp_path / "absent") is None

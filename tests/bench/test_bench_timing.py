@@ -115,6 +115,28 @@ def test_page_faults_grow():
     del held
 
 
+def test_a_peak_grows_and_begins_again():
+    disturbance.reset_peak()
+    before = disturbance.peak_bytes()
+    held = torch.ones(64 << 20)
+    after = disturbance.peak_bytes()
+    assert before is None or after - before > 200 << 20
+    del held
+    if before is not None and disturbance.reset_peak():
+        assert disturbance.peak_bytes() < after - (200 << 20)
+
+
+def test_the_peak_of_another_process_is_known_while_it_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr(disturbance, "PROCESSES", tmp_path)
+    (tmp_path / "12").mkdir()
+    (tmp_path / "12" / "status").write_text("Name:\tpython\nVmHWM:\t  2048 kB\n")
+    assert disturbance.peak_bytes(12) == 2 << 20
+    (tmp_path / "12" / "status").write_text("Name:\tpython\nState:\tZ (zombie)\n")
+    assert disturbance.peak_bytes(12) is None
+    assert disturbance.peak_bytes(13) is None
+    assert not disturbance.reset_peak()
+
+
 def test_collector_rests_and_returns():
     seen = []
 

@@ -145,5 +145,5 @@ def test_help_is_the_default_and_names_every_target(project: Project) -> None:
     said = project.run()
     assert not project.asked.exists()
     checked = ("check", "coverage", "native", "sanitize", "arm")
-    for target in ("demo", "lab", "claims", "test", "bench", "format", "clean", *checked):
+    for target in ("demo", "lab", "claims", "test", "bench", "models", "memory", "format", "clean", *checked):
         assert f"make {target} " in said

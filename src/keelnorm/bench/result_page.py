@@ -9,6 +9,7 @@ from typing import Any
 
 from keelnorm.bench.result_figures import network_figures, network_label, rate_figures, ratio_figures, speed_figure
 from keelnorm.bench.results import DEFAULT_ARM, NetworkRow, Report, Row
+from keelnorm.measure.machine import facts_of
 from keelnorm.measure.page_parts import Section, Table
 
 SUBJECT = "keelnorm"
@@ -55,17 +56,12 @@ def bench_document(reports: Sequence[Report]) -> dict[str, Any]:
 
 
 def _machine(reports: Sequence[Report]) -> dict[str, str]:
-    facts = asdict(reports[0].machine)
-    facts["environment"] = " ".join(f"{key}={value}" for key, value in facts["environment"].items()) or "nothing set"
-    facts["caches"] = ", ".join(f"{level} {size >> 10} KiB" for level, size in facts["caches"].items()) or "unknown"
-    if facts["memory_bytes"]:
-        facts["memory"] = f"{facts['memory_bytes'] / 2**30:.1f} GiB"
-    del facts["memory_bytes"]
+    facts = facts_of(reports[0].machine)
     for report in reports:
         kind = "networks" if report.networks else "layers"
         asked = {key: value for key, value in asdict(report.settings).items() if value not in (None, [], False)}
         facts[f"settings of the {kind}"] = ", ".join(f"{key} {value}" for key, value in asked.items())
-    return {key.replace("_", " "): "unknown" if value is None else str(value) for key, value in facts.items()}
+    return facts
 
 
 def _failures(rows: Iterable[Row], networks: Iterable[NetworkRow]) -> list[str]:

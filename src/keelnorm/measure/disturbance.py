@@ -1,4 +1,4 @@
-"""Detect what disturbs a measurement: other programs on the cores, and fresh memory pages.
+"""Read what a measurement depends on beside the code: other programs on the cores, fresh pages, resident memory.
 
 A parallel loop ends when its last thread does. When another program takes one of the cores, every
 loop waits several milliseconds for the scheduler, whatever it computes. Such samples say nothing
@@ -20,7 +20,7 @@ except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
 TASKS = Path("/proc/self/task")
-STATUS = Path("/proc/self/status")
+PROCESSES = Path("/proc")
 
 
 def run_delay() -> float | None:
@@ -40,18 +40,31 @@ def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource else 0
 
 
-def peak_bytes() -> int | None:
-    """The most memory that this process has had resident so far; None if unknown.
+def peak_bytes(process: int | None = None) -> int | None:
+    """The most memory that a process has had resident so far; None if unknown.
 
     `ru_maxrss` is not used on Linux, where a process inherits it from its parent.
+
+    Args:
+        process: Its number; None for this process. Of another one it is known on Linux only, and while it runs.
     """
     try:
-        for line in STATUS.read_text(encoding="ascii").splitlines():
+        status = PROCESSES / ("self" if process is None else str(process)) / "status"
+        for line in status.read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     except (OSError, ValueError, IndexError):
         pass
-    if resource is None or sys.platform == "linux":
+    if resource is None or process is not None or sys.platform == "linux":
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak) * (1 if sys.platform == "darwin" else 1024)  # kilobytes, except on macOS
+
+
+def reset_peak() -> bool:
+    """Begin the peak of this process again, at what is resident now; False where the system does not do so."""
+    try:
+        (PROCESSES / "self" / "clear_refs").write_text("5", encoding="ascii")  # proc(5): resets VmHWM
+    except OSError:
+        return False
+    return True

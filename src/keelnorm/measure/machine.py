@@ -6,7 +6,7 @@ import mmap
 import os
 import platform
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -72,6 +72,38 @@ def describe(*, with_revision: bool = False) -> Machine:
         revision=_revision() if with_revision else None,
         environment={name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
     )
+
+
+def facts_of(machine: Machine) -> dict[str, str]:
+    """The facts in words, for a page."""
+    facts = asdict(machine)
+    facts["environment"] = " ".join(f"{key}={value}" for key, value in machine.environment.items()) or "nothing set"
+    facts["caches"] = ", ".join(f"{level} {size >> 10} KiB" for level, size in machine.caches.items()) or "unknown"
+    if machine.memory_bytes:
+        facts["memory"] = f"{machine.memory_bytes / 2**30:.1f} GiB"
+    del facts["memory_bytes"]
+    return {key.replace("_", " "): "unknown" if value is None else str(value) for key, value in facts.items()}
+
+
+def available_bytes(meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Memory that programs can still take without another one losing its own; None if unknown.
+
+    Args:
+        meminfo: The system's own account.
+        group: The control group of a container, which may allow less.
+    """
+    found = []
+    try:
+        lines = meminfo.read_text(encoding="ascii").splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        most, taken = ((group / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
+        found.append(max(0, int(most) - int(taken)))
+    except (OSError, ValueError):  # no such group, or "max"
+        pass
+    return min(found, default=None)
 
 
 def cores() -> int:

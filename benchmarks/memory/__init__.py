@@ -1,0 +1,1 @@
+"""What `kn.save_memory` saves, and what it costs: bytes, times of steps, peaks, the largest batch, checkpointing."""
