@@ -120,7 +120,7 @@ class _Begin:
     longest: int
 
     def __call__(self, module: nn.Module, _: Any) -> None:
-        saved_outputs.enter(module, self.longest)
+        saved_outputs.enter(module, self.longest, _end)
 
 
 def _end(module: nn.Module, _: Any, __: Any) -> None:
@@ -135,8 +135,8 @@ class save_memory:  # noqa: N801 - reads as a verb, with or without `with`
     are the same bit for bit. A residual that is itself such an output is recomputed too, in chains of ``longest``.
 
     It is about the fused operation: an activation behind a batch norm that runs by itself is kept as before. So convert
-    the model first (:func:`kn.convert`), or give layers their ``activation=``. Masked, ghost and in-place batch norms
-    keep what they kept.
+    the model first (:func:`kn.convert`), or give layers their ``activation=``. Masks, sample weights and nearly all
+    variants are included, and synchronized layers ask no other rank again; docs/memory.md lists what is kept.
 
     Args:
         model: A module whose calls are concerned. It is not changed, but for two hooks, which a copy of it has too.
@@ -146,13 +146,14 @@ class save_memory:  # noqa: N801 - reads as a verb, with or without `with`
     Differs:
         From activation checkpointing: convolutions are not computed again. Inside of a checkpoint, or of other hooks on
         saved tensors (``torch.autograd.graph.save_on_cpu``), inside or outside the model, these act alone. Under
-        torch.compile and torch.func nothing is done. A change of an output through ``.data`` is not seen.
+        torch.compile and torch.func nothing is done, which is logged once. A change of an output through ``.data`` is
+        not seen.
 
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: ``longest`` is not an integer from 1 to 64.
         RuntimeError: In the backward, in torch's words: what an output is computed from was changed in place;
-            also where torch would not look, as for a residual's buffer that is used again.
+            also where torch would not look, as for a mask or a residual's buffer that is used again.
 
     Example:
         >>> import torch
@@ -172,17 +173,15 @@ class save_memory:  # noqa: N801 - reads as a verb, with or without `with`
                 f"save_memory: longest is an integer from 1 to {saved_outputs.LONGEST}; got {describe(longest)}"
             )
         self.model = model
-        self._handles = [
-            model.register_forward_pre_hook(_Begin(longest)),
-            model.register_forward_hook(_end, always_call=True),
-        ]
+        last = model.register_forward_hook(_end, always_call=True)
+        self._handles = model.register_forward_pre_hook(_Begin(longest)), last
 
     def undo(self) -> None:
-        """Keep outputs again; a second call does nothing. Graphs that exist stay as they are."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        saved_outputs.end_dead(self.model)
+        """Keep outputs again; a second call does nothing. Graphs that exist stay as they are.
+
+        A call that runs in another thread ends as it began.
+        """
+        saved_outputs.stop(self.model, *self._handles)
 
     def __enter__(self) -> save_memory:
         return self

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from problems import FOUR, TWO, C, Case
+from saving import saving
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -427,4 +428,5 @@ SCENARIOS = {
     "pooling": Scenario(pooling, 3),
     "moments": Scenario(moments, 3),
     "environment": Scenario(environment, 2),
+    "saving": Scenario(saving, 2),
 }

@@ -12,10 +12,8 @@ import torch.nn.functional as F
 from support.saving import (
     Parts,
     assert_saving_changes_nothing,
-    kept,
     network,
 )
-from torch import nn
 
 import keelnorm as kn
 
@@ -87,17 +85,6 @@ def test_a_reader_that_changes_what_it_was_given_is_torchs_error() -> None:
             model(x).sum().backward()
         if handle is not None:
             handle.undo()
-
-
-@pytest.mark.parametrize("what", ["weight", "running_mean"])
-def test_strided_vectors_are_kept(what: str) -> None:
-    """The fast operators decline them, and would take contiguous copies."""
-    model = Parts(lambda m, x: m.last(m.bn(m.conv(x), activation="gelu")))
-    strided = torch.rand(4, 2)[:, 0]
-    setattr(model.bn, what, nn.Parameter(strided) if what == "weight" else strided)
-    assert not getattr(model.bn, what).is_contiguous()
-    x = torch.randn(2, 3, 8, 8)
-    assert kept(model, x, 8) == kept(model, x, 0)
 
 
 def test_the_backward_takes_the_reference_where_the_forward_did() -> None:

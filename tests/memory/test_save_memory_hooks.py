@@ -115,13 +115,43 @@ def test_no_gradients_no_hooks() -> None:
         assert torch.equal(model(torch.ones(2, 3, 8, 8)), copy.deepcopy(model)(torch.ones(2, 3, 8, 8)))
 
 
-def test_compiled_code_is_left_to_the_compiler() -> None:
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message.partition("calls: ")[2] for record in caplog.records if record.name == "keelnorm"]
+
+
+@pytest.mark.parametrize("how", ["compile of a saving model", "saving of a compiled model", "Module.compile"])
+def test_compiled_code_is_left_to_the_compiler_which_is_said_once(
+    how: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(saved_outputs, "_announced", set())
     model, x = network(blocks=1), torch.randn(2, 3, 8, 8)
     expected = outcome(copy.deepcopy(model), x)
-    with kn.save_memory(model):
-        found = outcome(torch.compile(model, backend="aot_eager"), x)
+    options: Any = {"backend": "eager", "fullgraph": True}  # a message that is traced would break the graph
+    called = torch.compile(model, **options) if how == "saving of a compiled model" else model
+    with kn.save_memory(called):
+        if how == "compile of a saving model":
+            called = torch.compile(model, **options)
+        elif how == "Module.compile":
+            model.compile(**options)
+        found = outcome(called, x)
+        called(torch.randn(3, 3, 9, 9))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+    assert said(caplog) == ["torch.compile decides itself what its graphs keep"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own
+def test_a_compiled_part_of_a_model() -> None:
+    torch._dynamo.reset()
+    model, x = network(blocks=2), torch.randn(2, 3, 8, 8)
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        each[1].compile(backend="aot_eager")
+    with kn.save_memory(twin):
+        assert_same_bits(outcome(twin, x), outcome(model, x))
+    torch._dynamo.reset()
 
 
 def test_undo_removes_the_hooks() -> None:
@@ -267,8 +297,7 @@ def test_each_reason_to_keep_outputs_is_said_once(
         for call in (others, disabled, transformed) * 2:
             call()
         model(x)
-    said = [record.message.partition("calls: ")[2] for record in caplog.records]
-    assert said == [
+    assert said(caplog) == [
         "other hooks on saved tensors are active around the call, and act alone",
         "hooks on saved tensors are disabled (not here)",
         "torch.func takes no hooks on saved tensors",

@@ -62,7 +62,7 @@ def outcome(model: nn.Module, x: torch.Tensor, **keywords: Any) -> list[torch.Te
     x = x.clone().requires_grad_(x.is_floating_point())
     model.zero_grad(set_to_none=True)
     y = model(x, **keywords)
-    (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).view_as(y)).sum().backward()
     grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     return [y.detach(), x.grad, *grads, *(b.clone() for b in model.buffers())]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
 import torch
 from support.cases import EPS, MOMENTUM, Options, laid_out, make_problem
 from support.definition import UNIT, expect, spread
+from support.saving import assert_same_bits, outcome
 
 import keelnorm as kn
 from keelnorm.engine.kernels import triton
@@ -188,3 +190,42 @@ def test_the_two_halves_are_the_whole(device, path, layout, training, residual):
     torch.testing.assert_close(operators.finish(x, found, weight, bias, other, 1, 0.0, 0.0), y, rtol=1e-5, atol=1e-5)
     for one, two in zip(*buffers, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+
+
+RECOMPUTED = {
+    "plain": (kn.BatchNorm2d, {}, "contiguous"),
+    "mask": (kn.BatchNorm2d, {"padding": "zero"}, "channels_last"),
+    "mask, keep": (kn.BatchNorm2d, {"padding": "keep"}, "contiguous"),
+    "sync": (kn.SyncBatchNorm, {}, "channels_last"),
+}
+
+
+class Residual(torch.nn.Module):
+    """Two batch norms, the second of which adds the first one's output, and readers that keep both outputs."""
+
+    def __init__(self, name, channels):
+        super().__init__()
+        make, given, _ = RECOMPUTED[name]
+        self.given = {**given}
+        self.first, self.second, self.reader = make(channels), make(channels), torch.nn.PReLU()
+
+    def forward(self, x):
+        y = self.first(x * 1.0, activation="silu", **self.given)
+        return self.reader(self.second(self.reader(y), y, activation="relu", **self.given))
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_recomputed_outputs_have_the_same_bits(device, path, name):
+    """Here an output is computed by `finish`, and in the forward by other kernels."""
+    model = Residual(name, 4).to(device)
+    if model.given:
+        model.given.update(mask=(torch.rand(4, 3, 5) < 0.6).to(device))
+    x = laid_out(torch.randn(4, 4, 3, 5), RECOMPUTED[name][2]).to(device)
+    other = copy.deepcopy(model)
+    calls = [kn.kernels.calls()["triton"]]
+    with kn.save_memory(other):
+        found = outcome(other, x)
+    calls.append(kn.kernels.calls()["triton"])
+    assert_same_bits(found, outcome(model, x))
+    calls.append(kn.kernels.calls()["triton"])
+    assert calls[1] - calls[0] >= calls[2] - calls[1] + 2  # the two outputs

@@ -18,7 +18,7 @@ from keelnorm.engine.arguments import Kept, Needs, State
 from keelnorm.engine.fast_operators import mark_updated, run_fast
 from keelnorm.engine.kernels import registry, triton
 from keelnorm.engine.kernels.cpu import autograd_node
-from keelnorm.engine.layout import counted, dense
+from keelnorm.engine.layout import counted, dense, pad_
 from keelnorm.engine.recomputation import is_repeating, is_second_run
 from keelnorm.engine.rollback import Unchanged
 from keelnorm.engine.running_statistics import update_running
@@ -135,9 +135,9 @@ class _BatchNorm(torch.autograd.Function):
         state: State,
         act: Activation,
     ) -> Tensor:
-        y, saved = forward(x, residual, weight, bias, saved, state, act)
-        if saved_outputs.calls and state.mask is None:
-            note_output(y, x, residual, weight, bias, saved, state, act)
+        y, saved, by_reference = forward(x, residual, weight, bias, saved, state, act)
+        if saved_outputs.calls:
+            note_output(y, x, residual, weight, bias, saved, state, act, by_reference)
         ctx.save_for_backward(x, weight, saved, *ops.gate_needs(act.code, residual, bias, y), state.mask)
         ctx.options = state.training, state.eps, act, None if residual is None else residual.dtype, state.keep
         return y
@@ -192,16 +192,18 @@ def forward(
     saved: Tensor | None,
     state: State,
     act: Activation,
-) -> tuple[Tensor, Tensor]:
-    """Return y, and (mean, var, rstd) as one (3, C) tensor, without a graph.
+) -> tuple[Tensor, Tensor, bool]:
+    """Return y, (mean, var, rstd) as one (3, C) tensor, and whether the reference ran, without a graph.
 
-    Unless the latter is given, the running statistics are updated as ``state`` says.
+    Unless statistics are given, the running statistics are updated as ``state`` says.
     """
     check = (state.what, x, residual, weight, bias, state)
     if saved is not None:
         y = run_fast("finish", x, x, saved, weight, bias, residual, act.code, act.a, act.b, check=check)
         if y is not None:
-            return y, saved
+            if state.mask is not None:
+                pad_(state.mask.unsqueeze(1), y, x if state.keep else None)
+            return y, saved, False
     else:
         result = run_fast(
             "forward_", x, x, residual, weight, bias, state.running_mean, state.running_var, state.num_batches_tracked,
@@ -210,30 +212,33 @@ def forward(
         )  # fmt: skip
         if result is not None:
             _note_update(x, result[1], state)
-            return result  # type: ignore[no-any-return]
+            return *result, False
     with unchanged(state):
-        return fallback.forward(x, residual, weight, bias, state, act, saved)
+        return *fallback.forward(x, residual, weight, bias, state, act, saved), True
 
 
 def note_output(
     y: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, saved: Tensor,
-    state: State, act: Activation,
+    state: State, act: Activation, by_reference: bool,
 ) -> None:  # fmt: skip
-    """Note how y is computed, so that it need not be kept for the backward; see `engine.saved_outputs`."""
-    vectors = (weight, bias, state.running_mean, state.running_var)
-    if not all(vector is None or vector.is_contiguous() for vector in vectors):
-        return  # the fast operators decline those, and would take the copies: not the same bits
-    reference_ran = registry.operators(x) is None
+    """Note how y is computed, so that it need not be kept for the backward; see `engine.saved_outputs`.
+
+    Args:
+        by_reference: Whether the reference computed y: a fast operator would give other last bits.
+    """
     # Copies, of C values each: a wrapper may free the parameters before the backward, or an optimizer change them.
     scale = None if weight is None else weight.detach().clone()
     shift = None if bias is None else bias.detach().clone()
+    mask = state.mask  # held as x is, since code may write to it
+    state = state._replace(update=False, num_batches_tracked=None, updates=None, mask=None, sink=None)
 
-    def make(x: Tensor, residual: Tensor | None) -> Tensor:
-        if reference_ran:  # also where other kernels have been chosen since
-            return fallback.forward(x, residual, scale, shift, state, act, saved)[0]
-        return forward(x, residual, scale, shift, saved, state, act)[0]
+    def make(x: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        masked = state._replace(mask=mask)
+        if by_reference:  # also where other kernels have been chosen since
+            return fallback.forward(x, residual, scale, shift, masked, act, saved)[0]
+        return forward(x, residual, scale, shift, saved, masked, act)[0]
 
-    saved_outputs.note(y, make, x, residual)
+    saved_outputs.note(y, make, x, residual, mask)
 
 
 def _note_update(x: Tensor, saved: Tensor, state: State) -> None:

@@ -111,3 +111,11 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
 def counted(counts: Tensor, values: Tensor, padding: Tensor | None = None) -> Tensor:
     """``values`` where ``counts`` is True, elsewhere ``padding`` or 0; differentiable, in the layout of ``values``."""
     return torch.where(counts, values, 0 if padding is None else padding)  # masked_fill's result is contiguous
+
+
+def pad_(counts: Tensor, values: Tensor, padding: Tensor | None) -> None:
+    """Write ``padding`` or 0 to ``values`` where ``counts`` is False: :func:`counted` in place."""
+    if padding is None:
+        values.masked_fill_(~counts, 0)
+    else:
+        torch.where(counts, values, padding, out=values)

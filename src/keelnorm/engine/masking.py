@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from keelnorm.engine.activations import Activation
 from keelnorm.engine.arguments import State
 from keelnorm.engine.composite import normalized
+from keelnorm.engine.elementwise import elementwise, padded
 from keelnorm.engine.error_messages import describe, is_count
 from keelnorm.engine.layout import check_kind, counted, per_channel, require_memory
 from keelnorm.engine.running_statistics import update_running
@@ -147,8 +149,8 @@ def weighted(
     mask = None if state.mask is None else state.mask.unsqueeze(1)
     given = x
     if mask is not None:
-        x, w = counted(mask, x), counted(mask, w)
-        residual = None if residual is None else counted(mask, residual)  # NaN would reach dx, as 0·NaN
+        x, w = padded(mask, x, None), counted(mask, w)
+        residual = None if residual is None else padded(mask, residual, None)  # NaN would reach dx, as 0·NaN
     if too_few is not None and state.training and w.is_cpu and not torch.compiler.is_compiling():
         state = _enough_weight(state, w.expand(x.shape[0], 1, *x.shape[2:]), weighting, x, too_few)
     wide = wide_dtype(x.device)
@@ -160,12 +162,20 @@ def weighted(
     else:
         assert state.running_mean is not None and state.running_var is not None
         mean, var = state.running_mean.to(wide), state.running_var.to(wide)
-    y, _ = normalized(x, (mean, (var + state.eps).rsqrt()), state.eps)
+    rstd = (var + state.eps).rsqrt()
+    y = elementwise(partial(_normalized, eps=state.eps, act=act), x, mean, rstd, weight, bias, residual)
+    return y if mask is None else padded(mask, y, given if state.keep else None)
+
+
+def _normalized(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    eps: float, act: Activation,
+) -> Tensor:  # fmt: skip
+    y, _ = normalized(x, (mean, rstd), eps)
     y = y if weight is None else y * per_channel(weight.to(y.dtype), x)
     y = y if bias is None else y + per_channel(bias.to(y.dtype), x)
     y = y if residual is None else y + residual
-    y = act.forward(y).to(x.dtype if residual is None else torch.result_type(x, residual))
-    return y if mask is None else counted(mask, y, given if state.keep else None)
+    return act.forward(y).to(x.dtype if residual is None else torch.result_type(x, residual))
 
 
 def _enough_weight(state: State, w: Tensor, weighting: Weighting, x: Tensor, too_few: str) -> State:

@@ -21,12 +21,16 @@ class Normalization:
     Args:
         state: The layer's state, without a mask.
         weight, bias: The layer's parameters.
+
+    Attributes:
+        by_reference: Whether the reference computed the last result.
     """
 
-    __slots__ = ("bias", "state", "weight")
+    __slots__ = ("bias", "by_reference", "state", "weight")
     state: State
     weight: Tensor | None
     bias: Tensor | None
+    by_reference: bool
 
     def __init__(self, state: State, weight: Tensor | None, bias: Tensor | None) -> None:
         self.state, self.weight, self.bias = state, weight, bias
@@ -37,7 +41,8 @@ class Normalization:
         """Update the running statistics; return ``act(bn(x))``, None where ``act`` is None, and (mean, var, rstd)."""
         if act is None:
             return None, dispatch.measure(x, self.state)
-        return dispatch.forward(x, None, weight, bias, None, self.state, act)
+        y, saved, self.by_reference = dispatch.forward(x, None, weight, bias, None, self.state, act)
+        return y, saved
 
     def apply(
         self,
@@ -49,7 +54,8 @@ class Normalization:
         act: Activation,
     ) -> Tensor:
         """Return ``act(bn(x) + residual)`` with the statistics that :meth:`run` found, without a graph."""
-        return dispatch.forward(x, residual, weight, bias, saved, self.state, act)[0]
+        y, _, self.by_reference = dispatch.forward(x, residual, weight, bias, saved, self.state, act)
+        return y
 
     def kept(
         self, x: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor | None, act: Activation

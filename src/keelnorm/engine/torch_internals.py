@@ -51,6 +51,8 @@ __all__ = [
     "LazyNormBase",
     "NormBase",
     "TorchDispatchMode",
+    "at_end_of_backward",
+    "called_while_tracing",
     "compiled_module_class",
     "compiler",
     "disable_compiler",
@@ -196,6 +198,24 @@ def compiled_module_class() -> type | None:
     """Return the class of torch.compile's modules; None where torch.compile has not been used, which is not loaded."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     return None if dynamo is None else dynamo.OptimizedModule
+
+
+def called_while_tracing(
+    function: Callable[[], bool],
+) -> Callable[[], bool]:
+    """Mark a function that torch.compile calls while it traces, in place of putting the call into the graph.
+
+    What ``torch.compiler.assume_constant_result`` does after loading the compiler, which takes seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def at_end_of_backward(
+    function: Callable[[], None],
+) -> None:
+    """Call a function when the backward that runs in this thread has ended, unless an exception ends it."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def global_backward_hooks() -> bool:

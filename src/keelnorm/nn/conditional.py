@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from keelnorm.engine import dispatch
 from keelnorm.engine.activations import NONE, Activation, ActivationLike
 from keelnorm.engine.arguments import check_arguments, check_channels
+from keelnorm.engine.elementwise import elementwise
 from keelnorm.engine.error_messages import describe, is_count
 from keelnorm.engine.layout import check_kind
 from keelnorm.engine.masking import Padding
@@ -193,13 +195,8 @@ class ConditionalBatchNorm(Variant):
             y, moments = normalize_by_batch(wide, None, None, None, self.eps, NONE, mask, self.counts())
         else:
             y = dispatch.batch_norm(wide, None, None, None, self._state(), NONE)
-        if gain is not None:
-            spread = (*x.shape[:2], *[1] * (x.dim() - 2))
-            gain = gain.to(dtype).view(spread)
-            y = y * gain if shift is None else torch.addcmul(shift.to(dtype).view(spread), y, gain)
-        if residual is not None:
-            y = y + residual
-        y = act.forward(y).to(x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
+        if gain is not None or residual is not None or act.code or x.dtype != dtype:
+            y = elementwise(partial(_modulated, dtype=x.dtype, act=act), y, gain, shift, residual)
         if moments is not None:
             self.update_running(moments)
         return y
@@ -266,3 +263,16 @@ class ConditionalBatchNorm(Variant):
             f"{self.num_features}, {kind}={getattr(self, kind)}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, track_running_stats={self.track_running_stats}"
         )
+
+
+def _modulated(
+    y: Tensor, gain: Tensor | None, shift: Tensor | None, residual: Tensor | None, dtype: torch.dtype, act: Activation
+) -> Tensor:
+    """Return ``act(y·gain + shift + residual)`` in x's dtype, or one that the residual's promotes it to."""
+    if gain is not None:
+        spread = (*y.shape[:2], *[1] * (y.dim() - 2))
+        gain = gain.to(y.dtype).view(spread)
+        y = y * gain if shift is None else torch.addcmul(shift.to(y.dtype).view(spread), y, gain)
+    if residual is not None:
+        y = y + residual
+    return act.forward(y).to(dtype if residual is None else torch.promote_types(dtype, residual.dtype))

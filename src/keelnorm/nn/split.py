@@ -12,6 +12,7 @@ from torch import Tensor
 from keelnorm.engine import dispatch
 from keelnorm.engine.activations import Activation
 from keelnorm.engine.arguments import check_arguments
+from keelnorm.engine.elementwise import joined
 from keelnorm.engine.error_messages import check_module, describe, is_count
 from keelnorm.functional import moments
 from keelnorm.nn._shared.scoped_choice import Choices
@@ -204,7 +205,9 @@ class SplitBatchNorm(AuxiliaryBatchNorm):
         xs = x.chunk(self.num_splits)
         check_arguments("SplitBatchNorm, one part of the batch", xs[0], None, None, None, self._state())
         residuals = [None] * len(xs) if residual is None else residual.chunk(self.num_splits)
-        return torch.cat([self._run(*each, act) for each in zip(parts, xs, residuals, strict=True)])
+        return joined(
+            lambda *ys: torch.cat(ys), [self._run(*each, act) for each in zip(parts, xs, residuals, strict=True)]
+        )
 
     def normalize_running(self, x: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
         """Normalize with the running statistics of this layer, or of the chosen part."""

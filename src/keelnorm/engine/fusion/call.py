@@ -133,7 +133,7 @@ class Call:
             residual = None if self.residual is None else self.residual[0]
             note_output(
                 result, self.x, residual, self.weight, self.bias, self.saved, self.normalization.state,
-                self.kernel.activation,
+                self.kernel.activation, self.normalization.by_reference,
             )  # fmt: skip
         return result
 

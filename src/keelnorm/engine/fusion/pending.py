@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from keelnorm.engine import saved_outputs
 from keelnorm.engine.dispatch import PLAIN
 from keelnorm.engine.fusion.deferred_tensor import (
     DeferredTensor,
@@ -27,6 +28,7 @@ from keelnorm.engine.fusion.deferred_tensor import (
 )
 from keelnorm.engine.fusion.graph import StepNode, SumNode
 from keelnorm.engine.fusion.operations import ADD, HAND_ON, TIMES_START, Operation, Steps, kernel_of, may_go_on
+from keelnorm.engine.noted_steps import NotedStep
 from keelnorm.engine.torch_internals import (
     dispatch_mode_count,
     plain_apply,
@@ -65,7 +67,7 @@ class Observed:
         for tensor in deferred_in((args, kwargs)):
             settle(tensor, _ADDED)
         fits = step != ADD or (not self.steps and _fits(call, operation.other) and call.is_computed_again(target))
-        result = func(*args, **kwargs)
+        result = self._run(operation, func, args, kwargs)
         steps = (*self.steps, step)
         known, more = kernel_of(steps), may_go_on(steps)
         if steps == call.memory.refused[call.training]:
@@ -79,6 +81,13 @@ class Observed:
         if more:
             call.scope.track(defer(result, Observed(call, steps, start)))
         return result
+
+    def _run(self, operation: Operation, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if not saved_outputs.calls:
+            return func(*args, **kwargs)
+        target, other = operation.target, operation.other
+        tensors = (target,) if other is None or other is target else (target, other)
+        return saved_outputs.run_noted(NotedStep(func, args, kwargs, tensors, operation.inplace))
 
     def settle(self, tensor: Tensor, reason: str, learn: bool) -> None:
         """Turn the tensor into a plain one."""

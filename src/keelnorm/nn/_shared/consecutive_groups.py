@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keelnorm.engine import composite, dispatch, ops
+from keelnorm.engine import composite, dispatch, ops, saved_outputs
 from keelnorm.engine.activations import Activation
 from keelnorm.engine.arguments import Kept, State
+from keelnorm.engine.elementwise import joined
 from keelnorm.engine.fast_operators import attempt, mark_updated
 from keelnorm.engine.kernels import registry
 from keelnorm.engine.layout import dense, is_channels_last
@@ -70,11 +71,17 @@ def normalize_groups(
     ys = [dispatch.batch_norm(*each, weight, bias, alone, act) for each in zip(xs, residuals, strict=True)]
     parts = [moments_of(each.detach()) for each in xs]
     stacked = [torch.stack(values) for values in zip(*((m.count, m.mean, m.m2) for m in parts), strict=True)]
-    if len(ys) == 1:
-        y = ys[0]
-    else:  # in x's layout
-        y = torch.cat([y.movedim(1, -1) for y in ys]).movedim(-1, 1) if is_channels_last(x) else torch.cat(ys)
+    y = ys[0] if len(ys) == 1 else joined(_joined_last if is_channels_last(x) else _joined, ys)
     return y, Moments(stacked[0][:, None], *stacked[1:])
+
+
+def _joined(*ys: Tensor) -> Tensor:
+    return torch.cat(ys)
+
+
+def _joined_last(*ys: Tensor) -> Tensor:
+    """Concatenate in memory that is channels-last, as the groups' is."""
+    return torch.cat([y.movedim(1, -1) for y in ys]).movedim(-1, 1)
 
 
 def _rows(saved: Tensor, sizes: list[int], x: Tensor) -> Moments:
@@ -112,6 +119,8 @@ class _Groups(torch.autograd.Function):
             pooled, state.update, state.momentum, state.eps, act.code, act.a, act.b, state.counts(),
         )  # fmt: skip
         mark_updated(state)
+        if saved_outputs.calls:
+            _note(y, x, residual, weight, bias, saved, size, state, act)
         ctx.save_for_backward(x, weight, saved, *ops.gate_needs(act.code, residual, bias, y))
         ctx.mark_non_differentiable(saved)
         ctx.options = groups, size, state.eps, act, None if residual is None else residual.dtype
@@ -148,3 +157,25 @@ class _Groups(torch.autograd.Function):
 
 
 _apply = plain_apply(_Groups)
+
+
+def _note(
+    y: Tensor, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, saved: Tensor,
+    size: int, state: State, act: Activation,
+) -> None:  # fmt: skip
+    """Note how y is computed, so that it need not be kept for the backward; see `dispatch.note_output`."""
+    scale = None if weight is None else weight.detach().clone()
+    shift = None if bias is None else bias.detach().clone()
+    shape, strides = y.shape, y.stride()
+    state = State(None, None, None, True, False, None, state.eps, state.what)
+
+    def make(x: Tensor, residual: Tensor | None) -> Tensor:
+        y = x.new_empty_strided(shape, strides)
+        groups = saved.split(3)
+        for i, found in enumerate(groups):
+            part = slice(i * size, None if i + 1 == len(groups) else (i + 1) * size)
+            beside = None if residual is None else residual[part]
+            y[part] = dispatch.forward(x[part], beside, scale, shift, found, state, act)[0]
+        return y
+
+    saved_outputs.note(y, make, x, residual)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from keelnorm import functional
 from keelnorm.engine import dispatch
 from keelnorm.engine.activations import Activation
 from keelnorm.engine.arguments import State
+from keelnorm.engine.elementwise import elementwise
 from keelnorm.engine.layout import per_channel
 from keelnorm.moments import Moments, compute_dtype
 
@@ -27,6 +30,19 @@ def normalize(
 
     ``mean``, ``var``, ``weight`` and ``bias`` have the shape (C,), or broadcast to x.
     """
+    return elementwise(partial(_normalized, eps=eps, act=act), x, mean, var, weight, bias, residual)
+
+
+def _normalized(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    act: Activation,
+) -> Tensor:
     dtype = compute_dtype(x)
     mean, var = _broadcast(mean, x), _broadcast(var, x)
     # The mean is split into its rounded value and the rest: subtracting both keeps the digits when the mean is large.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from keelnorm.engine.elementwise import joined
 from keelnorm.engine.layout import is_channels_last
 
 
@@ -34,6 +35,9 @@ class Partition:
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """Concatenate the groups' results in the order of the samples."""
+        return parts[0] if len(parts) == 1 and self._order is None else joined(self._join, parts)
+
+    def _join(self, *parts: Tensor) -> Tensor:
         values = parts[0] if len(parts) == 1 else torch.cat(parts)
         return values if self._order is None else _take(values, self._order.argsort())
 

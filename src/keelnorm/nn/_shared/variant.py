@@ -11,10 +11,11 @@ from torch import Tensor
 from keelnorm.engine import dispatch
 from keelnorm.engine.activations import Activation, ActivationLike, resolve
 from keelnorm.engine.arguments import State, check_arguments
+from keelnorm.engine.elementwise import padded
 from keelnorm.engine.error_messages import locate
 from keelnorm.engine.fusion.call import begin, passes_by
 from keelnorm.engine.fusion.scope import is_inside
-from keelnorm.engine.layout import counted, dense
+from keelnorm.engine.layout import dense
 from keelnorm.engine.masking import Padding, check_padding, named_mask
 from keelnorm.engine.normalization_steps import Normalization, is_plain
 from keelnorm.engine.recomputation import is_second_run
@@ -122,10 +123,10 @@ class Variant(Layer):
         if mask is not None:
             counts = named_mask(what, mask, x)
             # A NaN under the mask would reach the parameters' gradients as 0·NaN.
-            x = counted(counts, x)
-            residual = None if residual is None else counted(counts, residual)
+            x = padded(counts, x, None)
+            residual = None if residual is None else padded(counts, residual, None)
         y = self.compute(x, residual, act, counts, **more)
-        return y if counts is None else counted(counts, y, given if padding == "keep" else None)
+        return y if counts is None else padded(counts, y, given if padding == "keep" else None)
 
     def _guard(self, options: Options) -> AbstractContextManager[None]:
         """The context that restores the layer if a call raises."""
