@@ -40,13 +40,13 @@ _ALL = """\
 
 _PEAK = """\
 Peak resident memory of three training steps with SGD and momentum at batch {samples}, above what the process had before
-the first step: the largest of the three. A converted model's layers learn in their first call what follows them, and
-until then little is saved. *Taught* layers have learned in one forward of two images before training.
+the first step: the largest of the three. The first step is the one in which a converted model's layers
+learn what follows them.
 """
 
 _LARGEST = """\
 The largest batch at which a process trains with a peak of at most {limit:g} GiB resident memory, interpreter and torch
-included. It was found by runs, and the next larger batch was tried and went beyond. Layers are taught before training.
+included. It was found by runs, and the next larger batch was tried and went beyond.
 """
 
 _CHECKPOINT = """\

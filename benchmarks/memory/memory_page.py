@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.memory.memory_results import CONVERTED, EAGER, SAVED, TAUGHT, MemoryReport
+from benchmarks.memory.memory_results import CONVERTED, EAGER, SAVED, MemoryReport
 from benchmarks.memory.memory_table import (
     architecture_table,
     checkpoint_table,
@@ -113,15 +113,15 @@ def _peaks(report: MemoryReport) -> Section | None:
     rows = [(row.name, row.peak) for row in report.rows if row.peak]
     if not rows:
         return None
-    least = min(peak.ratio(TAUGHT) for _, peak in rows)
+    least = min(peak.ratio(SAVED) for _, peak in rows)
     return _section(
         "peaks",
         "How much memory does training take?",
-        f"With save_memory, and layers that have learned before, a process takes down to {least:.2f} of eager's peak.",
+        f"With save_memory a process takes down to {least:.2f} of eager's peak.",
         _bars(
             f"Peak resident memory of {len(rows[0][1].above[EAGER])} training steps",
             "MB above what there was before",
-            "Bars of the four arms for each network; less is better.",
+            "Bars of the three arms for each network; less is better.",
             {arm: {name: max(peak.above[arm]) / 1e6 for name, peak in rows} for arm in reversed(ARMS)},
         ),
         peak_table(report),
@@ -129,7 +129,7 @@ def _peaks(report: MemoryReport) -> Section | None:
             (
                 "peak",
                 f"of a process for each arm, batch {report.settings.peak_samples}, SGD with momentum, from the first "
-                "step on; taught: after one forward of two images, in which converted layers learn what follows them",
+                "step on, in which converted layers learn what follows them",
             )
         ],
     )
@@ -148,7 +148,7 @@ def _largest(report: MemoryReport) -> Section | None:
             f"Largest batch within {report.settings.limit_bytes / 2**30:g} GiB",
             "images",
             "Bars of eager and of save_memory for each network; more is better.",
-            {arm: {name: float(found.batch[arm]) for name, found in rows} for arm in (TAUGHT, EAGER)},
+            {arm: {name: float(found.batch[arm]) for name, found in rows} for arm in (SAVED, EAGER)},
         ),
         largest_table(report),
         [("run", "a process for each batch, ended when its peak exceeds the limit; the next larger batch was tried")],
@@ -203,7 +203,7 @@ def _section(
 
 #: How each series is drawn.
 _STYLES = {
-    EAGER: "torch", CONVERTED: "other-1", SAVED: "keelnorm", TAUGHT: "other-2",
+    EAGER: "torch", CONVERTED: "other-1", SAVED: "keelnorm",
     "reused": "keelnorm", "fresh": "other-1",
 }  # fmt: skip
 

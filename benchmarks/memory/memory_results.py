@@ -11,8 +11,6 @@ from keelnorm.measure.plain_data import read
 
 SCHEMA = 1
 EAGER, CONVERTED, SAVED, CHECKPOINTED = "eager", "converted", "save_memory", "checkpointing"
-#: save_memory on a model whose layers have learned what follows them before the first step.
-TAUGHT = "save_memory, taught"
 #: What is measured, in this order.
 PARTS = ("bytes", "step", "checkpoint", "peak", "largest")
 #: The networks of the parts that take minutes for each; the other parts take all architectures.
@@ -120,7 +118,7 @@ class Largest:
     @property
     def ratio(self) -> float:
         """save_memory's batch over eager's."""
-        return self.batch[TAUGHT] / max(1, self.batch[EAGER])
+        return self.batch[SAVED] / max(1, self.batch[EAGER])
 
 
 @dataclass

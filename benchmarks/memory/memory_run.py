@@ -19,7 +19,6 @@ from benchmarks.memory.memory_results import (
     EAGER,
     NETWORKS_OF,
     SAVED,
-    TAUGHT,
     Checkpointing,
     KeptBytes,
     Largest,
@@ -160,7 +159,7 @@ class _Network:
                 f"and {room / 2**30:.1f} are free"
             )
         batch, peaks = {}, {}
-        for arm in (EAGER, TAUGHT):
+        for arm in (EAGER, SAVED):
 
             def peak_of(samples: int, arm: str = arm) -> int | None:
                 try:

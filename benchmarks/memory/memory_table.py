@@ -13,7 +13,6 @@ from benchmarks.memory.memory_results import (
     CONVERTED,
     EAGER,
     SAVED,
-    TAUGHT,
     MemoryReport,
     MemoryRow,
     StepTimes,
@@ -56,12 +55,12 @@ def peak_table(report: MemoryReport) -> Table:
 def largest_table(report: MemoryReport) -> Table:
     """The largest batches."""
     rows = [
-        [row.name, *(str(found.batch[arm]) for arm in (EAGER, TAUGHT)), f"×{found.ratio:.2f}"]
+        [row.name, *(str(found.batch[arm]) for arm in (EAGER, SAVED)), f"×{found.ratio:.2f}"]
         for row in report.rows
         if (found := row.largest)
     ]
     limit = report.settings.limit_bytes / 2**30
-    return Table(f"Largest batch within {limit:g} GiB", ["network", EAGER, TAUGHT, "ratio"], rows)
+    return Table(f"Largest batch within {limit:g} GiB", ["network", EAGER, SAVED, "ratio"], rows)
 
 
 def checkpoint_table(report: MemoryReport) -> Table:

@@ -9,16 +9,13 @@ import torch
 from torch import nn
 
 import keelnorm as kn
-from benchmarks.conversion import convert_and_learn
-from benchmarks.memory.memory_results import CONVERTED, EAGER, SAVED, TAUGHT
+from benchmarks.memory.memory_results import CONVERTED, EAGER, SAVED
 from benchmarks.networks.arm_worker import training_step
 from benchmarks.networks.network_cases import batch_of, build
 from keelnorm.bench.peers import CannotError
 from keelnorm.measure.disturbance import peak_bytes, reset_peak
 
-ARMS = (EAGER, CONVERTED, SAVED, TAUGHT)
-#: Images of the forward in which the layers of a taught model learn.
-LESSON = 2
+ARMS = (EAGER, CONVERTED, SAVED)
 
 
 @dataclass
@@ -37,7 +34,7 @@ class TrainingRun:
 
 
 def train(network: str, arm: str, batch: int, size: int, steps: int) -> TrainingRun:
-    """Train from the beginning: unless it is taught, a converted model's layers learn in the first step.
+    """Train from the beginning: a converted model's layers learn in the first step what follows them.
 
     Args:
         network: One of `network_cases.NETWORKS`.
@@ -52,8 +49,8 @@ def train(network: str, arm: str, batch: int, size: int, steps: int) -> Training
     net = build(network, size)
     images, labels = batch_of(network, batch, size)
     if arm != EAGER:
-        net, _ = convert_and_learn(net, images[:LESSON]) if arm == TAUGHT else kn.convert(net)
-    if arm in (SAVED, TAUGHT):
+        net, _ = kn.convert(net)
+    if arm == SAVED:
         kn.save_memory(net)
     step = training_step(net, images, labels)
     reset_peak()

@@ -34,7 +34,6 @@ from benchmarks.memory.memory_results import (
     NETWORKS_OF,
     PARTS,
     SAVED,
-    TAUGHT,
     Checkpointing,
     KeptBytes,
     Largest,
@@ -121,7 +120,7 @@ def wrong_recipes(monkeypatch):
 
 
 def test_all_parts_of_a_tiny_network(tiny, monkeypatch):
-    peaks = {EAGER: 3, TAUGHT: 1}  # GiB a sample
+    peaks = {EAGER: 3, SAVED: 1}  # GiB a sample
     right = job_worker.TASKS["train"]
 
     def train(job):
@@ -147,10 +146,8 @@ def test_all_parts_of_a_tiny_network(tiny, monkeypatch):
     assert row.checkpoint.blocks == 3
     assert row.checkpoint.kept[CHECKPOINTED] <= 1.05 * row.checkpoint.kept[SAVED]
     assert set(row.checkpoint.steps[0].samples_ms) == {SAVED, CHECKPOINTED}
-    assert {arm: len(steps) for arm, steps in row.peak.above.items()} == dict.fromkeys(
-        (EAGER, CONVERTED, SAVED, TAUGHT), 3
-    )
-    assert row.largest.batch == {EAGER: 2, TAUGHT: 8}
+    assert {arm: len(steps) for arm, steps in row.peak.above.items()} == dict.fromkeys((EAGER, CONVERTED, SAVED), 3)
+    assert row.largest.batch == {EAGER: 2, SAVED: 8}
     assert row.largest.ratio == 4
     assert [job["tasks"] for job in tiny[:2]] == [["check", "bytes", "step"], ["checkpoint"]]
     assert len(stored) == 4  # after each part
@@ -329,11 +326,11 @@ def a_report():
             bytes_kept=kept(),
             step=steps(),
             checkpoint=Checkpointing(19, 6, 4, {SAVED: 100, CHECKPOINTED: 101}, steps(CHECKPOINTED, 0.8)),
-            peak=Peaks(32, dict.fromkeys((EAGER, CONVERTED, SAVED, TAUGHT), 1), {
-                EAGER: [90 << 20, 100 << 20], CONVERTED: [95 << 20, 80 << 20], SAVED: [93 << 20, 60 << 20],
-                TAUGHT: [55 << 20, 57 << 20],
+            peak=Peaks(32, dict.fromkeys((EAGER, CONVERTED, SAVED), 1), {
+                EAGER: [90 << 20, 100 << 20], CONVERTED: [95 << 20, 80 << 20],
+                SAVED: [55 << 20, 57 << 20],
             }),
-            largest=Largest(4 << 30, {EAGER: 20, TAUGHT: 35}, {EAGER: {"20": 3 << 30}, TAUGHT: {"35": 3 << 30}}),
+            largest=Largest(4 << 30, {EAGER: 20, SAVED: 35}, {EAGER: {"20": 3 << 30}, SAVED: {"35": 3 << 30}}),
         ),
         MemoryRow(
             "ResNet-50", "pytorchcv", is_right=True, bytes_kept=kept(200, 200, 170), step=steps(ratio=1.25, lost=0.1)
@@ -402,8 +399,7 @@ def test_targets():
     assert found["bytes / eager, mean of 2"].is_met
     assert not found["bytes / eager, ResNet-50"].is_met
     assert found["bytes / eager, DenseNet-121"].is_met is None
-    assert found["peak / eager, save_memory, taught, MobileNetV2"].value == pytest.approx(0.57)
-    assert found["peak / eager, save_memory, MobileNetV2"].value == pytest.approx(0.93)  # the first step counts
+    assert found["peak / eager, MobileNetV2"].value == pytest.approx(0.57)
     assert found["largest batch / eager, MobileNetV2"].is_met
     assert found["step / checkpointing, reused pages, MobileNetV2"].value == 0.8
     assert mean_of([2.0, 8.0]) == pytest.approx(4)

@@ -101,7 +101,8 @@ def test_a_second_backward_and_second_derivatives() -> None:
 
 def test_a_result_that_is_changed_afterwards() -> None:
     """torch raises, since relu needs its result; recomputed it is there, and the gradient is right."""
-    model, x = converted("relu"), torch.randn(2, 4, 8, 8)
+    model: Any = converted("relu")
+    x = torch.randn(2, 4, 8, 8)
     model.step[0] = lambda y, x: torch.relu(y).add_(1)
     twin = copy.deepcopy(model)
     twin.step[0] = lambda y, x: torch.relu(y).add(1)

@@ -55,7 +55,9 @@ class NotedStep:
             if inplace:  # others may read the recomputed output
                 tensors = (tensors[0].clone(), *tensors[1:])
             args = (tensors[value] if there else value for there, value in places)
-            return function(*args, **{name: tensors[value] if there else value for name, (there, value) in named.items()})  # type: ignore[no-any-return]
+            keywords = {name: tensors[value] if there else value for name, (there, value) in named.items()}
+            result: Tensor = function(*args, **keywords)
+            return result
 
         return make
 

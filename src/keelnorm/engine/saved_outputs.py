@@ -165,7 +165,13 @@ class Frame:
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors are the same memory in the same layout."""
-    if one.layout is not torch.strided or one.is_nested or one.is_conj() or one.is_neg() or one.dtype is not other.dtype:
+    if (
+        one.layout is not torch.strided
+        or one.is_nested
+        or one.is_conj()
+        or one.is_neg()
+        or one.dtype is not other.dtype
+    ):
         return False
     return one.untyped_storage()._cdata == other.untyped_storage()._cdata and layout_of(one) == layout_of(other)
 
