@@ -12,7 +12,7 @@ from typing import Any, get_args
 import pytest
 
 import keelnorm as kn
-from keelnorm.engine import activations, masking
+from keelnorm.engine import activations, arguments, masking
 
 ROOT = Path(__file__).parents[2]
 MODULES = [getattr(kn, name) for name in kn.__all__ if isinstance(getattr(kn, name), ModuleType)]
@@ -55,7 +55,7 @@ def test_what_the_pages_use_is_public() -> None:
 def test_what_a_string_may_be_is_in_its_type() -> None:
     assert set(get_args(activations.ActivationName)) == {name for name in activations.NAMED if name is not None}
     assert get_args(masking.TooFew) == masking.TOO_FEW == ("error", "running", "skip")
-    assert get_args(masking.Padding) == masking.PADDINGS == ("zero", "keep")
+    assert get_args(arguments.Padding) == arguments.PADDINGS == ("zero", "keep")
 
 
 def functions() -> Iterator[tuple[str, Any]]:

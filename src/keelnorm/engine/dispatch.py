@@ -118,28 +118,32 @@ class _BatchNorm(torch.autograd.Function):
         if saved_outputs.calls and state.mask is None:
             note_output(y, x, residual, weight, bias, saved, state, act)
         ctx.save_for_backward(x, weight, saved, *ops.gate_needs(act.code, residual, bias, y), state.mask)
-        ctx.options = state.training, state.eps, act, None if residual is None else residual.dtype, state.keep
+        ctx.training, ctx.eps, ctx.act, ctx.keep = state.training, state.eps, act, state.keep
+        ctx.residual_dtype = None if residual is None else residual.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, saved, bias, y, residual, mask = ctx.saved_tensors
-        training, eps, act, residual_dtype, keep = ctx.options
-        kept = Kept(x, saved, weight, bias, y, residual, training, act, mask, keep)
+        kept = Kept(
+            x=x, saved=saved, weight=weight, bias=bias, y=y, residual=residual, training=ctx.training, act=ctx.act,
+            mask=mask, keep=ctx.keep,
+        )  # fmt: skip
         need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
         dresidual: Tensor | None = dy
         if torch.is_grad_enabled() or is_transformed():  # create_graph=True, or a derivative of the backward
-            dx, dresidual, dweight, dbias = composite.backward(dy, kept, eps)
+            dx, dresidual, dweight, dbias = composite.backward(dy, kept, ctx.eps)
         else:
-            written = need_residual and act.code != 0
-            dx, dresidual, dweight, dbias = backward(dy, kept, Needs(need_x, written, need_weight, need_bias))
+            written = need_residual and ctx.act.code != 0
+            need = Needs(x=need_x, residual=written, weight=need_weight, bias=need_bias)
+            dx, dresidual, dweight, dbias = backward(dy, kept, need)
             if not written:
                 dresidual = dy
             if need_residual and mask is not None:
                 dresidual = counted(mask.unsqueeze(1), dresidual)
         return (
             dx if need_x else None,
-            dresidual.to(residual_dtype) if need_residual else None,
+            dresidual.to(ctx.residual_dtype) if need_residual else None,
             dweight if need_weight else None,
             dbias if need_bias else None,
             None,

@@ -59,7 +59,10 @@ class Normalization:
         Args:
             y: The result, where a residual was added and the activation is ReLU.
         """
-        return Kept(x, saved, weight, bias if act.code else None, y, None, self.state.training, act)
+        return Kept(
+            x=x, saved=saved, weight=weight, bias=bias if act.code else None, y=y, residual=None,
+            training=self.state.training, act=act,
+        )  # fmt: skip
 
     def backward(self, dy: Tensor, kept: Kept, need: Needs) -> tuple[Tensor | None, ...]:
         """Return dx, dresidual, dweight, dbias, as far as they are needed."""

@@ -64,7 +64,8 @@ def normalize_by_batch(
         The result, and the moments without their gradient; None unless ``keep_moments``, which costs a pass over x.
     """
     if mask is None:
-        y = dispatch.batch_norm(x, residual, weight, bias, State(None, None, None, True, False, None, eps), act)
+        state = State(training=True, update=False, momentum=None, eps=eps)
+        y = dispatch.batch_norm(x, residual, weight, bias, state, act)
         return y, functional.moments(x.detach()) if keep_moments else None
     moments = Moments.from_tensor(x, mask)
     var = moments.m2 / moments.count.clamp(min=1)  # 0 if the mask leaves no value

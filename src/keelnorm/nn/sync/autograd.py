@@ -58,7 +58,7 @@ class Synchronized(torch.autograd.Function):
         need, call = Needs(*ctx.needs_input_grad[:4]), ctx.call
         if torch.is_grad_enabled() or is_transformed():
             refuse_second_derivative(call.what)
-        kept = Kept(x, saved, weight, bias, y, residual, training=True, act=call.act)
+        kept = Kept(x=x, saved=saved, weight=weight, bias=bias, y=y, residual=residual, training=True, act=call.act)
         found = synchronized_backward(dy, kept, count, call, need)
         return *found, None, None, None
 
