@@ -300,7 +300,8 @@ def all_that_freezing_touches(model):
 @pytest.mark.parametrize("function", [freeze, unfreeze])
 @pytest.mark.parametrize("before", [{}, {"affine": False}, {"affine": True}], ids=["thawed", "in part", "frozen"])
 def test_nothing_stays_half_done(function, before):
-    model = nn.Sequential(nn.BatchNorm2d(3), kn.BatchNorm2d(3), Stubborn(3), nn.BatchNorm2d(3))
+    # A split layer asks the layers in it for the mode that it is asked for.
+    model = nn.Sequential(nn.BatchNorm2d(3), kn.SplitBatchNorm(3), Stubborn(3), nn.BatchNorm2d(3))
     if before:
         freeze(model, **before)
     if function is unfreeze and not before:

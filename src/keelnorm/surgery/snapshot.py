@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 
-from keelnorm.engine.rollback import Unchanged
+from keelnorm.engine.rollback import Gradients, Unchanged
 from keelnorm.surgery.observation.call_record import version_of
 from keelnorm.surgery.observation.nested_tensors import tensors_in
 
@@ -70,17 +70,14 @@ def in_evaluation(model: Module) -> Iterator[None]:
 @contextmanager
 def training_only(parameters: Iterable[Parameter], model: Module) -> Iterator[None]:
     """Let these parameters alone require gradients; afterwards each ``requires_grad`` and ``grad`` is as before."""
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    before = Gradients(model.parameters())
     try:
-        for parameter, _, _ in before:
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
         yield
     finally:
-        for parameter, requires_grad, grad in before:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
+        before.restore()
 
 
 @contextmanager
