@@ -505,12 +505,15 @@ def test_an_error_of_the_models_own_code_says_where(folder: Path) -> None:
         "    def __init__(self, way='torch'):\n        super().__init__()\n"
         "        self.bn, self.way = nn.BatchNorm1d(3), way\n\n"
         "    def forward(self, x):\n        if self.way == 'json':\n            return json.loads('{')\n"
-        "        return self.bn(x.view(7, 3))\n",
+        "        return self.bn(x.view(7, 3))\n\n\n"
+        "class Twin(Net):\n    def forward(self, x):\n        raise ValueError('fold: as the command begins')\n",
         encoding="utf-8",
     )
     words = ("fold", "mine:Net", "--input", "4,3")
     assert re.fullmatch(r"RuntimeError: shape '\[7, 3\]' is invalid .* \(mine\.py:14\)", refused(*words))
     assert refused(*words, "--args", '{"way": "json"}').endswith("(mine.py:13)")  # not in Python's own json
+    said = refused("fold", "mine:Twin", "--input", "4,3")
+    assert said == "ValueError: fold: as the command begins (mine.py:19)"
     assert "(nets" not in refused("fold", "nets:linear", "--input", "4,5")  # torch's layers alone
 
 

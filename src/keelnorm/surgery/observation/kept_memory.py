@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from keelnorm.engine.error_messages import check_module, describe, is_count
+from keelnorm.engine.error_messages import RefusedValueError, check_module, describe, is_count
 from keelnorm.engine.output_recipes import Packed, held_by
 from keelnorm.engine.saved_outputs import LONGEST, recorded
 from keelnorm.surgery.observation.nested_tensors import call_of, tensors_in
@@ -49,9 +49,9 @@ def kept_memory(model: nn.Module, example: Any, *, longest: int = 8, limit: floa
     check_module("kept_memory", model)
     args, keywords = call_of("kept_memory", example)
     if not is_count(longest) or longest > LONGEST:
-        raise ValueError(f"kept_memory: longest is an integer from 1 to {LONGEST}; got {describe(longest)}")
+        raise RefusedValueError(f"kept_memory: longest is an integer from 1 to {LONGEST}; got {describe(longest)}")
     if limit is not None and not (isinstance(limit, int | float) and limit > 0):
-        raise ValueError(f"kept_memory: limit is a positive number of bytes, or None; got {describe(limit)}")
+        raise RefusedValueError(f"kept_memory: limit is a positive number of bytes, or None; got {describe(limit)}")
     found = [_kept_by_path(model, args, keywords, chain) for chain in (0, longest)]
     paths = {name: type(module).__name__ for name, module in model.named_modules() if any(name in by for by in found)}
     rows = [
