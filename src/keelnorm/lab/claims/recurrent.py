@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from keelnorm.lab.claims._recurrent_training import ARMS, BATCH, EPS, TASKS, WINDOW, train_reader
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, kind_of, seeds_text
+from keelnorm.lab.core.plan import Plan, Seeds, kind_of, seeds_text
 from keelnorm.lab.reading.best_rates import best_rate
 from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.series import band
@@ -69,7 +69,7 @@ def _cells(plan: Plan, condition: Condition) -> Sequence[Cell]:
             {"task": task, "data": data, "arm": arm, "seed": seed, "rate": rate, "steps": steps},
             cost=step[arm] * of_task[task] * steps,
         )
-        for seed in plan.seed_range(quick=what.seeds[0], full=what.seeds[1])
+        for seed in Seeds(*what.seeds).of(plan)
         for arm in _arms(plan, condition)
         for rate in what.rates[_form(plan)]
     ]
@@ -215,7 +215,7 @@ def _setup(plan: Plan) -> dict[str, str]:
         "Training": f"Adam, rate falling to zero, clipped gradients, batches of {BATCH}; {steps} ({LONG_STEPS} for "
         "larger images)",
         "Learning rate": f"of {rates}; where there are several, the one with the best validation score for each arm",
-        "Seeds": seeds_text(plan.seed_range(quick=3, full=5)),
+        "Seeds": seeds_text(Seeds(quick=3, full=5).of(plan)),
     }
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import keelnorm as kn
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, kind_of
+from keelnorm.lab.core.plan import ByForm, Plan, Seeds, kind_of
 from keelnorm.lab.core.seeds import generator, seed_from
 from keelnorm.lab.data import Split, speakers_of, spoken
 from keelnorm.lab.reading.series import bars
@@ -33,6 +33,9 @@ BATCH = 32
 RATE = 0.003
 RANDOM = -1
 """The split that is not by speaker."""
+SEEDS = Seeds(quick=3, full=6)
+SPEAKER_SEEDS = ByForm(quick=1, full=3)
+"""Seeds for each speaker that is held out, who is the unit."""
 
 
 def network(bands: int, classes: int, *, normalized: bool) -> nn.Sequential:
@@ -105,20 +108,15 @@ def _cell(plan: Plan, data: str, held_out: int, seed: int) -> Cell:
 
 
 def _random_cells(plan: Plan, data: str) -> list[Cell]:
-    return [_cell(plan, data, RANDOM, seed) for seed in _seeds(plan)]
+    return [_cell(plan, data, RANDOM, seed) for seed in SEEDS.of(plan)]
 
 
 def _speaker_cells(plan: Plan, data: str) -> list[Cell]:
-    # The speaker is the unit: each is held out once in quick form, more often in full form.
     return [
         _cell(plan, data, speaker, seed)
-        for seed in range(1 if plan.quick else 3)
+        for seed in range(SPEAKER_SEEDS.of(plan))
         for speaker in range(speakers_of(data))
     ]
-
-
-def _seeds(plan: Plan) -> range:
-    return plan.seed_range(quick=3, full=6)
 
 
 def read(plan: Plan, results: Results) -> Reading:
@@ -251,8 +249,8 @@ def _setup(plan: Plan) -> dict[str, str]:
         "Network": f"three convolutions over time of {CHANNELS} channels with ReLU, mean over time, one linear layer",
         "Training": f"Adam at {RATE:g}, batches of {BATCH}; the same in all arms, nothing chosen on the part held out",
         "Adapted": "kn.adapt with the recordings of the part held out, without their words",
-        "Unit": f"of a held-out interval: the speaker or group, each over {1 if plan.quick else 3} seed(s); of a "
-        f"random split: {len(_seeds(plan))} seeds",
+        "Unit": f"of a held-out interval: the speaker or group, each over {SPEAKER_SEEDS.of(plan)} seed(s); of a "
+        f"random split: {len(SEEDS.of(plan))} seeds",
     }
 
 
