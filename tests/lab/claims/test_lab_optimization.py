@@ -131,7 +131,7 @@ class TestConvergence:
 
     def test_batch_norm_stops_sooner_and_is_evaluated_at_the_same_steps(self):
         for plan in (QUICK, Plan(quick=False)):
-            cells = convergence.cells(plan)
+            cells = convergence.CLAIM.cells(plan)
             for none, bn in zip(cells[::2], cells[1::2], strict=True):
                 assert (none.axes["arm"], bn.axes["arm"]) == ("none", "bn")
                 marks = bn.axes["evaluate_at"]

@@ -63,11 +63,6 @@ def train_partly(*, data: str, arm: str, depth: int, seed: int, rates: tuple[flo
     return dict(vars(history)) | {"trained": trained, "total": total}
 
 
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Every arm at every depth."""
-    return [cell for data, depth in _conditions(plan) for cell in _cells(plan, data, depth)]
-
-
 def _conditions(plan: Plan) -> list[tuple[str, int]]:
     return [(data, depth) for data in CLAIM.sets(plan) for depth in DEPTHS.of(plan)]
 
@@ -158,7 +153,7 @@ def _figure(where: str, by_depth: dict[int, dict[str, list[float]]], words: Sequ
     )
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=18,
     title="γ and β alone",
     statement="The affine parameters of batch normalization alone can learn.",
@@ -171,6 +166,6 @@ CLAIM = Claim(
     "with training the output layer alone, which has 1,290 parameters where γ and β have 256 a layer, and with "
     "everything is shown beside.",
     data=("digits", "mnist"),
-    cells=cells,
+    cells=lambda plan: [cell for data, depth in _conditions(plan) for cell in _cells(plan, data, depth)],
     read=read,
 )

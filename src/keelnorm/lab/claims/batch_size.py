@@ -25,11 +25,6 @@ STEPS = {2: 2400, 4: 1600, 8: 1000, 16: 600, 32: 400, 64: 300, 128: 200, 256: 15
 """Small batches get more steps and yet see fewer samples: see the note."""
 
 
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Every arm at every size."""
-    return [cell for data in CLAIM.sets(plan) for cell in _cells(plan, data)]
-
-
 def _steps(plan: Plan, size: int) -> int:
     return STEPS[size] // 5 if plan.quick else STEPS[size]
 
@@ -121,7 +116,7 @@ def _setup(plan: Plan) -> dict[str, str]:
     }
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=11,
     title="Dependence on the batch's size",
     statement="Batch normalization depends on the batch's size, and fails with very small batches.",
@@ -136,6 +131,6 @@ CLAIM = Claim(
     criterion=f"Holds if the accuracy of batch norm at batch 2 is lower than at {LARGE}, and loses more than the "
     "network without normalization does (both intervals above 0); depends if one is.",
     data=("digits", "mnist"),
-    cells=cells,
+    cells=lambda plan: [cell for data in CLAIM.sets(plan) for cell in _cells(plan, data)],
     read=read,
 )

@@ -74,11 +74,6 @@ def _gradient_cells(plan: Plan, data: str) -> list[Cell]:
     ]
 
 
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Networks whose drift is followed, and networks whose gradients are."""
-    return [cell for data in CLAIM.sets(plan) for cell in (*_drift_cells(plan, data), *_gradient_cells(plan, data))]
-
-
 @dataclass(frozen=True)
 class Drifts:
     """The networks of (a) and (c), each arm at its own rate: histories, drift at the end, speed-ups."""
@@ -250,7 +245,7 @@ def _steps_text(needed: Sequence[float | None]) -> str:
     return f"{geometric_mean(known).text(0)} ({len(known)} of {len(needed)})" if known else "-"
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=3,
     title="Internal covariate shift",
     statement="Batch normalization reduces internal covariate shift, and that is why networks train faster.",
@@ -267,6 +262,8 @@ CLAIM = Claim(
     "changes less when the layers ahead of it move, in every set-up, and (c) noise that puts the shift back takes the "
     "gain away: it costs steps, and batch norm with it needs no fewer than none. Depends if some of these hold.",
     data=("digits", "mnist"),
-    cells=cells,
+    cells=lambda plan: [
+        cell for data in CLAIM.sets(plan) for cell in (*_drift_cells(plan, data), *_gradient_cells(plan, data))
+    ],
     read=read,
 )

@@ -7,7 +7,6 @@ networks it changes by a factor a layer. Then a deep network is trained.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -103,11 +102,6 @@ def _training_cells(plan: Plan, data: str) -> list[Cell]:
         for seed in TRAINED_SEEDS.of(plan)
         for arm in ARMS
     ]
-
-
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Gradients at initialization, and deep networks that are trained."""
-    return [cell for data in CLAIM.sets(plan) for cell in (*_norm_cells(plan, data), *_training_cells(plan, data))]
 
 
 def read(plan: Plan, results: Results) -> Reading:
@@ -220,7 +214,7 @@ def _norm_figure(where: str, by_arm: dict[str, list[Result]], factors: dict[str,
     )
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=4,
     title="Vanishing and exploding gradients",
     statement="Batch normalization prevents vanishing and exploding gradients.",
@@ -236,6 +230,8 @@ CLAIM = Claim(
     f"larger, lies below {MARGIN:.3f} with its whole interval; depends if with some; does not hold if it lies above "
     "with some and below with none.",
     data=("digits", "mnist"),
-    cells=cells,
+    cells=lambda plan: [
+        cell for data in CLAIM.sets(plan) for cell in (*_norm_cells(plan, data), *_training_cells(plan, data))
+    ],
     read=read,
 )

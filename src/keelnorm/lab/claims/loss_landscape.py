@@ -116,11 +116,6 @@ def _norm(tensors: Iterable[Tensor]) -> float:
     return math.sqrt(math.fsum(tensor.double().square().sum().item() for tensor in tensors))
 
 
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Both arms with each activation."""
-    return [cell for data, activation in _conditions(plan) for cell in _cells(plan, data, activation)]
-
-
 def _conditions(plan: Plan) -> list[tuple[str, str]]:
     return [(data, activation) for data in CLAIM.sets(plan) for activation in ACTIVATIONS]
 
@@ -239,7 +234,7 @@ def _figure(where: str, by_arm: dict[str, list[Result]], name: str, ratios: dict
     )
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=23,
     title="Smoother loss",
     statement="Batch normalization makes the loss landscape smoother.",
@@ -258,6 +253,6 @@ CLAIM = Claim(
     "change over the distance (effective smoothness) are all larger without batch norm (the interval of the ratio lies "
     "above 1); depends if some are; does not hold if some are smaller and none larger.",
     data=("digits", "mnist", "images"),
-    cells=cells,
+    cells=lambda plan: [cell for data, activation in _conditions(plan) for cell in _cells(plan, data, activation)],
     read=read,
 )

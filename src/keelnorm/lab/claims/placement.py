@@ -29,11 +29,6 @@ RATES = ByForm(quick=(0.1, 0.3, 1.0), full=(0.03, 0.1, 0.3, 1.0, 3.0))
 SEEDS = Seeds(quick=3, full=8)
 
 
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Every place with each activation."""
-    return [cell for data, activation in _conditions(plan) for cell in _cells(plan, data, activation)]
-
-
 def _conditions(plan: Plan) -> list[tuple[str, str]]:
     return [(data, activation) for data in CLAIM.sets(plan) for activation in ACTIVATIONS.of(plan)]
 
@@ -113,7 +108,7 @@ def _figure(by_condition: dict[str, dict[str, Interval]]) -> Figure:
     )
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=21,
     title="Before or after the activation",
     statement="Batch normalization belongs before the activation.",
@@ -130,6 +125,6 @@ CLAIM = Claim(
     "at the layers' "
     "inputs; depends if it is under some conditions; does not hold if it is lower somewhere and higher nowhere.",
     data=("digits", "mnist"),
-    cells=cells,
+    cells=lambda plan: [cell for data, activation in _conditions(plan) for cell in _cells(plan, data, activation)],
     read=read,
 )

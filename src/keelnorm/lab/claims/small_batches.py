@@ -5,8 +5,6 @@ Each remedy is trained at batches from 2 to 256, with the same samples seen as b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from keelnorm.lab.claims._small_batches_training import ACCUMULATED, ARMS, GHOST, WIDTHS, WINDOW, train_remedy
 from keelnorm.lab.core.cell import Cell, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
@@ -22,11 +20,6 @@ RATES = ByForm(quick=(0.03, 0.1), full=(0.01, 0.03, 0.1, 0.3))
 SEEDS = Seeds(quick=3, full=5)
 STEPS = {2: 800, 4: 600, 8: 400, 32: 200, 64: 150, 256: 150}
 REMEDIES = ("renorm", "cross", "moving", "sync")
-
-
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Every arm at every size at which it is run."""
-    return [cell for data in CLAIM.sets(plan) for cell in _cells(plan, data)]
 
 
 def _steps(plan: Plan, size: int) -> int:
@@ -138,7 +131,7 @@ def _setup(plan: Plan) -> dict[str, str]:
     }
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=19,
     title="Remedies for small batches",
     statement="What batch normalization loses with small batches, its remedies bring back.",
@@ -159,6 +152,6 @@ CLAIM = Claim(
     "has a higher test accuracy than batch norm (each interval above 0); depends if some have. What they gain at 4 and "
     "8, and what is left to batch norm with a large batch, is shown beside.",
     data=("digits", "mnist"),
-    cells=cells,
+    cells=lambda plan: [cell for data in CLAIM.sets(plan) for cell in _cells(plan, data)],
     read=read,
 )

@@ -8,8 +8,6 @@ decays by default is more: the output layer's weights, γ and β, which no batch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from keelnorm.lab.claims._weight_decay_reading import ARMS, EQUAL, INVARIANT, LEFT, NETWORKS, Tuned, Twins
 from keelnorm.lab.claims._weight_decay_training import (
     BATCH,
@@ -39,11 +37,6 @@ GRID: ByForm[dict[str, tuple[float, ...]]] = ByForm(
 STEPS = ByForm(quick=(60, 350), full=(500, 500))
 """Of the arms that are compared at one setting, and of those that are tried at many."""
 SEEDS = Seeds(quick=3, full=7)
-
-
-def cells(plan: Plan) -> Sequence[Cell]:
-    """The networks that are compared at one setting, and those that are tried at many."""
-    return [cell for data in CLAIM.sets(plan) for cell in (*_twins(plan, data), *_grid(plan, data))]
 
 
 def _twins(plan: Plan, data: str) -> list[Cell]:
@@ -140,7 +133,7 @@ def _setup(plan: Plan) -> dict[str, str]:
     }
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=22,
     title="Weight decay",
     statement="In a batch-normalized network weight decay acts through the effective learning rate.",
@@ -162,6 +155,6 @@ CLAIM = Claim(
     f"same, and decay of all parameters gains less than {EQUAL:g} points over that of these weights, each at its "
     "best settings (the intervals' ends); depends if some of these do.",
     data=("digits", "mnist"),
-    cells=cells,
+    cells=lambda plan: [cell for data in CLAIM.sets(plan) for cell in (*_twins(plan, data), *_grid(plan, data))],
     read=read,
 )
