@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection
 from copy import copy
 
 from keelnorm.engine.rollback import Unchanged
@@ -83,10 +83,13 @@ def unfreeze_parameters(layer: BatchNormBase) -> None:
             parameter.requires_grad_(True)
 
 
-def all_or_none(layers: dict[str, BatchNormBase], change: Callable[[BatchNormBase], None]) -> None:
-    """Change all layers; after an error, none is changed."""
-    modules = {module for layer in layers.values() for module in layer.modules()}
-    parameters = {parameter for layer in layers.values() for parameter in layer.parameters()}
+def change(layers: Collection[BatchNormBase], *, on: bool, statistics: bool, affine: bool) -> None:
+    """Freeze or unfreeze statistics and parameters of layers; after an error, none is changed."""
+    modules = {module for layer in layers for module in layer.modules()}
+    parameters = {parameter for layer in layers for parameter in layer.parameters()}
     with Unchanged(modules=modules, parameters=parameters):
-        for layer in layers.values():
-            change(layer)
+        for layer in layers:
+            if statistics:
+                (freeze_statistics if on else unfreeze_statistics)(layer)
+            if affine:
+                (freeze_parameters if on else unfreeze_parameters)(layer)

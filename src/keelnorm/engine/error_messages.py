@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -60,6 +60,12 @@ def describe(value: Any) -> str:
     if isinstance(value, Sized) and not isinstance(value, str | bytes):
         return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind} of {len(value)} entries"
     return f"{text[:_LONGEST]}... ({kind})"
+
+
+def shortened(names: Sequence[str], most: int = 8) -> str:
+    """List names, and say how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def check_module(what: str, model: Any) -> None:

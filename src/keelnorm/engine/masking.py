@@ -9,9 +9,9 @@ from torch import Tensor
 
 from keelnorm.engine.activations import Activation
 from keelnorm.engine.arguments import PADDINGS, Options, State
-from keelnorm.engine.composite import normalized
+from keelnorm.engine.composite import finished, normalized, scaled
 from keelnorm.engine.error_messages import describe, is_count
-from keelnorm.engine.layout import check_kind, counted, per_channel, require_memory
+from keelnorm.engine.layout import check_kind, counted, require_memory
 from keelnorm.engine.running_statistics import update_running
 from keelnorm.moments import (
     LEAST_FREQUENCY,
@@ -152,10 +152,7 @@ def weighted(
         assert state.running_mean is not None and state.running_var is not None
         mean, var = state.running_mean.to(wide), state.running_var.to(wide)
     y, _ = normalized(x, (mean, (var + state.eps).rsqrt()), state.eps)
-    y = y if weight is None else y * per_channel(weight.to(y.dtype), x)
-    y = y if bias is None else y + per_channel(bias.to(y.dtype), x)
-    y = y if residual is None else y + residual
-    y = act.forward(y).to(x.dtype if residual is None else torch.result_type(x, residual))
+    y = finished(scaled(y, weight, bias), x, residual, act)
     return y if mask is None else counted(mask, y, given if state.keep else None)
 
 

@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from sys import _getframe
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from keelnorm.engine.error_messages import RefusedValueError, describe, is_count
 from keelnorm.engine.output_recipes import Held, Make, Packed, Recipe, View, layout_of
 from keelnorm.engine.recomputation import is_running
 from keelnorm.engine.torch_internals import saved_tensor_hooks, transforms_active
@@ -33,6 +35,12 @@ _lock = threading.Lock()
 _log = logging.getLogger("keelnorm")
 #: Why outputs were kept, each reason logged once.
 _announced: set[str] = set()
+
+
+def check_longest(what: str, longest: Any) -> None:
+    """Raise unless ``longest`` is a number of recipes that a chain may have."""
+    if not is_count(longest) or longest > LONGEST:
+        raise RefusedValueError(f"{what}: longest is an integer from 1 to {LONGEST}; got {describe(longest)}")
 
 
 class Frame:

@@ -10,6 +10,7 @@ from torch import Tensor
 from keelnorm.engine import dispatch
 from keelnorm.engine.activations import NONE, Activation, ActivationLike
 from keelnorm.engine.arguments import Options, Padding, check_arguments, check_channels
+from keelnorm.engine.composite import finished
 from keelnorm.engine.error_messages import describe, is_count
 from keelnorm.engine.layout import check_kind
 from keelnorm.engine.torch_internals import BatchNormBase, is_transformed
@@ -195,9 +196,7 @@ class ConditionalBatchNorm(Variant):
             spread = (*x.shape[:2], *[1] * (x.dim() - 2))
             gain = gain.to(dtype).view(spread)
             y = y * gain if shift is None else torch.addcmul(shift.to(dtype).view(spread), y, gain)
-        if residual is not None:
-            y = y + residual
-        y = act.forward(y).to(x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
+        y = finished(y, x, residual, act)
         if moments is not None:
             self.update_running(moments)
         return y

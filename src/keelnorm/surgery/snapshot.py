@@ -55,16 +55,22 @@ def all_or_nothing(modules: Iterable[Module], tensors: Iterable[Tensor | None] =
 
 
 @contextmanager
-def in_evaluation(model: Module) -> Iterator[None]:
-    """Run the block with all modules in evaluation mode; afterwards each has its mode again."""
+def _modes_kept(model: Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     try:
-        for module, _ in modes:
-            module.training = False
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def in_evaluation(model: Module) -> Iterator[None]:
+    """Run the block with all modules in evaluation mode; afterwards each has its mode again."""
+    with _modes_kept(model):
+        for module in model.modules():
+            module.training = False
+        yield
 
 
 @contextmanager
@@ -82,10 +88,10 @@ def training_only(parameters: Iterable[Parameter], model: Module) -> Iterator[No
 
 @contextmanager
 def preserved(model: Module, given: Any = ()) -> Iterator[None]:
-    """Run the block without gradients; afterwards put back buffers, random generators and the arguments' values.
+    """Run the block without gradients; afterwards put back buffers, modes, random generators and arguments' values.
 
     Args:
-        model: Whose buffers are put back.
+        model: Whose buffers and modes are put back.
         given: The arguments of the model's call, in any container.
     """
     buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
@@ -93,7 +99,7 @@ def preserved(model: Module, given: Any = ()) -> Iterator[None]:
     copies = {value: value.detach().clone() for value in values}
     arguments = [(tensor, version_of(tensor), tensor.detach().clone()) for tensor in tensors_in(given)]
     devices = {value.device.index for value in (*model.parameters(), *values) if value.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)), torch.no_grad():
+    with torch.random.fork_rng(devices=sorted(devices)), torch.no_grad(), _modes_kept(model):
         try:
             yield
         finally:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from keelnorm.control.layer_selection import Where, named, select
-from keelnorm.engine.error_messages import RefusedTypeError
+from keelnorm.engine.error_messages import RefusedTypeError, shortened
 from keelnorm.engine.torch_internals import BatchNormBase, InstanceNormBase
 from keelnorm.surgery.known_layers import computes_as, is_norm
 
@@ -51,9 +51,8 @@ def notes_on(model: nn.Module) -> list[str]:
             unknown.setdefault(type(module), []).append(path)
     notes = [f"{path} is a ScriptModule: batch norms inside are not seen." for path in scripted]
     for kind, paths in unknown.items():
-        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
         notes.append(
-            f"{', '.join(paths[:3])}{more}: {kind.__module__}.{kind.__qualname__} is not known, and may "
+            f"{shortened(paths, 3)}: {kind.__module__}.{kind.__qualname__} is not known, and may "
             f"compute more than a batch norm; kn.surgery.register({kind.__name__}, ...) says what it does."
         )
     return notes

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from keelnorm import functional
 from keelnorm.engine import dispatch
 from keelnorm.engine.activations import Activation
 from keelnorm.engine.arguments import State
+from keelnorm.engine.composite import centered, finished
 from keelnorm.engine.layout import per_channel
 from keelnorm.moments import Moments, compute_dtype
 
@@ -29,17 +29,12 @@ def normalize(
     """
     dtype = compute_dtype(x)
     mean, var = _broadcast(mean, x), _broadcast(var, x)
-    # The mean is split into its rounded value and the rest: subtracting both keeps the digits when the mean is large.
-    center = mean.detach().to(dtype)
-    rest = (mean - center).to(dtype)
-    y = (x.to(dtype) - center - rest) * (var + eps).rsqrt().to(dtype)
+    y = centered(x, mean) * (var + eps).rsqrt().to(dtype)
     if weight is not None:
         y = y * _broadcast(weight, x).to(dtype)
     if bias is not None:
         y = y + _broadcast(bias, x).to(dtype)
-    if residual is not None:
-        y = y + residual
-    return act.forward(y).to(x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
+    return finished(y, x, residual, act)
 
 
 def _broadcast(values: Tensor, x: Tensor) -> Tensor:
