@@ -10,12 +10,11 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.table import Table
 from torch import Tensor, nn
 
 import keelnorm as kn
 from benchmarks.architectures import ARCHITECTURES, require_packages
-from keelnorm.bench.result_table import table_console
+from keelnorm.bench.result_table import new_table, table_console
 from keelnorm.measure import timing
 
 ORIGINAL, FOLDED = "torch.nn, eager", "kn.fold"
@@ -49,9 +48,8 @@ def main(
         }
         taken = timing.by_turns(samplers, rounds, discarded=2)
     layout = "channels-last" if channels_last else "contiguous"
-    table = Table(title=f"{network}, inference, batch {batch}, float32, {layout}", title_style="bold")
-    for heading in ("arm", "ms", "times faster than eager", "than folded by keelnorm"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right")
+    title = f"{network}, inference, batch {batch}, float32, {layout}"
+    table = new_table(title, ("arm",), ("ms", "times faster than eager", "than folded by keelnorm"))
     for name, seconds in taken.items():
         ratios = [
             "" if other in wrong else f"{timing.median_ratio(taken[other], seconds):.2f}"

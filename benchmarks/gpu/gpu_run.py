@@ -81,9 +81,7 @@ class Prepared:
     error_eps: float | None = None
 
 
-def run_case(
-    case: Case, names: Sequence[str], *, device: str = "cuda", rounds: int = 7, copies: int | None = None
-) -> list[Row]:
+def run_case(case: Case, names: Sequence[str], *, device: str = "cuda", rounds: int = 7) -> list[Row]:
     """Check every peer on the case, and time those that are right: a row for each peer and mode.
 
     Args:
@@ -91,12 +89,10 @@ def run_case(
         names: Keys of `GPU_PEERS`.
         device: "cuda", or "cpu" for a trial without a GPU.
         rounds: Rounds in which every peer takes its turn.
-        copies: Sets of tensors that are rotated; None: enough to exceed the cache.
     """
     problem = make_problem(case, device)
     tensor_bytes = problem.x.numel() * problem.x.element_size()
-    copies = copies or copies_for(tensor_bytes, device)
-    problems = [problem, *(_twin(problem) for _ in range(copies - 1))]
+    problems = [problem, *(_twin(problem) for _ in range(copies_for(tensor_bytes, device) - 1))]
     expected = correctness.expect(problem, "training")
     rows: list[Row] = []
     ready: dict[str, Prepared] = {}

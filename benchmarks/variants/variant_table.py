@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.variants.variant_layers import PLAIN
-from keelnorm.bench.result_table import table_console
+from keelnorm.bench.result_table import add_groups, new_table, number, percent, table_console
 from keelnorm.bench.results import Report, VariantRow
 
 
@@ -26,22 +26,18 @@ def print_variants(report: Report, console: Console | None = None) -> None:
 
 
 def _steps(report: Report) -> Table:
-    table = Table(title=f"Forward and backward in training; ratios are time / time of {PLAIN}", title_style="bold")
-    for name in ("shape", "layout", "dtype", "variant"):
-        table.add_column(name, no_wrap=True)
-    for name in ("ms", "spread", "ratio", "ratio, forward"):
-        table.add_column(name, justify="right")
-    previous = None
+    title = f"Forward and backward in training; ratios are time / time of {PLAIN}"
+    numbers = ("ms", "spread", "ratio", "ratio, forward")
+    table = new_table(title, ("shape", "layout", "dtype", "variant"), numbers, no_wrap=True)
+    rows = []
     for row in report.variants:
-        if previous not in (None, _case(row)):
-            table.add_section()
-        previous = _case(row)
-        numbers = ["", "", "", ""]
+        cells = [row.shape, row.layout, row.dtype, row.variant]
         if row.median_us is not None:
             mark = "~" if (row.disturbed or 0) > 0.5 else ""
-            numbers = [f"{mark}{row.median_us / 1000:.4g}", f"{row.spread or 0:.0%}"]
-            numbers += [_ratio(row.ratio), _ratio(row.forward_ratio)]
-        table.add_row(row.shape, row.layout, row.dtype, row.variant, *numbers)
+            cells += [f"{mark}{row.median_us / 1000:.4g}", percent(row.spread or 0)]
+            cells += [number(row.ratio), number(row.forward_ratio)]
+        rows.append((_case(row), cells))
+    add_groups(table, rows)
     return table
 
 
@@ -51,22 +47,15 @@ def _means(report: Report) -> Table:
     for row in report.variants:
         groups[row.variant][f"{row.suite}, {row.layout}, {row.dtype}"].append(row.ratio)
     columns = list(dict.fromkeys(column for found in groups.values() for column in found))
-    table = Table(title="Geometric means of the ratios", title_style="bold")
-    table.add_column("variant", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = new_table("Geometric means of the ratios", ("variant",), columns, no_wrap=True)
     for variant, found in groups.items():
         cells = []
         for column in columns:
             known = [ratio for ratio in found[column] if ratio is not None]
-            cells.append(_ratio(geometric_mean(known) if len(known) == len(found[column]) > 0 else None))
+            cells.append(number(geometric_mean(known) if len(known) == len(found[column]) > 0 else None))
         table.add_row(variant, *cells)
     return table
 
 
 def _case(row: VariantRow) -> str:
     return f"{row.shape} {row.layout} {row.dtype}"
-
-
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"

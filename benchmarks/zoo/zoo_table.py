@@ -5,11 +5,10 @@ from __future__ import annotations
 from statistics import geometric_mean
 
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.zoo.zoo_check import MOST_ERROR
 from benchmarks.zoo.zoo_run import ZooReport, ZooRow
-from keelnorm.bench.result_table import table_console
+from keelnorm.bench.result_table import new_table, number, table_console
 
 _COLUMNS = (
     "architecture", "batch norms", "fused / fusible", "folded / foldable", "error, converted", "error, folded",
@@ -41,9 +40,7 @@ What [convert](convert.md) and [fold](fold.md) do to published architectures wit
 def print_zoo(report: ZooReport, console: Console | None = None) -> None:
     """Print a line for each architecture, and what is wrong last."""
     console = console or table_console(160)
-    table = Table(title="Published architectures, converted and folded", title_style="bold")
-    for index, name in enumerate(_COLUMNS):
-        table.add_column(name, justify="right" if index else "left")
+    table = new_table("Published architectures, converted and folded", _COLUMNS[:1], _COLUMNS[1:])
     for row in report.rows:
         table.add_row(*_cells(row))
     console.print(table)
@@ -84,9 +81,8 @@ def _cells(row: ZooRow) -> list[str]:
         f"{found.folded} / {found.foldable}",
         error,
         f"{found.folded_error:.0e}",
-        *("" if value is None else f"{value:.2f}"
-          for value in (row.converted_inference, row.folded_inference, row.training)),
-    ]  # fmt: skip
+        *map(number, (row.converted_inference, row.folded_inference, row.training)),
+    ]
 
 
 def _shares(report: ZooReport) -> str:

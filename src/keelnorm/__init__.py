@@ -18,40 +18,7 @@ from keelnorm.control import (
 from keelnorm.distributed import sync_statistics
 from keelnorm.memory import reuse_memory, save_memory
 from keelnorm.moments import Moments
-from keelnorm.nn import (
-    BatchNorm,
-    BatchNorm1d,
-    BatchNorm2d,
-    BatchNorm3d,
-    BatchNormGRU,
-    BatchNormGRUCell,
-    BatchNormLSTM,
-    BatchNormLSTMCell,
-    BatchRenorm,
-    ConditionalBatchNorm,
-    CrossIterationBatchNorm,
-    DomainBatchNorm,
-    GhostBatchNorm,
-    L1BatchNorm,
-    LazyBatchNorm,
-    LazyBatchNorm1d,
-    LazyBatchNorm2d,
-    LazyBatchNorm3d,
-    LinearRamp,
-    MovingAverageBatchNorm,
-    RangeBatchNorm,
-    Sequential,
-    SplitBatchNorm,
-    StepwiseBatchNorm,
-    SyncBatchNorm,
-    VirtualBatchNorm,
-    WhiteningBatchNorm,
-    center_weights,
-    collect_reference,
-    convert_domains,
-    use_domain,
-    use_split,
-)
+from keelnorm.nn import *  # noqa: F403
 
 if TYPE_CHECKING:
     from keelnorm import surgery
@@ -78,46 +45,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "BatchNorm",
-    "BatchNorm1d",
-    "BatchNorm2d",
-    "BatchNorm3d",
-    "BatchNormGRU",
-    "BatchNormGRUCell",
-    "BatchNormLSTM",
-    "BatchNormLSTMCell",
-    "BatchRenorm",
-    "ConditionalBatchNorm",
-    "CrossIterationBatchNorm",
-    "DomainBatchNorm",
-    "GhostBatchNorm",
-    "L1BatchNorm",
-    "LazyBatchNorm",
-    "LazyBatchNorm1d",
-    "LazyBatchNorm2d",
-    "LazyBatchNorm3d",
-    "LinearRamp",
     "Moments",
     "MomentumSchedule",
-    "MovingAverageBatchNorm",
-    "RangeBatchNorm",
     "Report",
-    "Sequential",
-    "SplitBatchNorm",
-    "StepwiseBatchNorm",
-    "SyncBatchNorm",
-    "VirtualBatchNorm",
-    "WhiteningBatchNorm",
     "__version__",
     "accumulate_statistics",
     "adapt",
     "assert_frozen",
     "backward_as_one_batch",
-    "center_weights",
-    "collect_reference",
     "control",
     "convert",
-    "convert_domains",
     "distributed",
     "export_onnx",
     "fold",
@@ -146,9 +83,8 @@ __all__ = [
     "to_keras",
     "to_torch",
     "unfreeze",
-    "use_domain",
-    "use_split",
 ]
+__all__ += nn.__all__
 
 
 if not TYPE_CHECKING:  # else type checkers would accept any name

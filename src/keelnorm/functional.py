@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from keelnorm.engine import dispatch
 from keelnorm.engine.activations import ActivationLike, resolve
-from keelnorm.engine.arguments import State, check_arguments, check_inplace
+from keelnorm.engine.arguments import Options, Padding, State, check_arguments, check_inplace
 from keelnorm.engine.inplace import batch_norm_
 from keelnorm.engine.kernels import reference, registry
-from keelnorm.engine.masking import Padding, common_mask, length_mask, take_mask, weighted, without_variance
+from keelnorm.engine.masking import common_mask, length_mask, take_mask, weighted, without_variance
 from keelnorm.engine.torch_internals import is_transformed
 from keelnorm.moments import Moments, Weighting, check_values, check_weighting
 
@@ -127,7 +127,10 @@ def batch_norm(
             weighting=weighting,
             padding=padding,
         )
-    state = State(running_mean, running_var, None, training, training, momentum, eps)
+    state = State(
+        training=training, update=training, momentum=momentum, eps=eps, running_mean=running_mean,
+        running_var=running_var,
+    )  # fmt: skip
     options = Options(activation, inplace, mask, sample_weight, weighting, padding)
     return layer_batch_norm(input, residual, weight, bias, state, options)
 
@@ -168,17 +171,6 @@ def moments(
     return Moments(count, mean, var * count)
 
 
-class Options(NamedTuple):
-    """The options of a call; see :func:`batch_norm`."""
-
-    activation: ActivationLike = None
-    inplace: bool = False
-    mask: Tensor | None = None
-    sample_weight: Tensor | None = None
-    weighting: Weighting = "frequency"
-    padding: Padding = "zero"
-
-
 def layer_batch_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -192,12 +184,12 @@ def layer_batch_norm(
     """Run a call of :func:`batch_norm` or of a layer; see :class:`keelnorm.BatchNorm`."""
     what = state.what
     refuse_jit(what)
-    activation, inplace, mask, sample_weight, weighting, padding = options
     if has_torch_function((x, residual)):
         return handle_torch_function(
             layer_batch_norm, (x, residual), x, residual, weight, bias, state, options, ranks, too_few
         )
-    act = resolve(what, activation)
+    mask, sample_weight, weighting = options.mask, options.sample_weight, options.weighting
+    act = resolve(what, options.activation)
     try:
         plain = _plainly_legal(x, residual, weight, bias, state, ranks)
     except (AttributeError, TypeError, RuntimeError):
@@ -207,17 +199,17 @@ def layer_batch_norm(
         if state.training and x.numel() == x.shape[1] > 0:
             state = without_variance(state, too_few)
     try:
-        if mask is not None or sample_weight is not None or padding != "zero" or weighting != "frequency":
+        if mask is not None or sample_weight is not None or weighting != "frequency" or options.padding != "zero":
             check_weighting(what, weighting)
-            if inplace:
+            if options.inplace:
                 raise ValueError(
                     f"{what}: inplace=True goes without mask, sample_weight, weighting and padding; leave them out"
                 )
-            state = take_mask(state, mask, padding, x, too_few)
+            state = take_mask(state, options, x, too_few)
             if sample_weight is not None:
                 with dispatch.unchanged(state):
-                    return weighted(x, residual, weight, bias, state, act, sample_weight, weighting, too_few)
-        elif inplace:
+                    return weighted(x, residual, weight, bias, state, act, options, too_few)
+        elif options.inplace:
             check_inplace(what, x, residual, act)
             return batch_norm_(x, weight, bias, state, act)
         return dispatch.batch_norm(x, residual, weight, bias, state, act)

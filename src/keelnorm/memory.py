@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from keelnorm.engine import saved_outputs
-from keelnorm.engine.error_messages import check_module, describe, is_count
+from keelnorm.engine.error_messages import check_module
 
 __all__ = ["is_active", "obstacle", "reuse_memory", "save_memory"]
 
@@ -168,10 +168,7 @@ class save_memory:  # noqa: N801 - reads as a verb, with or without `with`
 
     def __init__(self, model: nn.Module, *, longest: int = 8) -> None:
         check_module("save_memory", model)
-        if not is_count(longest) or longest > saved_outputs.LONGEST:
-            raise ValueError(
-                f"save_memory: longest is an integer from 1 to {saved_outputs.LONGEST}; got {describe(longest)}"
-            )
+        saved_outputs.check_longest("save_memory", longest)
         self.model = model
         last = model.register_forward_hook(_end, always_call=True)
         self._handles = model.register_forward_pre_hook(_Begin(longest)), last

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from pooling_scenarios import pooled_model
 from processes import Scenarios
-from scenarios import pooled_model
 from torch import Tensor
 
 

@@ -99,7 +99,7 @@ def test_a_process_group_normalizes_by_itself(ranks: Scenarios) -> None:
 
 
 def test_data_parallel_with_two_forwards_before_one_backward(ranks: Scenarios) -> None:
-    from scenarios import Network, network_batch
+    from rank_models import Network, network_batch
 
     model = Network()
     parameters = dict(model.named_parameters())

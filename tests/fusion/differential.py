@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fusion.programs import CHANNELS, Program
+from fusion.program_parts import CHANNELS
+from fusion.programs import Program
 from torch import Tensor, nn
 
 import keelnorm as kn

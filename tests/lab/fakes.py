@@ -8,7 +8,7 @@ from typing import Any
 
 from keelnorm.lab.core.cell import Cell, Failure, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan
+from keelnorm.lab.core.plan import Plan, Seeds
 from keelnorm.lab.core.runner import Outcome
 from keelnorm.lab.reading.document import document
 from keelnorm.lab.reading.results_by_arm import Runs
@@ -23,9 +23,7 @@ def accuracy(*, arm: str, seed: int) -> Result:
 
 def cells(plan: Plan) -> Sequence[Cell]:
     return [
-        Cell(accuracy, {"arm": arm, "seed": seed})
-        for arm in ("none", "bn")
-        for seed in plan.seed_range(quick=3, full=5)
+        Cell(accuracy, {"arm": arm, "seed": seed}) for arm in ("none", "bn") for seed in Seeds(quick=3, full=5).of(plan)
     ]
 
 

@@ -245,8 +245,7 @@ def test_merging_rows_is_merging():
     count, mean, m2 = (torch.stack([getattr(p, name) for p in parts]) for name in ("count", "mean", "m2"))
     rows = kn.Moments(count[:, None], mean, m2)
     expected = kn.Moments.merge_all(parts)
-    in_two = consecutive_groups.merge_rows(consecutive_groups.merge_rows(rows, torch.tensor([1, 0, 1]), 2))
-    for found in (consecutive_groups.merge_rows(rows), in_two):
-        assert found.count == expected.count
-        torch.testing.assert_close(found.mean, expected.mean, rtol=1e-14, atol=0.0)
-        torch.testing.assert_close(found.m2, expected.m2, rtol=1e-9, atol=0.0)
+    found = consecutive_groups.merge_rows(rows)
+    assert found.count == expected.count
+    torch.testing.assert_close(found.mean, expected.mean, rtol=1e-14, atol=0.0)
+    torch.testing.assert_close(found.m2, expected.m2, rtol=1e-9, atol=0.0)

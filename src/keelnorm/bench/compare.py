@@ -9,9 +9,8 @@ from statistics import geometric_mean
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.table import Table
 
-from keelnorm.bench.result_table import table_console
+from keelnorm.bench.result_table import new_table, table_console
 from keelnorm.bench.results import Report
 
 #: What has to be equal for two times to be comparable; versions and revisions may differ.
@@ -125,11 +124,8 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     console = console or table_console(150)
     for line in comparison.unlike:
         console.print(f"not the same: {line}", style="yellow", markup=False, highlight=False)
-    table = Table(title=f"{comparison.peer}: time after / time before (above 1: slower)", title_style="bold")
-    for name in Key._fields:
-        table.add_column(name, no_wrap=True)
-    for name in ("before, ms", "after, ms", "ratio"):
-        table.add_column(name, justify="right")
+    title = f"{comparison.peer}: time after / time before (above 1: slower)"
+    table = new_table(title, Key._fields, ("before, ms", "after, ms", "ratio"), no_wrap=True)
     for change in comparison.changes:
         style = "red" if change.ratio > 1.03 else "green" if change.ratio < 0.97 else ""
         numbers = (f"{change.before_ms:.4g}", f"{change.after_ms:.4g}", f"{change.ratio:.3f}")
@@ -138,10 +134,8 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     for name, keys in (("before", comparison.only_before), ("after", comparison.only_after)):
         if keys:
             console.print(f"{len(keys)} rows have a number only {name}; the first is {' '.join(keys[0])}", markup=False)
-    means = Table(title="Geometric means of time after / time before", title_style="bold")
-    for name in ("suite", "variant", "mode", "layout", "pages"):
-        means.add_column(name)
-    means.add_column("ratio", justify="right")
+    columns = ("suite", "variant", "mode", "layout", "pages")
+    means = new_table("Geometric means of time after / time before", columns, ("ratio",))
     for key, ratio in comparison.means.items():
         means.add_row(*key, f"{ratio:.3f}")
     console.print(means)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from itertools import groupby
+from operator import itemgetter
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +17,31 @@ def table_console(width: int) -> Console:
     """A console for tables; in a pipe or a file, which has no width of its own, as wide as asked."""
     console = Console()
     return console if console.is_terminal else Console(width=width)
+
+
+def new_table(title: str, left: Sequence[str], right: Sequence[str], *, no_wrap: bool = False) -> Table:
+    """A table without rows.
+
+    Args:
+        title: Printed above it.
+        left: The columns of words.
+        right: The columns of numbers, after those.
+        no_wrap: Whether what stands in a column stays in one line.
+    """
+    table = Table(title=title, title_style="bold")
+    for name in left:
+        table.add_column(name, no_wrap=no_wrap)
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=no_wrap)
+    return table
+
+
+def add_groups(table: Table, rows: Iterable[tuple[Hashable, Sequence[str]]]) -> None:
+    """Add the cells of rows, each given with its group, and a line between groups that follow each other."""
+    for _, group in groupby(rows, itemgetter(0)):
+        for _, cells in group:
+            table.add_row(*cells)
+        table.add_section()
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
@@ -47,9 +75,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 def errors_table(report: Report) -> Table:
     """The peers that were wrong or failed, and where."""
-    table = Table(title="Not measured", title_style="bold red")
-    for name in ("shape", "layout", "variant", "modes", "peer", "reason"):
-        table.add_column(name)
+    table = new_table("Not measured", ("shape", "layout", "variant", "modes", "peer", "reason"), ())
+    table.title_style = "bold red"
     merged: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
     for row in report.errors:
         merged[row.shape, row.layout, row.variant, row.peer, row.error or ""].append(row.mode)
@@ -68,35 +95,28 @@ def means_table(report: Report) -> Table:
     """Geometric means over the shapes of each suite."""
     subjects = _subjects(report)
     others = [name for name in report.settings.peers if subjects != [name]]
-    table = Table(
-        title="Geometric means of time / time of the other (below 1: faster)",
-        title_style="bold",
+    table = new_table(
+        "Geometric means of time / time of the other (below 1: faster)",
+        ("suite", "pages", "layout", "variant", "mode", "peer"),
+        (*(f"/ {name}" for name in others), "copy rate"),
     )
-    for name in ("suite", "pages", "layout", "variant", "mode", "peer"):
-        table.add_column(name)
-    for name in others:
-        table.add_column(f"/ {name}", justify="right")
-    table.add_column("copy rate", justify="right")
-    previous = None
-    for mean in sorted(
+    means = sorted(
         (mean for mean in report.means if mean.peer in subjects),
         key=lambda m: (report.settings.pages.index(m.pages), report.settings.modes.index(m.mode)),
-    ):
-        section = (mean.suite, mean.pages, mean.mode)
-        if previous not in (None, section):
-            table.add_section()
-        previous = section
-        cells = [_number(mean.ratios.get(name)) for name in others]
-        table.add_row(
-            f"{mean.suite} ({mean.shapes})",
-            mean.pages,
-            mean.layout,
-            mean.label,
-            mean.mode,
-            mean.peer,
-            *cells,
-            _percent(mean.copy_fraction),
-        )
+    )
+    add_groups(
+        table,
+        (
+            (
+                (mean.suite, mean.pages, mean.mode),
+                (
+                    f"{mean.suite} ({mean.shapes})", mean.pages, mean.layout, mean.label, mean.mode, mean.peer,
+                    *(number(mean.ratios.get(name)) for name in others), percent(mean.copy_fraction),
+                ),
+            )
+            for mean in means
+        ),
+    )  # fmt: skip
     return table
 
 
@@ -104,12 +124,8 @@ def totals_table(report: Report) -> Table:
     """The time of all batch norms of the network."""
     peers = list(dict.fromkeys(total.peer for total in report.totals))
     layers = report.totals[0].layers
-    table = Table(
-        title=f"All {layers} batch norms of ResNet-50 with what follows them, ms",
-        title_style="bold",
-    )
-    for name in ("pages", "layout", "mode", *peers):
-        table.add_column(name, justify="right" if name in peers else "left")
+    title = f"All {layers} batch norms of ResNet-50 with what follows them, ms"
+    table = new_table(title, ("pages", "layout", "mode"), peers)
     lines: defaultdict[tuple[str, str, str], dict[str, float]] = defaultdict(dict)
     for total in report.totals:
         lines[total.pages, total.layout, total.mode][total.peer] = total.total_ms
@@ -122,29 +138,19 @@ def rows_table(report: Report) -> Table:
     """Every case: the medians of all peers, then ratio, rate and spread of keelnorm or the first peer."""
     peers = report.settings.peers
     subject = "keelnorm" if "keelnorm" in peers else peers[0]
-    table = Table(title=f"Medians, µs; the last columns are {subject}'s", title_style="bold")
-    for name in ("shape", "pages", "layout", "variant", "mode"):
-        table.add_column(name, no_wrap=True)
-    for name in (*peers, "/ eager", "GB/s", "copy rate", "bytes", "spread"):
-        table.add_column(name, justify="right", no_wrap=True)
+    title = f"Medians, µs; the last columns are {subject}'s"
+    numbers = (*peers, "/ eager", "GB/s", "copy rate", "bytes", "spread")
+    table = new_table(title, ("shape", "pages", "layout", "variant", "mode"), numbers, no_wrap=True)
     lines: defaultdict[tuple[str, ...], dict[str, Row]] = defaultdict(dict)
     for row in report.rows:
         lines[row.shape, row.pages, row.layout, row.label, row.mode][row.peer] = row
-    previous = None
+    rows = []
     for key, found in lines.items():
-        if previous not in (None, key[:3]):
-            table.add_section()
-        previous = key[:3]
         row = found.get(subject) or Row("", "", "", "", "", subject)
-        table.add_row(
-            *key,
-            *(_cell(report, found.get(peer)) for peer in peers),
-            _number(row.ratios.get("eager")),
-            _number(row.gbps, 1),
-            _percent(row.copy_fraction),
-            _times(row.copied_bytes, row.least_bytes),
-            _percent(row.spread),
-        )
+        cells = [*key, *(_cell(report, found.get(peer)) for peer in peers)]
+        cells += [number(row.ratios.get("eager")), number(row.gbps, 1), percent(row.copy_fraction)]
+        rows.append((key[:3], [*cells, _times(row.copied_bytes, row.least_bytes), percent(row.spread)]))
+    add_groups(table, rows)
     return table
 
 
@@ -162,12 +168,14 @@ def _times(value: int | None, least: int | None) -> str:
 
 
 def _time(value: float | None) -> str:
-    return _number(value, 1 if value is not None and value < 1000 else 0)
+    return number(value, 1 if value is not None and value < 1000 else 0)
 
 
-def _number(value: float | None, digits: int = 2) -> str:
+def number(value: float | None, digits: int = 2) -> str:
+    """A number of a table; nothing where there is none."""
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A part of the whole, in percent; nothing where there is none."""
     return "" if value is None else f"{value:.0%}"

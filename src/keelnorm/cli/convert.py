@@ -11,7 +11,7 @@ from keelnorm.cli._shared.common_options import AsJson
 from keelnorm.cli._shared.failures import aside, told_in_one_line
 
 
-@told_in_one_line("convert")
+@told_in_one_line()
 def convert_command(
     model: model_options.Model,
     args: model_options.Args = None,

@@ -13,7 +13,7 @@ from keelnorm.cli._shared.common_options import AsJson
 from keelnorm.cli._shared.failures import CommandError, aside, need, told_in_one_line
 
 
-@told_in_one_line("fold")
+@told_in_one_line()
 def fold_command(
     model: model_options.Model,
     args: model_options.Args = None,

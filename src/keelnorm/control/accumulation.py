@@ -168,7 +168,7 @@ def enter(layer: BatchNormBase, moments: Moments, momentum: float | None) -> Non
     own = layer._updates if isinstance(layer, CountsSkipped) else None
     updates = own or _updates.setdefault(layer, UpdateCounts())
     state = State(
-        running_mean=mean, running_var=var, num_batches_tracked=layer.num_batches_tracked, training=True, update=True,
-        momentum=momentum, eps=layer.eps, updates=updates,
+        training=True, update=True, momentum=momentum, eps=layer.eps, running_mean=mean, running_var=var,
+        num_batches_tracked=layer.num_batches_tracked, updates=updates,
     )  # fmt: skip
     update_running(state, moments.mean, moments.var_or_zero, moments.count, squares=moments.squares)

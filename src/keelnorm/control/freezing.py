@@ -63,14 +63,7 @@ def freeze(model: torch.nn.Module, *, statistics: bool = True, affine: bool = Tr
     layers = select_some("freeze", model, where)
     if statistics:
         _check_statistics(layers)
-
-    def change(layer: BatchNormBase) -> None:
-        if statistics:
-            frozen_layer.freeze_statistics(layer)
-        if affine:
-            frozen_layer.freeze_parameters(layer)
-
-    frozen_layer.all_or_none(layers, change)
+    frozen_layer.change(layers.values(), on=True, statistics=statistics, affine=affine)
     return list(layers)
 
 
@@ -95,14 +88,7 @@ def unfreeze(model: torch.nn.Module, *, statistics: bool = True, affine: bool = 
         {'': Frozen(statistics=False, affine=True)}
     """
     layers = select_some("unfreeze", model, where)
-
-    def change(layer: BatchNormBase) -> None:
-        if statistics:
-            frozen_layer.unfreeze_statistics(layer)
-        if affine:
-            frozen_layer.unfreeze_parameters(layer)
-
-    frozen_layer.all_or_none(layers, change)
+    frozen_layer.change(layers.values(), on=False, statistics=statistics, affine=affine)
     return list(layers)
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Collection
+from copy import copy
 
+from keelnorm.engine.rollback import Unchanged
 from keelnorm.engine.torch_internals import BatchNormBase
 
 #: The attribute with the names of the parameters that freezing turned off.
 _TURNED_OFF = "_frozen_parameters"
-#: The instance attributes that freezing sets.
-_ATTRIBUTES = ("train", "reset_running_stats", _TURNED_OFF)
+#: The methods that freezing replaces on the instance.
+_METHODS = ("train", "reset_running_stats")
 
 
 class _FrozenTrain:
@@ -26,16 +26,16 @@ class _FrozenTrain:
         self.mode = layer.training
         #: Attributes of these names that someone else had set.
         self.before = {
-            name: value
-            for name, value in vars(layer).items()
-            if name in _ATTRIBUTES[:2] and value is not _keep_running_stats
+            name: value for name, value in vars(layer).items() if name in _METHODS and value is not _keep_running_stats
         }
 
     def __call__(self, mode: bool = True) -> BatchNormBase:
         if not isinstance(mode, bool):
             raise ValueError(f"train: mode must be True or False; got {mode!r}")
         type(self.layer).train(self.layer, False)
-        self.mode = mode
+        if has_frozen_statistics(self.layer):  # a new object: whoever puts back the attributes gets the old mode back
+            vars(self.layer)["train"] = asked = copy(self)
+            asked.mode = mode
         return self.layer
 
 
@@ -83,33 +83,13 @@ def unfreeze_parameters(layer: BatchNormBase) -> None:
             parameter.requires_grad_(True)
 
 
-def all_or_none(layers: dict[str, BatchNormBase], change: Callable[[BatchNormBase], None]) -> None:
-    """Change all layers; after an error, none is changed."""
-    with ExitStack() as undo:
-        for layer in layers.values():
-            undo.callback(_restore, layer, *_snapshot(layer))
-            change(layer)
-        undo.pop_all()
-
-
-def _snapshot(layer: BatchNormBase) -> tuple[Any, ...]:
-    attributes = {name: value for name, value in vars(layer).items() if name in _ATTRIBUTES}
-    mode = vars(layer)["train"].mode if has_frozen_statistics(layer) else None
-    modes = [(module, module.training) for module in layer.modules()]
-    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in layer.parameters()]
-    return attributes, mode, modes, parameters
-
-
-def _restore(
-    layer: BatchNormBase, attributes: dict[str, Any], mode: Any, modes: list[Any], parameters: list[Any]
-) -> None:
-    for name in _ATTRIBUTES:
-        vars(layer).pop(name, None)
-    vars(layer).update(attributes)
-    if mode is not None:
-        vars(layer)["train"].mode = mode
-    for module, training in modes:
-        module.training = training
-    for parameter, requires_grad, grad in parameters:
-        parameter.requires_grad_(requires_grad)
-        parameter.grad = grad
+def change(layers: Collection[BatchNormBase], *, on: bool, statistics: bool, affine: bool) -> None:
+    """Freeze or unfreeze statistics and parameters of layers; after an error, none is changed."""
+    modules = {module for layer in layers for module in layer.modules()}
+    parameters = {parameter for layer in layers for parameter in layer.parameters()}
+    with Unchanged(modules=modules, parameters=parameters):
+        for layer in layers:
+            if statistics:
+                (freeze_statistics if on else unfreeze_statistics)(layer)
+            if affine:
+                (freeze_parameters if on else unfreeze_parameters)(layer)

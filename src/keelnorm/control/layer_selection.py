@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch.nn import Module
 
-from keelnorm.engine.error_messages import check_module, describe
+from keelnorm.engine.error_messages import RefusedTypeError, RefusedValueError, check_module, describe
 from keelnorm.engine.torch_internals import BatchNormBase
 
 #: None for all layers; a pattern for paths, or several; or a function of a path and its layer that selects it.
@@ -43,13 +43,13 @@ def select(
     if where is not None and callable(where) and not isinstance(where, type | Module):
         chosen = _chosen_by(what, where, paths)
         if not chosen:
-            raise ValueError(f"{what}: where selects no batch norm. {_listed(paths)}")
+            raise RefusedValueError(f"{what}: where selects no batch norm. {_listed(paths)}")
         paths = chosen
     elif where is not None:
         patterns = _patterns(what, where)
         for pattern in patterns:
             if not any(_matches(path, pattern) for path, _ in paths):
-                raise ValueError(f"{what}: where={pattern!r} matches no batch norm. {_listed(paths)}")
+                raise RefusedValueError(f"{what}: where={pattern!r} matches no batch norm. {_listed(paths)}")
         paths = [(path, layer) for path, layer in paths if any(_matches(path, pattern) for pattern in patterns)]
     first: dict[BatchNormBase, str] = {}
     for path, layer in paths:
@@ -65,7 +65,7 @@ def select_some(what: str, model: Module, where: Where) -> dict[str, BatchNormBa
     """
     layers = select(what, model, where)
     if not layers:
-        raise ValueError(f"{what}: there is no batch norm in {type(model).__name__}. {_listed([])}")
+        raise RefusedValueError(f"{what}: there is no batch norm in {type(model).__name__}. {_listed([])}")
     return layers
 
 
@@ -78,12 +78,12 @@ def _patterns(what: str, where: object) -> list[str]:
     patterns: list[Any] = [where] if isinstance(where, str) or not isinstance(where, Iterable) else list(where)
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(
+            raise RefusedTypeError(
                 f"{what}: where takes a pattern for paths, several, or a function of a path and its layer; got "
                 f"{describe(pattern)}"
             )
     if not patterns:
-        raise ValueError(f"{what}: where={where!r} has no pattern, so it selects no layer; None selects all")
+        raise RefusedValueError(f"{what}: where={where!r} has no pattern, so it selects no layer; None selects all")
     return patterns
 
 
@@ -91,7 +91,7 @@ def _chosen_by(what: str, where: Callable[..., bool], paths: list[tuple[str, Mod
     try:
         inspect.signature(where).bind("path", None)
     except TypeError as error:
-        raise TypeError(
+        raise RefusedTypeError(
             f"{what}: where is called with a path and its layer, but {where!r} does not take these: {error}"
         ) from None
     except ValueError:

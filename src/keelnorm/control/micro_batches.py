@@ -12,10 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 from keelnorm import functional
 from keelnorm.engine.activations import resolve
-from keelnorm.engine.arguments import State, check_arguments
+from keelnorm.engine.arguments import Options, State, check_arguments
 from keelnorm.engine.layout import counted, per_channel, reduced_dims
 from keelnorm.engine.masking import take_mask
-from keelnorm.functional import Options, layer_batch_norm
+from keelnorm.functional import layer_batch_norm
 from keelnorm.moments import Moments, broadcast_weight, compute_dtype
 from keelnorm.nn._shared.normalize import normalize
 
@@ -38,7 +38,7 @@ class Call(NamedTuple):
         check_arguments(state.what, x, self.residual, self.weight, self.bias, state, self.ranks, "others")
         if self.options.mask is None:
             return self
-        return self._replace(state=take_mask(state, self.options.mask, self.options.padding, x, "skip"))
+        return self._replace(state=take_mask(state, self.options, x, "skip"))
 
     def counts(self) -> Tensor | None:
         """Which values count, broadcastable to x; None for all."""
@@ -111,8 +111,5 @@ def _call_of(function: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> 
     bound.apply_defaults()
     given = bound.arguments
     options = Options(**{name: value for name, value in given.items() if name in Options._fields})
-    state = State(
-        running_mean=None, running_var=None, num_batches_tracked=None, training=given["training"], update=False,
-        momentum=given["momentum"], eps=given["eps"],
-    )  # fmt: skip
+    state = State(training=given["training"], update=False, momentum=given["momentum"], eps=given["eps"])
     return Call(given["input"], given.get("residual"), given["weight"], given["bias"], state, options)

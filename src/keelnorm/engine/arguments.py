@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from keelnorm.engine.activations import Activation
+from keelnorm.engine.activations import Activation, ActivationLike
 from keelnorm.engine.error_messages import describe
 from keelnorm.engine.layout import check_kind, is_dense, require_memory
 from keelnorm.engine.update_counts import UpdateCounts
 
 if TYPE_CHECKING:
-    from keelnorm.moments import Moments
+    from keelnorm.moments import Moments, Weighting
 
 #: What errors call the function; layers are called by their class.
 FUNCTION = "batch_norm"
+
+Padding: TypeAlias = Literal["zero", "keep"]
+PADDINGS = get_args(Padding)
 
 
 class State(NamedTuple):
     """A layer's running statistics and options, and how this call uses them.
 
     Args:
-        running_mean, running_var: The running statistics, (C,), or None.
-        num_batches_tracked: Number of updates so far, or None.
         training: Normalize with the batch's statistics, else with the running statistics.
         update: Update the running statistics with the batch's.
         momentum: Weight of the batch in the update; None averages over all batches.
         eps: Added to the variance.
+        running_mean, running_var: The running statistics, (C,), or None.
+        num_batches_tracked: Number of updates so far, or None.
         what: What was called, the first words of an error.
         updates: The layer's update counts, such as updates skipped because the result was not finite; or None.
         mask: True for the values that count, (N, *S), or None.
@@ -37,13 +40,13 @@ class State(NamedTuple):
         sink: What takes the batch's moments where ``update`` is set, instead of the running statistics; or None.
     """
 
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
     training: bool
     update: bool
     momentum: float | None
     eps: float
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
     what: str = FUNCTION
     updates: UpdateCounts | None = None
     mask: Tensor | None = None
@@ -56,6 +59,17 @@ class State(NamedTuple):
         if updates is None or not self.update or self.sink is not None or self.running_mean is None:
             return None
         return updates.beside(self.running_mean) if updates.tensor is None else updates.tensor
+
+
+class Options(NamedTuple):
+    """The options of a call; see :func:`keelnorm.functional.batch_norm`."""
+
+    activation: ActivationLike = None
+    inplace: bool = False
+    mask: Tensor | None = None
+    sample_weight: Tensor | None = None
+    weighting: Weighting = "frequency"
+    padding: Padding = "zero"
 
 
 class Kept(NamedTuple):

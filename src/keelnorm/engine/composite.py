@@ -57,9 +57,7 @@ def differentiable(
         wide = wide_dtype(x.device)
         fixed = state.running_mean.to(wide), (state.running_var.to(wide) + state.eps).rsqrt()
     xhat, _ = normalized(x, fixed, state.eps, counts)
-    y = xhat if weight is None else xhat * per_channel(weight.to(xhat.dtype), x)
-    y = y if bias is None else y + per_channel(bias.to(xhat.dtype), x)
-    y = _finish(y, residual, act).to(x.dtype if residual is None else torch.result_type(x, residual))
+    y = finished(scaled(xhat, weight, bias), x, residual, act)
     return y if counts is None else counted(counts, y, given if state.keep else None)
 
 
@@ -80,8 +78,7 @@ def backward(dy: Tensor, kept: Kept, eps: float) -> tuple[Tensor, Tensor, Tensor
     if act.code != 0:
         v = kept.y
         if v is None:
-            v = xhat if weight is None else xhat * per_channel(weight.to(xhat.dtype), x)
-            v = v if bias is None else v + per_channel(bias.to(xhat.dtype), x)
+            v = scaled(xhat, weight, bias)
             v = v if residual is None else v + residual
         g = act.gradient(g, v).to(g.dtype)
     dbias, dweight = g.sum(dims), (g * xhat).sum(dims)
@@ -110,17 +107,32 @@ def normalized(
         mean, rstd = moments.mean, (moments.m2 / moments.count.clamp(min=1) + eps).rsqrt()
     else:
         mean, rstd = fixed
+    rstd = per_channel(rstd.to(dtype), x)
+    return centered(x, per_channel(mean, x)) * rstd, rstd
+
+
+def centered(x: Tensor, mean: Tensor) -> Tensor:
+    """Return x − mean in the compute dtype; the mean broadcasts to x."""
+    dtype = compute_dtype(x)
     # Subtract the rounded mean first, which is exact for nearby x, and then the rest of the mean.
     center = mean.detach().to(dtype)
-    rest = (mean - center).to(dtype)
-    rstd = per_channel(rstd.to(dtype), x)
-    return (x.to(dtype) - per_channel(center, x) - per_channel(rest, x)) * rstd, rstd
+    return x.to(dtype) - center - (mean - center).to(dtype)
+
+
+def scaled(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return xhat·weight + bias, with one value of each per channel."""
+    y = xhat if weight is None else xhat * per_channel(weight.to(xhat.dtype), xhat)
+    return y if bias is None else y + per_channel(bias.to(xhat.dtype), xhat)
+
+
+def finished(y: Tensor, x: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
+    """Return act(y + residual), in the dtype that x and the residual have together."""
+    y = _finish(y, residual, act)
+    return y.to(x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
 
 
 def _finish(y: Tensor, residual: Tensor | None, act: Activation) -> Tensor:
-    if residual is not None:
-        y = y + residual
-    return act.forward(y)
+    return act.forward(y if residual is None else y + residual)
 
 
 def _update(x: Tensor, state: State) -> None:

@@ -139,21 +139,24 @@ class _BatchNorm(torch.autograd.Function):
         if saved_outputs.calls:
             note_output(y, x, residual, weight, bias, saved, state, act, by_reference)
         ctx.save_for_backward(x, weight, saved, *ops.gate_needs(act.code, residual, bias, y), state.mask)
-        ctx.options = state.training, state.eps, act, None if residual is None else residual.dtype, state.keep
+        ctx.training, ctx.eps, ctx.act, ctx.keep = state.training, state.eps, act, state.keep
+        ctx.residual_dtype = None if residual is None else residual.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, saved, bias, y, residual, mask = ctx.saved_tensors
-        training, eps, act, residual_dtype, keep = ctx.options
-        kept = Kept(x, saved, weight, bias, y, residual, training, act, mask, keep)
+        kept = Kept(
+            x=x, saved=saved, weight=weight, bias=bias, y=y, residual=residual, training=ctx.training, act=ctx.act,
+            mask=mask, keep=ctx.keep,
+        )  # fmt: skip
         need = Needs(*ctx.needs_input_grad[:4])
-        dx, dresidual, dweight, dbias = _gradients(dy, kept, need, eps)
+        dx, dresidual, dweight, dbias = _gradients(dy, kept, need, ctx.eps)
         if need.residual and mask is not None:
             dresidual = counted(mask.unsqueeze(1), dresidual)
         return (
             dx if need.x else None,
-            dresidual.to(residual_dtype) if need.residual else None,
+            dresidual.to(ctx.residual_dtype) if need.residual else None,
             dweight if need.weight else None,
             dbias if need.bias else None,
             None,
@@ -176,7 +179,8 @@ def _gradients_of_node(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients that the node in C++ leaves to Python, see kernels/cpu/csrc/autograd_node.cpp."""
     dy, x, saved, weight, bias, y, residual = tensors
-    kept = Kept(x, saved, weight, bias, y, residual, training, Activation(TABLE[code].name, code, a, b))
+    act = Activation(TABLE[code].name, code, a, b)
+    kept = Kept(x=x, saved=saved, weight=weight, bias=bias, y=y, residual=residual, training=training, act=act)
     return _gradients(dy, kept, Needs(*need), eps)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -12,6 +12,26 @@ from keelnorm.engine.torch_internals import compiler
 
 #: The most characters of a value that an error shows; a state_dict's repr would fill many screens.
 _LONGEST = 200
+
+
+class RefusedError(Exception):
+    """An operation refuses its arguments or the model.
+
+    The message begins with the operation's name and says all: what came, what is legal, what to do. Raised as one of
+    the subclasses.
+    """
+
+
+class RefusedTypeError(RefusedError, TypeError):
+    """An argument is of the wrong kind."""
+
+
+class RefusedValueError(RefusedError, ValueError):
+    """An argument is of the right kind and not legal."""
+
+
+class RefusedRuntimeError(RefusedError, RuntimeError):
+    """The model, or what it computes, does not allow the operation."""
 
 
 def describe(value: Any) -> str:
@@ -42,11 +62,24 @@ def describe(value: Any) -> str:
     return f"{text[:_LONGEST]}... ({kind})"
 
 
+def shortened(names: Sequence[str], most: int = 8) -> str:
+    """List names, and say how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def check_module(what: str, model: Any) -> None:
     """Raise a TypeError unless ``model`` is a module."""
     if not isinstance(model, torch.nn.Module):
         hint = ". A state_dict has no layers: load it into its model first" if isinstance(model, Mapping) else ""
-        raise TypeError(f"{what}: model must be a torch.nn.Module; got {describe(model)}{hint}")
+        raise RefusedTypeError(f"{what}: model must be a torch.nn.Module; got {describe(model)}{hint}")
+
+
+def check_tolerance(what: str, tolerance: Any) -> None:
+    """Raise unless ``tolerance`` is None or a number of at least 0."""
+    number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
+    if tolerance is not None and not (number and tolerance >= 0):
+        raise RefusedValueError(f"{what}: tolerance must be None or a number of at least 0; got {describe(tolerance)}")
 
 
 def is_count(value: Any, least: int = 1) -> bool:

@@ -74,16 +74,16 @@ class _InplaceBatchNorm(torch.autograd.Function):
         saved = _forward(x, weight, bias, state, act)
         ctx.mark_dirty(x)
         ctx.save_for_backward(x, weight, bias, saved, lost, kept)
-        ctx.options = state.what, state.training, state.eps, act
+        ctx.what, ctx.training, ctx.eps, ctx.act = state.what, state.training, state.eps, act
         return x
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         y, weight, bias, saved, lost, kept = ctx.saved_tensors
-        what, training, eps, act = ctx.options
+        act = ctx.act
         if torch.is_grad_enabled():
             raise RuntimeError(
-                f"{what}: there is no second derivative through inplace=True (create_graph=True asks for one): the "
+                f"{ctx.what}: there is no second derivative through inplace=True (create_graph=True asks for one): the "
                 "backward rebuilds x from y, and how x came about is lost. Use inplace=False"
             )
         with torch.no_grad():
@@ -91,13 +91,16 @@ class _InplaceBatchNorm(torch.autograd.Function):
             if lost is not None:
                 x.index_copy_(1, lost, kept)
         needed = ctx.needs_input_grad[:3]
-        kept = Kept(x, saved, weight, bias if act.code else None, None, None, training, act)
+        kept = Kept(
+            x=x, saved=saved, weight=weight, bias=bias if act.code else None, y=None, residual=None,
+            training=ctx.training, act=act,
+        )  # fmt: skip
         if is_transformed() or is_batched_gradient(dy):  # a batch of gradients
-            found = composite.backward(dy, kept, eps)
+            found = composite.backward(dy, kept, ctx.eps)
             gradients: tuple[Tensor | None, ...] = (found[0], *found[2:])
         else:
             need_x, need_weight, need_bias = needed
-            gradients = _backward(dy, kept, Needs(need_x, residual=False, weight=need_weight, bias=need_bias))
+            gradients = _backward(dy, kept, Needs(x=need_x, residual=False, weight=need_weight, bias=need_bias))
         return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None
 
 

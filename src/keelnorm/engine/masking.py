@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from keelnorm.engine.activations import Activation
-from keelnorm.engine.arguments import State
-from keelnorm.engine.composite import normalized
+from keelnorm.engine.arguments import PADDINGS, Options, State
+from keelnorm.engine.composite import finished, normalized, scaled
 from keelnorm.engine.elementwise import elementwise, padded
 from keelnorm.engine.error_messages import describe, is_count
-from keelnorm.engine.layout import check_kind, counted, per_channel, require_memory
+from keelnorm.engine.layout import check_kind, counted, require_memory
 from keelnorm.engine.running_statistics import update_running
 from keelnorm.moments import (
     LEAST_FREQUENCY,
@@ -21,14 +21,11 @@ from keelnorm.moments import (
     Weighting,
     broadcast_mask,
     broadcast_weight,
-    check_weighting,
     wide_dtype,
 )
 
 TooFew: TypeAlias = Literal["error", "running", "skip"]
 TOO_FEW = get_args(TooFew)
-Padding: TypeAlias = Literal["zero", "keep"]
-PADDINGS = get_args(Padding)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -95,16 +92,16 @@ def named_mask(what: str, mask: Any, x: Tensor) -> Tensor:
         raise type(error)(f"{what}: {error}") from None
 
 
-def take_mask(state: State, mask: Tensor | None, padding: str, x: Tensor, too_few: str) -> State:
-    """Return the state with a mask, after checking that the mask is legal and leaves a variance."""
-    what = state.what
-    check_padding(what, padding)
+def take_mask(state: State, options: Options, x: Tensor, too_few: str) -> State:
+    """Return the state with the call's mask, after checking that the mask is legal and leaves a variance."""
+    what, mask = state.what, options.mask
+    check_padding(what, options.padding)
     if mask is None:
         return state
     common = common_mask(named_mask(what, mask, x), x)
     if common is None:
         raise ValueError(f"{what}: the mask must be the same for all channels, (N,) or (N, *S); got {describe(mask)}")
-    state = state._replace(mask=common, keep=padding == "keep")
+    state = state._replace(mask=common, keep=options.padding == "keep")
     if state.training and common.is_cpu and not torch.compiler.is_compiling() and int(common.sum()) == 1:
         if too_few == "error":
             raise ValueError(
@@ -134,28 +131,22 @@ def weighted(
     bias: Tensor | None,
     state: State,
     act: Activation,
-    sample_weight: Tensor,
-    weighting: Weighting = "frequency",
-    too_few: str | None = None,
+    options: Options,
+    too_few: str,
 ) -> Tensor:
-    """Return ``act(bn(x) + residual)`` with weighted moments, in plain torch.
-
-    Args:
-        weighting: As in :meth:`Moments.from_tensor`.
-        too_few: The policy for weights that leave no variance; None does not check.
-    """
-    check_weighting(state.what, weighting)
-    w = broadcast_weight(state.what, sample_weight, x)
+    """Return ``act(bn(x) + residual)`` with moments weighted by the call's ``sample_weight``, in plain torch."""
+    assert options.sample_weight is not None
+    w = broadcast_weight(state.what, options.sample_weight, x)
     mask = None if state.mask is None else state.mask.unsqueeze(1)
     given = x
     if mask is not None:
         x, w = padded(mask, x, None), counted(mask, w)
         residual = None if residual is None else padded(mask, residual, None)  # NaN would reach dx, as 0·NaN
-    if too_few is not None and state.training and w.is_cpu and not torch.compiler.is_compiling():
-        state = _enough_weight(state, w.expand(x.shape[0], 1, *x.shape[2:]), weighting, x, too_few)
+    if state.training and w.is_cpu and not torch.compiler.is_compiling():
+        state = _enough_weight(state, w.expand(x.shape[0], 1, *x.shape[2:]), options.weighting, x, too_few)
     wide = wide_dtype(x.device)
     if state.training:
-        moments = Moments.from_tensor(x, mask, sample_weight, weighting)
+        moments = Moments.from_tensor(x, mask, options.sample_weight, options.weighting)
         mean, var = moments.mean, moments.var_or_zero
         if state.update:
             update_running(state, mean.detach(), var.detach(), moments.count.detach(), squares=moments.squares)
@@ -172,10 +163,7 @@ def _normalized(
     eps: float, act: Activation,
 ) -> Tensor:  # fmt: skip
     y, _ = normalized(x, (mean, rstd), eps)
-    y = y if weight is None else y * per_channel(weight.to(y.dtype), x)
-    y = y if bias is None else y + per_channel(bias.to(y.dtype), x)
-    y = y if residual is None else y + residual
-    return act.forward(y).to(x.dtype if residual is None else torch.result_type(x, residual))
+    return finished(scaled(y, weight, bias), x, residual, act)
 
 
 def _enough_weight(state: State, w: Tensor, weighting: Weighting, x: Tensor, too_few: str) -> State:

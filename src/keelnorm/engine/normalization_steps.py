@@ -7,7 +7,6 @@ from torch import Tensor
 from keelnorm.engine import composite, dispatch
 from keelnorm.engine.activations import Activation
 from keelnorm.engine.arguments import Kept, Needs, State
-from keelnorm.engine.layout import per_channel
 
 
 def is_plain(parameter: Tensor | None) -> bool:
@@ -65,7 +64,10 @@ class Normalization:
         Args:
             y: The result, where a residual was added and the activation is ReLU.
         """
-        return Kept(x, saved, weight, bias if act.code else None, y, None, self.state.training, act)
+        return Kept(
+            x=x, saved=saved, weight=weight, bias=bias if act.code else None, y=y, residual=None,
+            training=self.state.training, act=act,
+        )  # fmt: skip
 
     def backward(self, dy: Tensor, kept: Kept, need: Needs) -> tuple[Tensor | None, ...]:
         """Return dx, dresidual, dweight, dbias, as far as they are needed."""
@@ -75,8 +77,7 @@ class Normalization:
         """Return ``bn(x)`` by the formula, differentiable in x, weight and bias."""
         fixed = None if self.state.training else (saved[0], saved[2])
         xhat, _ = composite.normalized(x, fixed, self.state.eps)
-        y = xhat if weight is None else xhat * per_channel(weight.to(xhat.dtype), x)
-        return (y if bias is None else y + per_channel(bias.to(xhat.dtype), x)).to(x.dtype)
+        return composite.scaled(xhat, weight, bias).to(x.dtype)
 
     def differentiable_backward(self, dy: Tensor, kept: Kept) -> tuple[Tensor | None, ...]:
         """Return all four gradients as differentiable functions; see :meth:`backward`."""

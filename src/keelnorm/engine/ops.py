@@ -108,17 +108,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     y, saved = output
     ctx.mark_non_differentiable(saved)
     ctx.save_for_backward(x, weight, saved, *gate_needs(activation[0], residual, bias, y))
-    ctx.options = training, activation
+    ctx.training, ctx.activation = training, activation
 
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, saved, bias, y, residual = ctx.saved_tensors
     need_x, need_residual, need_weight, need_bias, *_ = ctx.needs_input_grad
-    training, activation = ctx.options
-    write_residual = need_residual and activation[0] != 0
+    write_residual = need_residual and ctx.activation[0] != 0
     dx, dresidual, dweight, dbias = torch.ops.keelnorm.backward(
-        dy, x, saved, weight, bias, y, residual, training, *activation, need_x, write_residual, need_weight, need_bias
-    )
+        dy, x, saved, weight, bias, y, residual, ctx.training, *ctx.activation, need_x, write_residual, need_weight,
+        need_bias,
+    )  # fmt: skip
     if need_residual and not write_residual:
         dresidual = dy
     return dx, dresidual, dweight, dbias, *[None] * 7

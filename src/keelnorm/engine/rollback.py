@@ -19,6 +19,19 @@ from keelnorm.engine.torch_internals import outside_of_transforms, transform_sta
 from keelnorm.engine.update_counts import UpdateCounts
 
 
+class Gradients:
+    """What parameters have of gradients: ``requires_grad`` and ``grad`` of each."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
+
+    def restore(self) -> None:
+        """Put them back."""
+        for parameter, requires_grad, grad in self._before:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+
+
 class Unchanged(AbstractContextManager[None]):
     """A context in which an exception restores tensors and modules to what they were on entry.
 
@@ -26,9 +39,15 @@ class Unchanged(AbstractContextManager[None]):
         tensors: Tensors that may be written to; None is skipped.
         modules: Modules whose attributes may change, and in training their buffers. A deque among the attributes gets
             its contents back; other objects are taken to be replaced, not mutated.
+        parameters: Parameters whose ``requires_grad`` and ``grad`` may change.
     """
 
-    def __init__(self, tensors: Iterable[Tensor | None] = (), modules: Iterable[nn.Module] = ()) -> None:
+    def __init__(
+        self,
+        tensors: Iterable[Tensor | None] = (),
+        modules: Iterable[nn.Module] = (),
+        parameters: Iterable[nn.Parameter] = (),
+    ) -> None:
         written = [tensor for tensor in tensors if tensor is not None]
         self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._deques: list[tuple[deque[Any], tuple[Any, ...]]] = []
@@ -40,6 +59,7 @@ class Unchanged(AbstractContextManager[None]):
             if module.training:
                 written += [tensor for tensor in (*buffers.values(), *counts) if tensor is not None]
         written = [tensor for tensor in written if _has_values(tensor)]
+        self._gradients = Gradients(parameters)
         self._tensors = [(t, t.detach().clone() if t.requires_grad else t.clone()) for t in written]
 
     def __enter__(self) -> None:
@@ -57,6 +77,7 @@ class Unchanged(AbstractContextManager[None]):
         for values, held in self._deques:
             values.clear()
             values.extend(held)
+        self._gradients.restore()
         with torch.inference_mode(), _outside_of_transforms():
             for tensor, value in self._tensors:
                 # What has not changed may be what can't be written to.

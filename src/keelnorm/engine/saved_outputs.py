@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
+from keelnorm.engine.error_messages import RefusedValueError, describe, is_count
 from keelnorm.engine.noted_steps import NotedStep
 from keelnorm.engine.output_recipes import Held, Make, Packed, Recipe, View, layout_of, recipe_of
 from keelnorm.engine.recomputation import is_running
@@ -44,6 +45,12 @@ _lock = threading.RLock()
 _log = logging.getLogger("keelnorm")
 #: Why outputs were kept, each reason logged once.
 _announced: set[str] = set()
+
+
+def check_longest(what: str, longest: Any) -> None:
+    """Raise unless ``longest`` is a number of recipes that a chain may have."""
+    if not is_count(longest) or longest > LONGEST:
+        raise RefusedValueError(f"{what}: longest is an integer from 1 to {LONGEST}; got {describe(longest)}")
 
 
 class Frame:

@@ -23,13 +23,13 @@ class Interval:
     high: float
     n: int
 
-    def text(self, digits: int | None = 1, unit: str = "") -> str:
+    def text(self, digits: int | None = 1) -> str:
         """The estimate and, in brackets, its interval; three significant digits where None."""
         if not math.isfinite(self.value):
             return "-"
         if digits is None:
             digits = max(0, 2 - math.floor(math.log10(abs(self.value)))) if self.value else 0
-        value = f"{self.value:.{digits}f}{unit}"
+        value = f"{self.value:.{digits}f}"
         if not (math.isfinite(self.low) and math.isfinite(self.high)):
             return f"{value} [one seed]"
         return f"{value} [{self.low:.{digits}f}, {self.high:.{digits}f}]"

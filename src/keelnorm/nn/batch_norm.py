@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from keelnorm.engine.activations import NONE, ActivationLike, resolve
-from keelnorm.engine.arguments import State
+from keelnorm.engine.arguments import Options, Padding, State
 from keelnorm.engine.dispatch import run_node
 from keelnorm.engine.error_messages import locate
 from keelnorm.engine.fusion.call import begin, passes_by
 from keelnorm.engine.fusion.scope import is_inside
-from keelnorm.engine.masking import Padding, TooFew
+from keelnorm.engine.masking import TooFew
 from keelnorm.engine.normalization_steps import Normalization, is_plain
-from keelnorm.functional import Options, check_layer_call, layer_batch_norm
+from keelnorm.functional import check_layer_call, layer_batch_norm
 from keelnorm.moments import Weighting
 from keelnorm.nn._shared.layer_base import Layer
 from keelnorm.nn._shared.too_few_option import HasTooFew
@@ -134,8 +134,9 @@ class FusedBatchNorm(HasTooFew, Layer):
         training = self.training
         update = training and self.track_running_stats
         state = State(
-            running_mean, running_var, batches, training or running_mean is None, update, self.momentum, self.eps,
-            type(self).__name__, self._updates or self.count_skipped(),
+            training=training or running_mean is None, update=update, momentum=self.momentum, eps=self.eps,
+            running_mean=running_mean, running_var=running_var, num_batches_tracked=batches,
+            what=type(self).__name__, updates=self._updates or self.count_skipped(),
         )  # fmt: skip
         if update and self._control is not None:
             state = self._control.applied(state)

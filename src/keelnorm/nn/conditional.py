@@ -10,13 +10,11 @@ from torch import Tensor
 
 from keelnorm.engine import dispatch
 from keelnorm.engine.activations import NONE, Activation, ActivationLike
-from keelnorm.engine.arguments import check_arguments, check_channels
+from keelnorm.engine.arguments import Options, Padding, check_arguments, check_channels
 from keelnorm.engine.elementwise import elementwise
 from keelnorm.engine.error_messages import describe, is_count
 from keelnorm.engine.layout import check_kind
-from keelnorm.engine.masking import Padding
 from keelnorm.engine.torch_internals import BatchNormBase, is_transformed
-from keelnorm.functional import Options
 from keelnorm.moments import Weighting, compute_dtype
 from keelnorm.nn._shared.normalize import normalize_by_batch
 from keelnorm.nn._shared.take_over import adopt, expand_rows, options_of

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from keelnorm import functional
 from keelnorm.engine.activations import Activation, ActivationLike
+from keelnorm.engine.arguments import Padding
 from keelnorm.engine.error_messages import describe
 from keelnorm.engine.layout import per_channel
-from keelnorm.engine.masking import Padding
 from keelnorm.engine.recomputation import is_second_run
 from keelnorm.moments import Moments, Weighting, compute_dtype
 from keelnorm.nn._shared.normalize import normalize

@@ -11,7 +11,7 @@ from keelnorm.engine import dispatch
 from keelnorm.engine.activations import Activation
 from keelnorm.engine.error_messages import describe, is_count
 from keelnorm.moments import Moments
-from keelnorm.nn._shared.consecutive_groups import merge_rows, normalize_groups
+from keelnorm.nn._shared.consecutive_groups import Groups, merge_rows, normalize_groups
 from keelnorm.nn._shared.variant import Variant
 
 #: How the groups of a batch enter the running statistics.
@@ -106,10 +106,10 @@ class GhostBatchNorm(Variant):
         if len(sizes) == 1:
             return dispatch.batch_norm(x, residual, self.weight, self.bias, state, act)
         state = state._replace(update=state.update and state.sink is None)
-        y, moments = normalize_groups(x, residual, self.weight, self.bias, sizes, state, act, pooled)
+        y, moments = normalize_groups(x, residual, self.weight, self.bias, Groups(sizes, pooled), state, act)
         if moments is None:
             return y
-        if pooled or len(sizes) == 1:
+        if pooled:
             self.update_running(merge_rows(moments))
         else:
             for count, mean, m2 in zip(moments.count, moments.mean, moments.m2, strict=True):

@@ -172,18 +172,17 @@ class _Averaged(torch.autograd.Function):
         products: deque[Tensor] | None,
     ) -> Tensor:
         ctx.save_for_backward(x, mask, average, count)
-        ctx.options = eps, earlier, products
+        ctx.eps, ctx.earlier, ctx.products = eps, earlier, products
         return average.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mask, average, count = ctx.saved_tensors
-        eps, earlier, products = ctx.options
-        square = average + eps
+        square = average + ctx.eps
         product = -2 * square / count.clamp(min=1) * grad
-        mean = _finite_mean([*earlier, product], product) if earlier else product
-        if products is not None:
-            products.append(torch.where(count > 0, product.detach(), torch.nan))
+        mean = _finite_mean([*ctx.earlier, product], product) if ctx.earlier else product
+        if ctx.products is not None:
+            ctx.products.append(torch.where(count > 0, product.detach(), torch.nan))
         dx = x.to(compute_dtype(x)) * per_channel((-mean / square).to(compute_dtype(x)), x)
         dx = dx if mask is None else torch.where(mask, dx, 0)
         return dx.to(x.dtype), None, None, None, None, None, None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from keelnorm.engine.activations import Activation
+from keelnorm.engine.composite import finished
 from keelnorm.engine.error_messages import describe, is_count
 from keelnorm.engine.layout import is_channels_last
 from keelnorm.engine.running_statistics import averaged_so_far, note_averaged
@@ -173,10 +174,7 @@ class WhiteningBatchNorm(Variant):
         y = matrix.to(values.dtype) @ values
         if self.bias is not None:
             y = y + self.bias.to(y.dtype).view(-1, self.group_size, 1)
-        y = _ungrouped(y, x)
-        if residual is not None:
-            y = y + residual
-        return act.forward(y).to(x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
+        return finished(_ungrouped(y, x), x, residual, act)
 
     def _grouped(self, x: Tensor) -> Tensor:
         """View (N, C, *S) as (C/D, D, M); a copy unless x is channels-last."""

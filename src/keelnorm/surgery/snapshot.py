@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 
-from keelnorm.engine.rollback import Unchanged
+from keelnorm.engine.rollback import Gradients, Unchanged
 from keelnorm.surgery.observation.call_record import version_of
 from keelnorm.surgery.observation.nested_tensors import tensors_in
 
@@ -55,12 +55,9 @@ def all_or_nothing(modules: Iterable[Module], tensors: Iterable[Tensor | None] =
 
 
 @contextmanager
-def in_evaluation(model: Module) -> Iterator[None]:
-    """Run the block with all modules in evaluation mode; afterwards each has its mode again."""
+def _modes_kept(model: Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     try:
-        for module, _ in modes:
-            module.training = False
         yield
     finally:
         for module, mode in modes:
@@ -68,27 +65,33 @@ def in_evaluation(model: Module) -> Iterator[None]:
 
 
 @contextmanager
+def in_evaluation(model: Module) -> Iterator[None]:
+    """Run the block with all modules in evaluation mode; afterwards each has its mode again."""
+    with _modes_kept(model):
+        for module in model.modules():
+            module.training = False
+        yield
+
+
+@contextmanager
 def training_only(parameters: Iterable[Parameter], model: Module) -> Iterator[None]:
     """Let these parameters alone require gradients; afterwards each ``requires_grad`` and ``grad`` is as before."""
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    before = Gradients(model.parameters())
     try:
-        for parameter, _, _ in before:
-            parameter.requires_grad_(False)
+        model.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
         yield
     finally:
-        for parameter, requires_grad, grad in before:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
+        before.restore()
 
 
 @contextmanager
 def preserved(model: Module, given: Any = ()) -> Iterator[None]:
-    """Run the block without gradients; afterwards put back buffers, random generators and the arguments' values.
+    """Run the block without gradients; afterwards put back buffers, modes, random generators and arguments' values.
 
     Args:
-        model: Whose buffers are put back.
+        model: Whose buffers and modes are put back.
         given: The arguments of the model's call, in any container.
     """
     buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
@@ -96,7 +99,7 @@ def preserved(model: Module, given: Any = ()) -> Iterator[None]:
     copies = {value: value.detach().clone() for value in values}
     arguments = [(tensor, version_of(tensor), tensor.detach().clone()) for tensor in tensors_in(given)]
     devices = {value.device.index for value in (*model.parameters(), *values) if value.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)), torch.no_grad():
+    with torch.random.fork_rng(devices=sorted(devices)), torch.no_grad(), _modes_kept(model):
         try:
             yield
         finally:

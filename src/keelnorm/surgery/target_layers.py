@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from keelnorm.control.layer_selection import Where, named, select
+from keelnorm.engine.error_messages import RefusedTypeError, shortened
 from keelnorm.engine.torch_internals import BatchNormBase, InstanceNormBase
 from keelnorm.surgery.known_layers import computes_as, is_norm
 
@@ -20,7 +21,7 @@ def batch_norms_in(what: str, model: nn.Module, where: Where = None) -> dict[str
         ValueError: ``where`` selects no batch norm.
     """
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(
+        raise RefusedTypeError(
             f"{what}: the model is a ScriptModule, whose layers can't be seen or changed; pass the model that it was "
             "made from, and script that afterwards"
         )
@@ -31,7 +32,7 @@ def refuse_sharded(what: str, model: nn.Module) -> None:
     """Raise if a part of a model is sharded: its parameters are pieces that are replaced after each forward."""
     for path, module in model.named_modules():
         if any(kind.__name__ in _SHARDED and kind.__module__.startswith("torch.") for kind in type(module).__mro__):
-            raise TypeError(
+            raise RefusedTypeError(
                 f"{what}: {path or 'the model'} is sharded (FSDP), so it can't be copied and its weights can't be "
                 "replaced; pass the model before it is sharded, with the full state_dict"
             )
@@ -50,9 +51,8 @@ def notes_on(model: nn.Module) -> list[str]:
             unknown.setdefault(type(module), []).append(path)
     notes = [f"{path} is a ScriptModule: batch norms inside are not seen." for path in scripted]
     for kind, paths in unknown.items():
-        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
         notes.append(
-            f"{', '.join(paths[:3])}{more}: {kind.__module__}.{kind.__qualname__} is not known, and may "
+            f"{shortened(paths, 3)}: {kind.__module__}.{kind.__qualname__} is not known, and may "
             f"compute more than a batch norm; kn.surgery.register({kind.__name__}, ...) says what it does."
         )
     return notes

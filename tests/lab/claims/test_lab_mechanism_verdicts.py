@@ -25,7 +25,7 @@ def covariate_results(drift=1.0, cosine=(0.2, 0.2, 0.2), noisy=600, without=()):
     """Batch norm drifts by 0.1 against DRIFT, and its cosines lie COSINE above; the noisy arm gets there at NOISY."""
     by_key = {}
     prepared = list(covariate_shift.PREPARED.values())
-    for cell in covariate_shift.cells(PLAN):
+    for cell in covariate_shift.CLAIM.cells(PLAN):
         axes, jitter = cell.axes, 0.01 * cell.axes["seed"]
         task, arm, rates = cell.task.__name__, axes["arm"], len(axes["rates"])
         if (task, arm, axes["seed"]) in without:
@@ -75,7 +75,7 @@ def test_a_seed_without_one_of_the_arms_is_left_out_of_covariate_shift():
 def gradient_results(factors, plan=PLAN):
     """Factors a layer with batch norm by activation; 0.9 without."""
     by_key = {}
-    for cell in gradients.cells(plan):
+    for cell in gradients.CLAIM.cells(plan):
         axes = cell.axes
         if "rates" in axes:
             by_key[cell.key] = history(
@@ -118,7 +118,7 @@ def test_one_seed_resolves_nothing_about_gradients_and_every_data_set_is_in_both
 def affine_results(level):
     """Test accuracy with γ and β alone by depth; 90 with the output layer alone, 97 with everything."""
     by_key = {}
-    for cell in affine_only.cells(PLAN):
+    for cell in affine_only.CLAIM.cells(PLAN):
         axes = cell.axes
         value = {"affine": level[axes["depth"]], "output": 90.0, "all": 97.0}[axes["arm"]] + axes["seed"] - 1
         rates = len(axes["rates"])
@@ -143,7 +143,7 @@ def test_the_verdict_on_gamma_and_beta_follows_every_depth(shallow, deep, expect
 def placement_results(after, into):
     """Test accuracy before the activation AFTER above that behind it and INTO above that at the inputs."""
     by_key = {}
-    for cell in placement.cells(PLAN):
+    for cell in placement.CLAIM.cells(PLAN):
         axes, rates = cell.axes, len(cell.axes["rates"])
         value = 95.0 - {"before": 0.0, "after": after, "input": into}[axes["place"]]
         value += 0.05 * axes["seed"] * (axes["place"] == "before")
@@ -166,7 +166,7 @@ def test_the_verdict_on_the_place_follows_both_comparisons(after, into, expected
 def landscape_results(ratio):
     """Every quantity RATIO times as large without batch norm as with it, by activation."""
     by_key = {}
-    for cell in loss_landscape.cells(PLAN):
+    for cell in loss_landscape.CLAIM.cells(PLAN):
         axes = cell.axes
         value = (ratio[axes["activation"]] if axes["arm"] == "none" else 1.0) * (1 + 0.01 * axes["seed"] ** 2)
         looks = {name: [value, value / 4] for name in loss_landscape.QUANTITIES}
@@ -200,13 +200,13 @@ MADE_UP = {
 
 def without(module, results, gone):
     """The results without those of the cells that are GONE."""
-    return Results({cell.key: next(results.of([cell]))[1] for cell in module.cells(PLAN) if not gone(cell)})
+    return Results({cell.key: next(results.of([cell]))[1] for cell in module.CLAIM.cells(PLAN) if not gone(cell)})
 
 
 @pytest.mark.parametrize("name", MADE_UP)
 def test_a_failed_cell_takes_its_seed_with_it_and_no_more(name):
     module, make = MADE_UP[name]
-    failed = module.cells(PLAN)[0].key
+    failed = module.CLAIM.cells(PLAN)[0].key
     whole = [each.effect.n for each in module.read(PLAN, make()).findings]
     left = without(module, make(), lambda cell: cell.key == failed)
     fewer = [each.effect.n for each in module.read(PLAN, left).findings]
@@ -217,6 +217,6 @@ def test_a_failed_cell_takes_its_seed_with_it_and_no_more(name):
 def test_an_arm_without_any_result_is_no_comparison(name):
     module, make = MADE_UP[name]
     axis = "place" if module is placement else "arm"
-    gone = module.cells(PLAN)[-1].axes[axis]
+    gone = module.CLAIM.cells(PLAN)[-1].axes[axis]
     with pytest.raises(ValueError, match="no seed has a result for every arm"):
         module.read(PLAN, without(module, make(), lambda cell: cell.axes[axis] == gone))

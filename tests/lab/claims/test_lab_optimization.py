@@ -20,6 +20,7 @@ from keelnorm.lab.claims import (
 from keelnorm.lab.core.cell import Results
 from keelnorm.lab.core.plan import Plan
 from keelnorm.lab.data import images
+from keelnorm.lab.reading.results_by_arm import shares_reaching
 from keelnorm.lab.reading.verdicts import verdict
 from keelnorm.lab.training.trials import trial
 from keelnorm.measure.statistics import speedup
@@ -130,7 +131,7 @@ class TestConvergence:
 
     def test_batch_norm_stops_sooner_and_is_evaluated_at_the_same_steps(self):
         for plan in (QUICK, Plan(quick=False)):
-            cells = convergence.cells(plan)
+            cells = convergence.CLAIM.cells(plan)
             for none, bn in zip(cells[::2], cells[1::2], strict=True):
                 assert (none.axes["arm"], bn.axes["arm"]) == ("none", "bn")
                 marks = bn.axes["evaluate_at"]
@@ -168,10 +169,9 @@ class TestLearningRate:
         assert "with batch norm a network still learns at the largest rate of the grid" in notes
 
 
-class TestShares:
-    @pytest.mark.parametrize(("share", "whole"), [(initialization.share, 100.0), (hyperparameters.share, 1.0)])
-    def test_what_reaches_the_target_counts(self, share, whole):
-        assert share({"test": [[99.0] * 4, [90.0, 89.99, 95.0, 10.0]]}) == pytest.approx(whole / 2)
+def test_what_reaches_the_target_counts():
+    histories = [{"test": [[99.0] * 4, [90.0, 89.99, 95.0, 10.0]]}, {"test": [[90.0] * 4]}]
+    assert shares_reaching(90.0, histories) == pytest.approx([50.0, 100.0])
 
 
 def decay_results(*, left, all_gain):

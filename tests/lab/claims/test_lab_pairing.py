@@ -40,7 +40,7 @@ def test_an_effect_that_is_the_same_for_every_seed_has_no_spread(failed):
 def test_settings_are_compared_over_the_depths_that_every_arm_of_a_seed_has():
     plan = Plan(quick=False, seeds=3)
     results = {}
-    for cell in hyperparameters.cells(plan):
+    for cell in hyperparameters.CLAIM.cells(plan):
         axes = cell.axes
         if (axes["arm"], axes["seed"], len(axes["widths"])) != ("ln", 0, 8):
             works = {"none": 4, "ln": 8, "bn": 12}[axes["arm"]] + axes["seed"]

@@ -92,7 +92,7 @@ def made_up(rows=2.0, text=0.3, pixels=2.0, margin=-30.0, noise=60.0):
     """Results in which the batch-normalized LSTM is that much better, and initial noise adds as much to it."""
     gains = {"rows": rows, "text": text, "pixels": pixels, "margin": margin}
     by_key = {}
-    for cell in recurrent.cells(FULL):
+    for cell in recurrent.CLAIM.cells(FULL):
         axes = cell.axes
         better = gains[axes["task"]] if axes["arm"] != "lstm" else 0.0
         better += noise if axes["arm"] == "noise" else 0.0

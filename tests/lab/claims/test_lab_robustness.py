@@ -96,7 +96,7 @@ def test_a_cell_repeats_and_only_batch_norm_is_adapted():
 def made_up(plan, gap, *, adapted=20.0, without=()):
     """Results of all cells, with batch norm GAP points above none on corrupted images."""
     by_key = {}
-    for cell in robustness.cells(plan):
+    for cell in robustness.CLAIM.cells(plan):
         arm, seed = cell.axes["arm"], cell.axes["seed"]
         if (arm, seed) in without:
             continue
@@ -134,7 +134,7 @@ def test_robustness_on_several_data_sets_depends_where_they_disagree():
     plan = Plan(quick=False, seeds=3, data=("mnist@00000000",))
     good, bad = made_up(plan, 8.0), made_up(plan, -8.0)
     mixed = {}
-    for cell in robustness.cells(plan):
+    for cell in robustness.CLAIM.cells(plan):
         source = good if cell.axes["data"] == "digits" else bad
         [(_, mixed[cell.key])] = source.of([cell])
     reading = robustness.read(plan, Results(mixed))
@@ -190,7 +190,7 @@ def test_a_table_s_cell_repeats():
 )
 def test_the_verdict_on_scales_follows_both_tables(gains, expected):
     by_key = {}
-    for cell in scales.cells(PLAN):
+    for cell in scales.CLAIM.cells(PLAN):
         arm, seed, rates = cell.axes["arm"], cell.axes["seed"], cell.axes["rates"]
         gain = gains[list(scales.NAMES).index(cell.axes["data"])]
         level = {"raw": 70.0, "input": 70.0 + gain + seed - 1, "hidden": 72.0, "standardized": 90.0}[arm]

@@ -9,7 +9,7 @@ import torch
 import keelnorm as kn
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan
+from keelnorm.lab.core.plan import Plan, Seeds
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.reading.verdicts import Finding
 from keelnorm.measure.page_parts import Axis, Figure, Series, Table
@@ -24,7 +24,7 @@ def output_mean(*, seed: int, size: int) -> Result:
 
 def cells(plan: Plan) -> Sequence[Cell]:
     size = 16 if plan.quick else 1024
-    seeds = plan.seed_range(quick=3, full=20)
+    seeds = Seeds(quick=3, full=20).of(plan)
     return [Cell(output_mean, {"seed": seed, "size": size}, cost=0.001 * size) for seed in seeds]
 
 

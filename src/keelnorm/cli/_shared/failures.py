@@ -27,9 +27,13 @@ class CommandError(Exception):
 
 def one_line(error: BaseException) -> str:
     """Name an error's type, its message, and the line of the user's code where it arose."""
-    said, place = " ".join(str(error).split()), _place(error)
+    said, place = _words(error), _place(error)
     words = f"{type(error).__name__}: {said}" if said else type(error).__name__
     return f"{words} ({place})" if place else words
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _place(error: BaseException) -> str | None:
@@ -57,15 +61,16 @@ def _place(error: BaseException) -> str | None:
 
 
 @contextmanager
-def told_in_one_line(command: str) -> Iterator[None]:
+def told_in_one_line() -> Iterator[None]:
     """Turn every error inside into a `CommandError`: the code of a model may raise anything."""
     try:
         yield
     except CommandError:
         raise
     except Exception as error:
-        said = " ".join(str(error).split())
-        raise CommandError(said if said.startswith(f"{command}: ") else one_line(error)) from error
+        from keelnorm.engine.error_messages import RefusedError
+
+        raise CommandError(_words(error) if isinstance(error, RefusedError) else one_line(error)) from error
 
 
 @contextmanager

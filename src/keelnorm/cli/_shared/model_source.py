@@ -75,7 +75,9 @@ def find(name: str) -> Any:
         if not hasattr(found, part):
             own = getattr(found, "__dict__", {})
             names = sorted(key for key, value in own.items() if callable(value) and not key.startswith("_"))
-            has = f"; it has {_shortened(names)}" if names else ""
+            from keelnorm.engine.error_messages import shortened
+
+            has = f"; it has {shortened(names)}" if names else ""
             raise CommandError(f"{name}: there is no {part!r} in {module_name}{has}")
         found = getattr(found, part)
     return found
@@ -130,8 +132,3 @@ def described(value: Any) -> str:
 
     said = " ".join(describe(value).split())
     return said if len(said) <= 100 else f"a {type(value).__name__}"
-
-
-def _shortened(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

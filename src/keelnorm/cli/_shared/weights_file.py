@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from keelnorm.cli._shared.failures import CommandError, need, one_line
+from keelnorm.engine.error_messages import shortened
 
 #: The usual keys of the state_dict in a checkpoint, and the prefixes that wrappers add to its own keys.
 _HOLDERS = ("model_state_dict", "state_dict", "model", "ema", "net")
@@ -64,7 +65,7 @@ def save_state_dict(model: nn.Module, path: Path) -> None:
     state = model.state_dict()
     others = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if others:
-        raise CommandError(f"safetensors holds tensors alone; the state_dict has others: {_listed(others)}")
+        raise CommandError(f"safetensors holds tensors alone; the state_dict has others: {shortened(others)}")
     save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, path, {"format": "pt"})
 
 
@@ -90,18 +91,20 @@ def _state_in(content: Any, path: Path, key: str | None) -> tuple[Mapping[str, A
     if key is None and len(usual) > 1:
         raise CommandError(f"{path} has several state_dicts; --key says which: {' or '.join(usual)}")
     if key is None and not usual and held:
-        raise CommandError(f"{path} has a state_dict under {_listed(held)}; --key says which")
+        raise CommandError(f"{path} has a state_dict under {shortened(held)}; --key says which")
     name = key if key is not None else usual[0] if usual else None
     if name is not None:
         found = _under(content, name)
         if not _is_state(found):
             there = (
-                f"it has {_listed([str(one) for one in content])}" if isinstance(content, Mapping) else "there is none"
+                f"it has {shortened([str(one) for one in content])}"
+                if isinstance(content, Mapping)
+                else "there is none"
             )
             raise CommandError(f"{path} has no state_dict under {name!r}; {there}")
         return found, [f"The state_dict was taken from {name!r} in {path.name}."]
     if not _is_state(content):
-        names = f" with {_listed([str(one) for one in content])}" if isinstance(content, Mapping) else ""
+        names = f" with {shortened([str(one) for one in content])}" if isinstance(content, Mapping) else ""
         raise CommandError(
             f"{path} must hold a state_dict, by itself, under {', '.join(map(repr, _HOLDERS))}, or under --key; "
             f"it holds a {type(content).__name__}{names}"
@@ -124,8 +127,10 @@ def _without_prefix(
     if prefix is not None:
         left = [key for key in state if not key.startswith(prefix)]
         if len(left) == len(state):
-            raise CommandError(f"{path} has no key that begins with --prefix {prefix!r}; it has {_listed(left)}")
-        notes = [f"{len(left)} keys of {path.name} without {prefix!r} were left out: {_listed(left)}."] if left else []
+            raise CommandError(f"{path} has no key that begins with --prefix {prefix!r}; it has {shortened(left)}")
+        notes = (
+            [f"{len(left)} keys of {path.name} without {prefix!r} were left out: {shortened(left)}."] if left else []
+        )
         return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}, notes
     own, found, notes = model.state_dict().keys(), state, []
     while found.keys() - own:
@@ -160,17 +165,12 @@ def _misfit(model: nn.Module, state: Mapping[str, Any]) -> str:
         "unexpected": [key for key in state if key not in own],
         "of another shape": shapes,
     }
-    wrong = [f"{len(keys)} {what}: {_listed(keys)}" for what, keys in found.items() if keys]
+    wrong = [f"{len(keys)} {what}: {shortened(keys)}" for what, keys in found.items() if keys]
     first = next(iter(own), "")
     for prefix in (key.removesuffix(first) for key in state if key.endswith(f".{first}")):
         if all(prefix + key in state for key in own):
             wrong.append(f"with --prefix {prefix} it has all keys of the model")
     return "; ".join(wrong)
-
-
-def _listed(keys: list[str], most: int = 8) -> str:
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
 
 
 def _check_exists(path: Path) -> None:

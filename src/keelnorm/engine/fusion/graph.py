@@ -166,7 +166,8 @@ def _gradients(
     if torch.is_grad_enabled() or _is_batched(dy):
         return normalization.differentiable_backward(dy, kept)
     need_x, need_weight, need_bias = node.need
-    return normalization.backward(dy, kept, Needs(need_x, need_residual, need_weight, need_bias))
+    need = Needs(x=need_x, residual=need_residual, weight=need_weight, bias=need_bias)
+    return normalization.backward(dy, kept, need)
 
 
 def _kept(node: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:

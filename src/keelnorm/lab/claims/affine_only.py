@@ -8,7 +8,7 @@ import torch
 
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, seeds_text
+from keelnorm.lab.core.plan import ByForm, Plan, Seeds, seeds_text
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.data import images
 from keelnorm.lab.reading.best_rates import CHOSEN_BY_VALIDATION, accuracies, edge_notes, highest_accuracy
@@ -27,7 +27,7 @@ ARMS = {
     "output": ("the output layer alone", "other-1"),
     "all": ("everything", "none"),
 }
-DEPTHS = (2, 4, 8)
+DEPTHS = ByForm(quick=(2, 8), full=(2, 4, 8))
 WIDTH = 128
 BATCH = 60
 RATES = {
@@ -36,6 +36,8 @@ RATES = {
     "all": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
 }
 CHANCE = 10.0
+STEPS = ByForm(quick=100, full=400)
+SEEDS = Seeds(quick=3, full=5)
 
 
 def train_partly(*, data: str, arm: str, depth: int, seed: int, rates: tuple[float, ...], steps: int) -> Result:
@@ -61,14 +63,8 @@ def train_partly(*, data: str, arm: str, depth: int, seed: int, rates: tuple[flo
     return dict(vars(history)) | {"trained": trained, "total": total}
 
 
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Every arm at every depth."""
-    return [cell for data, depth in _conditions(plan) for cell in _cells(plan, data, depth)]
-
-
 def _conditions(plan: Plan) -> list[tuple[str, int]]:
-    depths = (2, 8) if plan.quick else DEPTHS
-    return [(data, depth) for data in plan.data_sets("digits", "mnist") for depth in depths]
+    return [(data, depth) for data in CLAIM.sets(plan) for depth in DEPTHS.of(plan)]
 
 
 def _rates(plan: Plan, arm: str) -> tuple[float, ...]:
@@ -76,24 +72,16 @@ def _rates(plan: Plan, arm: str) -> tuple[float, ...]:
 
 
 def _cells(plan: Plan, data: str, depth: int) -> Sequence[Cell]:
-    steps = _steps(plan)
+    steps = STEPS.of(plan)
     return [
         Cell(
             train_partly,
             {"data": data, "arm": arm, "depth": depth, "seed": seed, "rates": _rates(plan, arm), "steps": steps},
             cost=steps * depth * len(_rates(plan, arm)) * 3e-4,
         )
-        for seed in _seeds(plan)
+        for seed in SEEDS.of(plan)
         for arm in ARMS
     ]
-
-
-def _steps(plan: Plan) -> int:
-    return 100 if plan.quick else 400
-
-
-def _seeds(plan: Plan) -> range:
-    return plan.seed_range(quick=3, full=5)
 
 
 def read(plan: Plan, results: Results) -> Reading:
@@ -129,10 +117,10 @@ def read(plan: Plan, results: Results) -> Reading:
         setup={
             "Network": f"fully connected, hidden layers of {WIDTH} with ReLU behind batch norm, He's initialization, "
             "centered pixels",
-            "Training": f"{_steps(plan)} steps of gradient descent, batches of {BATCH}; what is not trained stays as "
+            "Training": f"{STEPS.of(plan)} steps of gradient descent, batches of {BATCH}; what is not trained stays as "
             "it was drawn",
             "Learning rate": CHOSEN_BY_VALIDATION,
-            "Seeds": seeds_text(_seeds(plan)),
+            "Seeds": seeds_text(SEEDS.of(plan)),
         },
         notes=[*notes, "With γ and β alone the output layer is random too."],
     )
@@ -165,7 +153,7 @@ def _figure(where: str, by_depth: dict[int, dict[str, list[float]]], words: Sequ
     )
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=18,
     title="γ and β alone",
     statement="The affine parameters of batch normalization alone can learn.",
@@ -178,6 +166,6 @@ CLAIM = Claim(
     "with training the output layer alone, which has 1,290 parameters where γ and β have 256 a layer, and with "
     "everything is shown beside.",
     data=("digits", "mnist"),
-    cells=cells,
+    cells=lambda plan: [cell for data, depth in _conditions(plan) for cell in _cells(plan, data, depth)],
     read=read,
 )

@@ -6,16 +6,8 @@ from collections.abc import Sequence
 
 from keelnorm.lab.core.cell import Cell, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, seeds_text
-from keelnorm.lab.reading.by_batch_size import (
-    BestBySize,
-    best_by_size,
-    size_figure,
-    size_notes,
-    size_row,
-    size_series,
-    size_table,
-)
+from keelnorm.lab.core.plan import ByForm, Plan, Seeds, seeds_text
+from keelnorm.lab.reading.by_batch_size import BestBySize, SizeParts, best_by_size
 from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.series import with_intervals
 from keelnorm.lab.reading.verdicts import Finding, difference_finding
@@ -25,34 +17,12 @@ from keelnorm.lab.training.trials import trial_cell
 from keelnorm.measure.statistics import mean
 
 ARMS = (NONE, BN, GN)
-SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
-QUICK_SIZES = (2, 4, 64)
+SIZES = ByForm(quick=(2, 4, 64), full=(2, 4, 8, 16, 32, 64, 128, 256))
 LARGE = 64
-RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-QUICK_RATES = (0.01, 0.1, 0.3)
+RATES = ByForm(quick=(0.01, 0.1, 0.3), full=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0))
+SEEDS = Seeds(quick=3, full=5)
 STEPS = {2: 2400, 4: 1600, 8: 1000, 16: 600, 32: 400, 64: 300, 128: 200, 256: 150}
 """Small batches get more steps and yet see fewer samples: see the note."""
-
-
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Every arm at every size."""
-    return [cell for data in _sets(plan) for cell in _cells(plan, data)]
-
-
-def _sets(plan: Plan) -> list[str]:
-    return plan.data_sets("digits", "mnist")
-
-
-def _sizes(plan: Plan) -> tuple[int, ...]:
-    return QUICK_SIZES if plan.quick else SIZES
-
-
-def _rates(plan: Plan) -> tuple[float, ...]:
-    return QUICK_RATES if plan.quick else RATES
-
-
-def _seeds(plan: Plan) -> range:
-    return plan.seed_range(quick=3, full=5)
 
 
 def _steps(plan: Plan, size: int) -> int:
@@ -66,47 +36,44 @@ def _cells(plan: Plan, data: str) -> list[Cell]:
             data=data,
             arm=arm.name,
             seed=seed,
-            rates=_rates(plan),
+            rates=RATES.of(plan),
             evaluate_at=(_steps(plan, size),),
             widths=(64, 64),
             batch=size,
         )
-        for size in _sizes(plan)
-        for seed in _seeds(plan)
+        for size in SIZES.of(plan)
+        for seed in SEEDS.of(plan)
         for arm in ARMS
     ]
 
 
 def read(plan: Plan, results: Results) -> Reading:
     """What a batch of 2 costs batch norm, and what it costs a network without."""
-    findings, figures, rows, words, notes = [], [], [], [], []
-    for data in _sets(plan):
+    findings, words = [], []
+    parts = SizeParts(SIZES.of(plan), edges=not plan.quick)
+    for data in CLAIM.sets(plan):
         where = where_text(data)
         # Sizes are compared with each other too: a seed counts where it has a result for every arm at every size.
         runs = Runs(_cells(plan, data), results, arms=("arm", "batch"))
-        best = best_by_size(runs, {size: [arm.name for arm in ARMS] for size in _sizes(plan)}, _rates(plan))
+        best = best_by_size(runs, {size: [arm.name for arm in ARMS] for size in SIZES.of(plan)}, RATES.of(plan))
         own = {
             size: [history["test_batch"][-1][each[BN.name].index] for history in runs.of((BN.name, size))]
             for size, each in best.items()
         }
         findings += _findings(where, best, own[2])
         words.append(_words(where, best))
-        series = [size_series(arm.label, arm.name, best) for arm in ARMS]
         own_means = [mean(values) for values in own.values()]
-        series.append(with_intervals("batch norm, test batch's moments", BN.name, list(own), own_means, faint=True))
+        by_own = with_intervals("batch norm, test batch's moments", BN.name, list(own), own_means, faint=True)
         said = f"Test accuracy over the batch size in training, each arm and size at its best rate: {words[-1]}."
-        figures.append(size_figure(where, series, said))
-        for arm in ARMS:
-            rows.append(size_row(where, arm.label, arm.name, best))
-            notes += [] if plan.quick else size_notes(where, arm.label, arm.name, best)
+        parts.add(where, {arm.name: arm.label for arm in ARMS}, best, said, by_own)
     return Reading(
         f"In accuracy, {listed(words)}.",
         findings,
-        figures,
-        [size_table(_sizes(plan), rows)],
+        parts.figures,
+        [parts.table()],
         setup=_setup(plan),
         notes=[
-            *notes,
+            *parts.notes,
             "Small batches get more steps and yet see fewer samples; arms are compared at the same size, with the same "
             "steps. The faint curve evaluates the same networks with the test data's own moments: where it is as low, "
             "the training itself was hurt.",
@@ -142,14 +109,14 @@ def _setup(plan: Plan) -> dict[str, str]:
     return {
         "Network": "fully connected, 64 - 64 hidden units with ReLU, Xavier's initialization, centered pixels",
         "Training": "gradient descent; "
-        + ", ".join(f"{_steps(plan, size)} steps at batch {size}" for size in _sizes(plan)),
+        + ", ".join(f"{_steps(plan, size)} steps at batch {size}" for size in SIZES.of(plan)),
         "Learning rate": "for each arm and size the one with the highest validation accuracy, of "
-        f"{', '.join(f'{rate:g}' for rate in _rates(plan))}",
-        "Seeds": seeds_text(_seeds(plan)),
+        f"{', '.join(f'{rate:g}' for rate in RATES.of(plan))}",
+        "Seeds": seeds_text(SEEDS.of(plan)),
     }
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=11,
     title="Dependence on the batch's size",
     statement="Batch normalization depends on the batch's size, and fails with very small batches.",
@@ -164,6 +131,6 @@ CLAIM = Claim(
     criterion=f"Holds if the accuracy of batch norm at batch 2 is lower than at {LARGE}, and loses more than the "
     "network without normalization does (both intervals above 0); depends if one is.",
     data=("digits", "mnist"),
-    cells=cells,
+    cells=lambda plan: [cell for data in CLAIM.sets(plan) for cell in _cells(plan, data)],
     read=read,
 )

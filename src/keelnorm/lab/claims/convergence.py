@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import LONGER, Plan, seeds_text, steps_for
+from keelnorm.lab.core.plan import LONGER, ByForm, Plan, Seeds, seeds_text, steps_for
 from keelnorm.lab.reading.best_rates import Tuned, edge_notes, fewest_steps
 from keelnorm.lab.reading.results_by_arm import Runs, column
 from keelnorm.lab.reading.series import band, bars
@@ -37,8 +37,11 @@ BASELINES: dict[str, tuple[str, float, bool, tuple[int, int], tuple[int, int]]] 
     "ReLU, raw pixels": ("relu", 1.0, False, (0, 0), (170, 60)),
     "ReLU, centered pixels": ("relu", 1.0, True, (50, 30), (80, 50)),
 }
-RATES = {"sigmoid": (0.3, 1.0, 3.0, 10.0), "relu": (0.1, 0.3, 1.0, 3.0)}
-QUICK_RATES = {"sigmoid": (1.0, 3.0), "relu": (0.1, 0.3)}
+RATES = {
+    "sigmoid": ByForm(quick=(1.0, 3.0), full=(0.3, 1.0, 3.0, 10.0)),
+    "relu": ByForm(quick=(0.1, 0.3), full=(0.1, 0.3, 1.0, 3.0)),
+}
+SEEDS = Seeds(quick=4, full=7)
 
 
 def evaluations(end: int) -> tuple[int, ...]:
@@ -49,18 +52,9 @@ def evaluations(end: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Both arms from every baseline."""
-    return [cell for data, baseline in _conditions(plan) for cell in _cells(plan, data, baseline)]
-
-
 def _conditions(plan: Plan) -> list[tuple[str, str]]:
     names = [name for name, (*_, quick, _) in BASELINES.items() if any(quick) or not plan.quick]
-    return [(data, name) for data in plan.data_sets("digits", "mnist", "images") for name in names]
-
-
-def _rates(plan: Plan, activation: str) -> tuple[float, ...]:
-    return (QUICK_RATES if plan.quick else RATES)[activation]
+    return [(data, name) for data in CLAIM.sets(plan) for name in names]
 
 
 def _cells(plan: Plan, data: str, baseline: str) -> Sequence[Cell]:
@@ -73,7 +67,7 @@ def _cells(plan: Plan, data: str, baseline: str) -> Sequence[Cell]:
             data=data,
             arm=arm.name,
             seed=seed,
-            rates=_rates(plan, activation),
+            rates=RATES[activation].of(plan),
             evaluate_at=marks if arm is NONE else tuple(step for step in marks if step <= with_bn),
             widths=WIDTHS,
             activation=activation,
@@ -81,13 +75,9 @@ def _cells(plan: Plan, data: str, baseline: str) -> Sequence[Cell]:
             centered=centered,
             batch=BATCH,
         )
-        for seed in _seeds(plan)
+        for seed in SEEDS.of(plan)
         for arm in ARMS
     ]
-
-
-def _seeds(plan: Plan) -> range:
-    return plan.seed_range(quick=4, full=7)
 
 
 def read(plan: Plan, results: Results) -> Reading:
@@ -97,7 +87,7 @@ def read(plan: Plan, results: Results) -> Reading:
     for data, baseline in _conditions(plan):
         runs = Runs(_cells(plan, data, baseline), results)
         by_arm = {arm.name: runs.of(arm.name) for arm in ARMS}
-        tried = _rates(plan, BASELINES[baseline][0])
+        tried = RATES[BASELINES[baseline][0]].of(plan)
         tuned = {name: fewest_steps(histories, tried, TARGET) for name, histories in by_arm.items()}
         horizons = {name: float(histories[0]["steps"][-1]) for name, histories in by_arm.items()}
         gain = speedup(tuned[BN.name].steps, tuned[NONE.name].steps, horizons[NONE.name], horizons[BN.name])
@@ -120,7 +110,7 @@ def read(plan: Plan, results: Results) -> Reading:
             "Steps to target": "on test data, linear between evaluations; a run that does not get there counts at its "
             "last step, and the ratio is then a bound. Runs with batch norm are shorter; those "
             f"on larger images {LONGER} times as long",
-            "Seeds": seeds_text(_seeds(plan)),
+            "Seeds": seeds_text(SEEDS.of(plan)),
         },
         notes=[
             *notes,
@@ -171,7 +161,7 @@ def _figure(where: str, by_arm: dict[str, list[Result]], tuned: dict[str, Tuned]
     )
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=1,
     title="Faster convergence",
     statement="Networks with batch normalization converge faster.",
@@ -185,6 +175,6 @@ CLAIM = Claim(
     criterion="Holds if, under every baseline, the interval of the ratio of steps (without batch norm ÷ with it) "
     "lies above 1; depends if under some only; does not hold if it lies below 1 somewhere and above it nowhere.",
     data=("digits", "mnist", "images"),
-    cells=cells,
+    cells=lambda plan: [cell for data, baseline in _conditions(plan) for cell in _cells(plan, data, baseline)],
     read=read,
 )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from keelnorm.lab.core.cell import Cell, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, kind_of, seeds_text
+from keelnorm.lab.core.plan import ByForm, Plan, Seeds, kind_of, seeds_text
 from keelnorm.lab.reading.best_rates import (
     CHOSEN_BY_VALIDATION,
     accuracies,
@@ -25,33 +25,19 @@ from keelnorm.measure.statistics import mean
 
 ARMS = (NONE, BN, GN)
 CHANNELS = (8, 16, 16, 32)
-RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
-QUICK_RATES = (0.1, 0.3, 1.0)
+RATES = ByForm(quick=(0.1, 0.3, 1.0), full=(0.03, 0.1, 0.3, 1.0, 3.0))
 HIGH = 1.0
 """A rate that is high for a network without normalization."""
-STEPS = {"digits": (60, 200), "mnist": (60, 300), "images": (80, 400)}
-"""In quick and in full form."""
-
-
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Every arm on every data set."""
-    return [cell for data in _sets(plan) for cell in _cells(plan, data)]
-
-
-def _sets(plan: Plan) -> list[str]:
-    return plan.data_sets("digits", "mnist", "images")
-
-
-def _rates(plan: Plan) -> tuple[float, ...]:
-    return QUICK_RATES if plan.quick else RATES
-
-
-def _steps(plan: Plan, data: str) -> int:
-    return STEPS[kind_of(data)][0 if plan.quick else 1]
+STEPS = {
+    "digits": ByForm(quick=60, full=200),
+    "mnist": ByForm(quick=60, full=300),
+    "images": ByForm(quick=80, full=400),
+}
+SEEDS = Seeds(quick=3, full=6)
 
 
 def _cells(plan: Plan, data: str) -> Sequence[Cell]:
-    rates = _rates(plan)
+    rates = RATES.of(plan)
     return [
         trial_cell(
             (1.5e-3 if kind_of(data) == "digits" else 8e-3) * len(rates),
@@ -59,26 +45,22 @@ def _cells(plan: Plan, data: str) -> Sequence[Cell]:
             arm=arm.name,
             seed=seed,
             rates=rates,
-            evaluate_at=(_steps(plan, data),),
+            evaluate_at=(STEPS[kind_of(data)].of(plan),),
             network="cnn",
             widths=CHANNELS,
             initialization="he",
         )
-        for seed in _seeds(plan)
+        for seed in SEEDS.of(plan)
         for arm in ARMS
     ]
-
-
-def _seeds(plan: Plan) -> range:
-    return plan.seed_range(quick=3, full=6)
 
 
 def read(plan: Plan, results: Results) -> Reading:
     """What batch norm gains at each arm's best rate, and at a high one."""
     findings, figures, rows, words, notes = [], [], [], [], []
-    rates = _rates(plan)
+    rates = RATES.of(plan)
     at_best = "test accuracy at each arm's best rate, batch norm −"
-    for data in _sets(plan):
+    for data in CLAIM.sets(plan):
         where = where_text(data)
         runs = Runs(_cells(plan, data), results)
         by_arm = {arm.name: runs.of(arm.name) for arm in ARMS}
@@ -107,9 +89,9 @@ def read(plan: Plan, results: Results) -> Reading:
             "Network": f"{len(CHANNELS)} convolutions of 3 × 3 with {', '.join(map(str, CHANNELS))} channels and ReLU, "
             "every second of stride 2, mean over positions, one linear layer; He's initialization, centered pixels",
             "Training": "gradient descent, batches of 60; "
-            + ", ".join(f"{_steps(plan, data)} steps on {where_text(data)}" for data in _sets(plan)),
+            + ", ".join(f"{STEPS[kind_of(data)].of(plan)} steps on {where_text(data)}" for data in CLAIM.sets(plan)),
             "Learning rate": CHOSEN_BY_VALIDATION,
-            "Seeds": seeds_text(_seeds(plan)),
+            "Seeds": seeds_text(SEEDS.of(plan)),
         },
         notes=[
             *notes,
@@ -118,7 +100,7 @@ def read(plan: Plan, results: Results) -> Reading:
     )
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=15,
     title="Convolutional networks",
     statement="Batch normalization helps convolutional networks.",
@@ -134,6 +116,6 @@ CLAIM = Claim(
     criterion="Holds if, on every data set, the test accuracy with batch norm is higher both at each arm's best rate "
     f"and at the high rate {HIGH:g}; depends if in some of these.",
     data=("digits", "mnist", "images"),
-    cells=cells,
+    cells=lambda plan: [cell for data in CLAIM.sets(plan) for cell in _cells(plan, data)],
     read=read,
 )

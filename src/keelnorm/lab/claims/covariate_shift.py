@@ -25,7 +25,7 @@ from keelnorm.lab.claims._covariate_shift_training import (
 )
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, seeds_text
+from keelnorm.lab.core.plan import Plan, Seeds, seeds_text
 from keelnorm.lab.reading.best_rates import Tuned, edge_notes, fewest_steps
 from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.verdicts import Finding, difference_finding, ratio_finding, speedup_finding
@@ -36,10 +36,7 @@ from keelnorm.measure.statistics import Speedup, geometric_mean, mean, ratio, sp
 
 LEAST = 1e-6
 """Drifts below it count as this much, so that a ratio is defined."""
-
-
-def _seeds(plan: Plan) -> range:
-    return plan.seed_range(quick=3, full=8)
+SEEDS = Seeds(quick=3, full=8)
 
 
 def _drift_cells(plan: Plan, data: str) -> list[Cell]:
@@ -50,7 +47,7 @@ def _drift_cells(plan: Plan, data: str) -> list[Cell]:
             {"data": data, "arm": arm.name, "seed": seed, "steps": length, "rates": DRIFT_RATES},
             cost=length * 2.5e-3,
         )
-        for seed in _seeds(plan)
+        for seed in SEEDS.of(plan)
         for arm in ARMS
     ]
 
@@ -72,17 +69,8 @@ def _gradient_cells(plan: Plan, data: str) -> list[Cell]:
             cost=length * 2e-3,
         )
         for activation, centered in PREPARED.values()
-        for seed in _seeds(plan)
+        for seed in SEEDS.of(plan)
         for arm in (NONE, BN)
-    ]
-
-
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Networks whose drift is followed, and networks whose gradients are."""
-    return [
-        cell
-        for data in plan.data_sets("digits", "mnist")
-        for cell in (*_drift_cells(plan, data), *_gradient_cells(plan, data))
     ]
 
 
@@ -199,7 +187,7 @@ class Cosines:
 def read(plan: Plan, results: Results) -> Reading:
     """The three measurements on every data set."""
     findings, figures, drift_rows, cosine_rows, words, notes = [], [], [], [], [], []
-    for data in plan.data_sets("digits", "mnist"):
+    for data in CLAIM.sets(plan):
         where = where_text(data)
         drifts = Drifts.of(Runs(_drift_cells(plan, data), results))
         cosines = Cosines.of(where, Runs(_gradient_cells(plan, data), results, where=("activation", "centered")))
@@ -248,7 +236,7 @@ def _setup(plan: Plan) -> dict[str, str]:
         "(c) Noise": f"behind every batch norm in training: times 1 + {NOISE_SCALE:g}·N(0, 1), plus {NOISE_SHIFT:g}·"
         "N(0, 1), drawn anew for each layer, channel and step; the networks of (a)",
         "Learning rate": "in (a) and (c) for each arm the one with the fewest steps to 90 % on validation data",
-        "Seeds": seeds_text(_seeds(plan)),
+        "Seeds": seeds_text(SEEDS.of(plan)),
     }
 
 
@@ -257,7 +245,7 @@ def _steps_text(needed: Sequence[float | None]) -> str:
     return f"{geometric_mean(known).text(0)} ({len(known)} of {len(needed)})" if known else "-"
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=3,
     title="Internal covariate shift",
     statement="Batch normalization reduces internal covariate shift, and that is why networks train faster.",
@@ -274,6 +262,8 @@ CLAIM = Claim(
     "changes less when the layers ahead of it move, in every set-up, and (c) noise that puts the shift back takes the "
     "gain away: it costs steps, and batch norm with it needs no fewer than none. Depends if some of these hold.",
     data=("digits", "mnist"),
-    cells=cells,
+    cells=lambda plan: [
+        cell for data in CLAIM.sets(plan) for cell in (*_drift_cells(plan, data), *_gradient_cells(plan, data))
+    ],
     read=read,
 )

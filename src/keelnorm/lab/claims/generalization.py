@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from keelnorm.lab.core.cell import Cell, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, seeds_text
+from keelnorm.lab.core.plan import ByForm, Plan, Seeds, seeds_text
 from keelnorm.lab.reading.best_rates import accuracies, best_by_arm, edge_notes, rate_row, rate_table
 from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.series import accuracy_boxes
@@ -19,17 +19,8 @@ from keelnorm.measure.statistics import mean
 
 ARMS = (NONE, BN)
 RATES = (0.03, 0.1, 0.3, 1.0)
-STEPS = 500
-QUICK_STEPS = 150
-
-
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Both arms on every data set."""
-    return [cell for data in _sets(plan) for cell in _cells(plan, data)]
-
-
-def _sets(plan: Plan) -> list[str]:
-    return plan.data_sets("digits", "mnist", "images")
+STEPS = ByForm(quick=150, full=500)
+SEEDS = Seeds(quick=6, full=20)
 
 
 def _cells(plan: Plan, data: str) -> Sequence[Cell]:
@@ -40,22 +31,18 @@ def _cells(plan: Plan, data: str) -> Sequence[Cell]:
             arm=arm.name,
             seed=seed,
             rates=RATES,
-            evaluate_at=(QUICK_STEPS if plan.quick else STEPS,),
+            evaluate_at=(STEPS.of(plan),),
         )
-        for seed in _seeds(plan)
+        for seed in SEEDS.of(plan)
         for arm in ARMS
     ]
-
-
-def _seeds(plan: Plan) -> range:
-    return plan.seed_range(quick=6, full=20)
 
 
 def read(plan: Plan, results: Results) -> Reading:
     """What batch norm gains in test accuracy, and how the gap to training accuracy changes."""
     findings, rows, rate_rows, words, notes = [], [], [], [], []
     test: dict[str, dict[str, list[float]]] = {}
-    for data in _sets(plan):
+    for data in CLAIM.sets(plan):
         where = where_text(data)
         runs = Runs(_cells(plan, data), results)
         by_arm = {arm.name: runs.of(arm.name) for arm in ARMS}
@@ -95,9 +82,9 @@ def read(plan: Plan, results: Results) -> Reading:
         setup={
             "Network": "fully connected, 100 - 100 - 100 hidden units with ReLU, Xavier's initialization, centered "
             "pixels",
-            "Training": f"{QUICK_STEPS if plan.quick else STEPS} steps of gradient descent, batches of 60",
+            "Training": f"{STEPS.of(plan)} steps of gradient descent, batches of 60",
             "Learning rate": "for each arm the one with the highest validation accuracy at the end",
-            "Seeds": seeds_text(_seeds(plan)),
+            "Seeds": seeds_text(SEEDS.of(plan)),
         },
         notes=[
             *notes,
@@ -107,7 +94,7 @@ def read(plan: Plan, results: Results) -> Reading:
     )
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=7,
     title="Better generalization",
     statement="Networks with batch normalization generalize better.",
@@ -124,6 +111,6 @@ CLAIM = Claim(
     criterion="Holds if, on every data set, the interval of the paired difference in test accuracy lies above 0, each "
     "arm at the rate that is best on validation data; does not hold if it lies below.",
     data=("digits", "mnist", "images"),
-    cells=cells,
+    cells=lambda plan: [cell for data in CLAIM.sets(plan) for cell in _cells(plan, data)],
     read=read,
 )

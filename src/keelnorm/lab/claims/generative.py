@@ -5,7 +5,6 @@ A variational autoencoder, and a GAN with batch norm in several places.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from keelnorm.lab.claims._generative_training import (
@@ -21,7 +20,7 @@ from keelnorm.lab.claims._generative_training import (
 )
 from keelnorm.lab.core.cell import Cell, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, seeds_text
+from keelnorm.lab.core.plan import ByForm, Plan, Seeds, seeds_text
 from keelnorm.lab.reading.best_rates import best_rate
 from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.series import boxes
@@ -31,36 +30,20 @@ from keelnorm.measure.page_parts import Axis, Figure, Table
 from keelnorm.measure.statistics import Interval, geometric_mean, mean, ratio
 
 NAMES = {"none": "no normalization", "bn": "batch norm"}
-QUICK_GANS = ("none", "G", "G, D separate", "G, D mixed")
-
-
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Every VAE and every GAN."""
-    return [cell for data in _sets(plan) for cell in (*_vae_cells(plan, data), *_gan_cells(plan, data))]
+CHOSEN_GANS = ByForm(quick=("none", "G", "G, D separate", "G, D mixed"), full=tuple(GANS))
+GAN_STEPS = ByForm(quick=150, full=700)
+GAN_SEEDS = Seeds(quick=3, full=5)
+TRIED_VAE_RATES = ByForm(quick=VAE_RATES[1:], full=VAE_RATES)
+VAE_STEPS = ByForm(quick=100, full=500)
+VAE_SEEDS = Seeds(quick=3, full=6)
 
 
 def _sets(plan: Plan) -> list[str]:
     return plan.data_sets("digits", *([] if plan.quick else ["mnist"]))
 
 
-def _gans(plan: Plan) -> Sequence[str]:
-    return QUICK_GANS if plan.quick else list(GANS)
-
-
-def _vae_rates(plan: Plan) -> tuple[float, ...]:
-    return VAE_RATES[1:] if plan.quick else VAE_RATES
-
-
-def _vae_steps(plan: Plan) -> int:
-    return 100 if plan.quick else 500
-
-
-def _gan_steps(plan: Plan) -> int:
-    return 150 if plan.quick else 700
-
-
 def _vae_cells(plan: Plan, data: str) -> list[Cell]:
-    steps = _vae_steps(plan)
+    steps = VAE_STEPS.of(plan)
     return [
         Cell(
             vae,
@@ -68,18 +51,18 @@ def _vae_cells(plan: Plan, data: str) -> list[Cell]:
             cost=steps * layers * 6e-4,
         )
         for layers in VAE_LAYERS
-        for seed in plan.seed_range(quick=3, full=6)
+        for seed in VAE_SEEDS.of(plan)
         for arm in NAMES
-        for rate in _vae_rates(plan)
+        for rate in TRIED_VAE_RATES.of(plan)
     ]
 
 
 def _gan_cells(plan: Plan, data: str) -> list[Cell]:
-    steps = _gan_steps(plan)
+    steps = GAN_STEPS.of(plan)
     return [
         Cell(gan, {"data": data, "arm": arm, "seed": seed, "steps": steps}, cost=steps * 3e-3)
-        for seed in plan.seed_range(quick=3, full=5)
-        for arm in _gans(plan)
+        for seed in GAN_SEEDS.of(plan)
+        for arm in CHOSEN_GANS.of(plan)
     ]
 
 
@@ -99,7 +82,7 @@ def read(plan: Plan, results: Results) -> Reading:
         where = where_text(data)
         vaes = _vae_parts(plan, where, Runs(_vae_cells(plan, data), results, arms=("arm", "rate"), where=("layers",)))
         gans = Runs(_gan_cells(plan, data), results)
-        distance = {name: [run["distance"] for run in gans.of(name)] for name in _gans(plan)}
+        distance = {name: [run["distance"] for run in gans.of(name)] for name in CHOSEN_GANS.of(plan)}
         real = geometric_mean([run["real"] for run in gans.of("none")])
         findings += [*vaes.findings, *_gan_findings(where, distance)]
         words += [*vaes.words, _gan_words(where, distance)]
@@ -125,7 +108,7 @@ def _vae_parts(plan: Plan, where: str, runs: Runs) -> Parts:
     for layers in VAE_LAYERS:
         test = {}
         for arm, label in NAMES.items():
-            tried = {rate: runs.of((arm, rate), layers) for rate in _vae_rates(plan)}
+            tried = {rate: runs.of((arm, rate), layers) for rate in TRIED_VAE_RATES.of(plan)}
             rate = best_rate(tried, lambda run: run["validation"], lower_is_better=True)
             test[arm] = [run["test"] for run in tried[rate]]
             result = f"{mean(test[arm]).text(2)} nats (rate {rate:g})"
@@ -197,18 +180,18 @@ def _setup(plan: Plan) -> dict[str, str]:
     return {
         "Data": "images with values from 0 to 1, as they come",
         "VAE": f"fully connected, 2 or 5 layers of {HIDDEN} on either side of {LATENT} latent numbers, pixels as "
-        f"probabilities; Adam, {_vae_steps(plan)} steps of {BATCH}, the rate with the best validation score of "
-        f"{', '.join(f'{rate:g}' for rate in _vae_rates(plan))}; test data in evaluation mode",
+        f"probabilities; Adam, {VAE_STEPS.of(plan)} steps of {BATCH}, the rate with the best validation score of "
+        f"{', '.join(f'{rate:g}' for rate in TRIED_VAE_RATES.of(plan))}; test data in evaluation mode",
         "GAN": f"fully connected, two layers of {HIDDEN} on either side, leaky ReLU in the discriminator; Adam at "
-        f"{GAN_RATE:g} with β₁ = 0.5, {_gan_steps(plan)} steps of {BATCH}; the same in all arms",
+        f"{GAN_RATE:g} with β₁ = 0.5, {GAN_STEPS.of(plan)} steps of {BATCH}; the same in all arms",
         "Fréchet distance": "between 1,000 generated and the held-out real images, on the 32 features of a classifier "
         "that was trained on real ones",
         "Virtual": "kn.VirtualBatchNorm, whose reference batch is half real, half generated",
-        "Seeds": seeds_text(plan.seed_range(quick=3, full=5)),
+        "Seeds": seeds_text(GAN_SEEDS.of(plan)),
     }
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=16,
     title="Generative models",
     statement="Batch normalization helps generative models.",
@@ -230,6 +213,6 @@ CLAIM = Claim(
     "lower with batch norm in its generator than without, and "
     "lower still with batch norm in the discriminator too; depends if some of these hold.",
     data=("digits", "mnist"),
-    cells=cells,
+    cells=lambda plan: [cell for data in _sets(plan) for cell in (*_vae_cells(plan, data), *_gan_cells(plan, data))],
     read=read,
 )

@@ -7,14 +7,13 @@ networks it changes by a factor a layer. Then a deep network is trained.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, seeds_text
+from keelnorm.lab.core.plan import ByForm, Plan, Seeds, seeds_text
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.data import images
 from keelnorm.lab.reading.best_rates import accuracies, best_by_arm, edge_notes
@@ -37,8 +36,10 @@ SKIPPED = 5
 WIDTH = 64
 BATCH = 128
 TRAINED_DEPTH = {"sigmoid": 30, "relu": 20}
-RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
-QUICK_RATES = (0.03, 0.1, 0.3)
+TRAINED_ACTIVATIONS = ByForm(quick=("sigmoid",), full=("sigmoid", "relu"))
+RATES = ByForm(quick=(0.03, 0.1, 0.3), full=(0.01, 0.03, 0.1, 0.3, 1.0))
+SEEDS = Seeds(quick=5, full=20)
+TRAINED_SEEDS = Seeds(quick=3, full=5)
 THEORY = math.sqrt(math.pi / (math.pi - 1))
 """Yang et al. (2019): the gradient's factor a layer with ReLU and batch norm, for wide layers and large batches."""
 MARGIN = 10 ** (1 / DEPTH)
@@ -78,7 +79,7 @@ def _norm_cells(plan: Plan, data: str) -> list[Cell]:
     return [
         Cell(gradient_norms, {"data": data, "activation": activation, "arm": arm.name, "seed": seed}, cost=0.1)
         for activation in ACTIVATIONS
-        for seed in _seeds(plan)
+        for seed in SEEDS.of(plan)
         for arm in ARMS
     ]
 
@@ -90,38 +91,17 @@ def _training_cells(plan: Plan, data: str) -> list[Cell]:
             data=data,
             arm=arm.name,
             seed=seed,
-            rates=_rates(plan),
+            rates=RATES.of(plan),
             evaluate_at=(0, 40 if plan.quick else 200),
             widths=(WIDTH,) * TRAINED_DEPTH[activation],
             activation=activation,
             initialization=ACTIVATIONS[activation],
             batch=BATCH,
         )
-        for activation in _trained_activations(plan)
-        for seed in plan.seed_range(quick=3, full=5)
+        for activation in TRAINED_ACTIVATIONS.of(plan)
+        for seed in TRAINED_SEEDS.of(plan)
         for arm in ARMS
     ]
-
-
-def _trained_activations(plan: Plan) -> list[str]:
-    return ["sigmoid"] if plan.quick else list(TRAINED_DEPTH)
-
-
-def _rates(plan: Plan) -> tuple[float, ...]:
-    return QUICK_RATES if plan.quick else RATES
-
-
-def _seeds(plan: Plan) -> range:
-    return plan.seed_range(quick=5, full=20)
-
-
-def _sets(plan: Plan) -> list[str]:
-    return plan.data_sets("digits", "mnist")
-
-
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Gradients at initialization, and deep networks that are trained."""
-    return [cell for data in _sets(plan) for cell in (*_norm_cells(plan, data), *_training_cells(plan, data))]
 
 
 def read(plan: Plan, results: Results) -> Reading:
@@ -129,7 +109,7 @@ def read(plan: Plan, results: Results) -> Reading:
     findings: list[Finding] = []
     figures, rows, trained_rows, words, notes = [], [], [], [], []
     cured = True
-    for data in _sets(plan):
+    for data in CLAIM.sets(plan):
         runs = Runs(_norm_cells(plan, data), results, where=("activation",))
         for activation in ACTIVATIONS:
             by_arm = {arm.name: runs.of(arm.name, activation) for arm in ARMS}
@@ -142,9 +122,9 @@ def read(plan: Plan, results: Results) -> Reading:
             rows += [[where, arm.label, factors[arm.name].text(3)] for arm in ARMS]
             figures.append(_norm_figure(where, by_arm, factors))
         trained = Runs(_training_cells(plan, data), results, where=("activation",))
-        for activation in _trained_activations(plan):
+        for activation in TRAINED_ACTIVATIONS.of(plan):
             where = where_text(data, ACTIVATION_NAMES[activation], f"{TRAINED_DEPTH[activation]} layers")
-            best = best_by_arm({arm.name: trained.of(arm.name, activation) for arm in ARMS}, _rates(plan))
+            best = best_by_arm({arm.name: trained.of(arm.name, activation) for arm in ARMS}, RATES.of(plan))
             gain = {"test accuracy after training, batch norm − none": (BN.name, NONE.name)}
             findings += difference_findings(where, accuracies(best), gain, decisive=False)
             trained_rows.append(
@@ -189,7 +169,7 @@ def _setup(plan: Plan) -> dict[str, str]:
         "Vanishing, exploding": f"a factor below 1/{MARGIN:.3f} or above {MARGIN:.3f}: tenfold over {DEPTH} layers",
         "Trained": f"{trained}, gradient descent, batches of {BATCH}, the rate with the highest validation accuracy "
         "for each arm",
-        "Seeds": seeds_text(_seeds(plan)),
+        "Seeds": seeds_text(SEEDS.of(plan)),
     }
 
 
@@ -234,7 +214,7 @@ def _norm_figure(where: str, by_arm: dict[str, list[Result]], factors: dict[str,
     )
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=4,
     title="Vanishing and exploding gradients",
     statement="Batch normalization prevents vanishing and exploding gradients.",
@@ -250,6 +230,8 @@ CLAIM = Claim(
     f"larger, lies below {MARGIN:.3f} with its whole interval; depends if with some; does not hold if it lies above "
     "with some and below with none.",
     data=("digits", "mnist"),
-    cells=cells,
+    cells=lambda plan: [
+        cell for data in CLAIM.sets(plan) for cell in (*_norm_cells(plan, data), *_training_cells(plan, data))
+    ],
     read=read,
 )

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
-from keelnorm.lab.core.cell import Cell, Result, Results
+from keelnorm.lab.core.cell import Cell, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import LONGER, Plan, seeds_text, steps_for
+from keelnorm.lab.core.plan import LONGER, ByForm, Plan, Seeds, seeds_text, steps_for
 from keelnorm.lab.core.seeds import seed_from
-from keelnorm.lab.reading.results_by_arm import Runs
+from keelnorm.lab.reading.results_by_arm import Runs, shares_reaching
 from keelnorm.lab.reading.series import bars
 from keelnorm.lab.reading.verdicts import difference_findings
 from keelnorm.lab.reading.wording import ACTIVATION_NAMES, listed, where_text
@@ -32,6 +32,8 @@ RATES = (1e-3, 10.0)
 SCALES = (0.1, 10.0)
 LEAST_MOMENTUM_LEFT = 0.01
 """1 − momentum is drawn log-uniformly from this to 1."""
+STEPS = ByForm(quick=50, full=100)
+SEEDS = Seeds(quick=3, full=5)
 
 
 def settings(seed: int, count: int) -> dict[str, tuple[float, ...]]:
@@ -52,13 +54,8 @@ def settings(seed: int, count: int) -> dict[str, tuple[float, ...]]:
     }
 
 
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Every arm under every condition."""
-    return [cell for condition in _conditions(plan) for cell in _cells(plan, *condition)]
-
-
 def _conditions(plan: Plan) -> list[tuple[str, str]]:
-    return [(data, activation) for data in plan.data_sets("digits", "mnist") for activation in ACTIVATIONS]
+    return [(data, activation) for data in CLAIM.sets(plan) for activation in ACTIVATIONS]
 
 
 def _widths(plan: Plan) -> list[tuple[int, ...]]:
@@ -66,7 +63,7 @@ def _widths(plan: Plan) -> list[tuple[int, ...]]:
 
 
 def _cells(plan: Plan, data: str, activation: str) -> Sequence[Cell]:
-    count, steps = (16, 50) if plan.quick else (24, 100)
+    count = 16 if plan.quick else 24
     return [
         trial_cell(
             count * len(widths) * 5e-5,
@@ -75,24 +72,14 @@ def _cells(plan: Plan, data: str, activation: str) -> Sequence[Cell]:
             seed=seed,
             **settings(seed, count),
             paired=True,
-            evaluate_at=(steps_for(data, steps),),
+            evaluate_at=(steps_for(data, STEPS.of(plan)),),
             widths=widths,
             activation=activation,
         )
         for widths in _widths(plan)
-        for seed in _seeds(plan)
+        for seed in SEEDS.of(plan)
         for arm in ARMS
     ]
-
-
-def _seeds(plan: Plan) -> range:
-    return plan.seed_range(quick=3, full=5)
-
-
-def share(history: Result) -> float:
-    """The share of replicas that reach the target on test data."""
-    accuracies: list[float] = history["test"][-1]
-    return sum(accuracy >= TARGET for accuracy in accuracies) / len(accuracies)
 
 
 def read(plan: Plan, results: Results) -> Reading:
@@ -107,7 +94,7 @@ def read(plan: Plan, results: Results) -> Reading:
         shares: dict[str, list[list[float]]] = {arm.name: [] for arm in ARMS}
         for widths in _widths(plan):
             for arm in ARMS:
-                shares[arm.name].append([100.0 * share(history) for history in runs.of((arm.name, widths))])
+                shares[arm.name].append(shares_reaching(TARGET, runs.of((arm.name, widths))))
             at_depth = where_text(data, ACTIVATION_NAMES[activation], f"{len(widths)} layers")
             by_condition[at_depth] = {arm: mean(by_depth[-1]) for arm, by_depth in shares.items()}
             rows.append([at_depth, *(each.text(0) for each in by_condition[at_depth].values())])
@@ -130,10 +117,10 @@ def read(plan: Plan, results: Results) -> Reading:
             f"to {RATES[1]:g}, initial weights {SCALES[0]:g} to {SCALES[1]:g} times Xavier's, 1 − momentum "
             f"{LEAST_MOMENTUM_LEFT:g} to 1",
             "Network": f"fully connected, hidden layers of {WIDTH}, centered pixels",
-            "Training": f"{50 if plan.quick else 100} steps of gradient descent with momentum (larger images: {LONGER} "
+            "Training": f"{STEPS.of(plan)} steps of gradient descent with momentum (larger images: {LONGER} "
             "times as many), batches of 60",
             "Counted": "settings with 90 % test accuracy at the end; a seed has its own draw of settings",
-            "Seeds": seeds_text(_seeds(plan)),
+            "Seeds": seeds_text(SEEDS.of(plan)),
         },
         notes=[
             "A share is one of the ranges that were drawn from: other ranges give other shares. The comparison of arms "
@@ -159,7 +146,7 @@ def _figure(by_condition: dict[str, dict[str, Interval]]) -> Figure:
     )
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=10,
     title="Fewer hyperparameters to tune",
     statement="Networks with batch normalization depend less on hyperparameters.",
@@ -174,6 +161,6 @@ CLAIM = Claim(
     criterion="Holds if, with each activation, the share of settings that reach 90 % is larger with batch norm than "
     "without; depends if with one only.",
     data=("digits", "mnist"),
-    cells=cells,
+    cells=lambda plan: [cell for condition in _conditions(plan) for cell in _cells(plan, *condition)],
     read=read,
 )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import keelnorm as kn
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, seeds_text
+from keelnorm.lab.core.plan import Plan, Seeds, seeds_text
 from keelnorm.lab.core.seeds import generator, seed_from
 from keelnorm.lab.data import images
 from keelnorm.lab.reading.results_by_arm import Runs
@@ -30,6 +30,7 @@ SLOW = 0.001
 """A momentum that is too small for so short a training."""
 SAME = 1e-4
 """Outputs differ by less than this share of their size: rounding."""
+SEEDS = Seeds(quick=3, full=10)
 STATES = {
     "evaluation": "running statistics",
     "sorted": "the batch's own moments, test images sorted by label",
@@ -125,19 +126,10 @@ def alone(model: nn.Module, x: Tensor) -> float:
     return float(f"{((together - apart).abs().max() / together.abs().max()).item():.3g}")
 
 
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Both layers on every data set."""
-    return [cell for data in _sets(plan) for cell in _cells(plan, data)]
-
-
-def _sets(plan: Plan) -> list[str]:
-    return plan.data_sets("digits", "mnist")
-
-
 def _cells(plan: Plan, data: str) -> Sequence[Cell]:
     return [
         Cell(accuracy_by_state, {"data": data, "arm": arm, "seed": seed, "steps": 200}, cost=0.7)
-        for seed in plan.seed_range(quick=3, full=10)
+        for seed in SEEDS.of(plan)
         for arm in ARMS
     ]
 
@@ -151,7 +143,7 @@ def read(plan: Plan, results: Results) -> Reading:
     findings: list[Finding] = []
     rows, words, names = [], [], []
     by_bar: dict[str, list[Interval]] = {arm: [] for arm in ARMS}
-    for data in _sets(plan):
+    for data in CLAIM.sets(plan):
         runs = Runs(_cells(plan, data), results)
         where = where_text(data)
         found = {arm: {state: [each[state] for each in runs.of(arm)] for state in (*STATES, "alone")} for arm in ARMS}
@@ -182,7 +174,7 @@ def read(plan: Plan, results: Results) -> Reading:
             f"Momentum {SLOW:g}": "a second set of running statistics of the same training",
             "Inf": "one forward in training mode of a batch in which one image is infinite; no step is made with it",
             "kn.recalibrate": "sets the running statistics to those of the training part, exactly",
-            "Seeds": seeds_text(plan.seed_range(quick=3, full=10)),
+            "Seeds": seeds_text(SEEDS.of(plan)),
         },
         notes=[
             "keelnorm's layers leave the running statistics alone in a batch that is not finite and count it "
@@ -223,7 +215,7 @@ def _words(where: str, ours: ByState, theirs: ByState) -> str:
     )
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=12,
     title="Inference with the population's statistics",
     statement="At inference batch normalization must use the population's statistics, and good ones.",
@@ -239,6 +231,6 @@ CLAIM = Claim(
     f"moments on images sorted by label, with a momentum of {SLOW:g}, and (in torch.nn's layer) after one batch with "
     "Inf. What keelnorm's layer and kn.recalibrate repair is shown beside.",
     data=("digits", "mnist"),
-    cells=cells,
+    cells=lambda plan: [cell for data in CLAIM.sets(plan) for cell in _cells(plan, data)],
     read=read,
 )

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import LONGER, Plan, seeds_text, steps_for
-from keelnorm.lab.reading.results_by_arm import Runs
+from keelnorm.lab.core.plan import LONGER, ByForm, Plan, Seeds, seeds_text, steps_for
+from keelnorm.lab.reading.results_by_arm import Runs, shares_reaching
 from keelnorm.lab.reading.verdicts import difference_findings
 from keelnorm.lab.reading.wording import ACTIVATION_NAMES, listed, where_text
 from keelnorm.lab.training.arms import BN, NONE
@@ -18,31 +18,18 @@ from keelnorm.measure.statistics import Interval, mean
 ARMS = (NONE, BN)
 ACTIVATIONS = ("sigmoid", "tanh", "relu")
 TARGET = 90.0
-SCALES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-RATES = (0.03, 0.1, 0.3, 1.0)
-QUICK_SCALES = (0.01, 0.1, 1.0, 10.0)
-QUICK_RATES = (0.3, 1.0)
-
-
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Both arms with each activation."""
-    return [cell for data, activation in _conditions(plan) for cell in _cells(plan, data, activation)]
+SCALES = ByForm(quick=(0.01, 0.1, 1.0, 10.0), full=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0))
+RATES = ByForm(quick=(0.3, 1.0), full=(0.03, 0.1, 0.3, 1.0))
+STEPS = ByForm(quick=70, full=150)
+SEEDS = Seeds(quick=3, full=8)
 
 
 def _conditions(plan: Plan) -> list[tuple[str, str]]:
-    return [(data, activation) for data in plan.data_sets("digits", "mnist") for activation in ACTIVATIONS]
-
-
-def _grid(plan: Plan) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return (QUICK_SCALES, QUICK_RATES) if plan.quick else (SCALES, RATES)
-
-
-def _steps(plan: Plan) -> int:
-    return 70 if plan.quick else 150
+    return [(data, activation) for data in CLAIM.sets(plan) for activation in ACTIVATIONS]
 
 
 def _cells(plan: Plan, data: str, activation: str) -> Sequence[Cell]:
-    scales, rates = _grid(plan)
+    scales, rates = SCALES.of(plan), RATES.of(plan)
     return [
         trial_cell(
             len(scales) * len(rates) * 3e-4,
@@ -51,23 +38,13 @@ def _cells(plan: Plan, data: str, activation: str) -> Sequence[Cell]:
             seed=seed,
             rates=rates,
             scales=scales,
-            evaluate_at=(steps_for(data, _steps(plan)),),
+            evaluate_at=(steps_for(data, STEPS.of(plan)),),
             widths=(64, 64, 64),
             activation=activation,
         )
-        for seed in _seeds(plan)
+        for seed in SEEDS.of(plan)
         for arm in ARMS
     ]
-
-
-def _seeds(plan: Plan) -> range:
-    return plan.seed_range(quick=3, full=8)
-
-
-def share(history: Result) -> float:
-    """The share of the grid's cells that reach the target on test data, in percent."""
-    accuracies: list[float] = history["test"][-1]
-    return 100.0 * sum(accuracy >= TARGET for accuracy in accuracies) / len(accuracies)
 
 
 def read(plan: Plan, results: Results) -> Reading:
@@ -77,14 +54,14 @@ def read(plan: Plan, results: Results) -> Reading:
         runs = Runs(_cells(plan, data, activation), results)
         by_arm = {arm.name: runs.of(arm.name) for arm in ARMS}
         where = where_text(data, ACTIVATION_NAMES[activation])
-        shares = {name: [share(history) for history in histories] for name, histories in by_arm.items()}
+        shares = {name: shares_reaching(TARGET, histories) for name, histories in by_arm.items()}
         gain = {"share of scales and rates that reach 90 %, batch norm − none": (BN.name, NONE.name)}
         findings += difference_findings(where, shares, gain, digits=0)
         averages = {name: mean(values) for name, values in shares.items()}
         words.append(f"{averages[NONE.name].value:.0f} % → {averages[BN.name].value:.0f} % ({where})")
         figures += [_figure(plan, where, arm.label, by_arm[arm.name], averages[arm.name]) for arm in ARMS]
         rows.append([where, *(averages[arm.name].text(0) for arm in ARMS)])
-    scales, rates = _grid(plan)
+    scales, rates = SCALES.of(plan), RATES.of(plan)
     return Reading(
         f"Of all combinations of initial scale and learning rate, those that reach {TARGET:.0f} % are, without → with "
         f"batch norm, {listed(words)}.",
@@ -95,9 +72,9 @@ def read(plan: Plan, results: Results) -> Reading:
             "Network": "fully connected, three hidden layers of 64, centered pixels; Xavier's weights times the scale, "
             "zero biases",
             "Combinations": f"scales {', '.join(f'{s:g}' for s in scales)}; rates {', '.join(f'{r:g}' for r in rates)}",
-            "Training": f"{_steps(plan)} steps of gradient descent (larger images: {LONGER} times as many), batches of "
-            "60",
-            "Seeds": seeds_text(_seeds(plan)),
+            "Training": f"{STEPS.of(plan)} steps of gradient descent (larger images: {LONGER} times as many), batches "
+            "of 60",
+            "Seeds": seeds_text(SEEDS.of(plan)),
         },
         notes=[
             "Ahead of a batch norm the scale of the weights does not change what the network computes; it changes how "
@@ -107,7 +84,7 @@ def read(plan: Plan, results: Results) -> Reading:
 
 
 def _figure(plan: Plan, where: str, label: str, histories: list[Result], average: Interval) -> Figure:
-    scales, rates = _grid(plan)
+    scales, rates = SCALES.of(plan), RATES.of(plan)
     means = [sum(values) / len(values) for values in zip(*(h["test"][-1] for h in histories), strict=True)]
     series = [
         Series(f"×{scale:g}", "bn", list(range(len(rates))), means[row * len(rates) : (row + 1) * len(rates)])
@@ -125,7 +102,7 @@ def _figure(plan: Plan, where: str, label: str, histories: list[Result], average
     )
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=5,
     title="Less sensitive to initialization",
     statement="Networks with batch normalization are less sensitive to the initial weights.",
@@ -141,6 +118,6 @@ CLAIM = Claim(
     criterion="Holds if, with each activation, more combinations of scale and rate reach 90 % with batch norm than "
     "without (the interval of the difference lies above 0); depends if with some only.",
     data=("digits", "mnist"),
-    cells=cells,
+    cells=lambda plan: [cell for data, activation in _conditions(plan) for cell in _cells(plan, data, activation)],
     read=read,
 )

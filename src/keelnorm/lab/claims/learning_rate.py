@@ -12,13 +12,13 @@ from collections.abc import Sequence
 
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, seeds_text
+from keelnorm.lab.core.plan import ByForm, Plan, Seeds, seeds_text
 from keelnorm.lab.reading.best_rates import rate_figure
 from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.series import bars
 from keelnorm.lab.reading.verdicts import Finding, difference_finding, ratio_finding
 from keelnorm.lab.reading.wording import ACTIVATION_NAMES, listed, times, where_text
-from keelnorm.lab.training.arms import BN, LN, NONE, Arm
+from keelnorm.lab.training.arms import BN, LN, NONE
 from keelnorm.lab.training.trials import trial_cell
 from keelnorm.measure.page_parts import Axis, Figure, Table
 from keelnorm.measure.statistics import Interval, geometric_mean, mean, ratio
@@ -27,32 +27,22 @@ ACTIVATIONS = ("relu", "tanh")
 PIXELS = {False: "raw pixels", True: "centered pixels"}
 TARGET = 90.0
 WIDTHS = (64, 64, 64)
-RATES = tuple(float(f"{0.01 * 10 ** (step / 4):.3g}") for step in range(16))
+_RATES = tuple(float(f"{0.01 * 10 ** (step / 4):.3g}") for step in range(16))
 """0.01 to 56, a quarter of a power of ten apart."""
+RATES = ByForm(quick=_RATES[4:13], full=_RATES)
+ARMS = ByForm(quick=(NONE, BN), full=(NONE, LN, BN))
+SEEDS = Seeds(quick=3, full=6)
 LARGEST = "largest rate that learns"
-
-
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Every arm under every condition."""
-    return [cell for condition in _conditions(plan) for cell in _cells(plan, *condition)]
 
 
 def _conditions(plan: Plan) -> list[tuple[str, str, bool]]:
     return [
         (data, activation, centered)
-        for data in plan.data_sets("digits", "mnist")
+        for data in CLAIM.sets(plan)
         for activation in ACTIVATIONS
         for centered in PIXELS
         if not plan.quick or (activation, centered) != ("relu", False)  # raw pixels with ReLU need many steps
     ]
-
-
-def _arms(plan: Plan) -> tuple[Arm, ...]:
-    return (NONE, BN) if plan.quick else (NONE, LN, BN)
-
-
-def _rates(plan: Plan) -> tuple[float, ...]:
-    return RATES[4:13] if plan.quick else RATES
 
 
 def _steps(plan: Plan, *, centered: bool) -> int:
@@ -62,23 +52,19 @@ def _steps(plan: Plan, *, centered: bool) -> int:
 def _cells(plan: Plan, data: str, activation: str, centered: bool) -> Sequence[Cell]:
     return [
         trial_cell(
-            len(_rates(plan)) * 3e-4,
+            len(RATES.of(plan)) * 3e-4,
             data=data,
             arm=arm.name,
             seed=seed,
-            rates=_rates(plan),
+            rates=RATES.of(plan),
             evaluate_at=(_steps(plan, centered=centered),),
             widths=WIDTHS,
             activation=activation,
             centered=centered,
         )
-        for seed in _seeds(plan)
-        for arm in _arms(plan)
+        for seed in SEEDS.of(plan)
+        for arm in ARMS.of(plan)
     ]
-
-
-def _seeds(plan: Plan) -> range:
-    return plan.seed_range(quick=3, full=6)
 
 
 def usable(history: Result, rates: Sequence[float]) -> tuple[float, float] | None:
@@ -102,7 +88,7 @@ def usable(history: Result, rates: Sequence[float]) -> tuple[float, float] | Non
 def read(plan: Plan, results: Results) -> Reading:
     """How many times higher the largest rate that learns is, by condition."""
     findings, asides, figures, rows, words, notes = [], [], [], [], [], []
-    rates, arms = _rates(plan), _arms(plan)
+    rates, arms = RATES.of(plan), ARMS.of(plan)
     gains: dict[str, Interval] = {}
     alone: dict[tuple[str, str, bool], dict[object, float]] = {}
     for data, activation, centered in _conditions(plan):
@@ -158,7 +144,7 @@ def read(plan: Plan, results: Results) -> Reading:
 
 
 def _setup(plan: Plan) -> dict[str, str]:
-    rates = _rates(plan)
+    rates = RATES.of(plan)
     return {
         "Network": f"fully connected, {' - '.join(map(str, WIDTHS))} hidden units, Xavier's initialization",
         "Pixels": "raw: from 0 to 1, as they come; centered: the mean image subtracted, divided by one overall "
@@ -167,7 +153,7 @@ def _setup(plan: Plan) -> dict[str, str]:
         "pixels, of gradient descent without momentum, batches of 60, constant rate",
         "Rates": f"{len(rates)} from {rates[0]:g} to {rates[-1]:g}, evenly spaced in the logarithm",
         "A rate learns": f"where the test accuracy at the end is at least {TARGET:.0f} %",
-        "Seeds": seeds_text(_seeds(plan)),
+        "Seeds": seeds_text(SEEDS.of(plan)),
     }
 
 
@@ -213,7 +199,7 @@ def _gains(gains: dict[str, Interval]) -> Figure:
     )
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=2,
     title="Higher learning rates",
     statement="Batch normalization allows higher learning rates.",
@@ -229,6 +215,6 @@ CLAIM = Claim(
     criterion="Holds if, with each activation and with raw and centred pixels, the largest rate that learns is higher "
     "with batch norm (the ratio's interval lies above 1); depends if under some of these only.",
     data=("digits", "mnist"),
-    cells=cells,
+    cells=lambda plan: [cell for condition in _conditions(plan) for cell in _cells(plan, *condition)],
     read=read,
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, seeds_text
+from keelnorm.lab.core.plan import Plan, Seeds, seeds_text
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.data import images
 from keelnorm.lab.reading.results_by_arm import Runs
@@ -36,6 +36,7 @@ REACH = (0.05, 0.1, 0.2, 0.4)
 SPAN = 0.02
 """For the aside: the longest step as a share of the weights' length, the same for both arms."""
 EVERY = 10
+SEEDS = Seeds(quick=3, full=8)
 
 
 def landscape(*, data: str, activation: str, arm: str, seed: int, steps: int) -> Result:
@@ -115,13 +116,8 @@ def _norm(tensors: Iterable[Tensor]) -> float:
     return math.sqrt(math.fsum(tensor.double().square().sum().item() for tensor in tensors))
 
 
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Both arms with each activation."""
-    return [cell for data, activation in _conditions(plan) for cell in _cells(plan, data, activation)]
-
-
 def _conditions(plan: Plan) -> list[tuple[str, str]]:
-    return [(data, activation) for data in plan.data_sets("digits", "mnist", "images") for activation in ACTIVATIONS]
+    return [(data, activation) for data in CLAIM.sets(plan) for activation in ACTIVATIONS]
 
 
 def _cells(plan: Plan, data: str, activation: str) -> Sequence[Cell]:
@@ -132,13 +128,9 @@ def _cells(plan: Plan, data: str, activation: str) -> Sequence[Cell]:
             {"data": data, "activation": activation, "arm": arm.name, "seed": seed, "steps": steps},
             cost=steps * 4e-3,
         )
-        for seed in _seeds(plan)
+        for seed in SEEDS.of(plan)
         for arm in ARMS
     ]
-
-
-def _seeds(plan: Plan) -> range:
-    return plan.seed_range(quick=3, full=8)
 
 
 QUANTITIES = {
@@ -207,7 +199,7 @@ def _setup(plan: Plan) -> dict[str, str]:
         "Range of the loss": "the largest minus the smallest of these losses",
         "Change of the gradient": "the largest distance of these gradients from the first one; over distance: the "
         "largest of these, each over the length of its step",
-        "Seeds": seeds_text(_seeds(plan)),
+        "Seeds": seeds_text(SEEDS.of(plan)),
     }
 
 
@@ -242,7 +234,7 @@ def _figure(where: str, by_arm: dict[str, list[Result]], name: str, ratios: dict
     )
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=23,
     title="Smoother loss",
     statement="Batch normalization makes the loss landscape smoother.",
@@ -261,6 +253,6 @@ CLAIM = Claim(
     "change over the distance (effective smoothness) are all larger without batch norm (the interval of the ratio lies "
     "above 1); depends if some are; does not hold if some are smaller and none larger.",
     data=("digits", "mnist", "images"),
-    cells=cells,
+    cells=lambda plan: [cell for data, activation in _conditions(plan) for cell in _cells(plan, data, activation)],
     read=read,
 )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from keelnorm.lab.core.cell import Cell, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, seeds_text
+from keelnorm.lab.core.plan import ByForm, Plan, Seeds, seeds_text
 from keelnorm.lab.reading.best_rates import accuracies, best_by_arm, edge_notes, rate_row, rate_table
 from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.series import bars
@@ -23,23 +23,14 @@ PLACES = {
     "input": "at every layer's input",
 }
 STYLES = {"before": "bn", "after": "other-1", "input": "other-2"}
-ACTIVATIONS = ("relu", "tanh", "sigmoid")
+ACTIVATIONS = ByForm(quick=("relu", "tanh"), full=("relu", "tanh", "sigmoid"))
 WIDTHS = (100, 100, 100, 100)
-RATES = (0.03, 0.1, 0.3, 1.0, 3.0)
-
-
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Every place with each activation."""
-    return [cell for data, activation in _conditions(plan) for cell in _cells(plan, data, activation)]
+RATES = ByForm(quick=(0.1, 0.3, 1.0), full=(0.03, 0.1, 0.3, 1.0, 3.0))
+SEEDS = Seeds(quick=3, full=8)
 
 
 def _conditions(plan: Plan) -> list[tuple[str, str]]:
-    activations = ACTIVATIONS[:2] if plan.quick else ACTIVATIONS
-    return [(data, activation) for data in plan.data_sets("digits", "mnist") for activation in activations]
-
-
-def _rates(plan: Plan) -> tuple[float, ...]:
-    return RATES[1:4] if plan.quick else RATES
+    return [(data, activation) for data in CLAIM.sets(plan) for activation in ACTIVATIONS.of(plan)]
 
 
 def _cells(plan: Plan, data: str, activation: str) -> Sequence[Cell]:
@@ -49,19 +40,15 @@ def _cells(plan: Plan, data: str, activation: str) -> Sequence[Cell]:
             data=data,
             arm=BN.name,
             seed=seed,
-            rates=_rates(plan),
+            rates=RATES.of(plan),
             evaluate_at=(60 if plan.quick else 200,),
             widths=WIDTHS,
             activation=activation,
             place=place,
         )
-        for seed in _seeds(plan)
+        for seed in SEEDS.of(plan)
         for place in PLACES
     ]
-
-
-def _seeds(plan: Plan) -> range:
-    return plan.seed_range(quick=3, full=8)
 
 
 def read(plan: Plan, results: Results) -> Reading:
@@ -75,7 +62,7 @@ def read(plan: Plan, results: Results) -> Reading:
     for data, activation in _conditions(plan):
         where = where_text(data, ACTIVATION_NAMES[activation])
         runs = Runs(_cells(plan, data, activation), results, arms=("place",))
-        best = best_by_arm({place: runs.of(place) for place in PLACES}, _rates(plan))
+        best = best_by_arm({place: runs.of(place) for place in PLACES}, RATES.of(plan))
         gains = difference_findings(where, accuracies(best), pairs, digits=2)
         findings += gains
         after, into = (finding.effect.value for finding in gains)
@@ -87,14 +74,14 @@ def read(plan: Plan, results: Results) -> Reading:
         f"Before the activation, accuracy differs by {listed(words)}.",
         findings,
         [_figure(by_condition)],
-        [rate_table(_rates(plan), rows)],
+        [rate_table(RATES.of(plan), rows)],
         setup={
             "Network": f"fully connected, {len(WIDTHS)} hidden layers of {WIDTHS[0]}, Xavier's initialization, "
             "centered pixels",
             "At every layer's input": "the network's input and the output layer's input are normalized too",
             "Training": "gradient descent, batches of 60, a number of steps that is the same for all",
             "Learning rate": "for each place the one with the highest validation accuracy",
-            "Seeds": seeds_text(_seeds(plan)),
+            "Seeds": seeds_text(SEEDS.of(plan)),
         },
         notes=notes,
     )
@@ -121,7 +108,7 @@ def _figure(by_condition: dict[str, dict[str, Interval]]) -> Figure:
     )
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=21,
     title="Before or after the activation",
     statement="Batch normalization belongs before the activation.",
@@ -138,6 +125,6 @@ CLAIM = Claim(
     "at the layers' "
     "inputs; depends if it is under some conditions; does not hold if it is lower somewhere and higher nowhere.",
     data=("digits", "mnist"),
-    cells=cells,
+    cells=lambda plan: [cell for data, activation in _conditions(plan) for cell in _cells(plan, data, activation)],
     read=read,
 )

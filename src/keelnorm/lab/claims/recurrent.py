@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from keelnorm.lab.claims._recurrent_training import ARMS, BATCH, EPS, TASKS, WINDOW, train_reader
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, kind_of, seeds_text
+from keelnorm.lab.core.plan import Plan, Seeds, kind_of, seeds_text
 from keelnorm.lab.reading.best_rates import best_rate
 from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.series import band
@@ -25,11 +25,6 @@ LONG_STEPS = 500
 """Training steps for images that are larger than digits, pixel by pixel."""
 Condition = tuple[str, str]
 """A task and a data set."""
-
-
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Every arm at every rate, on every task."""
-    return [cell for condition in _conditions(plan) for cell in _cells(plan, condition)]
 
 
 def _conditions(plan: Plan) -> list[Condition]:
@@ -69,7 +64,7 @@ def _cells(plan: Plan, condition: Condition) -> Sequence[Cell]:
             {"task": task, "data": data, "arm": arm, "seed": seed, "rate": rate, "steps": steps},
             cost=step[arm] * of_task[task] * steps,
         )
-        for seed in plan.seed_range(quick=what.seeds[0], full=what.seeds[1])
+        for seed in Seeds(*what.seeds).of(plan)
         for arm in _arms(plan, condition)
         for rate in what.rates[_form(plan)]
     ]
@@ -215,11 +210,11 @@ def _setup(plan: Plan) -> dict[str, str]:
         "Training": f"Adam, rate falling to zero, clipped gradients, batches of {BATCH}; {steps} ({LONG_STEPS} for "
         "larger images)",
         "Learning rate": f"of {rates}; where there are several, the one with the best validation score for each arm",
-        "Seeds": seeds_text(plan.seed_range(quick=3, full=5)),
+        "Seeds": seeds_text(Seeds(quick=3, full=5).of(plan)),
     }
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=14,
     title="Recurrent networks",
     statement="Batch normalization helps recurrent networks.",
@@ -236,6 +231,6 @@ CLAIM = Claim(
     "the LSTM (each interval above 0); depends if on some. What a larger ε, noise in the initial state and normalizing "
     "the input term alone repair is shown beside.",
     data=("digits", "text", "mnist"),
-    cells=cells,
+    cells=lambda plan: [cell for condition in _conditions(plan) for cell in _cells(plan, condition)],
     read=read,
 )

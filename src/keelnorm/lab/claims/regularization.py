@@ -22,7 +22,7 @@ from keelnorm.lab.claims._regularization_training import (
 )
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, seeds_text
+from keelnorm.lab.core.plan import ByForm, Plan, Seeds, seeds_text
 from keelnorm.lab.reading.best_rates import (
     CHOSEN_BY_VALIDATION,
     Best,
@@ -39,29 +39,11 @@ from keelnorm.lab.reading.wording import signed, where_text
 from keelnorm.measure.page_parts import Table
 from keelnorm.measure.statistics import difference, mean
 
-RATES = (0.1, 0.3, 1.0, 3.0)
-QUICK_RATES = (0.3, 1.0)
-STEPS = 150
-QUICK_STEPS = 100
+RATES = ByForm(quick=(0.3, 1.0), full=(0.1, 0.3, 1.0, 3.0))
+STEPS = ByForm(quick=100, full=150)
+SEEDS = Seeds(quick=5, full=16)
 SHOWN = tuple(arm for arm in ARMS if arm != "ghost 2")
 """In the figure; groups of 2 lie far below its axis."""
-
-
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Every arm on every data set."""
-    return [cell for data in _sets(plan) for cell in _cells(plan, data)]
-
-
-def _sets(plan: Plan) -> list[str]:
-    return plan.data_sets("digits", "mnist")
-
-
-def _rates(plan: Plan) -> tuple[float, ...]:
-    return QUICK_RATES if plan.quick else RATES
-
-
-def _steps(plan: Plan) -> int:
-    return QUICK_STEPS if plan.quick else STEPS
 
 
 def _cells(plan: Plan, data: str) -> Sequence[Cell]:
@@ -69,27 +51,23 @@ def _cells(plan: Plan, data: str) -> Sequence[Cell]:
     return [
         Cell(
             train_arm,
-            {"data": data, "arm": arm, "seed": seed, "rates": _rates(plan), "steps": _steps(plan)},
-            cost=_steps(plan) * len(_rates(plan)) * 6e-4 * slow.get(arm, 1.0),
+            {"data": data, "arm": arm, "seed": seed, "rates": RATES.of(plan), "steps": STEPS.of(plan)},
+            cost=STEPS.of(plan) * len(RATES.of(plan)) * 6e-4 * slow.get(arm, 1.0),
         )
-        for seed in _seeds(plan)
+        for seed in SEEDS.of(plan)
         for arm in ARMS
     ]
-
-
-def _seeds(plan: Plan) -> range:
-    return plan.seed_range(quick=5, full=16)
 
 
 def read(plan: Plan, results: Results) -> Reading:
     """What batch norm gains, how much of it its noise makes, and what dropout adds with and without it."""
     findings, rows, rate_rows, words, notes = [], [], [], [], []
     test: dict[str, dict[str, list[float]]] = {}
-    for data in _sets(plan):
+    for data in CLAIM.sets(plan):
         runs = Runs(_cells(plan, data), results)
         by_arm = {arm: runs.of(arm) for arm in ARMS}
         where = where_text(data, f"{SAMPLES} for training")
-        best = best_by_arm(by_arm, _rates(plan))
+        best = best_by_arm(by_arm, RATES.of(plan))
         test[where] = accuracies(best)
         loss = {arm: best[arm].of(by_arm[arm], "test_loss") for arm in ARMS}
         findings += _findings(where, test[where], loss)
@@ -117,7 +95,7 @@ def read(plan: Plan, results: Results) -> Reading:
                 columns,
                 rows,
             ),
-            rate_table(_rates(plan), rate_rows),
+            rate_table(RATES.of(plan), rate_rows),
         ],
         setup=_setup(plan),
         notes=[
@@ -178,7 +156,7 @@ def _setup(plan: Plan) -> dict[str, str]:
     return {
         "Network": f"fully connected, {WIDTHS[0]} - {WIDTHS[1]} hidden units with ReLU, He's initialization, centered "
         "pixels",
-        "Training": f"{SAMPLES} samples, {_steps(plan)} steps of gradient descent, batches of {BATCH}, the same for "
+        "Training": f"{SAMPLES} samples, {STEPS.of(plan)} steps of gradient descent, batches of {BATCH}, the same for "
         "all arms",
         "Without noise": "the loss of the same batch, but the moments are those of the whole training part",
         "Groups": "kn.GhostBatchNorm: moments of groups of 10 or 2 within the same batch, which is more noise",
@@ -186,11 +164,11 @@ def _setup(plan: Plan) -> dict[str, str]:
         "Learning rate": CHOSEN_BY_VALIDATION,
         "Test data": f"all that {SAMPLES} samples for training and {VALIDATION} for validation leave, at most "
         f"{MOST_TEST}",
-        "Seeds": seeds_text(_seeds(plan)),
+        "Seeds": seeds_text(SEEDS.of(plan)),
     }
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=6,
     title="Regularization",
     statement="Batch normalization regularizes, so that dropout is needed less.",
@@ -209,6 +187,6 @@ CLAIM = Claim(
     "norm without noise in its moments, and leaves less to dropout than a network without batch norm does: three "
     "intervals above 0. Depends if some are; does not hold if none is and one lies below 0.",
     data=("digits", "mnist"),
-    cells=cells,
+    cells=lambda plan: [cell for data in CLAIM.sets(plan) for cell in _cells(plan, data)],
     read=read,
 )

@@ -12,7 +12,7 @@ import keelnorm as kn
 from keelnorm.lab.claims._robustness_figures import Percents, by_corruption, by_severity
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, kind_of, seeds_text
+from keelnorm.lab.core.plan import Plan, Seeds, kind_of, seeds_text
 from keelnorm.lab.core.seeds import Scalar, generator
 from keelnorm.lab.data import CORRUPTIONS, corrupted, images
 from keelnorm.lab.reading.results_by_arm import Runs
@@ -41,6 +41,7 @@ FEWER_RATES = (0.1, 0.3)
 SEVERITIES = (1, 2, 3, 4, 5)
 FEWER = (2, 4)
 MOST_TESTED = 500
+SEEDS = Seeds(quick=4, full=8)
 
 
 def train_and_corrupt(
@@ -111,15 +112,6 @@ def _accuracy(network: StackedCNN, x: Tensor, y: Tensor, size: int) -> float:
     return percent(correct(network, x, y, size))[0] or 0.0
 
 
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Every arm on every data set."""
-    return [cell for data in _sets(plan) for cell in _cells(plan, data)]
-
-
-def _sets(plan: Plan) -> list[str]:
-    return plan.data_sets("digits", "mnist", "images")
-
-
 def _severities(plan: Plan, data: str) -> tuple[int, ...]:
     return (3,) if plan.quick else SEVERITIES if kind_of(data) == "digits" else FEWER
 
@@ -130,10 +122,6 @@ def _steps(plan: Plan, data: str) -> int:
 
 def _rates(plan: Plan, data: str) -> tuple[float, ...]:
     return FEWER_RATES if plan.quick else RATES if kind_of(data) == "digits" else RATES_LARGER
-
-
-def _seeds(plan: Plan) -> range:
-    return plan.seed_range(quick=4, full=8)
 
 
 def _cells(plan: Plan, data: str) -> Sequence[Cell]:
@@ -151,7 +139,7 @@ def _cells(plan: Plan, data: str) -> Sequence[Cell]:
             {"data": data, "arm": arm.name, "seed": seed, **size},
             cost=steps * (4.5e-3 if bundled else 1.4e-2) + (0.02 if arm is BN else 0.003) * len(CORRUPTIONS) * 5,
         )
-        for seed in _seeds(plan)
+        for seed in SEEDS.of(plan)
         for arm in ARMS
     ]
 
@@ -165,7 +153,7 @@ def _average(by_corruption: Percents) -> float:
 def read(plan: Plan, results: Results) -> Reading:
     """Accuracies on clean and on corrupted images, and what adapting brings back."""
     findings, figures, rows, words, tuning, notes = [], [], [], [], [], []
-    for data in _sets(plan):
+    for data in CLAIM.sets(plan):
         where = where_text(data)
         runs = Runs(_cells(plan, data), results)
         found = {arm.name: runs.of(arm.name) for arm in ARMS}
@@ -246,7 +234,7 @@ def _setup(plan: Plan) -> dict[str, str]:
         "Adapted": "kn.adapt: the running statistics are those of the corrupted test images, without labels",
         "Each batch by itself": "kn.adapt(mode='batch'): a tenth of the test images at a time, normalized with its own "
         "moments; sorted by label, such a batch holds one or two of ten classes",
-        "Seeds": seeds_text(_seeds(plan)),
+        "Seeds": seeds_text(SEEDS.of(plan)),
     }
 
 
@@ -257,7 +245,7 @@ def _tuned(by_seed: Sequence[Result], rates: Sequence[float]) -> list[str]:
     return [f"{rates[at]:g}: {value:.1f} ({chosen.count(at)})" for at, value in enumerate(means)]
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=9,
     title="Robustness out of distribution",
     statement="Networks with batch normalization are more robust to data unlike those in training.",
@@ -279,6 +267,6 @@ CLAIM = Claim(
     "norm than without (the interval lies above 0); does not hold if it is lower. Clean accuracy, what adapted moments "
     "bring back, and what batches sorted by label do to that are shown beside.",
     data=("digits", "mnist", "images"),
-    cells=cells,
+    cells=lambda plan: [cell for data in CLAIM.sets(plan) for cell in _cells(plan, data)],
     read=read,
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 import keelnorm as kn
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, seeds_text
+from keelnorm.lab.core.plan import ByForm, Plan, Seeds, seeds_text
 from keelnorm.lab.core.seeds import generator
 from keelnorm.lab.data import Split, table
 from keelnorm.lab.reading.best_rates import (
@@ -40,8 +40,11 @@ ARMS = {
 NAMES = {"wine": "wine", "cancer": "breast cancer"}
 WIDTHS = (32, 32)
 BATCH = 16
-RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-STEPS, FEWER_STEPS = 300, 200
+RATES = ByForm(
+    quick=(0.0003, 0.001, 0.003, 0.03, 0.1, 0.3), full=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+)
+STEPS = ByForm(quick=200, full=300)
+SEEDS = Seeds(quick=4, full=16)
 
 
 class NormalizedInput(StackedMLP):
@@ -80,24 +83,15 @@ def train_on_table(*, data: str, arm: str, seed: int, rates: tuple[float, ...], 
     return dict(vars(train(stack, split, torch.tensor(rates), batch=BATCH, evaluate_at=(steps,), generator=order)))
 
 
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Every arm on both tables."""
-    return [cell for data in NAMES for cell in _cells(plan, data)]
-
-
-def _rates(plan: Plan) -> tuple[float, ...]:
-    return (0.0003, 0.001, 0.003, 0.03, 0.1, 0.3) if plan.quick else RATES
-
-
 def _cells(plan: Plan, data: str) -> Sequence[Cell]:
-    steps = FEWER_STEPS if plan.quick else STEPS
+    steps = STEPS.of(plan)
     return [
         Cell(
             train_on_table,
-            {"data": data, "arm": arm, "seed": seed, "rates": _rates(plan), "steps": steps},
+            {"data": data, "arm": arm, "seed": seed, "rates": RATES.of(plan), "steps": steps},
             cost=steps * 8e-4,
         )
-        for seed in plan.seed_range(quick=4, full=16)
+        for seed in SEEDS.of(plan)
         for arm in ARMS
     ]
 
@@ -113,7 +107,7 @@ def read(plan: Plan, results: Results) -> Reading:
     }
     for data, name in NAMES.items():
         runs = Runs(_cells(plan, data), results)
-        best = best_by_arm({arm: runs.of(arm) for arm in ARMS}, _rates(plan))
+        best = best_by_arm({arm: runs.of(arm) for arm in ARMS}, RATES.of(plan))
         test = accuracies(best)
         tests.append(test)
         findings += difference_findings(name, test, gain) + difference_findings(name, test, asides, decisive=False)
@@ -137,22 +131,22 @@ def read(plan: Plan, results: Results) -> Reading:
                 kind="boxes",
             )
         ],
-        [rate_table(_rates(plan), rows)],
+        [rate_table(RATES.of(plan), rows)],
         setup={
             "Data": "scikit-learn's wine (178 samples, 13 columns with deviations from 0.12 to 315) and breast cancer "
             "(569 samples, 30 columns, from 0.0026 to 569), as they come; half is for training, a fifth for validation",
             "Network": f"fully connected, {WIDTHS[0]} - {WIDTHS[1]} hidden units with ReLU, the initialization of "
             "torch.nn",
             "Arms": "batch norm on the input has no γ and β; standardized: with the training part's mean and deviation",
-            "Training": f"{FEWER_STEPS if plan.quick else STEPS} steps of gradient descent, batches of {BATCH}",
+            "Training": f"{STEPS.of(plan)} steps of gradient descent, batches of {BATCH}",
             "Learning rate": CHOSEN_BY_VALIDATION,
-            "Seeds": seeds_text(plan.seed_range(quick=4, full=16)),
+            "Seeds": seeds_text(SEEDS.of(plan)),
         },
         notes=notes,
     )
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=8,
     title="Inputs of different scales",
     statement="Batch normalization handles inputs whose features differ in scale.",
@@ -171,6 +165,6 @@ CLAIM = Claim(
     "values (each interval above 0), every arm at its best rate. What batch norm in hidden layers alone does, and "
     "standardizing beforehand, is shown beside.",
     data=("wine", "breast cancer"),
-    cells=cells,
+    cells=lambda plan: [cell for data in NAMES for cell in _cells(plan, data)],
     read=read,
 )

@@ -5,53 +5,21 @@ Each remedy is trained at batches from 2 to 256, with the same samples seen as b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from keelnorm.lab.claims._small_batches_training import ACCUMULATED, ARMS, GHOST, WIDTHS, WINDOW, train_remedy
 from keelnorm.lab.core.cell import Cell, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, seeds_text
-from keelnorm.lab.reading.by_batch_size import (
-    BestBySize,
-    best_by_size,
-    size_figure,
-    size_notes,
-    size_row,
-    size_series,
-    size_table,
-)
+from keelnorm.lab.core.plan import ByForm, Plan, Seeds, seeds_text
+from keelnorm.lab.reading.by_batch_size import BestBySize, SizeParts, best_by_size
 from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.verdicts import Finding, difference_finding
 from keelnorm.lab.reading.wording import listed, signed, where_text
 from keelnorm.measure.statistics import difference, mean
 
-SIZES = (2, 4, 8, 32, 256)
-QUICK_SIZES = (2, 64)
-RATES = (0.01, 0.03, 0.1, 0.3)
-QUICK_RATES = (0.03, 0.1)
+SIZES = ByForm(quick=(2, 64), full=(2, 4, 8, 32, 256))
+RATES = ByForm(quick=(0.03, 0.1), full=(0.01, 0.03, 0.1, 0.3))
+SEEDS = Seeds(quick=3, full=5)
 STEPS = {2: 800, 4: 600, 8: 400, 32: 200, 64: 150, 256: 150}
 REMEDIES = ("renorm", "cross", "moving", "sync")
-
-
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Every arm at every size at which it is run."""
-    return [cell for data in _sets(plan) for cell in _cells(plan, data)]
-
-
-def _sets(plan: Plan) -> list[str]:
-    return plan.data_sets("digits", "mnist")
-
-
-def _sizes(plan: Plan) -> tuple[int, ...]:
-    return QUICK_SIZES if plan.quick else SIZES
-
-
-def _rates(plan: Plan) -> tuple[float, ...]:
-    return QUICK_RATES if plan.quick else RATES
-
-
-def _seeds(plan: Plan) -> range:
-    return plan.seed_range(quick=3, full=5)
 
 
 def _steps(plan: Plan, size: int) -> int:
@@ -73,42 +41,39 @@ def _cells(plan: Plan, data: str) -> list[Cell]:
                 "arm": arm,
                 "batch": size,
                 "seed": seed,
-                "rates": _rates(plan),
+                "rates": RATES.of(plan),
                 "steps": _steps(plan, size),
             },
             cost=_steps(plan, size) * (1e-3 + size * 2e-5) * slow.get(arm, 1.0),
         )
-        for size in _sizes(plan)
-        for seed in _seeds(plan)
+        for size in SIZES.of(plan)
+        for seed in SEEDS.of(plan)
         for arm in _arms(size)
     ]
 
 
 def read(plan: Plan, results: Results) -> Reading:
     """What each remedy gains over batch norm, and what is left to batch norm at the largest size."""
-    findings, figures, rows, words, notes = [], [], [], [], []
-    sizes = _sizes(plan)
-    for data in _sets(plan):
+    findings, words = [], []
+    sizes = SIZES.of(plan)
+    parts = SizeParts(sizes, edges=not plan.quick)
+    for data in CLAIM.sets(plan):
         where = where_text(data)
         # Sizes are compared with each other too: a seed counts where it has a result for every arm at every size.
         runs = Runs(_cells(plan, data), results, arms=("arm", "batch"))
-        best = best_by_size(runs, {size: _arms(size) for size in sizes}, _rates(plan))
+        best = best_by_size(runs, {size: _arms(size) for size in sizes}, RATES.of(plan))
         for size in (each for each in sizes if each <= 8):
             findings += _findings(where, best, size, sizes[-1])
         words.append(_words(where, best, sizes[-1]))
-        series = [size_series(arm.label, name, best) for name, arm in ARMS.items()]
         said = f"Test accuracy over the batch size, each arm and size at its best rate: {words[-1]}."
-        figures.append(size_figure(where, series, said))
-        for name, arm in ARMS.items():
-            rows.append(size_row(where, arm.label, name, best))
-            notes += [] if plan.quick else size_notes(where, arm.label, name, best)
+        parts.add(where, {name: arm.label for name, arm in ARMS.items()}, best, said)
     return Reading(
         f"With small batches, {'; '.join(words)}.",
         findings,
-        figures,
-        [size_table(sizes, rows)],
+        parts.figures,
+        [parts.table()],
         setup=_setup(plan),
-        notes=notes,
+        notes=parts.notes,
     )
 
 
@@ -152,7 +117,7 @@ def _setup(plan: Plan) -> dict[str, str]:
         "Network": f"fully connected, {WIDTHS[0]} - {WIDTHS[1]} hidden units with ReLU, Xavier's initialization, "
         "centered pixels",
         "Training": "gradient descent; "
-        + ", ".join(f"{_steps(plan, size)} steps at batch {size}" for size in _sizes(plan)),
+        + ", ".join(f"{_steps(plan, size)} steps at batch {size}" for size in SIZES.of(plan)),
         "Batch renormalization": "kn.BatchRenorm, r_max from 1 to 3 and d_max from 0 to 5 between batch 50 and 250",
         "Cross-iteration": f"kn.CrossIterationBatchNorm over {WINDOW} batches, told the weight ahead of it",
         "Moving average": f"kn.MovingAverageBatchNorm over {WINDOW} batches, weights ahead of it centered",
@@ -161,12 +126,12 @@ def _setup(plan: Plan) -> dict[str, str]:
         "times fewer steps",
         "Ghost": f"kn.GhostBatchNorm with groups of {GHOST}: a remedy for large batches, shown as a control",
         "Learning rate": "for each arm and size the one with the highest validation accuracy, of "
-        f"{', '.join(f'{rate:g}' for rate in _rates(plan))}",
-        "Seeds": seeds_text(_seeds(plan)),
+        f"{', '.join(f'{rate:g}' for rate in RATES.of(plan))}",
+        "Seeds": seeds_text(SEEDS.of(plan)),
     }
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=19,
     title="Remedies for small batches",
     statement="What batch normalization loses with small batches, its remedies bring back.",
@@ -187,6 +152,6 @@ CLAIM = Claim(
     "has a higher test accuracy than batch norm (each interval above 0); depends if some have. What they gain at 4 and "
     "8, and what is left to batch norm with a large batch, is shown beside.",
     data=("digits", "mnist"),
-    cells=cells,
+    cells=lambda plan: [cell for data in CLAIM.sets(plan) for cell in _cells(plan, data)],
     read=read,
 )

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import keelnorm as kn
 from keelnorm.lab.core.cell import Cell, Result, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, kind_of
+from keelnorm.lab.core.plan import ByForm, Plan, Seeds, kind_of
 from keelnorm.lab.core.seeds import generator, seed_from
 from keelnorm.lab.data import Split, speakers_of, spoken
 from keelnorm.lab.reading.series import bars
@@ -33,6 +33,9 @@ BATCH = 32
 RATE = 0.003
 RANDOM = -1
 """The split that is not by speaker."""
+SEEDS = Seeds(quick=3, full=6)
+SPEAKER_SEEDS = ByForm(quick=1, full=3)
+"""Seeds for each speaker that is held out, who is the unit."""
 
 
 def network(bands: int, classes: int, *, normalized: bool) -> nn.Sequential:
@@ -89,11 +92,6 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return round(100 * hits, 4)
 
 
-def cells(plan: Plan) -> Sequence[Cell]:
-    """Random splits, and splits by speaker."""
-    return [cell for data in _sets(plan) for cell in (*_random_cells(plan, data), *_speaker_cells(plan, data))]
-
-
 def _sets(plan: Plan) -> list[str]:
     """Real recordings where the reader has some, and the stand-in for whoever has none."""
     return plan.data_sets("digits", "speech")
@@ -105,20 +103,15 @@ def _cell(plan: Plan, data: str, held_out: int, seed: int) -> Cell:
 
 
 def _random_cells(plan: Plan, data: str) -> list[Cell]:
-    return [_cell(plan, data, RANDOM, seed) for seed in _seeds(plan)]
+    return [_cell(plan, data, RANDOM, seed) for seed in SEEDS.of(plan)]
 
 
 def _speaker_cells(plan: Plan, data: str) -> list[Cell]:
-    # The speaker is the unit: each is held out once in quick form, more often in full form.
     return [
         _cell(plan, data, speaker, seed)
-        for seed in range(1 if plan.quick else 3)
+        for seed in range(SPEAKER_SEEDS.of(plan))
         for speaker in range(speakers_of(data))
     ]
-
-
-def _seeds(plan: Plan) -> range:
-    return plan.seed_range(quick=3, full=6)
 
 
 def read(plan: Plan, results: Results) -> Reading:
@@ -251,12 +244,12 @@ def _setup(plan: Plan) -> dict[str, str]:
         "Network": f"three convolutions over time of {CHANNELS} channels with ReLU, mean over time, one linear layer",
         "Training": f"Adam at {RATE:g}, batches of {BATCH}; the same in all arms, nothing chosen on the part held out",
         "Adapted": "kn.adapt with the recordings of the part held out, without their words",
-        "Unit": f"of a held-out interval: the speaker or group, each over {1 if plan.quick else 3} seed(s); of a "
-        f"random split: {len(_seeds(plan))} seeds",
+        "Unit": f"of a held-out interval: the speaker or group, each over {SPEAKER_SEEDS.of(plan)} seed(s); of a "
+        f"random split: {len(SEEDS.of(plan))} seeds",
     }
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=17,
     title="Speech",
     statement="Batch normalization helps with speech.",
@@ -272,6 +265,8 @@ CLAIM = Claim(
     criterion="Holds if the test accuracy is higher with batch norm than without, both on a random split and with a "
     "speaker held out; depends if in one of these. What adapting the moments to the speaker gains is shown beside.",
     data=("digits (a stand-in)", "speech"),
-    cells=cells,
+    cells=lambda plan: [
+        cell for data in _sets(plan) for cell in (*_random_cells(plan, data), *_speaker_cells(plan, data))
+    ],
     read=read,
 )

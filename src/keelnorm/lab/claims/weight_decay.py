@@ -8,8 +8,6 @@ decays by default is more: the output layer's weights, γ and β, which no batch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from keelnorm.lab.claims._weight_decay_reading import ARMS, EQUAL, INVARIANT, LEFT, NETWORKS, Tuned, Twins
 from keelnorm.lab.claims._weight_decay_training import (
     BATCH,
@@ -24,67 +22,47 @@ from keelnorm.lab.claims._weight_decay_training import (
 )
 from keelnorm.lab.core.cell import Cell, Results
 from keelnorm.lab.core.claim import Claim, Reading, Source
-from keelnorm.lab.core.plan import Plan, seeds_text
+from keelnorm.lab.core.plan import ByForm, Plan, Seeds, seeds_text
 from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.verdicts import Finding
 from keelnorm.lab.reading.wording import listed, signed, where_text
 from keelnorm.lab.training.arms import BN, NONE
 from keelnorm.measure.page_parts import Table
 
-DECAYS = (0.03, 0.1, 0.3)
-RATES = (0.01, 0.03, 0.1)
-BETWEEN = (0.003, 0.0055, 0.017, 0.055)
-"""More rates without decay, so that it is not worse for having fewer settings to choose from."""
-
-
-def cells(plan: Plan) -> Sequence[Cell]:
-    """The networks that are compared at one setting, and those that are tried at many."""
-    return [cell for data in _sets(plan) for cell in (*_twins(plan, data), *_grid(plan, data))]
-
-
-def _sets(plan: Plan) -> list[str]:
-    return plan.data_sets("digits", "mnist")
-
-
-def _seeds(plan: Plan) -> range:
-    return plan.seed_range(quick=3, full=7)
-
-
-def _steps(plan: Plan) -> tuple[int, int]:
-    """Of the arms that are compared at one setting, and of those that are tried at many."""
-    return (60, 350) if plan.quick else (500, 500)
+GRID: ByForm[dict[str, tuple[float, ...]]] = ByForm(
+    quick={"rates": (0.03,), "decays": (0.1,), "between": (0.017,)},
+    full={"rates": (0.01, 0.03, 0.1), "decays": (0.03, 0.1, 0.3), "between": (0.003, 0.0055, 0.017, 0.055)},
+)
+"""Between the rates are more without decay, so that it is not worse for having fewer settings to choose from."""
+STEPS = ByForm(quick=(60, 350), full=(500, 500))
+"""Of the arms that are compared at one setting, and of those that are tried at many."""
+SEEDS = Seeds(quick=3, full=7)
 
 
 def _twins(plan: Plan, data: str) -> list[Cell]:
     """One network each; with another beside it where it has the same effective rate."""
-    steps, _ = _steps(plan)
+    steps, _ = STEPS.of(plan)
     return [
         Cell(
             train_at_one_setting,
             {"data": data, "arm": arm, "seed": seed, "steps": steps},
             cost=steps * (1.6e-3 if arm.endswith("rate") else 0.8e-3),
         )
-        for seed in _seeds(plan)
+        for seed in SEEDS.of(plan)
         for arm in ARMS
     ]
 
 
-def _axes(plan: Plan) -> dict[str, tuple[float, ...]]:
-    if plan.quick:
-        return {"rates": (0.03,), "decays": (0.1,), "between": (0.017,)}
-    return {"rates": RATES, "decays": DECAYS, "between": BETWEEN}
-
-
 def _grid(plan: Plan, data: str) -> list[Cell]:
     """All settings of a network side by side."""
-    axes, (_, steps) = _axes(plan), _steps(plan)
+    axes, (_, steps) = GRID.of(plan), STEPS.of(plan)
     return [
         Cell(
             train_at_settings,
             {"data": data, "arm": network.name, "seed": seed, "steps": steps, **axes},
             cost=steps * (1e-3 + 1.5e-4 * len(settings(**axes))),
         )
-        for seed in _seeds(plan)
+        for seed in SEEDS.of(plan)
         for network in NETWORKS
     ]
 
@@ -92,8 +70,8 @@ def _grid(plan: Plan, data: str) -> list[Cell]:
 def read(plan: Plan, results: Results) -> Reading:
     """What decay does beyond keeping the effective rate high, and what it gains at the best settings."""
     findings, asides, figures, rows, tuned_rows, words, edges = [], [], [], [], [], [], []
-    names = settings(**_axes(plan))
-    for data in _sets(plan):
+    names = settings(**GRID.of(plan))
+    for data in CLAIM.sets(plan):
         where = where_text(data, f"{SAMPLES} for training")
         runs = Runs(_twins(plan, data), results)
         twins = Twins(where, {arm: runs.of(arm) for arm in ARMS})
@@ -144,18 +122,18 @@ def _setup(plan: Plan) -> dict[str, str]:
         "Network": f"fully connected, {WIDTHS[0]} - {WIDTHS[1]} hidden units with ReLU, He's initialization",
         "Data": f"{SAMPLES} centered training samples, of which {WRONG:.0%} have a wrong label, so that there is "
         "something to regularize; validation and test labels are right",
-        "Training": f"gradient descent, batches of {BATCH}; {_steps(plan)[0]} steps of the arms at one rate, "
-        f"{_steps(plan)[1]} of those that are tuned",
+        "Training": f"gradient descent, batches of {BATCH}; {STEPS.of(plan)[0]} steps of the arms at one rate, "
+        f"{STEPS.of(plan)[1]} of those that are tuned",
         "Decay": "w ← (1 − η·λ)·w − η·gradient: of the hidden weights, which stand ahead of a batch norm; of all "
         "weights, the output layer's with them; of all parameters, γ, β and biases with them",
         "The same effective rate": "no decay; each hidden layer's rate is η·(‖w‖ here / ‖w‖ with decay)² / (1 − η·λ), "
         "step by step, which by calculation keeps the direction of the weights the same; outputs are compared on test "
         "samples, with the batch's moments",
-        "Seeds": seeds_text(_seeds(plan)),
+        "Seeds": seeds_text(SEEDS.of(plan)),
     }
 
 
-CLAIM = Claim(
+CLAIM: Claim = Claim(
     number=22,
     title="Weight decay",
     statement="In a batch-normalized network weight decay acts through the effective learning rate.",
@@ -177,6 +155,6 @@ CLAIM = Claim(
     f"same, and decay of all parameters gains less than {EQUAL:g} points over that of these weights, each at its "
     "best settings (the intervals' ends); depends if some of these do.",
     data=("digits", "mnist"),
-    cells=cells,
+    cells=lambda plan: [cell for data in CLAIM.sets(plan) for cell in (*_twins(plan, data), *_grid(plan, data))],
     read=read,
 )

@@ -71,6 +71,10 @@ class Claim:
     read: Callable[[Plan, Results], Reading]
     name: str = field(init=False)
 
+    def sets(self, plan: Plan) -> list[str]:
+        """The data sets that it uses: the bundled one, then those that the reader has."""
+        return plan.data_sets(*self.data)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.read.__module__.rpartition(".")[2])
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 MOST_SEEDS = 1000
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,6 @@ class Plan:
     seeds: int | None = None
     data: tuple[str, ...] = ()
 
-    def seed_range(self, *, quick: int, full: int) -> range:
-        """The seeds of a claim whose own numbers are these."""
-        return range(self.seeds if self.seeds is not None else quick if self.quick else full)
-
     def data_sets(self, default: str, *more: str) -> list[str]:
         """The data sets that a claim uses: the bundled one, then those of `more` that the reader has.
 
@@ -35,6 +33,30 @@ class Plan:
             ['digits', 'mnist@1f0c']
         """
         return [default, *(own for kind in more for own in self.data if kind_of(own) == kind)]
+
+
+@dataclass(frozen=True)
+class ByForm(Generic[T]):
+    """What a claim takes in quick form and in full form, such as learning rates or steps."""
+
+    quick: T
+    full: T
+
+    def of(self, plan: Plan) -> T:
+        """The one for the plan's form."""
+        return self.quick if plan.quick else self.full
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """How many seeds a claim takes in quick form and in full form."""
+
+    quick: int
+    full: int
+
+    def of(self, plan: Plan) -> range:
+        """The seeds of a plan, which may ask for another number."""
+        return range(plan.seeds if plan.seeds is not None else self.quick if plan.quick else self.full)
 
 
 def kind_of(identity: str) -> str:

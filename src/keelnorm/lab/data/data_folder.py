@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from keelnorm.engine.error_messages import shortened
 from keelnorm.engine.optional_imports import lacking
 from keelnorm.lab.data.data_error import DataError
 from keelnorm.lab.data.wav import recordings_used, word_and_speaker
@@ -55,10 +56,9 @@ def discover(folder: Path) -> list[str]:
         need_pillow()
     if not found:
         there = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
-        more = f" and {len(there) - 8} more" if len(there) > 8 else ""
         raise DataError(
-            f"no data were found in {folder} or in the folders in it, which has {', '.join(there[:8]) or 'nothing'}"
-            f"{more}; looked for: {_known_forms()}"
+            f"no data were found in {folder} or in the folders in it, which has {shortened(there) or 'nothing'}; "
+            f"looked for: {_known_forms()}"
         )
     return [f"{kind}@{_digest(folder, kind, files)}" for kind, files in found.items()]
 

@@ -66,3 +66,9 @@ def _key(axes: Mapping[str, Axis], names: Sequence[str]) -> Key:
 def column(rows: Sequence[Sequence[T]], index: int) -> list[T]:
     """One replica's values over the evaluations."""
     return [row[index] for row in rows]
+
+
+def shares_reaching(target: float, histories: Sequence[Result]) -> BySeed[float]:
+    """The share of the replicas whose test accuracy reaches a target at the end, in percent, by seed."""
+    by_seed = [history["test"][-1] for history in histories]
+    return [100.0 * sum(each >= target for each in accuracies) / len(accuracies) for accuracies in by_seed]

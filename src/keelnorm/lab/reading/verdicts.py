@@ -69,10 +69,10 @@ class Finding:
         return f"{prefix}{sign}{self.effect.text(self.digits)} {self.unit}".rstrip()
 
 
-def speedup_finding(quantity: str, where: str, gain: Speedup, *, threshold: float = 1.0, **how: bool) -> Finding:
+def speedup_finding(quantity: str, where: str, gain: Speedup, **how: bool) -> Finding:
     """A finding from a ratio of steps, with its bound."""
     digits = 1 if gain.ratio.value >= 2 else 2
-    return Finding(quantity, where, gain.ratio, threshold, unit="×", digits=digits, bound=gain.bound, **how)
+    return Finding(quantity, where, gain.ratio, 1.0, unit="×", digits=digits, bound=gain.bound, **how)
 
 
 def ratio_finding(

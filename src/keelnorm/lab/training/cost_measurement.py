@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import keelnorm as kn
 from keelnorm.lab.core.cell import Cell, Result
-from keelnorm.lab.core.plan import Plan
+from keelnorm.lab.core.plan import Plan, Seeds
 from keelnorm.lab.core.seeds import seed_from
 from keelnorm.lab.core.threads import one_thread
 from keelnorm.lab.data import images
@@ -157,7 +157,7 @@ def cost_cells(plan: Plan) -> list[Cell]:
     return [
         Cell(costs, {"size": size, "seed": seed, "budget": budget}, exclusive=True, cost=budget + 0.2)
         for size in sizes(plan)
-        for seed in plan.seed_range(quick=3, full=5)
+        for seed in Seeds(quick=3, full=5).of(plan)
     ]
 
 

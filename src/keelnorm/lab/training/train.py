@@ -173,7 +173,6 @@ def train(
     evaluate_at: Sequence[int],
     generator: torch.Generator,
     probe: Probe | None = None,
-    after_step: Probe | None = None,
 ) -> History:
     """Train a stack and return what was seen.
 
@@ -185,7 +184,6 @@ def train(
         evaluate_at: numbers of steps after which to evaluate, ascending; the last ends the training.
         generator: draws the order of the samples.
         probe: called at each evaluation, to look at more.
-        after_step: called after each step.
     """
     descent = Descent(descent) if isinstance(descent, Tensor) else descent
     history = History()
@@ -214,8 +212,6 @@ def train(
         descent.step(stack)
         total += loss.detach()
         since += 1
-        if after_step is not None:
-            after_step(step, stack)
         if step in marks:
             look(step)
     return history

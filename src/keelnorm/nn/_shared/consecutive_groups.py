@@ -6,14 +6,14 @@ results are concatenated.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from keelnorm.engine import composite, dispatch, ops, saved_outputs
 from keelnorm.engine.activations import Activation
-from keelnorm.engine.arguments import Kept, State
+from keelnorm.engine.arguments import Kept, Needs, State
 from keelnorm.engine.elementwise import joined
 from keelnorm.engine.fast_operators import attempt, mark_updated
 from keelnorm.engine.kernels import registry
@@ -23,45 +23,48 @@ from keelnorm.functional import moments as moments_of
 from keelnorm.moments import Moments
 
 
-def merge_rows(rows: Moments, groups: Tensor | None = None, number: int = 1) -> Moments:
-    """Merge rows of moments at once, as :meth:`Moments.merge` does one by one.
+class Groups(NamedTuple):
+    """Consecutive groups of samples, and how the running statistics learn from them.
 
     Args:
-        rows: count (R, 1), mean and m2 (R, C).
-        groups: The group of each row, from 0 to ``number`` − 1, shape (R,); None merges all rows.
-        number: Number of groups.
-
-    Returns:
-        count (number, 1), mean and m2 (number, C); without groups count () and (C,).
+        sizes: The samples per group, equal except for the last; their sum is N, and each of the two groups or more has
+            two values per channel or more.
+        pooled: Whether one update takes the merged moments of all groups; else one group after the other updates.
     """
-    if groups is None:
-        count = rows.count.sum()
-        mean = (rows.count * rows.mean).sum(0) / count.clamp(min=1)
-        return Moments(count, mean, (rows.m2 + rows.count * (rows.mean - mean).square()).sum(0))
-    zeros = rows.mean.new_zeros(number, rows.mean.shape[1])
-    count = rows.count.new_zeros(number, 1).index_add(0, groups, rows.count)
-    mean = zeros.index_add(0, groups, rows.count * rows.mean) / count
-    return Moments(count, mean, zeros.index_add(0, groups, rows.m2 + rows.count * (rows.mean - mean[groups]).square()))
+
+    sizes: list[int]
+    pooled: bool
+
+
+def merge_rows(rows: Moments) -> Moments:
+    """Merge rows of moments, count (R, 1) and mean and m2 (R, C), at once, as :meth:`Moments.merge` does one by one."""
+    count = rows.count.sum()
+    mean = (rows.count * rows.mean).sum(0) / count.clamp(min=1)
+    return Moments(count, mean, (rows.m2 + rows.count * (rows.mean - mean).square()).sum(0))
 
 
 def normalize_groups(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, sizes: list[int], state: State,
-    act: Activation, pooled: bool = True,
-) -> tuple[Tensor, Moments | None]:  # fmt: skip
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: Groups,
+    state: State,
+    act: Activation,
+) -> tuple[Tensor, Moments | None]:
     """Compute ``act(bn(x) + residual)``, where each group of consecutive samples is normalized by itself.
 
-    ``sizes`` are the samples per group, equal except for the last; their sum is N, and each group has two values per
-    channel (or there is one group). If ``state.update`` is set, the native operators update the running statistics:
-    with the merged moments of all groups if ``pooled``, else with one group after the other.
+    If ``state.update`` is set, the native operators update the running statistics.
 
     Returns:
         y, and the moments of the groups in rows; None if the running statistics have been updated already.
     """
-    if len(sizes) > 1 and _native(x):
+    sizes = groups.sizes
+    if _native(x):
         inputs = [t for t in (x, residual, weight, bias) if t is not None]
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs) and any(t.is_inference() for t in inputs):
             dispatch.refuse_inference(state.what)
-        found = attempt(_apply, dense(x), residual, weight, bias, len(sizes), sizes[0], state, act, pooled)
+        found = attempt(_apply, dense(x), residual, weight, bias, groups, state, act)
         if found is not None:
             y, saved = found
             return y, None if state.update else _rows(saved, sizes, x)
@@ -108,52 +111,51 @@ class _Groups(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        groups: int,
-        size: int,
+        groups: Groups,
         state: State,
         act: Activation,
-        pooled: bool,
     ) -> tuple[Tensor, Tensor]:
         y, saved = torch.ops.keelnorm.forward_groups_(
-            x, residual, weight, bias, state.running_mean, state.running_var, state.num_batches_tracked, groups, size,
-            pooled, state.update, state.momentum, state.eps, act.code, act.a, act.b, state.counts(),
+            x, residual, weight, bias, state.running_mean, state.running_var, state.num_batches_tracked,
+            len(groups.sizes), groups.sizes[0], groups.pooled, state.update, state.momentum, state.eps, act.code, act.a,
+            act.b, state.counts(),
         )  # fmt: skip
         mark_updated(state)
         if saved_outputs.calls:
-            _note(y, x, residual, weight, bias, saved, size, state, act)
+            _note(y, x, residual, weight, bias, saved, groups.sizes[0], state, act)
         ctx.save_for_backward(x, weight, saved, *ops.gate_needs(act.code, residual, bias, y))
         ctx.mark_non_differentiable(saved)
-        ctx.options = groups, size, state.eps, act, None if residual is None else residual.dtype
+        ctx.sizes, ctx.eps, ctx.act = groups.sizes, state.eps, act
+        ctx.residual_dtype = None if residual is None else residual.dtype
         return y, saved
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         x, weight, saved, bias, y, residual = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
-        groups, size, eps, act, residual_dtype = ctx.options
-        write_residual = needs[1] and act.code != 0
+        needs, sizes, act = Needs(*ctx.needs_input_grad[:4]), ctx.sizes, ctx.act
+        write_residual = needs.residual and act.code != 0
         if torch.is_grad_enabled() or is_transformed():  # create_graph=True, or a derivative of the backward
-            sizes = [size] * (groups - 1) + [x.shape[0] - size * (groups - 1)]
-            given = ([None] * groups if t is None else t.split(sizes) for t in (dy, x, y, residual))
+            given = ([None] * len(sizes) if t is None else t.split(sizes) for t in (dy, x, y, residual))
+            kept = Kept(x=x, saved=saved, weight=weight, bias=bias, y=y, residual=residual, training=True, act=act)
             parts = [
-                composite.backward(dy_g, Kept(x_g, saved, weight, bias, y_g, residual_g, True, act), eps)
-                for dy_g, x_g, y_g, residual_g in zip(*given, strict=True)
+                composite.backward(dy_of, kept._replace(x=x_of, y=y_of, residual=residual_of), ctx.eps)
+                for dy_of, x_of, y_of, residual_of in zip(*given, strict=True)
             ]
             dxs, dresiduals, dweights, dbiases = zip(*parts, strict=True)
             grads = [torch.cat(dxs), torch.cat(dresiduals), sum(dweights), sum(dbiases)]
         else:
             grads = list(
                 torch.ops.keelnorm.backward_groups(
-                    dy, x, saved, weight, bias, y, residual, groups, size, act.code, act.a, act.b, needs[0],
-                    write_residual, *needs[2:],
+                    dy, x, saved, weight, bias, y, residual, len(sizes), sizes[0], act.code, act.a, act.b, needs.x,
+                    write_residual, needs.weight, needs.bias,
                 )
             )  # fmt: skip
-            if needs[1] and not write_residual:
+            if needs.residual and not write_residual:
                 grads[1] = dy
         found = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         if found[1] is not None:
-            found[1] = found[1].to(residual_dtype)
-        return (*found, None, None, None, None, None)
+            found[1] = found[1].to(ctx.residual_dtype)
+        return (*found, None, None, None)
 
 
 _apply = plain_apply(_Groups)
@@ -167,7 +169,7 @@ def _note(
     scale = None if weight is None else weight.detach().clone()
     shift = None if bias is None else bias.detach().clone()
     shape, strides = y.shape, y.stride()
-    state = State(None, None, None, True, False, None, state.eps, state.what)
+    state = State(training=True, update=False, momentum=None, eps=state.eps, what=state.what)
 
     def make(x: Tensor, residual: Tensor | None) -> Tensor:
         y = x.new_empty_strided(shape, strides)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from keelnorm import functional
 from keelnorm.engine import dispatch
 from keelnorm.engine.activations import Activation
 from keelnorm.engine.arguments import State
+from keelnorm.engine.composite import centered, finished
 from keelnorm.engine.elementwise import elementwise
 from keelnorm.engine.layout import per_channel
 from keelnorm.moments import Moments, compute_dtype
@@ -45,17 +45,12 @@ def _normalized(
 ) -> Tensor:
     dtype = compute_dtype(x)
     mean, var = _broadcast(mean, x), _broadcast(var, x)
-    # The mean is split into its rounded value and the rest: subtracting both keeps the digits when the mean is large.
-    center = mean.detach().to(dtype)
-    rest = (mean - center).to(dtype)
-    y = (x.to(dtype) - center - rest) * (var + eps).rsqrt().to(dtype)
+    y = centered(x, mean) * (var + eps).rsqrt().to(dtype)
     if weight is not None:
         y = y * _broadcast(weight, x).to(dtype)
     if bias is not None:
         y = y + _broadcast(bias, x).to(dtype)
-    if residual is not None:
-        y = y + residual
-    return act.forward(y).to(x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
+    return finished(y, x, residual, act)
 
 
 def _broadcast(values: Tensor, x: Tensor) -> Tensor:
@@ -80,7 +75,8 @@ def normalize_by_batch(
         The result, and the moments without their gradient; None unless ``keep_moments``, which costs a pass over x.
     """
     if mask is None:
-        y = dispatch.batch_norm(x, residual, weight, bias, State(None, None, None, True, False, None, eps), act)
+        state = State(training=True, update=False, momentum=None, eps=eps)
+        y = dispatch.batch_norm(x, residual, weight, bias, state, act)
         return y, functional.moments(x.detach()) if keep_moments else None
     moments = Moments.from_tensor(x, mask)
     var = moments.m2 / moments.count.clamp(min=1)  # 0 if the mask leaves no value

@@ -10,18 +10,18 @@ from torch import Tensor
 
 from keelnorm.engine import dispatch
 from keelnorm.engine.activations import Activation, ActivationLike, resolve
-from keelnorm.engine.arguments import State, check_arguments
+from keelnorm.engine.arguments import Options, Padding, State, check_arguments
 from keelnorm.engine.elementwise import padded
 from keelnorm.engine.error_messages import locate
 from keelnorm.engine.fusion.call import begin, passes_by
 from keelnorm.engine.fusion.scope import is_inside
 from keelnorm.engine.layout import dense
-from keelnorm.engine.masking import Padding, check_padding, named_mask
+from keelnorm.engine.masking import check_padding, named_mask
 from keelnorm.engine.normalization_steps import Normalization, is_plain
 from keelnorm.engine.recomputation import is_second_run
 from keelnorm.engine.rollback import Unchanged
 from keelnorm.engine.running_statistics import averaged, update_running
-from keelnorm.functional import Options, check_layer_call, refuse_jit
+from keelnorm.functional import check_layer_call, refuse_jit
 from keelnorm.moments import Moments, Weighting, check_weighting
 from keelnorm.nn._shared.layer_base import Layer
 from keelnorm.nn.batch_norm import fx_node
@@ -107,16 +107,18 @@ class Variant(Layer):
 
     def _answer(self, x: Tensor, residual: Tensor | None, options: Options, **more: Any) -> Tensor:
         what = type(self).__name__
-        activation, inplace, mask, sample_weight, weighting, padding = options
-        act = resolve(what, activation)
-        refused = {"inplace=True": inplace, "sample_weight": sample_weight is not None}
+        mask, weighting, act = options.mask, options.weighting, resolve(what, options.activation)
         check_weighting(what, weighting)
-        refused[f"{weighting=}"] = weighting != "frequency"
-        refused["a mask"] = mask is not None and not self.takes_mask
+        refused = {
+            "inplace=True": options.inplace,
+            "sample_weight": options.sample_weight is not None,
+            f"{weighting=}": weighting != "frequency",
+            "a mask": mask is not None and not self.takes_mask,
+        }
         for name, asked in refused.items():
             if asked:
                 raise ValueError(f"{what}: {name} has no meaning for this layer; leave it out, or use kn.BatchNorm")
-        check_padding(what, padding)
+        check_padding(what, options.padding)
         self.check(x, residual, **more)
         x = given = dense(x)
         counts = None
@@ -126,7 +128,7 @@ class Variant(Layer):
             x = padded(counts, x, None)
             residual = None if residual is None else padded(counts, residual, None)
         y = self.compute(x, residual, act, counts, **more)
-        return y if counts is None else padded(counts, y, given if padding == "keep" else None)
+        return y if counts is None else padded(counts, y, given if options.padding == "keep" else None)
 
     def _guard(self, options: Options) -> AbstractContextManager[None]:
         """The context that restores the layer if a call raises."""
@@ -202,9 +204,9 @@ class Variant(Layer):
 
     def _state(self) -> State:
         return State(
-            self.running_mean, self.running_var, self.num_batches_tracked, self.uses_batch(), False, self.momentum,
-            self.eps, type(self).__name__, self._updates or self.count_skipped(),
-            sink=None if self._control is None else self._control.sink(),
+            training=self.uses_batch(), update=False, momentum=self.momentum, eps=self.eps, what=type(self).__name__,
+            running_mean=self.running_mean, running_var=self.running_var, num_batches_tracked=self.num_batches_tracked,
+            updates=self._updates or self.count_skipped(), sink=None if self._control is None else self._control.sink(),
         )  # fmt: skip
 
     def unready(self) -> str | None:

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from keelnorm.engine import dispatch
 from keelnorm.engine.activations import Activation, ActivationLike
-from keelnorm.engine.arguments import State, check_arguments, check_channels
+from keelnorm.engine.arguments import Options, Padding, State, check_arguments, check_channels
 from keelnorm.engine.error_messages import describe
-from keelnorm.engine.masking import Padding
 from keelnorm.engine.torch_internals import BatchNormBase
-from keelnorm.functional import Options
 from keelnorm.moments import Moments, Weighting
 from keelnorm.nn._shared.normalize import normalize_by_batch
 from keelnorm.nn._shared.partition import Partition

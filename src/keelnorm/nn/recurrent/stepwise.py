@@ -10,11 +10,9 @@ from torch import Tensor
 
 from keelnorm.engine import dispatch
 from keelnorm.engine.activations import NONE, Activation, ActivationLike
-from keelnorm.engine.arguments import State, check_arguments, check_counter, check_numbers
+from keelnorm.engine.arguments import Options, Padding, State, check_arguments, check_counter, check_numbers
 from keelnorm.engine.error_messages import describe, is_count
 from keelnorm.engine.layout import check_kind
-from keelnorm.engine.masking import Padding
-from keelnorm.functional import Options
 from keelnorm.moments import Moments, Weighting, wide_dtype
 from keelnorm.nn._shared.variant import Variant
 
@@ -253,7 +251,10 @@ class Run:
             mean, var = layer.running_mean[row], layer.running_var[row]
         else:
             mean, var = self._population[row]
-        state = State(mean, var, None, batch, batch, 1.0, layer.eps, type(layer).__name__)
+        state = State(
+            training=batch, update=batch, momentum=1.0, eps=layer.eps, running_mean=mean, running_var=var,
+            what=type(layer).__name__,
+        )  # fmt: skip
         return dispatch.batch_norm(x, residual, layer.weight, bias, state, act)
 
     def finish(self) -> None:

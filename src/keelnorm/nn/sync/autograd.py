@@ -50,7 +50,7 @@ class Synchronized(torch.autograd.Function):
         fast: Tensor | None = run_fast("apply", x, *given, act.code, act.a, act.b)
         y = reference.apply(*given, act) if fast is None else fast
         if saved_outputs.calls:  # it is computed again from what the ranks have found, without asking them
-            state = State(None, None, None, True, False, None, 0.0, call.what)
+            state = State(training=True, update=False, momentum=None, eps=0.0, what=call.what)
             dispatch.note_output(y, x, residual, weight, bias, saved, state, act, fast is None)
         ctx.save_for_backward(x, weight, saved, count, *ops.gate_needs(call.act.code, residual, bias, y))
         ctx.call = call
@@ -63,7 +63,7 @@ class Synchronized(torch.autograd.Function):
         need, call = Needs(*ctx.needs_input_grad[:4]), ctx.call
         if torch.is_grad_enabled() or is_transformed():
             refuse_second_derivative(call.what)
-        kept = Kept(x, saved, weight, bias, y, residual, training=True, act=call.act)
+        kept = Kept(x=x, saved=saved, weight=weight, bias=bias, y=y, residual=residual, training=True, act=call.act)
         found = synchronized_backward(dy, kept, count, call, need)
         return *found, None, None, None
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from keelnorm.engine import dispatch, preflight
 from keelnorm.engine.activations import Activation, ActivationLike
+from keelnorm.engine.arguments import Options, Padding
 from keelnorm.engine.collectives import group_of
 from keelnorm.engine.error_messages import describe, locate, module_path
-from keelnorm.engine.masking import Padding, TooFew, without_variance
+from keelnorm.engine.masking import TooFew, without_variance
 from keelnorm.engine.normalization_steps import Normalization, is_plain
 from keelnorm.engine.preflight import Step, agree
 from keelnorm.engine.torch_internals import is_transformed
-from keelnorm.functional import Options, check_layer_call, moments
+from keelnorm.functional import check_layer_call, moments
 from keelnorm.moments import Moments, Weighting
 from keelnorm.nn._shared.normalize import normalize
 from keelnorm.nn._shared.too_few_option import HasTooFew

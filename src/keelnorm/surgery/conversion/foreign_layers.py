@@ -11,10 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from keelnorm import nn as layers
-from keelnorm.engine.arguments import State
+from keelnorm.engine.arguments import Options, State
 from keelnorm.engine.fusion.call import passes_by
 from keelnorm.engine.torch_internals import BatchNormBase
-from keelnorm.functional import Options
 from keelnorm.nn.batch_norm import FusedBatchNorm, fx_node
 from keelnorm.surgery.known_layers import ORIGIN, Known, known
 
@@ -75,8 +74,11 @@ class Frozen(nn.Module):
         return all(v is None or (v.dtype == x.dtype and v.shape == x.shape[1:2]) for v in (mean, var, *affine))
 
     def _unpacked(self) -> tuple[Any, Any, State]:
-        mean, var, eps = self.running_mean, self.running_var, self.eps
-        state = State(mean, var, None, False, False, 0.0, eps, type(self).__name__)  # type: ignore[arg-type]
+        layer: Any = self
+        state = State(
+            training=False, update=False, momentum=0.0, eps=layer.eps, running_mean=layer.running_mean,
+            running_var=layer.running_var, what=type(self).__name__,
+        )  # fmt: skip
         return self.weight, self.bias, state
 
 

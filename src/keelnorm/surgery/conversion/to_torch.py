@@ -72,22 +72,24 @@ def to_torch(model: Model) -> tuple[Model, Report]:
             f"to_torch: {'; '.join(refused.values())}. Replace these by torch.nn's layers by hand; the model is as "
             "before"
         )
-    was = {path: name_of(type(module)) for path, module in found.items()}
-    make_plain("to_torch", model)
-    rows = [
-        {"path": path, "was": was[path], "is": name_of(type(module)), "note": _note(module)}
-        for path, module in found.items()
-    ]
+    rows = make_plain("to_torch", model, found)
+    for row, module in zip(rows, found.values(), strict=True):
+        row["note"] = _note(module)
     return model, Report("to_torch", {"layers": len(rows)}, rows, notes_on(model))
 
 
-def make_plain(what: str, model: nn.Module) -> None:
+def make_plain(what: str, model: nn.Module, reported: Mapping[str, nn.Module]) -> list[dict[str, Any]]:
     """Replace each layer that has a counterpart in torch.nn by it; other layers stay.
 
     Args:
         what: The public function that was called, for errors.
         model: Changed in place.
+        reported: The layers of the report, by path.
+
+    Returns:
+        A row for each of these layers: what it was, and what it is.
     """
+    was = {path: name_of(type(module)) for path, module in reported.items()}
     ours = [module for module in model.modules() if isinstance(module, _OURS)]
     changing = {module for module in ours if (kind := class_before(module)) in _PLAIN or not issubclass(kind, _OURS)}
     graphs = [
@@ -106,6 +108,7 @@ def make_plain(what: str, model: nn.Module) -> None:
         for module, graph in graphs:
             if graph is not None:
                 module.graph = graph
+    return [{"path": path, "was": was[path], "is": name_of(type(module))} for path, module in reported.items()]
 
 
 def _refusal(module: nn.Module) -> str | None:

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from keelnorm.control.layer_selection import Where
 from keelnorm.control.run_uncompiled import uncompiled
-from keelnorm.engine.error_messages import describe
+from keelnorm.engine.error_messages import (
+    RefusedRuntimeError,
+    RefusedTypeError,
+    RefusedValueError,
+    check_tolerance,
+)
 from keelnorm.surgery.conversion.convert import undo_conversion
 from keelnorm.surgery.folding.fold_check import difference
 from keelnorm.surgery.folding.fold_plan import Plan, Planner, apply_plan
@@ -97,8 +102,7 @@ def fold(
     batch_norms_in("fold", model, where)
     refuse_sharded("fold", model)
     _check_model(model)
-    if tolerance is not None and not (isinstance(tolerance, int | float) and tolerance >= 0):
-        raise ValueError(f"fold: tolerance must be None or a number of at least 0; got {describe(tolerance)}")
+    check_tolerance("fold", tolerance)
     args, kwargs = call_of("fold", map_tensors(_without_inference_mode, example))
     model = model if inplace else copy.deepcopy(model)
     with all_or_nothing(model.modules()):
@@ -141,16 +145,16 @@ def _check_model(model: nn.Module) -> None:
     for path, module in model.named_modules():
         compiled = hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
         if compiled or isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(
+            raise RefusedTypeError(
                 f"fold: {path or 'the model'} is {'compiled' if compiled else 'a ScriptModule'}, so what it runs can't "
                 "be changed; fold the model that it was made from, and compile or script the result"
             )
     if any(value.is_meta for value in (*model.parameters(), *model.buffers())):
-        raise ValueError(
+        raise RefusedValueError(
             "fold: parts of the model are on the meta device, which has no values to fold; load them first"
         )
     if model.training:
-        raise ValueError(
+        raise RefusedValueError(
             "fold: the model is in training mode, where batch norms use the batch's statistics; folding is for "
             "inference: call model.eval() first"
         )
@@ -178,7 +182,7 @@ def _run_folded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         with preserved(model, (args, kwargs)):
             return tensors_in(model(*args, **kwargs))
     except Exception as error:
-        raise RuntimeError(
+        raise RefusedRuntimeError(
             f"fold: the folded model does not run on the example ({type(error).__name__}: {error}); the model is as "
             "before. Its code may use an attribute of a batch norm that an Identity lacks: leave that one out by where="
         ) from error
@@ -211,7 +215,7 @@ def _check_whole(model: nn.Module, plan: Plan, own: float, in_float64: float | N
     if in_float64 is not None:
         found, limit, dtype = in_float64, _WHOLE_FLOAT64, "float64"
     if not found <= limit:
-        raise RuntimeError(
+        raise RefusedRuntimeError(
             f"fold: the model's output on the example would differ by {found:.2g} of its largest value in {dtype}, "
             f"more than {limit:.2g}, though each layer by itself agrees; the model is as before. Its code may use a "
             "layer unseen (a batch norm in a plain list, a kernel that is no operator of torch), give another output "

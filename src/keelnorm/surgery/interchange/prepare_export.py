@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from torch import nn
 
@@ -11,7 +11,6 @@ from keelnorm.control.layer_selection import named
 from keelnorm.engine.error_messages import describe
 from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.nn._shared.variant import Variant
-from keelnorm.surgery.conversion.counterparts import name_of
 from keelnorm.surgery.conversion.to_torch import make_plain
 from keelnorm.surgery.known_layers import is_frozen
 from keelnorm.surgery.report import Report
@@ -67,12 +66,9 @@ def prepare_export(
         refuse_sharded("prepare_export", model)
         model = copy.deepcopy(model)
     layers = batch_norms_in("prepare_export", model)
-    was = {path: name_of(type(layer)) for path, layer in layers.items()}
-    make_plain("prepare_export", model)
-    rows: list[dict[str, Any]] = [
-        {"path": path, "was": was[path], "is": name_of(type(layer)), "note": notes[path]}
-        for path, layer in layers.items()
-    ]
+    rows = make_plain("prepare_export", model, layers)
+    for row in rows:
+        row["note"] = notes[row["path"]]
     changed = sum(row["was"] != row["is"] for row in rows)
     summary = {"batch norms": len(rows), "made plain": changed}
     return model, Report("prepare_export", summary, rows, notes_on(model))

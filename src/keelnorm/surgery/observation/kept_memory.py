@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from keelnorm.engine.error_messages import check_module, describe, is_count
+from keelnorm.engine.error_messages import RefusedValueError, check_module, describe
 from keelnorm.engine.output_recipes import Packed, held_by
-from keelnorm.engine.saved_outputs import LONGEST, recorded
+from keelnorm.engine.saved_outputs import check_longest, recorded
 from keelnorm.surgery.observation.nested_tensors import call_of, tensors_in
 from keelnorm.surgery.report import Report
 from keelnorm.surgery.snapshot import preserved
@@ -48,10 +48,9 @@ def kept_memory(model: nn.Module, example: Any, *, longest: int = 8, limit: floa
     """
     check_module("kept_memory", model)
     args, keywords = call_of("kept_memory", example)
-    if not is_count(longest) or longest > LONGEST:
-        raise ValueError(f"kept_memory: longest is an integer from 1 to {LONGEST}; got {describe(longest)}")
+    check_longest("kept_memory", longest)
     if limit is not None and not (isinstance(limit, int | float) and limit > 0):
-        raise ValueError(f"kept_memory: limit is a positive number of bytes, or None; got {describe(limit)}")
+        raise RefusedValueError(f"kept_memory: limit is a positive number of bytes, or None; got {describe(limit)}")
     found = [_kept_by_path(model, args, keywords, chain) for chain in (0, longest)]
     paths = {name: type(module).__name__ for name, module in model.named_modules() if any(name in by for by in found)}
     rows = [
@@ -93,14 +92,9 @@ def _kept_by_path(model: nn.Module, args: Any, keywords: dict[str, Any], longest
                 own.add(key)
                 kept[path] = kept.get(path, 0) + tensor.untyped_storage().nbytes()
 
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with preserved(model, (args, keywords)), torch.enable_grad(), recorded(model, longest, record):
-            model.train()
-            model(*args, **keywords)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with preserved(model, (args, keywords)), torch.enable_grad(), recorded(model, longest, record):
+        model.train()
+        model(*args, **keywords)
     return kept
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from keelnorm.engine.error_messages import describe
+from keelnorm.engine.error_messages import RefusedTypeError, describe
 
 #: Types that hold no tensors to be found.
 _LEAVES = (str, bytes, int, float, complex, type, Module, torch.Size, types.FunctionType, types.ModuleType)
@@ -84,7 +84,7 @@ def call_of(what: str, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return example, {}
     if isinstance(example, Mapping) and all(isinstance(name, str) for name in example):
         return (), dict(example)
-    raise TypeError(
+    raise RefusedTypeError(
         f"{what}: example must be a tensor (the model's only argument), a tuple of its arguments, or a mapping of its "
         f"keywords; got {describe(example)}. A list that is itself the argument goes into a tuple: (example,)"
     )

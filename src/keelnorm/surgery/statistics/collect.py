@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from keelnorm.control.frozen_layer import has_frozen_statistics
 from keelnorm.control.layer_hooks import paused
+from keelnorm.engine.error_messages import RefusedRuntimeError
 from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.functional import moments as moments_of
 from keelnorm.moments import Moments
@@ -48,12 +49,12 @@ def name_of(layer: BatchNormBase) -> str:
 def check_finite(what: str, layer: BatchNormBase, moments: Moments, *new: Tensor) -> None:
     """Raise unless the moments of a layer's inputs are finite, and its new running statistics in their dtype too."""
     if not bool((moments.mean.isfinite() & moments.m2.isfinite()).all()):
-        raise RuntimeError(
+        raise RefusedRuntimeError(
             f"{what}: the input of {name_of(layer)} is not finite; the model is as before. Leave out batches with "
             "NaN or infinite values"
         )
     if not all(bool(values.isfinite().all()) for values in new):
-        raise RuntimeError(
+        raise RefusedRuntimeError(
             f"{what}: the moments of {name_of(layer)} are too large for its buffers of {new[-1].dtype}; the model is "
             "as before. Make the buffers float32"
         )

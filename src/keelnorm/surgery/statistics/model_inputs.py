@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from keelnorm.engine.error_messages import describe, is_count
+from keelnorm.engine.error_messages import RefusedTypeError, RefusedValueError, describe, is_count
 from keelnorm.surgery.observation.nested_tensors import map_tensors
 
 #: Runs the model on a batch; only entropy minimization uses what it returns.
@@ -46,11 +46,11 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
 def check_loader(what: str, loader: Any, passes: int) -> None:
     """Raise unless the loader gives batches, for as many passes as needed."""
     if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
-        raise TypeError(
+        raise RefusedTypeError(
             f"{what}: loader must be an iterable of batches; got {describe(loader)}. For a single batch, pass [batch]"
         )
     if passes > 1 and iter(loader) is loader:
-        raise ValueError(
+        raise RefusedValueError(
             f"{what}: sequential=True and entropy=True need several passes over the data, so the loader must be able "
             f"to start again; got {type(loader).__name__}, which can be used once. Pass a list or a DataLoader"
         )
@@ -62,7 +62,7 @@ def passes_over(
 ) -> Iterator[Callable[[], Iterator[Any]]]:
     """Give the block a function that starts a pass over the batches, with a progress bar if wanted."""
     if most is not None and not is_count(most):
-        raise ValueError(f"{what}: max_batches must be None or an integer of at least 1; got {describe(most)}")
+        raise RefusedValueError(f"{what}: max_batches must be None or an integer of at least 1; got {describe(most)}")
     shown = sys.stderr.isatty() if progress is None else progress
     if not shown or find_spec("rich") is None:
         yield lambda: islice(iter(loader), most)

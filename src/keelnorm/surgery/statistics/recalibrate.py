@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from keelnorm.control.layer_selection import Where
 from keelnorm.control.run_uncompiled import uncompiled
-from keelnorm.engine.error_messages import describe
+from keelnorm.engine.error_messages import RefusedValueError, check_tolerance
 from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.surgery.report import Report
 from keelnorm.surgery.snapshot import all_or_nothing, copy_values, in_evaluation
@@ -104,9 +104,7 @@ def recalibrate(
         arXiv:2211.08403.
     """
     layers = batch_norms_in("recalibrate", model, where)
-    is_number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
-    if tolerance is not None and not (is_number and tolerance >= 0):
-        raise ValueError(f"recalibrate: tolerance must be None or a number of at least 0; got {describe(tolerance)}")
+    check_tolerance("recalibrate", tolerance)
     left = {path: reason_to_leave(layer) for path, layer in layers.items()}
     targets = {path: layer for path, layer in layers.items() if left[path] is None}
     passes = len(targets) if sequential else 1
@@ -140,7 +138,7 @@ def set_statistics(layer: BatchNormBase, pooled: PooledInput) -> None:
     moments = pooled.moments
     count = float(moments.count.min())
     if count < 2:
-        raise ValueError(
+        raise RefusedValueError(
             f"recalibrate: {name_of(layer)} got {count:g} values per channel; every layer needs two or more. Use "
             "where= to leave layers out that the data does not reach"
         )

@@ -168,7 +168,8 @@ def _call(
     check_vectors(x, weight=weight, bias=bias)
     if not 0 <= activation < len(TABLE):
         raise unsupported("activation")
-    return Call(x, view, Act(TABLE[activation].name, a, b), weight, bias, mask, keep)
+    act = Act(TABLE[activation].name, a, b)
+    return Call(x=x, view=view, act=act, weight=weight, bias=bias, mask=mask, keep=keep)
 
 
 def _running(
@@ -178,7 +179,7 @@ def _running(
     """Check the running statistics."""
     check_vectors(x, running_mean=mean, running_var=var)
     check_counts(x, counts)
-    return Running(mean, var, batches, counts, update, momentum)
+    return Running(mean=mean, var=var, batches=batches, counts=counts, update=update, momentum=momentum)
 
 
 def _inputs(dy: Tensor, x: Tensor, y: Tensor | None, residual: Tensor | None) -> GradientInputs:
