@@ -121,6 +121,36 @@ def test_masked_values_may_be_nan(name: str) -> None:
     assert_saving_changes_nothing(model, batch())
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_a_tensor_that_is_input_and_residual_and_read_again(name: str) -> None:
+    """Three gradients add up, in the same order."""
+
+    class Both(Two):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            y = self.bn1(x, x, activation="hardswish", **self.given)
+            z = self.bn2(y, x, activation="silu", **self.given)
+            out: torch.Tensor = self.last(z + y * x)
+            return out
+
+    for dtype in (torch.float32, torch.float64):
+        assert_saving_changes_nothing(Both(KINDS[name], None).to(dtype), batch(dtype))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_autocast_in_the_forward_alone(name: str) -> None:
+    model, twin = (Two(KINDS[name], "softplus", residual=True) for _ in range(2))
+    for each in (model, twin):
+        handle = kn.save_memory(each) if each is twin else None
+        with torch.autocast("cpu", torch.bfloat16):
+            y = each(batch())
+        if handle is not None:
+            handle.undo()
+        with torch.autograd.set_detect_anomaly(True):
+            y.float().square().sum().backward()
+    assert_same_bits([p.grad for p in twin.parameters()], [p.grad for p in model.parameters()])
+
+
 @pytest.mark.parametrize("byte", [1, 2, 128, 255])
 def test_any_byte_but_zero_is_true(byte: int) -> None:
     bytes_ = mask().to(torch.uint8) * byte
@@ -156,3 +186,43 @@ def test_groups_one_by_one(memory_format: torch.memory_format) -> None:
     with kn.kernels.use("reference"):
         assert_saving_changes_nothing(model, x)
         assert kept(model, x, 8) <= kept(model, x, 0) - 2 * ONE
+
+
+NOTHING = torch.zeros(4, dtype=torch.bool)
+EDGES: dict[str, tuple[Kind, int]] = {
+    "one value, running": (Kind(lambda: kn.BatchNorm1d(C, too_few="running")), 1),
+    "one value, skip": (Kind(lambda: kn.BatchNorm1d(C, too_few="skip")), 1),
+    "one weight": (Kind(lambda: kn.BatchNorm1d(C, too_few="skip"), lambda: {"sample_weight": torch.eye(4)[0]}), 4),
+    "one counts": (Kind(lambda: kn.BatchNorm1d(C, too_few="running"), lambda: {"mask": torch.arange(4) < 1}), 4),
+    "none counts": (Kind(lambda: kn.BatchNorm1d(C), lambda: {"mask": NOTHING}), 4),
+    "none counts, keep": (Kind(lambda: kn.BatchNorm1d(C), lambda: {"mask": NOTHING, "padding": "keep"}), 4),
+    "none counts, L1": (Kind(lambda: kn.L1BatchNorm(C), lambda: {"mask": NOTHING}), 4),
+    "empty": (Kind(lambda: kn.BatchNorm1d(C)), 0),
+    "empty, ghost": (Kind(lambda: kn.GhostBatchNorm(C, 2)), 0),
+    "empty, range": (Kind(lambda: kn.RangeBatchNorm(C)), 0),
+    "embedding": (
+        Kind(lambda: kn.ConditionalBatchNorm(C, embedding_dim=2), lambda: {"condition": torch.ones(4, 2)}),
+        4,
+    ),
+    "no tables": (
+        Kind(lambda: kn.ConditionalBatchNorm(C, 2, affine=False), lambda: {"condition": torch.arange(4) % 2}),
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_batches_of_few_values(name: str) -> None:
+    kind, samples = EDGES[name]
+
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.bn, self.last = nn.Linear(3, C), kind.layer(), nn.Linear(C, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.bn(self.first(x), activation="silu", **kind.given())
+            out: torch.Tensor = self.last(y)
+            return out
+
+    assert_saving_changes_nothing(Small(), torch.randn(samples, 3, generator=torch.Generator().manual_seed(0)))

@@ -25,6 +25,8 @@ def elementwise(function: Function, *tensors: Tensor | None) -> Tensor:
     Args:
         function: Of torch's differentiable operators, value by value, in float32 or wider. It is called again in the
             backward.
+        tensors: In the order in which the backward of torch's operators comes to them, the last operation's first: a
+            tensor that is given twice has then a gradient with the same bits.
     """
     if torch.compiler.is_compiling() or not saved_outputs.calls or not _is_recomputed(tensors):
         return function(*tensors)

@@ -154,12 +154,12 @@ def weighted(
         assert state.running_mean is not None and state.running_var is not None
         mean, var = state.running_mean.to(wide), state.running_var.to(wide)
     rstd = (var + state.eps).rsqrt()
-    y = elementwise(partial(_normalized, eps=state.eps, act=act), x, mean, rstd, weight, bias, residual)
+    y = elementwise(partial(_normalized, eps=state.eps, act=act), residual, x, mean, rstd, weight, bias)
     return y if mask is None else padded(mask, y, given if state.keep else None)
 
 
 def _normalized(
-    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    residual: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
     eps: float, act: Activation,
 ) -> Tensor:  # fmt: skip
     y, _ = normalized(x, (mean, rstd), eps)

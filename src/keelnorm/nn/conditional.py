@@ -194,7 +194,7 @@ class ConditionalBatchNorm(Variant):
         else:
             y = dispatch.batch_norm(wide, None, None, None, self._state(), NONE)
         if gain is not None or residual is not None or act.code or x.dtype != dtype:
-            y = elementwise(partial(_modulated, dtype=x.dtype, act=act), y, gain, shift, residual)
+            y = elementwise(partial(_modulated, dtype=x.dtype, act=act), residual, y, gain, shift)
         if moments is not None:
             self.update_running(moments)
         return y
@@ -264,7 +264,7 @@ class ConditionalBatchNorm(Variant):
 
 
 def _modulated(
-    y: Tensor, gain: Tensor | None, shift: Tensor | None, residual: Tensor | None, dtype: torch.dtype, act: Activation
+    residual: Tensor | None, y: Tensor, gain: Tensor | None, shift: Tensor | None, dtype: torch.dtype, act: Activation
 ) -> Tensor:
     """Return ``act(y·gain + shift + residual)`` in x's dtype, or one that the residual's promotes it to."""
     if gain is not None:

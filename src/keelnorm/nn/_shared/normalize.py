@@ -30,16 +30,16 @@ def normalize(
 
     ``mean``, ``var``, ``weight`` and ``bias`` have the shape (C,), or broadcast to x.
     """
-    return elementwise(partial(_normalized, eps=eps, act=act), x, mean, var, weight, bias, residual)
+    return elementwise(partial(_normalized, eps=eps, act=act), residual, x, mean, var, weight, bias)
 
 
 def _normalized(
+    residual: Tensor | None,
     x: Tensor,
     mean: Tensor,
     var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
     eps: float,
     act: Activation,
 ) -> Tensor:
