@@ -219,6 +219,21 @@ def test_autograd_is_told_what_was_written() -> None:
     assert [buffer._version for buffer in buffers] == [version + 1 for version in before]
 
 
+def test_its_name() -> None:
+    assert layer_for((4, 3))(torch.randn(4, 3)).grad_fn.name() == "torch::autograd::CppNode<keelnorm::BatchNorm>"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own use
+def test_compiled_autograd() -> None:
+    from torch._dynamo import compiled_autograd
+
+    layer, x = layer_for((4, 3)), torch.randn(4, 3, requires_grad=True)
+    plain = everything(layer, x, None, "silu")[1]
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        layer(x, activation="silu").backward(torch.randn((4, 3), generator=torch.Generator().manual_seed(5)))
+    assert torch.equal(x.grad, plain)
+
+
 def test_a_changed_weight_is_torchs_error() -> None:
     layer = layer_for((4, 3))
     y = layer(torch.randn(4, 3, requires_grad=True))

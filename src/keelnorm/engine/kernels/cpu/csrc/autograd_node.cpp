@@ -124,6 +124,10 @@ std::array<Tensor, 4> gradients_by_python(const std::array<Tensor, 7>& tensors, 
   return gradients;
 }
 
+}  // namespace
+
+namespace keelnorm {  // the name of the node, as grad_fn.name() says it
+
 struct BatchNorm : torch::autograd::Function<BatchNorm> {
   // Which tensors there are stands in bits of one number, beside the activation's code.
   enum : int64_t { kTraining = 1 << 8, kResidual = 1 << 9, kWeight = 1 << 10, kBias = 1 << 11 };
@@ -205,6 +209,10 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
   }
 };
 
+}  // namespace keelnorm
+
+namespace {
+
 // ---- the call from Python
 
 // A plain tensor, or an undefined one for None; false for anything else.
@@ -281,7 +289,7 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
     pybind11::gil_scoped_release no_gil;
     if (record) {
       const auto optional = [](const Tensor& t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; };
-      y = BatchNorm::apply(x, optional(residual), optional(weight), optional(bias), call);
+      y = keelnorm::BatchNorm::apply(x, optional(residual), optional(weight), optional(bias), call);
     } else {
       y = std::get<0>(run_forward(x, residual, weight, bias, call));
     }
