@@ -11,9 +11,9 @@ from torch import Tensor
 from keelnorm.engine.activations import Activation
 from keelnorm.engine.arguments import PADDINGS, Options, State
 from keelnorm.engine.composite import finished, normalized, scaled
-from keelnorm.engine.elementwise import elementwise, padded
 from keelnorm.engine.error_messages import describe, is_count
 from keelnorm.engine.layout import check_kind, counted, require_memory
+from keelnorm.engine.recomputed_steps import elementwise, padded
 from keelnorm.engine.running_statistics import update_running
 from keelnorm.moments import (
     LEAST_FREQUENCY,

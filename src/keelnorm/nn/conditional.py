@@ -11,9 +11,9 @@ from torch import Tensor
 from keelnorm.engine import dispatch
 from keelnorm.engine.activations import NONE, Activation, ActivationLike
 from keelnorm.engine.arguments import Options, Padding, check_arguments, check_channels
-from keelnorm.engine.elementwise import elementwise
 from keelnorm.engine.error_messages import describe, is_count
 from keelnorm.engine.layout import check_kind
+from keelnorm.engine.recomputed_steps import elementwise
 from keelnorm.engine.torch_internals import BatchNormBase, is_transformed
 from keelnorm.moments import Weighting, compute_dtype
 from keelnorm.nn._shared.normalize import normalize_by_batch

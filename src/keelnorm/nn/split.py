@@ -12,8 +12,8 @@ from torch import Tensor
 from keelnorm.engine import dispatch
 from keelnorm.engine.activations import Activation
 from keelnorm.engine.arguments import check_arguments
-from keelnorm.engine.elementwise import joined
 from keelnorm.engine.error_messages import check_module, describe, is_count
+from keelnorm.engine.recomputed_steps import joined
 from keelnorm.functional import moments
 from keelnorm.nn._shared.scoped_choice import Choices
 from keelnorm.nn._shared.take_over import adopt, options_of

@@ -14,10 +14,10 @@ from torch import Tensor
 from keelnorm.engine import composite, dispatch, ops, saved_outputs
 from keelnorm.engine.activations import Activation
 from keelnorm.engine.arguments import Kept, Needs, State
-from keelnorm.engine.elementwise import joined
 from keelnorm.engine.fast_operators import attempt, mark_updated
 from keelnorm.engine.kernels import registry
 from keelnorm.engine.layout import dense, is_channels_last
+from keelnorm.engine.recomputed_steps import joined
 from keelnorm.engine.torch_internals import is_transformed, plain_apply
 from keelnorm.functional import moments as moments_of
 from keelnorm.moments import Moments

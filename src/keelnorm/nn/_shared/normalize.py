@@ -11,8 +11,8 @@ from keelnorm.engine import dispatch
 from keelnorm.engine.activations import Activation
 from keelnorm.engine.arguments import State
 from keelnorm.engine.composite import centered, finished
-from keelnorm.engine.elementwise import elementwise
 from keelnorm.engine.layout import per_channel
+from keelnorm.engine.recomputed_steps import elementwise
 from keelnorm.moments import Moments, compute_dtype
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keelnorm.engine.elementwise import joined
 from keelnorm.engine.layout import is_channels_last
+from keelnorm.engine.recomputed_steps import joined
 
 
 class Partition:

@@ -11,7 +11,6 @@ from torch import Tensor
 from keelnorm.engine import dispatch
 from keelnorm.engine.activations import Activation, ActivationLike, resolve
 from keelnorm.engine.arguments import Options, Padding, State, check_arguments
-from keelnorm.engine.elementwise import padded
 from keelnorm.engine.error_messages import locate
 from keelnorm.engine.fusion.call import begin, passes_by
 from keelnorm.engine.fusion.scope import is_inside
@@ -19,6 +18,7 @@ from keelnorm.engine.layout import dense
 from keelnorm.engine.masking import check_padding, named_mask
 from keelnorm.engine.normalization_steps import Normalization, is_plain
 from keelnorm.engine.recomputation import is_second_run
+from keelnorm.engine.recomputed_steps import padded
 from keelnorm.engine.rollback import Unchanged
 from keelnorm.engine.running_statistics import averaged, update_running
 from keelnorm.functional import check_layer_call, refuse_jit
