@@ -54,7 +54,8 @@ from keelnorm.nn import (
 )
 
 if TYPE_CHECKING:
-    from keelnorm import surgery
+    from keelnorm import doctor, surgery
+    from keelnorm.doctor.diagnose import diagnose
     from keelnorm.surgery import (
         Report,
         adapt,
@@ -118,7 +119,9 @@ __all__ = [
     "control",
     "convert",
     "convert_domains",
+    "diagnose",
     "distributed",
+    "doctor",
     "export_onnx",
     "fold",
     "follow_scaler",
@@ -154,7 +157,10 @@ __all__ = [
 if not TYPE_CHECKING:  # else type checkers would accept any name
 
     def __getattr__(name: str) -> Any:
-        """Import keelnorm.surgery when it, or one of its names, is first used."""
+        """Import keelnorm.surgery or keelnorm.doctor when it, or one of its names, is first used."""
+        if name in ("diagnose", "doctor"):
+            doctor = import_module("keelnorm.doctor")
+            return doctor if name == "doctor" else doctor.diagnose
         if name in __all__:
             surgery = import_module("keelnorm.surgery")
             return surgery if name == "surgery" else getattr(surgery, name)
