@@ -116,8 +116,9 @@ def _remedied(case: Case, findings: list[Finding]) -> Case:
     """The example after the remedies were run as code."""
     import keelnorm
 
+    batches = [case.example] if case.batches is None and case.example is not None else case.batches
     names: dict[str, Any] = {
-        "model": case.model, "optimizer": case.optimizer, "batches": case.batches, "loss": case.loss,
+        "model": case.model, "optimizer": case.optimizer, "batches": batches, "loss": case.loss,
         "torch": torch, "nn": nn, "kn": keelnorm,
     }  # fmt: skip
     for remedy in dict.fromkeys(finding.remedy for finding in findings):

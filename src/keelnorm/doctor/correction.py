@@ -24,9 +24,9 @@ def corrected(findings: Iterable[Finding], tests: int, level: float = LEVEL) -> 
         level: The largest corrected p-value that is kept.
 
     Example:
-        >>> found = [Finding("KN201", "warning", (path,), "", p_value=p) for path, p in (("a", 1e-6), ("b", 1e-3))]
-        >>> [(one.layers, one.p_value) for one in corrected(found, 100)]
-        [(('a',), 0.0001)]
+        >>> found = [Finding("KN201", "warning", (path,), "", p_value=p) for path, p in (("a", 2**-20), ("b", 2**-8))]
+        >>> [(one.layers, one.p_value) for one in corrected(found, 128)]
+        [(('a',), 0.0001220703125)]
 
     Source:
         Holm (1979), "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of Statistics 6.

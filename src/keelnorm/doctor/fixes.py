@@ -14,6 +14,7 @@ from keelnorm.surgery.statistics.recalibrate import recalibrate
 
 if TYPE_CHECKING:
     from keelnorm.doctor.evidence.evidence import Evidence
+    from keelnorm.doctor.evidence.layers import LayerFacts
 
 
 class Fixed(NamedTuple):
@@ -47,9 +48,7 @@ def _recalibrated(findings: list[Finding], evidence: Evidence) -> list[Fixed]:
     if evidence.batches is None:
         return []
     possible = [
-        finding
-        for finding in findings
-        if finding.layers and all(reason_to_leave(evidence[path].module) is None for path in finding.layers)  # type: ignore[arg-type]
+        one for one in findings if one.layers and all(_can_be_recalibrated(evidence[path]) for path in one.layers)
     ]
     layers = {path for finding in possible for path in finding.layers}
     if not layers:
@@ -66,6 +65,12 @@ def _recalibrated(findings: list[Finding], evidence: Evidence) -> list[Fixed]:
     )
     done = f"its running statistics were set to those of {report.summary['batches']} batches"
     return [Fixed(finding, done) for finding in possible]
+
+
+def _can_be_recalibrated(layer: LayerFacts) -> bool:
+    """Whether the batches reach the layer, and its statistics are those of its input."""
+    reached = layer.beside is not None and layer.beside.observed
+    return reached and reason_to_leave(layer.module) is None  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -74,7 +74,7 @@ class Evidence:
         """Why a rule can't judge; None if it can."""
         there = {
             "optimizer": self.optimizer is not None,
-            "neighbors": any(layer.beside is not None for layer in self.layers),
+            "neighbors": not self.layers or any(layer.beside is not None for layer in self.layers),
             "batch": self.batches is not None,
             "data": self.data is not None,
             "step": self.step is not None,

@@ -45,11 +45,21 @@ class Neighbor:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A dropout, and its rate."""
+    """A dropout in front of a batch norm.
+
+    Args:
+        name: In words: "Dropout '2'", or "dropout" for a function.
+        rate: The share of values that it sets to 0.
+        path: The path of the layer, or of the module whose code calls the function.
+        is_layer: Whether it is a layer, and not a function.
+        attribute: For a function, the name of the module's attribute with the rate, if there is one.
+    """
 
     name: str
-    path: str | None
     rate: float
+    path: str
+    is_layer: bool = True
+    attribute: str | None = None
 
 
 @dataclass(frozen=True)
@@ -154,21 +164,30 @@ def _dropouts_before(
         writer = trace.writer(value)
         if writer is None or _normalizes(writer):
             continue
-        if str(writer) in _DROPS:
+        if str(writer) in _DROPS and _is_layer(writer):  # a function that drops in evaluation shifts nothing
             yield from _dropped(writer, paths)
         weighed += _WEIGHS.search(str(writer)) is not None
         if weighed <= 1:
             stack += [(source, weighed) for source in writer.inputs]
 
 
+def _is_layer(call: FunctionCall) -> bool:
+    return call.inside is not None and isinstance(call.inside.module, DropoutBase)
+
+
 def _dropped(call: FunctionCall, paths: Mapping[nn.Module, str]) -> Iterator[Dropped]:
-    module = None if call.inside is None else call.inside.module
-    if isinstance(module, _KEEPS_VARIANCE):
+    if call.inside is None or isinstance(call.inside.module, _KEEPS_VARIANCE):
         return
+    module, path = call.inside.module, paths.get(call.inside.module, call.inside.path)
     rate = call.kwargs.get("p", call.args[1] if len(call.args) > 1 else 0.5)
-    if isinstance(rate, float | int) and 0 < rate < 1:
-        found = _neighbor(call, paths)
-        yield Dropped(found.name, found.path, float(rate))
+    if not (isinstance(rate, float | int) and 0 < rate < 1):
+        return
+    if _is_layer(call):
+        yield Dropped(f"{type(module).__name__} {path!r}", float(rate), path)
+        return
+    names = [name for name, value in vars(module).items() if isinstance(value, float) and value == rate]
+    attribute = next((name for name in names if "drop" in name), None)
+    yield Dropped(f"{call} in {type(module).__name__} {path!r}", float(rate), path, False, attribute)
 
 
 def _normalizes(call: FunctionCall) -> bool:
@@ -227,7 +246,7 @@ def _in_chain(chain: list[nn.Module], index: int, paths: Mapping[nn.Module, str]
     for module in reversed(chain[:index]):
         if isinstance(module, DropoutBase) and not isinstance(module, _KEEPS_VARIANCE):
             if 0 < module.p < 1:
-                dropouts.append(Dropped(named(module), paths[module], float(module.p)))
+                dropouts.append(Dropped(named(module), float(module.p), paths[module]))
             continue
         weighed += isinstance(module, ConvBase | nn.Linear | nn.Bilinear)
         if weighed > 1 or is_norm(module) or _NORM_CLASS.search(type(module).__name__) or any(module.children()):
