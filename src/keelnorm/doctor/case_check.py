@@ -13,6 +13,7 @@ from torch import nn
 from keelnorm.doctor.diagnose import run_rules
 from keelnorm.doctor.evidence.batches import Batches
 from keelnorm.doctor.evidence.evidence import Evidence, collect
+from keelnorm.doctor.evidence.untouched import untouched
 from keelnorm.doctor.finding import Finding, rank
 from keelnorm.doctor.fixes import apply_fixes
 from keelnorm.doctor.rule import Case, Rule
@@ -69,14 +70,20 @@ def check_healthy(rule: Rule, make: Callable[[], Case]) -> None:
 
 
 def evidence_of(case: Case) -> Evidence:
-    """The evidence for an example."""
+    """The evidence for an example; the model is as before."""
+    with untouched(case.model):
+        return _evidence_of(case)
+
+
+def _evidence_of(case: Case) -> Evidence:
     given = None if case.batches is None else Batches(case.batches)
     layers = batch_norms_in("diagnose", case.model, None)
     return collect(case.model, layers, optimizer=case.optimizer, batches=given, example=case.example, ranks=case.ranks)
 
 
 def _findings(rule: Rule, case: Case) -> list[Finding]:
-    found, skipped = run_rules([rule], evidence_of(case))
+    with untouched(case.model):
+        found, skipped = run_rules([rule], _evidence_of(case))
     if skipped:
         raise AssertionError(f"{rule.id} was skipped: it {skipped[rule.id]}")
     return found

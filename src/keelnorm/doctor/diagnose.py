@@ -22,7 +22,7 @@ from keelnorm.doctor.rule import Rule
 from keelnorm.doctor.silencing import Silence, Silenced, read_baseline, read_silence
 from keelnorm.engine.error_messages import describe
 from keelnorm.surgery.statistics.model_inputs import Forward
-from keelnorm.surgery.target_layers import batch_norms_in, notes_on
+from keelnorm.surgery.target_layers import batch_norms_in, notes_on, refuse_sharded
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -82,7 +82,7 @@ def diagnose(
     Raises:
         TypeError: ``model`` is no module, or an argument is of another type.
         ValueError: The model has no batch norm, ``batches`` is empty, or an argument names no rule or layer.
-        RuntimeError: The model raised on the example or on a batch.
+        RuntimeError: The model raised on the example or on a batch, and no rule has found an error that explains it.
         FileNotFoundError: There is no such baseline.
 
     Example:
@@ -99,10 +99,12 @@ def diagnose(
     rules = {rule.id: rule for rule in chosen(WHAT, select, ignore, registry)}
     silences = read_silence(WHAT, silence, registry.rules)
     known = None if baseline is None else read_baseline(WHAT, baseline)
-    given = None if batches is None else Batches(batches, forward, max_batches)
-
-    evidence = collect(model, layers, optimizer=optimizer, batches=given, example=example)
-    found, skipped = run_rules(list(rules.values()), evidence)
+    with untouched(model):
+        given = None if batches is None else Batches(batches, forward, max_batches)
+        evidence = collect(model, layers, optimizer=optimizer, batches=given, example=example)
+        found, skipped = run_rules(list(rules.values()), evidence)
+    if evidence.failure is not None and not any(one.severity == "error" for one in found):
+        raise evidence.failure
     left: list[Finding] = []
     silenced: list[Finding] = []
     old: list[Finding] = []
@@ -132,18 +134,31 @@ def run_rules(rules: Sequence[Rule], evidence: Evidence) -> tuple[list[Finding],
     found: list[Finding] = []
     skipped: dict[str, str] = {}
     tests = 0
-    with untouched(evidence.model):
-        for rule in rules:
-            reason = evidence.lacks(rule)
-            if reason is None:
-                try:
-                    found += list(rule.check(evidence))
-                    tests += 0 if rule.tests is None else rule.tests(evidence)
-                except Exception as error:  # a rule may be another package's
-                    reason = f"it raised {type(error).__name__}: {error}"
-            if reason is not None:
-                skipped[rule.id] = reason
+    for rule in rules:
+        reason = evidence.lacks(rule)
+        if reason is None:
+            try:
+                found += _checked(rule, evidence)
+                tests += 0 if rule.tests is None else rule.tests(evidence)
+            except Exception as error:  # a rule may be another package's
+                reason = f"it raised {type(error).__name__}: {error}"
+        if reason is not None:
+            skipped[rule.id] = reason
     return corrected(found, tests), skipped
+
+
+def _checked(rule: Rule, evidence: Evidence) -> list[Finding]:
+    """The findings of one rule.
+
+    Raises:
+        ValueError: A finding is of another rule, or names a layer that is not there.
+    """
+    paths = {layer.path for layer in evidence.layers}
+    found = list(rule.check(evidence))
+    for one in found:
+        if one.rule != rule.id or not paths.issuperset(one.layers):
+            raise ValueError(f"it gave a finding of the rule {one.rule} for the layers {one.layers}")
+    return found
 
 
 def _check(model: nn.Module, layers: Mapping[str, nn.Module], *, optimizer: Any, loss: Any) -> None:
@@ -154,6 +169,7 @@ def _check(model: nn.Module, layers: Mapping[str, nn.Module], *, optimizer: Any,
             + (f". {seen}" if seen else "; torch.nn's, keelnorm's and those of kn.surgery.register are known")
         )
     check_not_lazy(model)
+    refuse_sharded(WHAT, model)
     if optimizer is not None and not isinstance(getattr(optimizer, "param_groups", None), list):
         raise TypeError(f"diagnose: optimizer must be a torch.optim.Optimizer; got {describe(optimizer)}")
     if loss is not None and not callable(loss):
@@ -171,6 +187,8 @@ def _sorted(findings: list[Finding], evidence: Evidence) -> list[Finding]:
 
 def _notes(evidence: Evidence, silences: list[Silenced], found: list[Finding]) -> list[str]:
     notes = notes_on(evidence.model)
+    if evidence.failure is not None:
+        return [*notes, f"{str(evidence.failure).removeprefix('diagnose: ').capitalize()}."]
     unseen = [layer for layer in evidence.layers if layer.beside is None]
     ran = any(layer.beside is not None and layer.beside.observed for layer in evidence.layers)
     if unseen and not ran:

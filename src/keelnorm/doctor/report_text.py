@@ -68,8 +68,8 @@ def heading(diagnosis: Diagnosis) -> str:
     found = groups(diagnosis.findings)
     counts = [(level, sum(group[0].severity == level for group in found)) for level in reversed(SEVERITIES)]
     said = ", ".join(f"{n} {level if n == 1 else _PLURALS[level]}" for level, n in counts if n) or "nothing found"
-    number = len(diagnosis.layers)
-    return f"diagnose: {said} in {number} batch norm{'s' * (number != 1)}, {len(diagnosis.rules)} rules run"
+    layers, rules = len(diagnosis.layers), len(diagnosis.rules)
+    return f"diagnose: {said} in {layers} batch norm{'s' * (layers != 1)}, {rules} rule{'s' * (rules != 1)} run"
 
 
 def groups(findings: Sequence[Finding]) -> list[list[Finding]]:

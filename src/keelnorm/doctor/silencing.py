@@ -51,7 +51,9 @@ def read_silence(what: str, silence: Silence, rules: Mapping[str, Rule]) -> list
         pairs = [
             (rule, pattern)
             for rule, patterns in silence.items()
-            for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+            for pattern in (
+                patterns if isinstance(patterns, Iterable) and not isinstance(patterns, str) else [patterns]
+            )
         ]
     else:
         pairs = [

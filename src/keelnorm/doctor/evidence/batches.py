@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -16,11 +16,29 @@ from keelnorm.surgery.statistics.model_inputs import Forward, check_loader, run_
 _FEW = 2
 
 
+class _Kept:
+    """Batches of an iterator, which gives them once: those that were taken are kept."""
+
+    def __init__(self, rest: Iterator[Any]) -> None:
+        self._rest, self._taken = rest, []  # type: Iterator[Any], list[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        index = 0
+        while True:
+            if index == len(self._taken):
+                try:
+                    self._taken.append(next(self._rest))
+                except StopIteration:
+                    return
+            yield self._taken[index]
+            index += 1
+
+
 class Batches:
     """Batches of data, and how the model is run on one.
 
     Args:
-        given: An iterable of batches. What can be iterated only once is kept in a list.
+        given: An iterable of batches. The batches of an iterator are kept, so that they can be run again.
         forward: ``forward(model, batch)``, for batches that ``kn.recalibrate`` can't run by itself; None for others.
         most: The largest number of batches; None for all.
 
@@ -40,7 +58,7 @@ class Batches:
             raise TypeError(str(error).replace("loader must", "batches must")) from None
         if most is not None and not is_count(most):
             raise ValueError(f"diagnose: max_batches must be None or an integer of at least 1; got {describe(most)}")
-        self.all: Iterable[Any] = list(islice(given, most)) if iter(given) is given else given
+        self.all: Iterable[Any] = _Kept(given) if isinstance(given, Iterator) else given
         self.forward, self.most = forward, most
         try:
             self.first = next(iter(self.all))
@@ -50,7 +68,7 @@ class Batches:
                 "before gives none"
             ) from None
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Any]:
         return islice(iter(self.all), self.most)
 
     def run(self, model: nn.Module, batch: Any) -> Any:

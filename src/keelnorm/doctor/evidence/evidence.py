@@ -14,8 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from keelnorm.doctor.evidence.batches import Batches
 from keelnorm.doctor.evidence.layers import LayerFacts, facts_of
-from keelnorm.doctor.evidence.neighbors import DropoutBase, Surroundings, from_run, from_sequence
-from keelnorm.doctor.evidence.untouched import untouched
+from keelnorm.doctor.evidence.neighbors import DropoutBase, from_run, from_sequence
 from keelnorm.doctor.rule import Need, Rule
 from keelnorm.engine.torch_internals import compiled_module_class
 from keelnorm.surgery.observation.call_record import Trace
@@ -46,6 +45,7 @@ class Evidence:
         optimizer: The optimizer.
         batches: The batches.
         ranks: The number of processes of torch.distributed.
+        failure: What the model raised when it was run to see what stands beside the layers.
         data: What evaluations of the batches have shown.
         step: What a training step has shown.
     """
@@ -55,6 +55,7 @@ class Evidence:
     optimizer: Optimizer | None = None
     batches: Batches | None = None
     ranks: int = 1
+    failure: RuntimeError | None = None
     data: Any = None
     step: Any = None
     _by_path: dict[str, LayerFacts] = field(default_factory=dict, init=False, repr=False)
@@ -110,7 +111,7 @@ def collect(
     example: Any = None,
     ranks: int | None = None,
 ) -> Evidence:
-    """Collect the evidence; the model is afterwards as before.
+    """Collect the evidence, inside of a block of ``untouched``.
 
     Args:
         model: The model.
@@ -119,25 +120,23 @@ def collect(
         batches: Batches; the first shows what stands beside the layers if there is no example.
         example: What the model is called with, as in ``kn.fold``.
         ranks: The number of processes; None asks torch.distributed.
-
-    Raises:
-        RuntimeError: The model raised on the example or the first batch.
     """
-    with untouched(model):
-        beside = _surroundings(model, layers, batches, example)
-        facts = facts_of(layers, beside)
-    return Evidence(model, facts, optimizer, batches, number_of_ranks() if ranks is None else ranks)
-
-
-def _surroundings(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches | None, example: Any
-) -> dict[nn.Module, Surroundings]:
+    failure = None
     paths = {module: path for path, module in model.named_modules()}
-    if example is None and batches is None:
-        return from_sequence(unwrapped(model), layers.values(), paths)
-    with _only_dropouts_training(model):
-        trace = _run(model, batches, example)
-        return from_run(trace, layers.values(), paths)
+    beside = from_sequence(unwrapped(model), layers.values(), paths)
+    if example is not None or batches is not None:
+        try:
+            with _only_dropouts_training(model):
+                trace = _run(model, batches, example)
+                beside = from_run(trace, layers.values(), paths)
+        except ModelFailedError as error:
+            failure = error
+    facts = facts_of(layers, beside)
+    return Evidence(model, facts, optimizer, batches, number_of_ranks() if ranks is None else ranks, failure)
+
+
+class ModelFailedError(RuntimeError):
+    """The model raised when it was run."""
 
 
 @contextmanager
@@ -172,7 +171,7 @@ def _observed(core: nn.Module, what: str, run: Any, given: Any) -> Trace:
         return observe(core, (given,), run=run)
     except Exception as error:
         said = " ".join(str(error).split())
-        raise RuntimeError(
+        raise ModelFailedError(
             f"diagnose: the model raised on {what}: {type(error).__name__}: {said}. A batch is a tensor, a tuple or "
             "list that begins with the model's argument, or a mapping of its keywords; pass "
             "forward=lambda model, batch: model(...) for others. Tensors must have the model's dtype"

@@ -148,7 +148,7 @@ def plain_facts(layer: LayerFacts) -> dict[str, Any]:
     return {
         "path": layer.path,
         "kind": layer.kind,
-        "channels": next((len(values) for values in (layer.weight, layer.running_mean) if values is not None), None),
+        "channels": next((v.shape[-1] for v in (layer.running_mean, layer.weight) if v is not None), None),
         "mode": "fixed" if layer.fixed else "frozen" if layer.held else "train" if layer.training else "eval",
         "momentum": layer.momentum,
         "eps": layer.eps,

@@ -187,7 +187,7 @@ def _dropped(call: FunctionCall, paths: Mapping[nn.Module, str]) -> Iterator[Dro
         return
     names = [name for name, value in vars(module).items() if isinstance(value, float) and value == rate]
     attribute = next((name for name in names if "drop" in name), None)
-    yield Dropped(f"{call} in {type(module).__name__} {path!r}", float(rate), path, False, attribute)
+    yield Dropped(f"A {call} in {type(module).__name__} {path!r}", float(rate), path, False, attribute)
 
 
 def _normalizes(call: FunctionCall) -> bool:

@@ -44,7 +44,11 @@ def _of_zero(layer: LayerFacts) -> tuple[Severity, str]:
         return "error", "is zero"
     gain = (1 / layer.eps) ** 0.5
     why = f"is zero: whatever differs from the running mean is multiplied by 1/√eps = {gain:.3g}"
-    if layer.weight is not None and bool((dead_below(layer) >= layer.weight.abs())[variance == 0].all()):
+    if (
+        layer.weight is not None
+        and layer.weight.shape == variance.shape
+        and bool((dead_below(layer) >= layer.weight.abs())[variance == 0].all())
+    ):
         return "info", f"{why}, and γ, which is about 0, keeps it from the output"
     return "warning", why
 

@@ -17,7 +17,7 @@ from keelnorm.doctor.rules._dead import dead_below
 def check(evidence: Evidence) -> Iterator[Finding]:
     """Each layer with dead channels, unless it is new: many networks begin with γ = 0 at the end of a branch."""
     for layer in evidence.layers:
-        if layer.weight is None or layer.own is not None or not bool(layer.weight.isfinite().all()):
+        if layer.weight is None or layer.weight.ndim != 1 or not bool(layer.weight.isfinite().all()):
             continue
         dead = layer.weight.abs() <= dead_below(layer)
         number, channels = int(dead.sum()), dead.numel()

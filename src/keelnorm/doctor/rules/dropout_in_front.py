@@ -40,7 +40,7 @@ def _without(dropout: Dropped) -> str:
         owner = f"model.get_submodule({dropout.path!r})" if dropout.path else "model"
         return f"{owner}.{dropout.attribute} = 0.0"
     if not dropout.is_layer:
-        return f"# take {dropout.name} out of the forward"
+        return f"# {dropout.name} is to be taken out of its forward"
     return f"model.set_submodule({dropout.path!r}, nn.Identity())"
 
 

@@ -36,7 +36,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
 def _differs(evidence: Evidence, layer: LayerFacts, training: bool) -> bool:
     if layer.held or layer.fixed or layer.training is training or not layer.has_statistics:
         return False
-    if training and not trains(evidence, layer):  # frozen by hand: KN106
+    if training and layer.frozen + layer.trainable and not trains(evidence, layer):  # frozen by hand: KN106
         return False
     return not looked_after(evidence.model, layer.path)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import sqrt
+from math import inf, isinf, sqrt
 
 import torch
 from torch import nn
@@ -24,13 +24,13 @@ def check(evidence: Evidence) -> Iterator[Finding]:
     if ranks < 2 or samples is None:
         return
     own = samples if evidence.ranks > 1 else samples / ranks
-    error = sqrt(2 / max(own - 1, 0.5))
+    error = inf if own <= 1 else sqrt(2 / (own - 1))
     layers = [layer for layer in evidence.layers if _is_alone(layer)]
     if layers and error > LARGEST_ERROR:
         yield RULE.found(
             (layer.path for layer in layers),
-            f"{len(layers)} batch norms normalize {own:g} samples on each of {ranks} {_word(evidence)} by themselves: "
-            f"a variance of so many independent values has a standard error of {100 * error:.0f} %.",
+            f"Each of {ranks} {_word(evidence)} normalizes {own:g} samples by itself, in {len(layers)} batch norms: "
+            f"the variance of {own:g} independent values {_exactness(error)}.",
             [
                 "model = kn.SyncBatchNorm.convert_sync_batchnorm(model)  # before DistributedDataParallel"
                 if evidence.ranks > 1
@@ -38,6 +38,10 @@ def check(evidence: Evidence) -> Iterator[Finding]:
             ],
             evidence={"samples": own, "ranks": ranks, "standard error": error, "threshold": LARGEST_ERROR},
         )
+
+
+def _exactness(error: float) -> str:
+    return "is not defined" if isinf(error) else f"has a standard error of {100 * error:.0f} %"
 
 
 def _word(evidence: Evidence) -> str:

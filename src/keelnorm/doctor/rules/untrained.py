@@ -15,14 +15,14 @@ from keelnorm.doctor.rules._examples import at, batches_of, trained
 
 def check(evidence: Evidence) -> Iterator[Finding]:
     """Layers in evaluation whose running mean is 0 and whose variance is 1; one finding if all layers are new."""
-    candidates = [layer for layer in evidence.layers if layer.running_mean is not None and layer.own is None]
+    candidates = [layer for layer in evidence.layers if _has_finite_statistics(layer)]
     initial = [layer for layer in candidates if layer.is_initial]
     evaluating = [layer for layer in initial if not layer.uses_batch]
     if len(initial) == len(candidates) and not any(layer.batches for layer in initial):
         if evaluating:
             yield RULE.found(
                 [layer.path for layer in evaluating],
-                f"No batch norm has seen a batch, and {len(evaluating)} evaluate: with mean 0 and variance 1.",
+                f"No batch norm has seen a batch; {len(evaluating)} in evaluation, with mean 0 and variance 1.",
                 ["kn.recalibrate(model, batches)"],
                 severity="info",
                 evidence={"layers": len(evaluating), "batches": 0},
@@ -37,6 +37,13 @@ def check(evidence: Evidence) -> Iterator[Finding]:
             [*_thaw(layer), f"kn.recalibrate(model, batches{where})"],
             evidence={"batches": layer.batches, "layers with statistics": len(candidates) - len(initial)},
         )
+
+
+def _has_finite_statistics(layer: LayerFacts) -> bool:
+    """Whether there are statistics of the layer's input, which are not broken (KN109)."""
+    if layer.running_mean is None or layer.running_var is None or layer.own is not None:
+        return False
+    return bool((layer.running_mean.isfinite() & layer.running_var.isfinite()).all())
 
 
 def _thaw(layer: LayerFacts) -> list[str]:

@@ -19,7 +19,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
     optimizer = evidence.optimizer
     assert optimizer is not None
     for index, group in enumerate(optimizer.param_groups):
-        decay = group.get("weight_decay", 0.0)
+        decay = float(group.get("weight_decay", 0.0))
         layers = _decayed(evidence, group) if decay else []
         if layers:
             count = sum(parameter.numel() for layer in layers for parameter in _own(layer, group))
@@ -27,7 +27,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
                 (layer.path for layer in layers),
                 f"{type(optimizer).__name__} decays γ and β of {len(layers)} batch norms by {decay:g} (group {index}).",
                 _remedy(optimizer, group),
-                evidence={"weight decay": float(decay), "group": index, "parameters": count},
+                evidence={"weight decay": decay, "group": index, "parameters": count},
             )
 
 
@@ -65,6 +65,9 @@ def fix(model: nn.Module, finding: Finding, evidence: Evidence) -> str | None:
         return None
     group = optimizer.param_groups[int(finding.evidence["group"] or 0)]
     moved = {id(value) for path in finding.layers for value in _own(evidence[path], group)}
+    if len(moved) == len(group["params"]):
+        group["weight_decay"] = 0.0
+        return "the weight decay of its group was set to 0"
     names = group.get("param_names")
     new = {key: value for key, value in group.items() if key not in ("params", "param_names")}
     new["params"] = [parameter for parameter in group["params"] if id(parameter) in moved]
