@@ -161,7 +161,7 @@ def test_a_model_that_takes_only_whole_batches():
 
 
 def test_an_iterator_is_taken_from_once():
-    taken = []
+    taken: list[int] = []
 
     def endless():
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 from torch import nn
@@ -50,7 +51,7 @@ def model():
 
 
 def test_rules_of_other_packages_run(points):
-    module = ModuleType("other.rules")
+    module: Any = ModuleType("other.rules")
     module.RULE = other(2)
     points(one=other(1), two=module, more=[other(3), other(4)])
     assert list(all_rules().rules)[-4:] == ["XY1", "XY2", "XY3", "XY4"]

@@ -45,7 +45,7 @@ def test_diagnose_finds_what_the_rule_finds(rule):
 
 @rules
 def test_some_example_is_as_severe_as_the_rule(rule):
-    found = {finding.severity for make in rule.sick for finding in case_check.check_sick(rule, make)}
+    found = {finding.severity for make in rule.sick for finding in rule.check(case_check.evidence_of(make()))}
     assert max(SEVERITIES.index(one) for one in found) == SEVERITIES.index(rule.severity)
 
 

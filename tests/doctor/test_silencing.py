@@ -63,6 +63,15 @@ def test_only_new_findings_are_reported(tmp_path):
     assert not kn.diagnose(network(0.99, 0.99), baseline=str(file)).findings
 
 
+def test_a_part_of_what_was_known_is_known(tmp_path):
+    file = tmp_path / "baseline.json"
+    kn.diagnose(network(0.1, 0.1, 0.1).eval()).write_baseline(file)
+    fewer = network(0.1, 0.1).eval()
+    assert found(kn.diagnose(fewer, baseline=file).known) == [("KN108", "0", "1")]
+    more = network(0.1, 0.1, 0.1, 0.1).eval()
+    assert found(kn.diagnose(more, baseline=file).findings) == [("KN108", "0", "1", "2", "3")]
+
+
 def test_what_has_become_worse_is_new(tmp_path):
     file = tmp_path / "baseline.json"
     kn.diagnose(network(0.99)).write_baseline(file)

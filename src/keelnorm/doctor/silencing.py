@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from keelnorm.doctor.finding import SEVERITIES, Finding, rank
+from keelnorm.doctor.finding import SEVERITIES, Finding, Severity, rank
 from keelnorm.doctor.registry import rules_named, words_of
 from keelnorm.doctor.rule import Rule
 from keelnorm.engine.atomic_write import write_text
@@ -78,19 +78,25 @@ def _matches(path: str, pattern: str) -> bool:
 
 
 class Baseline:
-    """The findings of an earlier run. One of the same rule and layers is known, unless it has become more severe.
+    """The findings of an earlier run.
+
+    A finding is known if its rule spoke of all its layers then, in one finding or in several, and as severely.
 
     Args:
-        known: Severities by identity of the finding.
+        findings: Rule, layers and severity of each.
     """
 
-    def __init__(self, known: Mapping[tuple[str, tuple[str, ...]], str]) -> None:
-        self.known = dict(known)
+    def __init__(self, findings: Iterable[tuple[str, Sequence[str], Severity]]) -> None:
+        self._worst: dict[tuple[str, str | None], int] = {}
+        for rule, layers, severity in findings:
+            for layer in layers or (None,):
+                self._worst[rule, layer] = max(rank(severity), self._worst.get((rule, layer), 0))
 
     def covers(self, finding: Finding) -> bool:
-        """Whether a finding was there, and as severe."""
-        before = self.known.get(finding.identity)
-        return before is not None and rank(finding.severity) <= rank(before)  # type: ignore[arg-type]
+        """Whether a finding is known."""
+        return all(
+            rank(finding.severity) <= self._worst.get((finding.rule, layer), -1) for layer in finding.layers or (None,)
+        )
 
 
 def read_baseline(what: str, path: str | PathLike[str]) -> Baseline:
@@ -105,11 +111,11 @@ def read_baseline(what: str, path: str | PathLike[str]) -> Baseline:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["version"] != _VERSION:
             raise ValueError(f"its version is {content['version']!r}, and {_VERSION} is known")
-        known = {}
+        known: list[tuple[str, Sequence[str], Severity]] = []
         for entry in content["findings"]:
             if entry["severity"] not in SEVERITIES:
                 raise ValueError(f"there is no severity {entry['severity']!r}")
-            known[(str(entry["rule"]), tuple(map(str, entry["layers"])))] = entry["severity"]
+            known.append((str(entry["rule"]), list(map(str, entry["layers"])), entry["severity"]))
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{what}: there is no baseline {file}; diagnosis.write_baseline(...) or --write-baseline makes one"

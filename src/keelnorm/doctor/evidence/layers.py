@@ -46,7 +46,7 @@ class LayerFacts:
         trainable: Names of its parameters that require a gradient.
         frozen: Names of those that do not.
         dtypes: The dtypes of its parameters and running statistics, by name.
-        own: What a keelnorm variant keeps in its running statistics instead of mean and variance of its input.
+        own_scale: What a keelnorm variant keeps in ``running_var``, if that is not the variance of its input.
         beside: What stands before and after it; None where that is not known.
     """
 
@@ -69,7 +69,7 @@ class LayerFacts:
     trainable: tuple[str, ...]
     frozen: tuple[str, ...]
     dtypes: Mapping[str, torch.dtype]
-    own: str | None
+    own_scale: str | None
     beside: Surroundings | None = None
 
     @property
@@ -90,7 +90,7 @@ class LayerFacts:
     @property
     def is_initial(self) -> bool:
         """Whether the running statistics are those of a new layer: mean 0 and variance 1 in every channel."""
-        if self.running_mean is None or self.running_var is None or self.own is not None:
+        if self.running_mean is None or self.running_var is None:
             return False
         return bool((self.running_mean == 0).all() and (self.running_var == 1).all())
 
@@ -138,7 +138,7 @@ def _facts(path: str, layer: nn.Module, beside: Surroundings | None) -> LayerFac
         trainable=tuple(name for name, value in parameters.items() if value.requires_grad),
         frozen=tuple(name for name, value in parameters.items() if not value.requires_grad),
         dtypes={name: value.dtype for name, value in _tensors({**parameters, **buffers})},
-        own=(layer.own_data or layer.own_scale) if isinstance(layer, Variant) else None,
+        own_scale=layer.own_scale if isinstance(layer, Variant) else None,
         beside=beside,
     )
 

@@ -20,7 +20,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
     """Each batch norm whose input comes straight from a convolution or linear layer with a bias."""
     for layer in evidence.layers:
         source = _biased(layer)
-        if source is None or source.module is None or layer.held or layer.fixed or layer.own is not None:
+        if source is None or source.module is None or layer.held or layer.fixed or layer.own_scale is not None:
             continue
         bias = source.module.bias
         assert isinstance(bias, torch.Tensor)

@@ -23,7 +23,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
         bad = {name: number for name in _NAMES if (number := _not_finite(getattr(layer, name)))}
         for name, number in bad.items():
             yield _finding(layer, name, number, "is NaN or infinite")
-        if layer.running_var is None or layer.own is not None or "running_var" in bad:
+        if layer.running_var is None or "running_var" in bad:
             continue
         if negative := int((layer.running_var < 0).sum()):
             yield _finding(layer, "running_var", negative, "is negative")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from keelnorm.doctor.evidence.evidence import Evidence
 from keelnorm.doctor.evidence.layers import LayerFacts
@@ -48,7 +48,7 @@ def _judged(layer: LayerFacts) -> tuple[Severity, str, float] | None:
             f"a channel that is constant up to rounding (variance {least:.1g}) is blown up to variance 1",
             least,
         )
-    if layer.running_var is None or layer.own is not None or not bool(layer.running_var.isfinite().all()):
+    if layer.running_var is None or layer.own_scale is not None or not _is_positive(layer.running_var):
         return None
     median, largest = float(layer.running_var.median()), float(layer.running_var.max())
     if eps > largest:
@@ -56,6 +56,11 @@ def _judged(layer: LayerFacts) -> tuple[Severity, str, float] | None:
     if eps > median:
         return "info", f"it exceeds the running variance in half of the channels (median {median:.2g})", median
     return None
+
+
+def _is_positive(variance: Tensor) -> bool:
+    """Whether no variance is broken (KN109)."""
+    return bool((variance.isfinite() & (variance > 0)).all())
 
 
 def rounding(layer: LayerFacts) -> float:

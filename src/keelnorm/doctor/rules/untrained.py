@@ -41,7 +41,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
 
 def _has_finite_statistics(layer: LayerFacts) -> bool:
     """Whether there are statistics of the layer's input, which are not broken (KN109)."""
-    if layer.running_mean is None or layer.running_var is None or layer.own is not None:
+    if layer.running_mean is None or layer.running_var is None:
         return False
     return bool((layer.running_mean.isfinite() & layer.running_var.isfinite()).all())
 
