@@ -29,6 +29,11 @@ def images(samples=4, batches=2):
     return list(torch.randn(samples * batches, 3, 5, 5).split(samples))
 
 
+def diagnose(model, batches=None, **options):
+    """With the rules that look at the model alone."""
+    return kn.diagnose(model, batches, **{"select": "KN1", **options})
+
+
 def found(diagnosis):
     return [(one.rule, *one.layers) for one in diagnosis.findings]
 
@@ -49,7 +54,7 @@ def test_findings_are_worst_first_and_in_order():
     model = network()
     model[3].running_mean[0] = float("nan")
     model[3].momentum = 0.0
-    diagnosis = kn.diagnose(model, images(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1))
+    diagnosis = diagnose(model, images(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1))
     assert found(diagnosis) == [
         ("KN109", "3"), ("KN103", "1"), ("KN103", "3"), ("KN101", "1"), ("KN102", "1", "3"), ("KN113", "3"),
     ]  # fmt: skip
@@ -62,28 +67,28 @@ def test_findings_are_worst_first_and_in_order():
 
 def test_a_healthy_model_has_nothing():
     model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
-    diagnosis = kn.diagnose(model, images())
+    diagnosis = diagnose(model, images())
     assert (diagnosis.findings, diagnosis.worst, diagnosis.at_least("info")) == ((), None, [])
     assert diagnosis.skipped["KN102"] == "needs optimizer="
 
 
 @pytest.mark.parametrize("asked", ["KN103", "momentum", ["KN103"], "KN101, KN103", ("bias-in-front", "momentum")])
 def test_select(asked):
-    diagnosis = kn.diagnose(network(), select=asked)
+    diagnosis = diagnose(network(), select=asked)
     assert "KN103" in diagnosis.rules
     assert len(diagnosis.rules) <= 2
 
 
 def test_ignore_and_prefixes():
     everything = set(own_rules())
-    assert set(kn.diagnose(network(), select="KN1").rules) <= {name for name in everything if name.startswith("KN1")}
-    diagnosis = kn.diagnose(network(), ignore=["KN10", "at-the-output"])
+    assert set(diagnose(network(), select="KN1").rules) <= {name for name in everything if name.startswith("KN1")}
+    diagnosis = diagnose(network(), ignore=["KN10", "at-the-output"])
     assert not {"KN101", "KN103", "KN113"} & {*diagnosis.rules, *diagnosis.skipped}
     assert "KN111" in diagnosis.rules
 
 
 def test_where():
-    diagnosis = kn.diagnose(network(), where="3")
+    diagnosis = diagnose(network(), where="3")
     assert (diagnosis.layers, found(diagnosis)) == (("3",), [("KN113", "3")])
 
 
@@ -121,17 +126,17 @@ def test_where():
 def test_errors_say_what_to_do(arguments, error, says):
     arguments = {"model": network(), **arguments}
     with pytest.raises(error, match=f"^diagnose: .*{says}"):
-        kn.diagnose(**arguments)
+        diagnose(**arguments)
 
 
 def test_a_model_that_needs_keywords():
     with pytest.raises(
         RuntimeError, match=r"Twice.forward\(\) .* A batch is a tensor, .* or a mapping of its keywords"
     ):
-        kn.diagnose(Twice(), [torch.zeros(2, 3, 4)])
+        diagnose(Twice(), [torch.zeros(2, 3, 4)])
     batch = {"left": torch.zeros(2, 3, 4), "right": torch.zeros(2, 3, 4)}
     for given in ({"batches": [batch]}, {"example": batch}):
-        diagnosis = kn.diagnose(Twice(), **given)
+        diagnosis = diagnose(Twice(), **given)
         assert diagnosis.notes == ["Not called in the run: idle."]
         assert diagnosis.layers == ("shared", "idle")
         assert not diagnosis.findings  # each bias counts, since both calls share the running statistics
@@ -142,14 +147,14 @@ def test_batches_of_another_kind():
         return model(left=batch[0], right=batch[1])
 
     batch = ("two tensors", torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))
-    diagnosis = kn.diagnose(Twice(), [batch], forward=lambda model, batch: forward(model, batch[1:]))
+    diagnosis = diagnose(Twice(), [batch], forward=lambda model, batch: forward(model, batch[1:]))
     assert diagnosis.layers == ("shared", "idle")
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5])
 def test_labels_and_any_number_of_samples(samples):
     batches = [(torch.zeros(samples, 3, 5, 5), torch.zeros(samples, dtype=torch.long))]
-    assert found(kn.diagnose(network(), batches)) == [("KN103", "1"), ("KN101", "1"), ("KN113", "3")]
+    assert found(diagnose(network(), batches)) == [("KN103", "1"), ("KN101", "1"), ("KN113", "3")]
 
 
 def test_a_model_that_takes_only_whole_batches():
@@ -157,7 +162,7 @@ def test_a_model_that_takes_only_whole_batches():
         def forward(self, x):
             return super().forward(x.reshape(4, 3, 5, 5))
 
-    assert ("KN101", "1") in found(kn.diagnose(Fixed(*network()), images(4)))
+    assert ("KN101", "1") in found(diagnose(Fixed(*network()), images(4)))
 
 
 def test_an_iterator_is_taken_from_once():
@@ -168,14 +173,14 @@ def test_an_iterator_is_taken_from_once():
             taken.append(len(taken))
             yield torch.randn(2, 3, 5, 5)
 
-    kn.diagnose(network(), endless(), select="KN1")
+    diagnose(network(), endless(), select="KN1")
     assert len(taken) == 1
 
 
 def test_an_iterator_can_be_recalibrated_with():
     model = network().eval()
     model[3].running_mean[0] = float("nan")
-    diagnosis = kn.diagnose(model, iter(images(4, 3)), fix=True, select="KN109")
+    diagnosis = diagnose(model, iter(images(4, 3)), fix=True, select="KN109")
     assert [one.done for one in diagnosis.fixed] == ["its running statistics were set to those of 3 batches"]
     assert model[3].running_mean.isfinite().all()
 
@@ -205,7 +210,7 @@ def test_everything_is_as_before_after_an_exception(training):
     case = kn.doctor.Case(model, optimizer=torch.optim.Adam(model.parameters()))
     before = fingerprint(case)
     with pytest.raises(RuntimeError, match="KeyError: 'no such thing'"):
-        kn.diagnose(model, [torch.zeros(2, 3)], optimizer=case.optimizer)
+        diagnose(model, [torch.zeros(2, 3)], optimizer=case.optimizer)
     assert fingerprint(case) == before
     handle.remove()
 
@@ -215,14 +220,14 @@ def test_a_loader_draws_no_random_numbers_of_the_user():
     loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True)
     case = kn.doctor.Case(network())
     before = fingerprint(case)
-    kn.diagnose(case.model, loader)
+    diagnose(case.model, loader)
     assert fingerprint(case) == before
 
 
 def test_a_fault_that_makes_the_model_raise_is_found():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU())
     model[0].running_var = None
-    diagnosis = kn.diagnose(model, [torch.zeros(2, 3)])
+    diagnosis = diagnose(model, [torch.zeros(2, 3)])
     assert [(one.rule, one.severity) for one in diagnosis.findings] == [("KN105", "error")]
     assert diagnosis.notes[0].startswith("The model raised on the first batch: ")
 
@@ -234,7 +239,7 @@ def test_a_rule_that_raises_is_named_and_the_others_run(monkeypatch):
     rules = dict(own_rules())
     rules["KN103"] = replace(rules["KN103"], check=broken)
     monkeypatch.setattr("keelnorm.doctor.registry.own_rules", lambda: rules)
-    diagnosis = kn.diagnose(network(), images())
+    diagnosis = diagnose(network(), images())
     assert diagnosis.skipped["KN103"] == "it raised ZeroDivisionError: by zero"
     assert ("KN101", "1") in found(diagnosis)
     assert "Not run: KN103 (it raised ZeroDivisionError: by zero)." in str(diagnosis)
@@ -247,17 +252,17 @@ def test_wrappers(wrap):
         "compile": lambda model: torch.compile(model, backend="eager"),
         "AveragedModel": torch.optim.swa_utils.AveragedModel,
     }[wrap](network())
-    diagnosis = kn.diagnose(wrapped, images())
+    diagnosis = diagnose(wrapped, images())
     prefix = "_orig_mod." if wrap == "compile" else "module."
     assert found(diagnosis) == [("KN103", f"{prefix}1"), ("KN101", f"{prefix}1"), ("KN113", f"{prefix}3")]
     remedy = "\n".join(line for one in diagnosis.findings for line in one.remedy)
     exec(remedy, {"model": wrapped, "kn": kn, "nn": nn, "torch": torch})
-    assert not kn.diagnose(wrapped, images()).findings
+    assert not diagnose(wrapped, images()).findings
 
 
 def test_converted_models_are_seen_as_before():
-    plain = kn.diagnose(network(), images())
-    converted = kn.diagnose(kn.convert(network())[0], images())
+    plain = diagnose(network(), images())
+    converted = diagnose(kn.convert(network())[0], images())
     assert found(converted) == found(plain)
     assert "kn.BatchNorm2d '1' has momentum 0.99" in converted.findings[0].message
 
@@ -269,7 +274,7 @@ def test_layers_of_other_packages(monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), frozen, nn.Conv2d(4, 4, 1), act, nn.Conv2d(4, 2, 1)).eval()
     frozen.running_var[0] = -1.0
     act.momentum = 1.0
-    diagnosis = kn.diagnose(model, images())
+    diagnosis = diagnose(model, images())
     assert diagnosis.layers == ("1", "3")
     assert [one for one in found(diagnosis) if one[0] in ("KN103", "KN109")] == [("KN109", "1"), ("KN103", "3")]
 
@@ -284,19 +289,19 @@ def test_classes_that_are_not_known_are_named():
             return x
 
     with pytest.raises(ValueError, match=r"there is no batch norm in Odd. .*is not known.*kn.surgery.register\(Odd"):
-        kn.diagnose(Odd())
-    assert "is not known" in kn.diagnose(nn.Sequential(Odd(), nn.BatchNorm1d(3))).notes[0]
+        diagnose(Odd())
+    assert "is not known" in diagnose(nn.Sequential(Odd(), nn.BatchNorm1d(3))).notes[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes(dtype):
-    diagnosis = kn.diagnose(network().to(dtype), [batch.to(dtype) for batch in images()])
+    diagnosis = diagnose(network().to(dtype), [batch.to(dtype) for batch in images()])
     assert ("KN103", "1") in found(diagnosis)
 
 
 def test_a_single_layer():
     layer = nn.BatchNorm2d(3, momentum=0.99)
-    diagnosis = kn.diagnose(layer, [torch.zeros(2, 3, 4, 4)])
+    diagnosis = diagnose(layer, [torch.zeros(2, 3, 4, 4)])
     assert found(diagnosis) == [("KN103", "")]
     exec("\n".join(diagnosis.findings[0].remedy), {"model": layer})
     assert layer.momentum == 0.01
@@ -305,16 +310,16 @@ def test_a_single_layer():
 def test_the_meta_device_has_no_values():
     with torch.device("meta"):
         model = network()
-    assert ("KN103", "1") in found(kn.diagnose(model))
+    assert ("KN103", "1") in found(diagnose(model))
 
 
 def test_it_says_what_is_not_known_without_a_run():
-    assert kn.diagnose(Twice()).notes == [
+    assert diagnose(Twice()).notes == [
         "What stands beside 2 of 2 batch norms is not known: batches= or example= show it."
     ]
-    assert kn.diagnose(network()).notes == []
+    assert diagnose(network()).notes == []
 
 
 def test_a_copy_is_diagnosed_alike():
     model = network()
-    assert kn.diagnose(model).to_dict() == kn.diagnose(copy.deepcopy(model)).to_dict()
+    assert diagnose(model).to_dict() == diagnose(copy.deepcopy(model)).to_dict()

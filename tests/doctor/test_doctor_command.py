@@ -108,7 +108,7 @@ def test_data_shows_the_neighbors_and_recalibrates():
     state = sick().state_dict()
     state["1.running_var"][0] = float("nan")
     save_file(state, "w.safetensors")
-    words = ("ailing:sick", "--weights", "w.safetensors", "--data", "ailing:batches", "--eval")
+    words = ("ailing:sick", "--weights", "w.safetensors", "--data", "ailing:batches", "--eval", "--select", "KN1")
     assert found(report_of(*words, status=3)) == [("KN109", "1"), ("KN103", "1")]
     report = report_of(*words, "--fix", "--out", "fixed.safetensors")
     assert [one["rule"] for one in report["fixed"]] == ["KN103", "KN109"]

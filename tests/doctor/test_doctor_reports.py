@@ -26,8 +26,9 @@ def network(layers=12):
 
 
 def test_the_table():
-    assert str(kn.diagnose(network(2).eval(), optimizer=None)).splitlines() == [
-        f"diagnose: 1 error, 1 warning, 3 infos in 2 batch norms, {len(own_rules()) - 2} rules run",
+    number = sum(name.startswith("KN1") for name in own_rules())
+    assert str(kn.diagnose(network(2).eval(), select="KN1")).splitlines() == [
+        f"diagnose: 1 error, 1 warning, 3 infos in 2 batch norms, {number - 2} rules run",
         "",
         "error    KN109 broken-statistics  block1.1",
         "         The running variance of BatchNorm1d 'block1.1' is NaN or infinite, in 1",

@@ -43,7 +43,7 @@ def built(name, *, trained):
 
 def diagnosed(model, **options):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    return kn.diagnose(model, optimizer=optimizer, **options)
+    return kn.diagnose(model, optimizer=optimizer, select="KN1", **options)
 
 
 def check_healthy(name, model, known):

@@ -165,7 +165,7 @@ def test_every_recipe_names_files_that_are_there() -> None:
     recipes = re.findall(
         r"^### (.+)$", PAGE.read_text(encoding="utf-8").partition("## Adding something")[2], re.MULTILINE
     )
-    assert len(recipes) == 7
+    assert len(recipes) == 8
     for recipe in recipes:
         files = files_of(recipe)
         assert files

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from keelnorm.doctor.evidence.layers import counted
 from keelnorm.doctor.finding import SEVERITIES, Finding, Severity
 from keelnorm.doctor.rule import Rule
 
@@ -68,8 +69,8 @@ def heading(diagnosis: Diagnosis) -> str:
     found = groups(diagnosis.findings)
     counts = [(level, sum(group[0].severity == level for group in found)) for level in reversed(SEVERITIES)]
     said = ", ".join(f"{n} {level if n == 1 else _PLURALS[level]}" for level, n in counts if n) or "nothing found"
-    layers, rules = len(diagnosis.layers), len(diagnosis.rules)
-    return f"diagnose: {said} in {layers} batch norm{'s' * (layers != 1)}, {rules} rule{'s' * (rules != 1)} run"
+    rules = len(diagnosis.rules)
+    return f"diagnose: {said} in {counted(len(diagnosis.layers))}, {rules} rule{'s' * (rules != 1)} run"
 
 
 def groups(findings: Sequence[Finding]) -> list[list[Finding]]:

@@ -20,7 +20,8 @@ class _Kept:
     """Batches of an iterator, which gives them once: those that were taken are kept."""
 
     def __init__(self, rest: Iterator[Any]) -> None:
-        self._rest, self._taken = rest, []  # type: Iterator[Any], list[Any]
+        self._rest = rest
+        self._taken: list[Any] = []
 
     def __iter__(self) -> Iterator[Any]:
         index = 0
@@ -59,9 +60,10 @@ class Batches:
         if most is not None and not is_count(most):
             raise ValueError(f"diagnose: max_batches must be None or an integer of at least 1; got {describe(most)}")
         self.all: Iterable[Any] = _Kept(given) if isinstance(given, Iterator) else given
-        self.forward, self.most = forward, most
+        self.forward: Forward | None = forward
+        self.most: int | None = most
         try:
-            self.first = next(iter(self.all))
+            self.first: Any = next(iter(self.all))
         except StopIteration:
             raise ValueError(
                 "diagnose: batches is empty. Pass a list of batches or a DataLoader; an iterator that was used up "

@@ -105,6 +105,11 @@ class LayerFacts:
         return f"{self.kind} {self.path!r}" if self.path else self.kind
 
 
+def counted(layers: int) -> str:
+    """A number of layers in a sentence."""
+    return f"{layers} batch norm{'s' * (layers != 1)}"
+
+
 def facts_of(layers: Mapping[str, nn.Module], beside: Mapping[nn.Module, Surroundings]) -> tuple[LayerFacts, ...]:
     """The facts about layers by path: those that ``beside`` has in its order, then the others."""
     paths = {layer: path for path, layer in layers.items()}

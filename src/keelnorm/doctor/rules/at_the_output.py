@@ -59,7 +59,7 @@ RULE = Rule(
     summary="A batch norm is the last layer of the model.",
     looks_at="model",
     statistic="Whether the model returns the layer's output, perhaps in another shape, and nothing else reads it.",
-    threshold="None. It is info, because embeddings and projection heads end so on purpose.",
+    threshold="Wherever that is so. It is info, because embeddings and projection heads end so on purpose.",
     source="Ioffe, Szegedy (2015), arXiv:1502.03167, section 3.2: in front of a nonlinearity, hence not at the end. A "
     "projection head that ends so: Chen, He (2020), arXiv:2011.10566, section 3.",
     explanation="Logits or predictions that are normalized over the batch have a fixed mean and variance in each class "

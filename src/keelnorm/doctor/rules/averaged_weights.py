@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from keelnorm.doctor.evidence.evidence import Evidence
-from keelnorm.doctor.evidence.layers import LayerFacts
+from keelnorm.doctor.evidence.layers import LayerFacts, counted
 from keelnorm.doctor.finding import Finding
 from keelnorm.doctor.rule import Case, Rule, by_recalibrating
 from keelnorm.doctor.rules._examples import batches_of, trained
@@ -39,7 +39,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
         yield RULE.found(
             (layer.path for layer in layers),
             f"{name} has the mean of {averaged} models as weights, and the running statistics of the last one in "
-            f"{len(layers)} batch norms{doubt}.",
+            f"{counted(len(layers))}{doubt}.",
             [f"kn.recalibrate({f'model.get_submodule({path!r})' if path else 'model'}, batches)"],
             severity="warning" if sure else "info",
             evidence={"models": averaged, "batches": batches, "threshold": STEPS * averaged},

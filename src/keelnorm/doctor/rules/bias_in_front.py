@@ -92,7 +92,8 @@ RULE = Rule(
     summary="A convolution or linear layer in front of a batch norm has a bias.",
     looks_at="model",
     statistic="Whether the layer that makes the batch norm's input has a bias, and nothing else reads that input.",
-    threshold="None: x + b has the batch mean mean(x) + b, so the difference from the mean does not depend on b.",
+    threshold="Wherever that is so: x + b has the batch mean mean(x) + b, so the difference from the mean does not "
+    "depend on b.",
     source="Ioffe, Szegedy (2015), arXiv:1502.03167, section 3.2: the bias can be ignored, β takes its role.",
     explanation="In training, the batch norm subtracts the batch mean and the bias with it. The bias has no effect on "
     "the output and a gradient of 0, up to rounding; it costs memory, and a bit of time. Nothing is wrong, and "

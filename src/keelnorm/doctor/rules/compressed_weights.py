@@ -105,9 +105,9 @@ RULE = Rule(
     looks_at="model",
     statistic="Whether the layer in front has a pruning mask of torch.nn.utils.prune, or integer weights, and the "
     "batch norm evaluates.",
-    threshold="None. It is info, because it can't be seen without data whether the statistics were taken before or "
-    "after. Of quantized weights it says nothing where there are batches, with which other rules compare the "
-    "statistics.",
+    threshold="Wherever that is so. It is info, because it can't be seen without data whether the statistics were "
+    "taken before or after. Of quantized weights it says nothing where there are batches, with which other rules "
+    "compare the statistics.",
     source="Li et al. (2020), EagleEye, arXiv:2007.02491: recalibrated statistics decide how good a pruned network is; "
     "Nagel et al. (2019), arXiv:1906.04721, section 3.2: quantization shifts means.",
     explanation="Running statistics are those of the inputs that the old weights made. Pruned weights make a smaller "

@@ -33,7 +33,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
         )
         yield RULE.found(
             (layer.path,),
-            f"{layer.named} has {' and '.join(_words(halves))} in {dtype}: {why}.",
+            f"{layer.named} has {', '.join(_words(halves))} in {dtype}: {why}.",
             [f"{layer.code}.float()  # autocast and half-precision inputs work with it"],
             severity="warning" if lost else "info",
             evidence={"dtype": dtype, "entries": ", ".join(halves), "momentum": layer.momentum, "lost": bool(lost)},

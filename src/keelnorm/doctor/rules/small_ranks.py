@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from keelnorm.doctor.evidence.evidence import Evidence
-from keelnorm.doctor.evidence.layers import LayerFacts
+from keelnorm.doctor.evidence.layers import LayerFacts, counted
 from keelnorm.doctor.finding import Finding
 from keelnorm.doctor.rule import Case, Rule
 
@@ -29,7 +29,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
     if layers and error > LARGEST_ERROR:
         yield RULE.found(
             (layer.path for layer in layers),
-            f"Each of {ranks} {_word(evidence)} normalizes {own:g} samples by itself, in {len(layers)} batch norms: "
+            f"Each of {ranks} {_word(evidence)} normalizes {own:g} samples by itself, in {counted(len(layers))}: "
             f"the variance of {own:g} independent values {_exactness(error)}.",
             [
                 "model = kn.SyncBatchNorm.convert_sync_batchnorm(model)  # before DistributedDataParallel"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from keelnorm.doctor.evidence.evidence import Evidence
-from keelnorm.doctor.evidence.layers import LayerFacts
+from keelnorm.doctor.evidence.layers import LayerFacts, counted
 from keelnorm.doctor.finding import Finding
 from keelnorm.doctor.rule import Case, Rule
 
@@ -25,7 +25,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
             count = sum(parameter.numel() for layer in layers for parameter in _own(layer, group))
             yield RULE.found(
                 (layer.path for layer in layers),
-                f"{type(optimizer).__name__} decays γ and β of {len(layers)} batch norms by {decay:g} (group {index}).",
+                f"{type(optimizer).__name__} decays γ and β of {counted(len(layers))} by {decay:g} (group {index}).",
                 _remedy(optimizer, group),
                 evidence={"weight decay": decay, "group": index, "parameters": count},
             )
