@@ -30,7 +30,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo lab claims test coverage fuzz check bench models memory native sanitize arm format clean FORCE
+.PHONY: help demo lab claims rules test coverage fuzz check bench models memory native sanitize arm format clean FORCE
 CHECKS := check-format check-lint check-types check-public check-layers check-kernels
 .PHONY: $(CHECKS)
 
@@ -46,6 +46,7 @@ help:
 	@echo '              holds MNIST and recordings, also those in docs/claims_on_more_data'
 	@echo 'make models   convert and fold published architectures: a table, and docs/models.md; then make memory'
 	@echo 'make memory   what save_memory saves and costs on them: tables, docs/memory_figures.md, and bench-results/memory.html'
+	@echo 'make rules    the page docs/rules.md, from the rules of the doctor'
 	@echo 'make native   check the kernels without torch, on everything that the driver has'
 	@echo 'make sanitize check them with address and undefined-behaviour sanitizers, without torch and with it'
 	@echo 'make arm      check them on an emulated ARM'
@@ -71,6 +72,9 @@ ifneq ($(DATA),)
 	@$(BIN)/keelnorm lab run --full --data-dir $(DATA) --out bench-results/more.html --json $(ARGS) > bench-results/more.json
 	@$(BIN)/python -m keelnorm.lab.reading.claim_pages bench-results/more.json docs/claims_on_more_data
 endif
+
+rules: $(VENV)/.built
+	@$(BIN)/python -m keelnorm.doctor.rules_page docs/rules.md
 
 # Two processes of torch's own threads: waiting ones are not to keep a core busy. ARGS="-n 0" runs all in one process.
 test: $(VENV)/.built

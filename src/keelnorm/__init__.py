@@ -18,10 +18,44 @@ from keelnorm.control import (
 from keelnorm.distributed import sync_statistics
 from keelnorm.memory import reuse_memory, save_memory
 from keelnorm.moments import Moments
-from keelnorm.nn import *  # noqa: F403
+from keelnorm.nn import (
+    BatchNorm,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNormGRU,
+    BatchNormGRUCell,
+    BatchNormLSTM,
+    BatchNormLSTMCell,
+    BatchRenorm,
+    ConditionalBatchNorm,
+    CrossIterationBatchNorm,
+    DomainBatchNorm,
+    GhostBatchNorm,
+    L1BatchNorm,
+    LazyBatchNorm,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+    LinearRamp,
+    MovingAverageBatchNorm,
+    RangeBatchNorm,
+    Sequential,
+    SplitBatchNorm,
+    StepwiseBatchNorm,
+    SyncBatchNorm,
+    VirtualBatchNorm,
+    WhiteningBatchNorm,
+    center_weights,
+    collect_reference,
+    convert_domains,
+    use_domain,
+    use_split,
+)
 
 if TYPE_CHECKING:
-    from keelnorm import surgery
+    from keelnorm import doctor, surgery
+    from keelnorm.doctor.diagnose import diagnose
     from keelnorm.surgery import (
         Report,
         adapt,
@@ -45,17 +79,49 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormGRU",
+    "BatchNormGRUCell",
+    "BatchNormLSTM",
+    "BatchNormLSTMCell",
+    "BatchRenorm",
+    "ConditionalBatchNorm",
+    "CrossIterationBatchNorm",
+    "DomainBatchNorm",
+    "GhostBatchNorm",
+    "L1BatchNorm",
+    "LazyBatchNorm",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "LinearRamp",
     "Moments",
     "MomentumSchedule",
+    "MovingAverageBatchNorm",
+    "RangeBatchNorm",
     "Report",
+    "Sequential",
+    "SplitBatchNorm",
+    "StepwiseBatchNorm",
+    "SyncBatchNorm",
+    "VirtualBatchNorm",
+    "WhiteningBatchNorm",
     "__version__",
     "accumulate_statistics",
     "adapt",
     "assert_frozen",
     "backward_as_one_batch",
+    "center_weights",
+    "collect_reference",
     "control",
     "convert",
+    "convert_domains",
+    "diagnose",
     "distributed",
+    "doctor",
     "export_onnx",
     "fold",
     "follow_scaler",
@@ -83,14 +149,18 @@ __all__ = [
     "to_keras",
     "to_torch",
     "unfreeze",
+    "use_domain",
+    "use_split",
 ]
-__all__ += nn.__all__
 
 
 if not TYPE_CHECKING:  # else type checkers would accept any name
 
     def __getattr__(name: str) -> Any:
-        """Import keelnorm.surgery when it, or one of its names, is first used."""
+        """Import keelnorm.surgery or keelnorm.doctor when it, or one of its names, is first used."""
+        if name in ("diagnose", "doctor"):
+            doctor = import_module("keelnorm.doctor")
+            return doctor if name == "doctor" else doctor.diagnose
         if name in __all__:
             surgery = import_module("keelnorm.surgery")
             return surgery if name == "surgery" else getattr(surgery, name)

@@ -27,7 +27,7 @@ HEAVY = (
     "scipy",
     "joblib",
 )
-OUTER = tuple(f"keelnorm.{name}" for name in ("cli", "commands", "info", "lab", "report", "bench", "surgery"))
+OUTER = tuple(f"keelnorm.{name}" for name in ("cli", "commands", "info", "lab", "report", "bench", "surgery", "doctor"))
 ON_GPUS = "keelnorm.engine.kernels.triton."
 """Rules and launches for GPUs, which are loaded with the first tensor there."""
 

@@ -14,6 +14,7 @@ try:
     from keelnorm.cli.bench import bench_app
     from keelnorm.cli.convert import convert_command
     from keelnorm.cli.demo import demo_command
+    from keelnorm.cli.doctor import doctor_command
     from keelnorm.cli.fold import fold_command
     from keelnorm.cli.info import info_command
     from keelnorm.cli.inspect import inspect_command
@@ -65,6 +66,7 @@ app.command("demo")(demo_command)
 app.add_typer(lab_app, name="lab")
 app.command("info")(info_command)
 app.command("inspect")(inspect_command)
+app.command("doctor")(doctor_command)
 app.command("convert")(convert_command)
 app.command("fold")(fold_command)
 app.command("recalibrate")(recalibrate_command)

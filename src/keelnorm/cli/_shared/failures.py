@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
+import typer
+
 from keelnorm.engine.optional_imports import lacking
 
 
@@ -62,10 +64,13 @@ def _place(error: BaseException) -> str | None:
 
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """Turn every error inside into a `CommandError`: the code of a model may raise anything."""
+    """Turn every error inside into a `CommandError`: the code of a model may raise anything.
+
+    An exit with a status of the command's own passes.
+    """
     try:
         yield
-    except CommandError:
+    except (CommandError, typer.Exit):
         raise
     except Exception as error:
         from keelnorm.engine.error_messages import RefusedError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -81,6 +82,20 @@ def find(name: str) -> Any:
             raise CommandError(f"{name}: there is no {part!r} in {module_name}{has}")
         found = getattr(found, part)
     return found
+
+
+def source_of(name: str) -> tuple[str, int] | None:
+    """The file and line of `package.module:attribute`, relative to the current directory; None if it lies elsewhere."""
+    found = find(name)
+    try:
+        thing = inspect.unwrap(found) if callable(found) and not hasattr(found, "parameters") else type(found)
+        file, line = inspect.getsourcefile(thing), inspect.getsourcelines(thing)[1]
+    except (TypeError, OSError):  # without source code, as what C defines
+        return None
+    path = None if file is None else Path(os.path.abspath(file))
+    if path is None or not path.is_relative_to(Path.cwd()):
+        return None
+    return path.relative_to(Path.cwd()).as_posix(), max(line, 1)
 
 
 def _as_module(path: Path, attribute: str) -> str:

@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from keelnorm.surgery import Report
+
+
+class Told(Protocol):
+    """A result that is printed as a table or as JSON: a report, a diagnosis."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain values."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +62,19 @@ class Output:
 
     def save(self, model: nn.Module, report: Report) -> None:
         """Write the model's state_dict, if asked for, and add a note."""
-        if self.out is not None:
-            from keelnorm.cli._shared.weights_file import save_state_dict
+        report.notes.extend(self.save_state(model))
 
-            with replacing(self.out) as temporary:
-                save_state_dict(model, temporary)
-            report.notes.append(f"The state_dict was written to {self.out}.")
+    def save_state(self, model: nn.Module) -> list[str]:
+        """Write the model's state_dict, if asked for; a note says so."""
+        if self.out is None:
+            return []
+        from keelnorm.cli._shared.weights_file import save_state_dict
 
-    def tell(self, report: Report, shown: Report | None = None) -> None:
+        with replacing(self.out) as temporary:
+            save_state_dict(model, temporary)
+        return [f"The state_dict was written to {self.out}."]
+
+    def tell(self, report: Told, shown: Told | None = None) -> None:
         """Write and print the report; ``shown`` is printed as the table in its place, if given."""
         text = json.dumps(_plain(report.to_dict()), allow_nan=False)
         if self.report is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -98,7 +98,13 @@ class _OperatorRecorder(TorchDispatchMode):
         return self.recorder.run(function, args, kwargs or {})
 
 
-def observe(model: Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Trace:
+def observe(
+    model: Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    run: Callable[[], Any] | None = None,
+) -> Trace:
     """Run a model once and record which calls make and read each tensor.
 
     The run is without gradients, in the mode that the model has. Hooks record the calls of modules, a
@@ -109,6 +115,7 @@ def observe(model: Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any]
         model: Any module.
         args: The positional arguments of its call.
         kwargs: The keywords of its call.
+        run: Runs the model where it is not called so; ``args`` and ``kwargs`` are then what it is given.
 
     Returns:
         The trace. It keeps all tensors of the run alive.
@@ -139,6 +146,6 @@ def observe(model: Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any]
             for handle in recorder.watch(module, path):
                 stack.callback(handle.remove)
         with recorder, _OperatorRecorder(recorder):
-            trace.output = model(*args, **kwargs)
+            trace.output = model(*args, **kwargs) if run is None else run()
         trace._index(paths)
     return trace

@@ -1,0 +1,190 @@
+"""All that rules look at, collected once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
+
+from keelnorm.doctor.evidence.batches import Batches
+from keelnorm.doctor.evidence.layers import LayerFacts, facts_of
+from keelnorm.doctor.evidence.neighbors import DropoutBase, from_run, from_sequence
+from keelnorm.doctor.rule import Need, Rule
+from keelnorm.engine.error_messages import RefusedValueError
+from keelnorm.engine.torch_internals import compiled_module_class
+from keelnorm.surgery.observation.call_record import Trace
+from keelnorm.surgery.observation.nested_tensors import call_of
+from keelnorm.surgery.observation.observe import observe
+from keelnorm.surgery.snapshot import in_evaluation
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+#: What is missing where a rule can't judge, and what to pass.
+_MISSING: dict[Need, str] = {
+    "optimizer": "needs optimizer=",
+    "neighbors": "needs batches= or example=, which show what stands beside a layer",
+    "batch": "needs batches=",
+    "data": "needs batches=",
+    "step": "needs batches= and loss=",
+}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What rules look at.
+
+    Args:
+        model: The model, as it was given.
+        layers: Facts about its batch norms, in the order in which they run, where that is known.
+        optimizer: The optimizer.
+        batches: The batches.
+        ranks: The number of processes of torch.distributed.
+        failure: What the model raised when it was run to see what stands beside the layers.
+        data: What evaluations of the batches have shown.
+        step: What a training step has shown.
+    """
+
+    model: nn.Module
+    layers: tuple[LayerFacts, ...]
+    optimizer: Optimizer | None = None
+    batches: Batches | None = None
+    ranks: int = 1
+    failure: RuntimeError | None = None
+    data: Any = None
+    step: Any = None
+    _by_path: dict[str, LayerFacts] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._by_path.update({layer.path: layer for layer in self.layers})
+
+    def __getitem__(self, path: str) -> LayerFacts:
+        return self._by_path[path]
+
+    @property
+    def core(self) -> nn.Module:
+        """The model without wrappers such as DistributedDataParallel: its mode is the mode that was asked for."""
+        return unwrapped(self.model)
+
+    def lacks(self, rule: Rule) -> str | None:
+        """Why a rule can't judge; None if it can."""
+        there = {
+            "optimizer": self.optimizer is not None,
+            "neighbors": not self.layers or any(layer.beside is not None for layer in self.layers),
+            "batch": self.batches is not None,
+            "data": self.data is not None,
+            "step": self.step is not None,
+        }
+        needs = rule.needs if rule.looks_at == "model" else (*rule.needs, rule.looks_at)
+        return next((_MISSING[need] for need in needs if not there[need]), None)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel, an averaged model, and torch.compile's module."""
+    compiled = compiled_module_class()
+    while True:
+        if compiled is not None and isinstance(model, compiled):
+            model = cast(nn.Module, model._orig_mod)
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel | AveragedModel):
+            model = model.module
+        else:
+            return model
+
+
+def number_of_ranks() -> int:
+    """The number of processes of torch.distributed; 1 where it is not initialized."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def collect(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    *,
+    optimizer: Optimizer | None = None,
+    batches: Batches | None = None,
+    example: Any = None,
+    ranks: int | None = None,
+) -> Evidence:
+    """Collect the evidence, inside of a block of ``untouched``.
+
+    Args:
+        model: The model.
+        layers: Its batch norms by path.
+        optimizer: The optimizer.
+        batches: Batches; the first shows what stands beside the layers if there is no example.
+        example: What the model is called with, as in ``kn.fold``.
+        ranks: The number of processes; None asks torch.distributed.
+    """
+    failure = None
+    paths = {module: path for path, module in model.named_modules()}
+    beside = from_sequence(unwrapped(model), layers.values(), paths)
+    if example is not None or batches is not None:
+        try:
+            with _only_dropouts_training(model):
+                trace = _run(model, batches, example)
+                beside = from_run(trace, layers.values(), paths)
+        except ModelFailedError as error:
+            failure = error
+    facts = facts_of(layers, beside)
+    return Evidence(model, facts, optimizer, batches, number_of_ranks() if ranks is None else ranks, failure)
+
+
+class ModelFailedError(RuntimeError):
+    """The model raised when it was run."""
+
+
+@contextmanager
+def _only_dropouts_training(model: nn.Module) -> Iterator[None]:
+    """Run the block in evaluation, but with dropouts at work: one that is off leaves no trace in the data flow."""
+    with in_evaluation(model):
+        for module in model.modules():
+            if isinstance(module, DropoutBase):
+                module.training = True
+        yield
+
+
+def _run(model: nn.Module, batches: Batches | None, example: Any) -> Trace:
+    core = unwrapped(model)
+    if example is not None:
+        args, kwargs = call_of("diagnose", example)
+        return _observed(core, "the example", lambda: core(*args, **kwargs), (args, kwargs))
+    assert batches is not None
+    few = batches.few()
+    if few is not None:
+        try:
+            return observe(core, (few,), run=lambda: batches.run(core, few))
+        except Exception:
+            pass  # the model may want as many samples as it was given
+    # A custom forward is called with the model that the user has, wrapped or not.
+    called = core if batches.forward is None else model
+    return _observed(core, "the first batch", lambda: batches.run(called, batches.first), batches.first)
+
+
+def _observed(core: nn.Module, what: str, run: Any, given: Any) -> Trace:
+    try:
+        return observe(core, (given,), run=run)
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise ModelFailedError(
+            f"diagnose: the model raised on {what}: {type(error).__name__}: {said}. A batch is a tensor, a tuple or "
+            "list that begins with the model's argument, or a mapping of its keywords; pass "
+            "forward=lambda model, batch: model(...) for others. Tensors must have the model's dtype"
+        ) from error
+
+
+def check_not_lazy(model: nn.Module) -> None:
+    """Raise if parameters have no shape yet: running the model would give them one.
+
+    Raises:
+        ValueError: They have not.
+    """
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(value):
+            raise RefusedValueError(f"diagnose: {name!r} has no shape yet; run the lazy model once first")

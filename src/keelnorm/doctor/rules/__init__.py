@@ -1,0 +1,1 @@
+"""One file a rule. Each sets `RULE`; its identifier orders the list."""
