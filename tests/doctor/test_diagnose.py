@@ -110,7 +110,7 @@ def test_where():
         ),
         ({"example": torch.zeros(2, 9, 3, 3)}, RuntimeError, "the model raised on the example: RuntimeError: "),
         ({"example": 7}, TypeError, "example must be a tensor"),
-        ({"batches": images(), "max_batches": 0}, ValueError, "max_batches must be None or an integer of at least 1"),
+        ({"batches": images(), "max_batches": 0}, ValueError, "max_batches must be None or a positive integer"),
         ({"optimizer": 0.1}, TypeError, "optimizer must be a torch.optim.Optimizer; got 0.1"),
         ({"loss": 0.1}, TypeError, "loss must be a function; got 0.1"),
         ({"select": "KN999"}, ValueError, "select names 'KN999', which is no rule. There are KN101 bias-in-front, "),
