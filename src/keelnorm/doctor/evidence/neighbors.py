@@ -109,10 +109,10 @@ def _surroundings(
         value, made = call.inputs[0], call.outputs[0]
         writer = trace.writer(value)
         if writer is not None:
-            found = _neighbor(writer, paths)
+            found = neighbor_of(writer, paths)
             befores[found.name] = found
         alone &= all(reader.within(call) for reader in trace.readers(value)) and not trace.holders(value)
-        afters |= {found.name: found for found in (_neighbor(reader, paths) for reader in trace.readers(made))}
+        afters |= {found.name: found for found in (neighbor_of(reader, paths) for reader in trace.readers(made))}
         returned |= _is_returned(trace, made)
         dropouts |= {found.name: found for found in _dropouts_before(trace, value, paths, unchanged)}
     return Surroundings(
@@ -120,14 +120,24 @@ def _surroundings(
     )
 
 
-def _neighbor(call: Call, paths: Mapping[nn.Module, str]) -> Neighbor:
-    """The layer that a function belongs to, if it has no submodules; else the function."""
+def neighbor_of(call: Call, paths: Mapping[nn.Module, str] | None = None) -> Neighbor:
+    """The layer that a call belongs to, if it has no submodules; else the function that is called.
+
+    Args:
+        call: A call of a module or of a function.
+        paths: Paths of modules, where they differ from those of the run.
+    """
     layer = call if isinstance(call, ModuleCall) else call.inside
     function = str(call) if isinstance(call, FunctionCall) else ""
-    if layer is None or any(name != "parametrizations" for name, _ in layer.module.named_children()):
+    is_own = layer is not None and layer.path and all(name == "parametrizations" for name, _ in _children(layer))
+    if layer is None or not is_own:
         return Neighbor(str(call), function)
-    path = paths.get(layer.module, layer.path)
+    path = (paths or {}).get(layer.module, layer.path)
     return Neighbor(f"{type(layer.module).__name__} {path!r}", function, path, layer.module)
+
+
+def _children(call: ModuleCall) -> Iterator[tuple[str, nn.Module]]:
+    return call.module.named_children()
 
 
 def _is_returned(trace: Trace, value: Value) -> bool:

@@ -20,7 +20,7 @@ HARMFUL = 0.5
 def check(evidence: Evidence) -> Iterator[Finding]:
     """Each batch norm with a dropout in front, with at most one convolution or linear layer in between."""
     for layer in evidence.layers:
-        if layer.beside is None or not layer.beside.dropouts:
+        if layer.beside is None or not layer.beside.dropouts or layer.held or layer.fixed:
             continue
         worst = max(layer.beside.dropouts, key=lambda one: one.rate)
         shift = 1 / (1 - worst.rate)
