@@ -18,6 +18,7 @@ DropoutBase = nn.modules.dropout._DropoutNd
 _KEEPS_VARIANCE = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 _DROPS = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"))
 _WEIGHS = re.compile(r"conv|linear|matmul|bmm|einsum|addmm|^mm$")
+_JOINS = frozenset(("add", "mul", "sub"))
 _NORMALIZES = re.compile(r"(batch|layer|group|instance|rms)_norm")
 _NORM_CLASS = re.compile(r"Norm(\dd)?$")
 #: Functions that only give a tensor another shape.
@@ -73,7 +74,8 @@ class Surroundings:
         alone: Whether nothing else reads that.
         after: What reads its output.
         returned: Whether the model returns its output, and nothing else reads it.
-        dropouts: Dropouts in front, with at most one convolution or linear layer and no normalization in between.
+        dropouts: Dropouts in front, with at most one convolution or linear layer, one sum, and no normalization in
+            between.
     """
 
     observed: bool = True
@@ -161,14 +163,18 @@ def _dropouts_of_values(trace: Trace) -> dict[Value, list[FunctionCall]]:
 def _dropouts_before(
     trace: Trace, value: Value, paths: Mapping[nn.Module, str], unchanged: Mapping[Value, list[FunctionCall]]
 ) -> Iterator[Dropped]:
-    """Dropouts between a value and what normalizes, or weighs for the second time, before it."""
+    """Dropouts between a value and what normalizes, or weighs or joins branches for the second time, before it.
+
+    Each sum with another branch dilutes the shift of a dropout; along the additions of a residual network the search
+    would go back to its beginning.
+    """
     seen = set()
-    stack = [(value, 0)]
+    stack = [(value, 0, 0)]
     while stack:
-        value, weighed = stack.pop()
-        if (value, weighed) in seen:
+        value, weighed, joined = state = stack.pop()
+        if state in seen:
             continue
-        seen.add((value, weighed))
+        seen.add(state)
         for call in unchanged.get(value, ()):
             yield from _dropped(call, paths)
         writer = trace.writer(value)
@@ -177,8 +183,9 @@ def _dropouts_before(
         if str(writer) in _DROPS and _is_layer(writer):  # a function that drops in evaluation shifts nothing
             yield from _dropped(writer, paths)
         weighed += _WEIGHS.search(str(writer)) is not None
-        if weighed <= 1:
-            stack += [(source, weighed) for source in writer.inputs]
+        joined += str(writer) in _JOINS and len(writer.inputs) > 1
+        if max(weighed, joined) <= 1:
+            stack += [(source, weighed, joined) for source in writer.inputs]
 
 
 def _is_layer(call: FunctionCall) -> bool:
