@@ -232,6 +232,17 @@ def test_a_fault_that_makes_the_model_raise_is_found():
     assert diagnosis.notes[0].startswith("The model raised on the first batch: ")
 
 
+def test_a_failure_elsewhere_is_not_the_layers():
+    """The input is wrong, and the batch norm without statistics was not reached."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False))
+    with pytest.raises(RuntimeError, match="the model raised on the first batch: RuntimeError: mat1 and mat2"):
+        diagnose(model, [torch.zeros(2, 9)])
+    diagnosis = diagnose(model, [torch.zeros(1, 3)])
+    assert [(one.rule, one.severity) for one in diagnosis.findings] == [
+        ("KN105", "error"), ("KN101", "info"), ("KN113", "info"),
+    ]  # fmt: skip
+
+
 def test_a_rule_that_raises_is_named_and_the_others_run(monkeypatch):
     def broken(evidence):
         raise ZeroDivisionError("by zero")
@@ -258,6 +269,24 @@ def test_wrappers(wrap):
     remedy = "\n".join(line for one in diagnosis.findings for line in one.remedy)
     exec(remedy, {"model": wrapped, "kn": kn, "nn": nn, "torch": torch})
     assert not diagnose(wrapped, images()).findings
+
+
+def test_distributed_data_parallel(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(network()).train()
+        wrapped.module[3].eval()
+        diagnosis = diagnose(wrapped, images())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found(diagnosis)[:2] == [("KN103", "module.1"), ("KN107", "module.3")]
+    assert diagnosis.findings[2].severity == "info"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_model():
+    with pytest.raises(TypeError, match="diagnose: the model is a ScriptModule, whose layers can't be seen"):
+        diagnose(torch.jit.script(network()))
 
 
 def test_converted_models_are_seen_as_before():

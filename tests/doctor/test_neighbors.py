@@ -108,6 +108,19 @@ def test_a_parametrized_layer_is_a_layer():
     assert names(beside(model, torch.zeros(2, 3))["1"].before) == ["ParametrizedLinear '0'"]
 
 
+def test_a_dropout_reaches_over_one_sum():
+    class Residual(nn.Module):
+        def __init__(self, rate):
+            super().__init__()
+            self.norm, self.drop, self.conv = nn.BatchNorm1d(3), nn.Dropout(rate), nn.Conv1d(3, 3, 1)
+
+        def forward(self, x):
+            return self.conv(self.drop(self.norm(x).relu())) + x
+
+    found = beside(nn.Sequential(Residual(0.5), Residual(0.0), Residual(0.0)), torch.zeros(2, 3, 4))
+    assert [len(one.dropouts) for one in found.values()] == [0, 1, 0]
+
+
 def test_a_dropout_that_is_off_in_the_run_is_seen():
     class Functional(nn.Module):
         def __init__(self):

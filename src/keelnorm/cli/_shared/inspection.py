@@ -14,11 +14,13 @@ from torch.nn.parameter import is_lazy
 from keelnorm.cli._shared.failures import CommandError, one_line
 from keelnorm.control.freezing import frozen
 from keelnorm.control.layer_selection import Where
+from keelnorm.doctor.evidence.dead import dead_below
+from keelnorm.doctor.evidence.neighbors import neighbor_of
 from keelnorm.engine.torch_internals import BatchNormBase
 from keelnorm.surgery import Report, convert, fold, kept_memory
 from keelnorm.surgery.folding.foldable_layers import channels_of
 from keelnorm.surgery.known_layers import is_frozen
-from keelnorm.surgery.observation.call_record import Call, ModuleCall, Trace
+from keelnorm.surgery.observation.call_record import Trace
 from keelnorm.surgery.observation.nested_tensors import call_of
 from keelnorm.surgery.observation.observe import observe
 from keelnorm.surgery.snapshot import preserved
@@ -26,8 +28,6 @@ from keelnorm.surgery.target_layers import batch_norms_in, notes_on
 
 #: The column of `kn.kept_memory` for what is kept with `kn.save_memory`.
 SAVING = "with save_memory"
-#: A channel with a smaller |γ| is counted as dead: its output is β.
-DEAD = 1e-6
 
 
 class Range(NamedTuple):
@@ -161,12 +161,18 @@ def _facts(path: str, layer: BatchNormBase, held: bool) -> dict[str, Any]:
         "batches": _number_of_batches(layer),
         "running var": _range(_numbers(layer.running_var)),
         "|weight|": _range(gains),
-        "dead": None if gains is None else int((gains < DEAD).sum()),
+        "dead": None if weight is None else _dead(weight, layer),
         "comes after": None,
         "goes to": None,
         "fuses with": None,
         "folds into": None,
     }
+
+
+def _dead(weight: Tensor, layer: BatchNormBase) -> int:
+    """The number of channels whose output is β whatever comes in."""
+    bias = _numbers(layer.bias)
+    return int((weight.abs() <= dead_below(weight, bias, weight.dtype)).sum())
 
 
 def _moments(layer: BatchNormBase) -> str:
@@ -204,16 +210,10 @@ def _neighbours(trace: Trace, layer: BatchNormBase) -> dict[str, Any]:
         return {"comes after": None if calls else "not called"}
     before, after = calls[0].inputs[0], calls[0].outputs[0]
     writer = trace.writer(before)
-    source = _named(writer) if writer else "the model's input" if trace.is_given(before) else None
-    readers = [_named(reader) for reader in trace.readers(after)] or trace.holders(after)
+    source = neighbor_of(writer).name if writer else "the model's input" if trace.is_given(before) else None
+    readers = [neighbor_of(reader).name for reader in trace.readers(after)] or trace.holders(after)
     times = f" (called {len(calls)} times)" if len(calls) > 1 else ""
     return {"comes after": source and source + times, "goes to": ", ".join(dict.fromkeys(readers)) or None}
-
-
-def _named(call: Call) -> str:
-    """The name of a layer without submodules, else of the function that its code calls."""
-    layer = call if isinstance(call, ModuleCall) else call.inside
-    return str(layer if layer is not None and layer.path and not any(layer.module.children()) else call)
 
 
 def _tried(column: str, operation: Callable[[], Report], notes: list[str]) -> Report | None:

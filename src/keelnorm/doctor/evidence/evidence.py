@@ -72,6 +72,15 @@ class Evidence:
         """The model without wrappers such as DistributedDataParallel: its mode is the mode that was asked for."""
         return unwrapped(self.model)
 
+    def raised_in(self, module: nn.Module) -> bool:
+        """Whether the model raised while this module ran."""
+        trace = None if self.failure is None or self.failure.__cause__ is None else self.failure.__cause__.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_locals.get("self") is module:
+                return True
+            trace = trace.tb_next
+        return False
+
     def lacks(self, rule: Rule) -> str | None:
         """Why a rule can't judge; None if it can."""
         there = {

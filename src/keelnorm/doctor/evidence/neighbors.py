@@ -18,6 +18,7 @@ DropoutBase = nn.modules.dropout._DropoutNd
 _KEEPS_VARIANCE = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 _DROPS = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"))
 _WEIGHS = re.compile(r"conv|linear|matmul|bmm|einsum|addmm|^mm$")
+_JOINS = frozenset(("add", "mul", "sub"))
 _NORMALIZES = re.compile(r"(batch|layer|group|instance|rms)_norm")
 _NORM_CLASS = re.compile(r"Norm(\dd)?$")
 #: Functions that only give a tensor another shape.
@@ -73,7 +74,8 @@ class Surroundings:
         alone: Whether nothing else reads that.
         after: What reads its output.
         returned: Whether the model returns its output, and nothing else reads it.
-        dropouts: Dropouts in front, with at most one convolution or linear layer and no normalization in between.
+        dropouts: Dropouts in front, with at most one convolution or linear layer, one sum, and no normalization in
+            between.
     """
 
     observed: bool = True
@@ -109,10 +111,10 @@ def _surroundings(
         value, made = call.inputs[0], call.outputs[0]
         writer = trace.writer(value)
         if writer is not None:
-            found = _neighbor(writer, paths)
+            found = neighbor_of(writer, paths)
             befores[found.name] = found
         alone &= all(reader.within(call) for reader in trace.readers(value)) and not trace.holders(value)
-        afters |= {found.name: found for found in (_neighbor(reader, paths) for reader in trace.readers(made))}
+        afters |= {found.name: found for found in (neighbor_of(reader, paths) for reader in trace.readers(made))}
         returned |= _is_returned(trace, made)
         dropouts |= {found.name: found for found in _dropouts_before(trace, value, paths, unchanged)}
     return Surroundings(
@@ -120,14 +122,24 @@ def _surroundings(
     )
 
 
-def _neighbor(call: Call, paths: Mapping[nn.Module, str]) -> Neighbor:
-    """The layer that a function belongs to, if it has no submodules; else the function."""
+def neighbor_of(call: Call, paths: Mapping[nn.Module, str] | None = None) -> Neighbor:
+    """The layer that a call belongs to, if it has no submodules; else the function that is called.
+
+    Args:
+        call: A call of a module or of a function.
+        paths: Paths of modules, where they differ from those of the run.
+    """
     layer = call if isinstance(call, ModuleCall) else call.inside
     function = str(call) if isinstance(call, FunctionCall) else ""
-    if layer is None or any(name != "parametrizations" for name, _ in layer.module.named_children()):
+    is_own = layer is not None and layer.path and all(name == "parametrizations" for name, _ in _children(layer))
+    if layer is None or not is_own:
         return Neighbor(str(call), function)
-    path = paths.get(layer.module, layer.path)
+    path = (paths or {}).get(layer.module, layer.path)
     return Neighbor(f"{type(layer.module).__name__} {path!r}", function, path, layer.module)
+
+
+def _children(call: ModuleCall) -> Iterator[tuple[str, nn.Module]]:
+    return call.module.named_children()
 
 
 def _is_returned(trace: Trace, value: Value) -> bool:
@@ -151,14 +163,18 @@ def _dropouts_of_values(trace: Trace) -> dict[Value, list[FunctionCall]]:
 def _dropouts_before(
     trace: Trace, value: Value, paths: Mapping[nn.Module, str], unchanged: Mapping[Value, list[FunctionCall]]
 ) -> Iterator[Dropped]:
-    """Dropouts between a value and what normalizes, or weighs for the second time, before it."""
+    """Dropouts between a value and what normalizes, or weighs or joins branches for the second time, before it.
+
+    Each sum with another branch dilutes the shift of a dropout; along the additions of a residual network the search
+    would go back to its beginning.
+    """
     seen = set()
-    stack = [(value, 0)]
+    stack = [(value, 0, 0)]
     while stack:
-        value, weighed = stack.pop()
-        if (value, weighed) in seen:
+        value, weighed, joined = state = stack.pop()
+        if state in seen:
             continue
-        seen.add((value, weighed))
+        seen.add(state)
         for call in unchanged.get(value, ()):
             yield from _dropped(call, paths)
         writer = trace.writer(value)
@@ -167,8 +183,9 @@ def _dropouts_before(
         if str(writer) in _DROPS and _is_layer(writer):  # a function that drops in evaluation shifts nothing
             yield from _dropped(writer, paths)
         weighed += _WEIGHS.search(str(writer)) is not None
-        if weighed <= 1:
-            stack += [(source, weighed) for source in writer.inputs]
+        joined += str(writer) in _JOINS and len(writer.inputs) > 1
+        if max(weighed, joined) <= 1:
+            stack += [(source, weighed, joined) for source in writer.inputs]
 
 
 def _is_layer(call: FunctionCall) -> bool:

@@ -8,11 +8,16 @@ from keelnorm.doctor.evidence.evidence import Evidence
 from keelnorm.doctor.evidence.layers import LayerFacts
 
 
-def looked_after(model: nn.Module, path: str) -> bool:
-    """Whether the layer, or a module around it, has a ``train`` of its own, which may keep the layer's mode."""
-    parts = path.split(".") if path else []
-    around = [model.get_submodule(".".join(parts[:length])) for length in range(len(parts) + 1)]
-    return any("train" in vars(module) or type(module).train is not nn.Module.train for module in around)
+def looked_after(evidence: Evidence, path: str) -> bool:
+    """Whether the layer, or a module around it, has a ``train`` of its own, which may keep the layer's mode.
+
+    DistributedDataParallel and other wrappers have one that keeps nothing.
+    """
+    parts, inside = path.split(".") if path else [], set(evidence.core.modules())
+    around = [evidence.model.get_submodule(".".join(parts[:length])) for length in range(len(parts) + 1)]
+    return any(
+        "train" in vars(module) or type(module).train is not nn.Module.train for module in around if module in inside
+    )
 
 
 def trains(evidence: Evidence, layer: LayerFacts) -> bool:

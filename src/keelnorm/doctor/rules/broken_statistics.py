@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from keelnorm.doctor.evidence.dead import dead_below
 from keelnorm.doctor.evidence.evidence import Evidence
 from keelnorm.doctor.evidence.layers import LayerFacts
 from keelnorm.doctor.finding import Finding, Severity
 from keelnorm.doctor.rule import Case, Rule, by_recalibrating
-from keelnorm.doctor.rules._dead import dead_below
 from keelnorm.doctor.rules._examples import at, batches_of
 
 _NAMES = {"running_mean": "running mean", "running_var": "running variance"}
@@ -44,12 +44,11 @@ def _of_zero(layer: LayerFacts) -> tuple[Severity, str]:
         return "error", "is zero"
     gain = (1 / layer.eps) ** 0.5
     why = f"is zero: whatever differs from the running mean is multiplied by 1/√eps = {gain:.3g}"
-    if (
-        layer.weight is not None
-        and layer.weight.shape == variance.shape
-        and bool((dead_below(layer) >= layer.weight.abs())[variance == 0].all())
-    ):
-        return "info", f"{why}, and γ, which is about 0, keeps it from the output"
+    weight = layer.weight
+    if weight is not None and weight.shape == variance.shape:
+        dead = weight.abs() <= dead_below(weight, layer.bias, layer.dtypes["weight"])
+        if bool(dead[variance == 0].all()):
+            return "info", f"{why}, and γ, which is about 0, keeps it from the output"
     return "warning", why
 
 

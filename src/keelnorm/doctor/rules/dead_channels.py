@@ -7,21 +7,23 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from keelnorm.doctor.evidence.dead import dead_below
 from keelnorm.doctor.evidence.evidence import Evidence
 from keelnorm.doctor.evidence.layers import LayerFacts
 from keelnorm.doctor.finding import Finding, Severity
 from keelnorm.doctor.rule import Case, Rule
-from keelnorm.doctor.rules._dead import dead_below
 
 
 def check(evidence: Evidence) -> Iterator[Finding]:
     """Each layer with dead channels, unless it is new: many networks begin with γ = 0 at the end of a branch."""
     for layer in evidence.layers:
-        if layer.weight is None or layer.weight.ndim != 1 or not bool(layer.weight.isfinite().all()):
+        weight = layer.weight
+        if weight is None or weight.ndim != 1 or not bool(weight.isfinite().all()):
             continue
-        dead = layer.weight.abs() <= dead_below(layer)
+        below = dead_below(weight, layer.bias, layer.dtypes["weight"])
+        dead = weight.abs() <= below
         number, channels = int(dead.sum()), dead.numel()
-        if not number or (number == channels and not _is_trained(layer)):
+        if not number or _is_new(layer):
             continue
         severity: Severity = "warning" if number == channels else "info"
         all_of_it = ": it passes nothing on but β" if number == channels else ", whose output is β whatever comes in"
@@ -35,14 +37,21 @@ def check(evidence: Evidence) -> Iterator[Finding]:
             ],
             severity=severity,
             evidence={
-                "channels": number, "of": channels, "largest dead": float(layer.weight.abs()[dead].max()),
-                "threshold": float(dead_below(layer).max()),
+                "channels": number, "of": channels, "largest dead": float(weight.abs()[dead].max()),
+                "threshold": float(below.max()),
             },
         )  # fmt: skip
 
 
-def _is_trained(layer: LayerFacts) -> bool:
-    return bool(layer.batches) or not layer.is_initial
+def _is_new(layer: LayerFacts) -> bool:
+    """Whether γ is still 0 from the start: β, which gets a gradient all the same, is then 0 too.
+
+    Without β, whether the layer has seen a batch.
+    """
+    assert layer.weight is not None
+    if bool((layer.weight != 0).any()):
+        return False
+    return bool((layer.bias == 0).all()) if layer.bias is not None else not layer.batches and layer.is_initial
 
 
 def _index(dead: torch.Tensor) -> str:
@@ -51,10 +60,10 @@ def _index(dead: torch.Tensor) -> str:
     return str(dead.nonzero().flatten().tolist())
 
 
-def _case(change: Callable[[nn.BatchNorm1d], object], *, batches: int = 100, sick: bool = True) -> Case:
+def _case(change: Callable[[nn.BatchNorm1d], object], *, sick: bool = True) -> Case:
     norm = nn.BatchNorm1d(5)
     assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.fill_(batches)
+    norm.num_batches_tracked.fill_(100)
     with torch.no_grad():
         change(norm)
     return Case(nn.Sequential(norm, nn.ReLU()), ("0",) if sick else ())
@@ -69,7 +78,11 @@ def _some() -> Case:
 
 
 def _all_of_a_trained_layer() -> Case:
-    return _case(_weights(*[0.0] * 5))
+    def change(norm: nn.BatchNorm1d) -> None:
+        nn.init.zeros_(norm.weight)
+        nn.init.constant_(norm.bias, 0.1)
+
+    return _case(change)
 
 
 def _lost_beside_the_bias() -> Case:
@@ -88,7 +101,8 @@ def _usual() -> Case:
 
 
 def _zero_at_the_start() -> Case:
-    return _case(_weights(*[0.0] * 5), batches=0, sick=False)
+    """Some batches were run, and no step was taken yet."""
+    return _case(_weights(*[0.0] * 5), sick=False)
 
 
 def _all_small() -> Case:
@@ -106,7 +120,8 @@ RULE = Rule(
     threshold="u · max(|β|, root mean square of γ), u the rounding unit of the layer's dtype (1.2e-7 in float32). The "
     "normalized input has variance 1, so up to there all of γ·x̂ is lost when it is added to β, or to the other "
     "channels in the next layer. Single channels are info, since trained networks have them; a trained layer without a "
-    "living channel is a warning. A new layer with γ = 0 is meant so.",
+    "living channel is a warning. Where all of γ and of β are exactly 0, the layer is new, and meant so: training "
+    "gives β another value at once.",
     source="Liu et al. (2017), arXiv:1708.06519: channels are pruned by γ; Mehta et al. (2019), arXiv:1811.12495: "
     "weight decay and adaptive methods switch channels off; Goyal et al. (2017), arXiv:1706.02677, section 5.1: γ = 0 "
     "at the start.",

@@ -18,9 +18,9 @@ HARMFUL = 0.5
 
 
 def check(evidence: Evidence) -> Iterator[Finding]:
-    """Each batch norm with a dropout in front, with at most one convolution or linear layer in between."""
+    """Each batch norm with a dropout in front, which at most one convolution or linear layer is between."""
     for layer in evidence.layers:
-        if layer.beside is None or not layer.beside.dropouts:
+        if layer.beside is None or not layer.beside.dropouts or layer.held or layer.fixed:
             continue
         worst = max(layer.beside.dropouts, key=lambda one: one.rate)
         shift = 1 / (1 - worst.rate)
@@ -117,7 +117,7 @@ RULE = Rule(
     summary="A dropout in front of a batch norm shifts the variance between training and evaluation.",
     looks_at="model",
     statistic="The largest rate q of the dropouts whose output reaches the batch norm, with at most one convolution or "
-    "linear layer and no normalization in between.",
+    "linear layer, one sum with another branch and no normalization in between.",
     threshold="Dropout keeps the mean and turns a variance σ² with mean μ into (σ² + μ²)/(1 − q) − μ², at least σ²/(1 "
     "− q). Running statistics are those of training; in evaluation the normalized input is too small by a factor of "
     "√(1 − q) or less. From q = 0.5 on it is a warning: with it in each bottleneck, a DenseNet on CIFAR-100 falls from "

@@ -46,7 +46,7 @@ def _judged(evidence: Evidence, layer: LayerFacts) -> tuple[Severity, str, str] 
     if (layer.held or layer.fixed) and training:
         return "info", "trains γ and β while its running statistics are frozen", ", statistics=False"
     by_hand = evidence.core.training and not layer.training and not layer.held and not layer.fixed
-    if by_hand and not training and not looked_after(evidence.model, layer.path) and others_train(evidence, layer):
+    if by_hand and not training and not looked_after(evidence, layer.path) and others_train(evidence, layer):
         why = "is frozen by eval() alone: the next model.train() lets its running statistics be updated again"
         return "warning", why, ""
     return None

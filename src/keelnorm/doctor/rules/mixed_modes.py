@@ -38,7 +38,7 @@ def _differs(evidence: Evidence, layer: LayerFacts, training: bool) -> bool:
         return False
     if training and layer.frozen + layer.trainable and not trains(evidence, layer):  # frozen by hand: KN106
         return False
-    return not looked_after(evidence.model, layer.path)
+    return not looked_after(evidence, layer.path)
 
 
 def fix(model: nn.Module, finding: Finding, evidence: Evidence) -> str:

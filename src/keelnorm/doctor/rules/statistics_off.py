@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from keelnorm.doctor.evidence.evidence import Evidence
@@ -17,7 +18,8 @@ def check(evidence: Evidence) -> Iterator[Finding]:
     """Each layer without running statistics, with half of them, or with statistics that nothing updates."""
     samples = None if evidence.batches is None else evidence.batches.samples
     for layer in evidence.layers:
-        judged = None if layer.fixed or layer.held else _judged(layer, samples, evidence.core.training)
+        alone = evidence.raised_in(layer.module) or (samples == 1 and not evidence.core.training)
+        judged = None if layer.fixed or layer.held else _judged(layer, alone=alone)
         if judged is not None:
             severity, why = judged
             yield RULE.found(
@@ -29,7 +31,13 @@ def check(evidence: Evidence) -> Iterator[Finding]:
             )
 
 
-def _judged(layer: LayerFacts, samples: int | None, in_training: bool) -> tuple[Severity, str] | None:
+def _judged(layer: LayerFacts, *, alone: bool) -> tuple[Severity, str] | None:
+    """Severity and reason.
+
+    Args:
+        layer: The layer.
+        alone: Whether the layer raised in evaluation, or the batches have one sample.
+    """
     buffers = [getattr(layer.module, name, None) for name in ("running_mean", "running_var")]
     if sum(value is None for value in buffers) == 1:
         return "error", "has only one of running mean and running variance, so evaluation raises"
@@ -37,8 +45,8 @@ def _judged(layer: LayerFacts, samples: int | None, in_training: bool) -> tuple[
         why = (
             "has no running statistics: in evaluation the batch normalizes, and a sample's output depends on the others"
         )
-        if samples == 1 and not in_training:
-            return "error", f"{why}; the batches have one sample"
+        if alone:
+            return "error", f"{why}; with one sample that raises, or is instance normalization"
         return "warning", why
     if not layer.tracks:
         return "warning", (
@@ -66,6 +74,12 @@ def _not_tracked() -> Case:
 def _one_sample() -> Case:
     model = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.ReLU())
     return Case(model.eval(), ("0",), batches_of(1, 3, 5))
+
+
+def _one_value() -> Case:
+    """One sample without positions: evaluation raises."""
+    model = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.ReLU())
+    return Case(model.eval(), ("0",), example=torch.ones(1, 3))
 
 
 def _removed() -> Case:
@@ -117,6 +131,6 @@ RULE = Rule(
     "False, training normalizes with the batch, and evaluation with statistics that are no longer updated.",
     remedy="Track running statistics, and compute them from data with kn.recalibrate.",
     check=check,
-    sick=(_not_tracked, _one_sample, _removed, _half_removed, _switched_off),
+    sick=(_not_tracked, _one_sample, _one_value, _removed, _half_removed, _switched_off),
     healthy=(_tracked, _frozen),
 )
