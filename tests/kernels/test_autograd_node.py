@@ -16,6 +16,7 @@ import torch
 from support.activations import MODULES
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import keelnorm as kn
@@ -27,6 +28,18 @@ ACTIVATIONS: tuple[Any, ...] = (*NAMED, *MODULES)
 SHAPES = {"2d": (9, 5), "3d": (4, 3, 7), "4d": (4, 3, 5, 2), "5d": (2, 3, 2, 3, 2)}
 
 pytestmark = pytest.mark.skipif(autograd_node.run is None, reason=f"no node in C++: {autograd_node.missing()}")
+
+
+class Seen(TorchFunctionMode):
+    """Sees each call of a function of torch, as modes of the user's and of keelnorm's own control do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(getattr(function, "__name__", str(function)))
+        return function(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -186,7 +199,12 @@ def test_what_python_has_to_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
             layer([1.0])
         with pytest.raises(TypeError, match="floating-point"):
             layer(x.int())
+        with Seen() as seen:
+            layer(x)
+        with torch.device("cpu"):
+            layer(x)
     assert taken.count(True) == 1  # the view of a parameter
+    assert any(name.endswith("batch_norm") for name in seen.names)
 
 
 def test_a_mode_that_is_true_but_not_a_bool(monkeypatch: pytest.MonkeyPatch) -> None:

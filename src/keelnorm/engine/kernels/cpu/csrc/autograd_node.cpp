@@ -3,6 +3,7 @@
 //
 // A Python module for one torch and one Python, and optional: what it does not take, and what needs more than one
 // operator, it leaves to Python. It takes plain tensors on the CPU outside of every mode and transform.
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -276,7 +277,8 @@ PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t count) {
       call.running_mean.defined() != call.running_var.defined() || !(call.training || call.running_mean.defined()) ||
       (residual.defined() && (residual.scalar_type() != x.scalar_type() || residual.sizes() != x.sizes())) ||
       requires_grad(call.running_mean) || requires_grad(call.running_var) || !outside_of_modes() ||
-      torch::autograd::get_current_graph_task_id() != -1 || torch::jit::tracer::isTracing()) {
+      at::impl::torch_function_mode_enabled() || torch::autograd::get_current_graph_task_id() != -1 ||
+      torch::jit::tracer::isTracing()) {
     Py_RETURN_NOTIMPLEMENTED;
   }
   const bool record = at::GradMode::is_enabled() &&
