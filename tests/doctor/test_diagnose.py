@@ -112,7 +112,6 @@ def test_where():
         ({"example": 7}, TypeError, "example must be a tensor"),
         ({"batches": images(), "max_batches": 0}, ValueError, "max_batches must be None or a positive integer"),
         ({"optimizer": 0.1}, TypeError, "optimizer must be a torch.optim.Optimizer; got 0.1"),
-        ({"loss": 0.1}, TypeError, "loss must be a function; got 0.1"),
         ({"select": "KN999"}, ValueError, "select names 'KN999', which is no rule. There are KN101 bias-in-front, "),
         ({"select": 3}, TypeError, "select takes names of rules, as a string or a list; got 3"),
         ({"ignore": "bias"}, ValueError, "ignore names 'bias', which is no rule"),

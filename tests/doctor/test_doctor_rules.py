@@ -37,7 +37,7 @@ def test_diagnose_finds_what_the_rule_finds(rule):
     cases = [make() for make in rule.sick]
     for case in (case for case in cases if case.ranks == 1):
         diagnosis = kn.diagnose(
-            case.model, case.batches, example=case.example, optimizer=case.optimizer, loss=case.loss, select=rule.id
+            case.model, case.batches, example=case.example, optimizer=case.optimizer, select=rule.id
         )
         assert {path for finding in diagnosis.findings for path in finding.layers} == set(case.layers)
         assert list(diagnosis.rules) == [rule.id]

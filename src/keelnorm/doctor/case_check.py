@@ -125,12 +125,12 @@ def _remedied(case: Case, findings: list[Finding]) -> Case:
 
     batches = [case.example] if case.batches is None and case.example is not None else case.batches
     names: dict[str, Any] = {
-        "model": case.model, "optimizer": case.optimizer, "batches": batches, "loss": case.loss,
+        "model": case.model, "optimizer": case.optimizer, "batches": batches,
         "torch": torch, "nn": nn, "kn": keelnorm,
     }  # fmt: skip
     for remedy in dict.fromkeys(finding.remedy for finding in findings):
         exec("\n".join(remedy), names)
-    return Case(names["model"], (), names["batches"], names["optimizer"], names["loss"], case.example, case.ranks)
+    return Case(names["model"], (), names["batches"], names["optimizer"], case.example, case.ranks)
 
 
 def _check_fix(rule: Rule, case: Case, name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,6 @@ def diagnose(
     batches: Iterable[Any] | None = None,
     *,
     example: Any = None,
-    loss: Callable[..., Any] | None = None,
     optimizer: Optimizer | None = None,
     select: str | Iterable[str] | None = None,
     ignore: str | Iterable[str] | None = None,
@@ -45,7 +44,6 @@ def diagnose(
     fix: bool = False,
     forward: Forward | None = None,
     max_batches: int | None = None,
-    progress: bool | None = None,
 ) -> Diagnosis:
     """Say what is wrong with the batch norms of a model: which layer, why, how sure, and the code that repairs it.
 
@@ -60,7 +58,6 @@ def diagnose(
             keywords. They show what stands beside each layer too.
         example: What the model is called with, as in ``kn.fold``: for a model without data, to see what stands beside
             each layer. The numbers in it do not matter.
-        loss: Computes the loss of a batch.
         optimizer: The optimizer, for rules about its options.
         select: Only these rules: identifiers ("KN101"), names ("momentum"), beginnings ("KN1"), one or several.
         ignore: Not these rules.
@@ -70,7 +67,6 @@ def diagnose(
         fix: Whether to apply the remedies that are safe. The model and the optimizer are then changed.
         forward: ``forward(model, batch)``, for batches of another kind.
         max_batches: The largest number of batches to take.
-        progress: Whether to show a progress bar; None shows it in a terminal if rich is installed.
 
     Returns:
         The findings, worst first, and what was not looked at.
@@ -94,7 +90,7 @@ def diagnose(
         model.get_submodule('1').momentum = 0.01
     """
     layers = batch_norms_in(WHAT, model, where)
-    _check(model, layers, optimizer=optimizer, loss=loss)
+    _check(model, layers, optimizer=optimizer)
     registry = all_rules()
     rules = {rule.id: rule for rule in chosen(WHAT, select, ignore, registry)}
     silences = read_silence(WHAT, silence, registry.rules)
@@ -161,7 +157,7 @@ def _checked(rule: Rule, evidence: Evidence) -> list[Finding]:
     return found
 
 
-def _check(model: nn.Module, layers: Mapping[str, nn.Module], *, optimizer: Any, loss: Any) -> None:
+def _check(model: nn.Module, layers: Mapping[str, nn.Module], *, optimizer: Any) -> None:
     if not layers:
         seen = " ".join(notes_on(model))
         raise RefusedValueError(
@@ -172,8 +168,6 @@ def _check(model: nn.Module, layers: Mapping[str, nn.Module], *, optimizer: Any,
     refuse_sharded(WHAT, model)
     if optimizer is not None and not isinstance(getattr(optimizer, "param_groups", None), list):
         raise RefusedTypeError(f"diagnose: optimizer must be a torch.optim.Optimizer; got {describe(optimizer)}")
-    if loss is not None and not callable(loss):
-        raise RefusedTypeError(f"diagnose: loss must be a function; got {describe(loss)}")
 
 
 def _sorted(findings: list[Finding], evidence: Evidence) -> list[Finding]:

@@ -33,7 +33,6 @@ class Case:
         layers: The layers at which the rule has to find something; empty for the model as a whole.
         batches: Batches of data.
         optimizer: The optimizer.
-        loss: The loss, as in ``kn.diagnose``.
         example: An input that shows what stands beside the layers, where there are no batches.
         ranks: The number of processes of torch.distributed that are taken to run.
     """
@@ -42,7 +41,6 @@ class Case:
     layers: tuple[str, ...] = ()
     batches: Sequence[Any] | None = None
     optimizer: Optimizer | None = None
-    loss: Callable[..., Any] | None = None
     example: Any = None
     ranks: int = 1
 

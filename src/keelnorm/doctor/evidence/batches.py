@@ -58,9 +58,7 @@ class Batches:
         except TypeError as error:
             raise RefusedTypeError(str(error).replace("loader must", "batches must")) from None
         if most is not None and not is_count(most):
-            raise RefusedValueError(
-                f"diagnose: max_batches must be None or a positive integer; got {describe(most)}"
-            )
+            raise RefusedValueError(f"diagnose: max_batches must be None or a positive integer; got {describe(most)}")
         self.all: Iterable[Any] = _Kept(given) if isinstance(given, Iterator) else given
         self.forward: Forward | None = forward
         self.most: int | None = most

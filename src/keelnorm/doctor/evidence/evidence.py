@@ -31,8 +31,8 @@ _MISSING: dict[Need, str] = {
     "optimizer": "needs optimizer=",
     "neighbors": "needs batches= or example=, which show what stands beside a layer",
     "batch": "needs batches=",
-    "data": "needs batches=",
-    "step": "needs batches= and loss=",
+    "data": "needs statistics of data, which are not collected yet",
+    "step": "needs a training step, which is not taken yet",
 }
 
 
