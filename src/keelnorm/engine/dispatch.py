@@ -22,7 +22,13 @@ from keelnorm.engine.layout import counted, dense, pad_
 from keelnorm.engine.recomputation import is_repeating, is_second_run
 from keelnorm.engine.rollback import Unchanged
 from keelnorm.engine.running_statistics import update_running
-from keelnorm.engine.torch_internals import functorch_is_active, is_transformed, plain_apply, transforms_active
+from keelnorm.engine.torch_internals import (
+    functorch_is_active,
+    is_transformed,
+    plain_apply,
+    run_uncompiled,
+    transforms_active,
+)
 
 #: Tensors that are nothing but memory.
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -88,6 +94,9 @@ def run_node(
         x, residual, weight, bias, state.running_mean, state.running_var, state.num_batches_tracked, state.counts(),
         ranks, state.training, state.update, state.momentum, state.eps, act,
     )  # fmt: skip
+
+
+run_uncompiled(run_node.__code__)  # torch.compile can't trace the node, where it runs a layer outside of a graph
 
 
 def measure(x: Tensor, state: State) -> Tensor:

@@ -130,6 +130,9 @@ std::array<Tensor, 4> gradients_by_python(const std::array<Tensor, 7>& tensors, 
 namespace keelnorm {  // the name of the node, as grad_fn.name() says it
 
 struct BatchNorm : torch::autograd::Function<BatchNorm> {
+  // Compiled autograd may trace the backward, which then runs in Python.
+  static constexpr bool is_traceable = true;
+
   // Which tensors there are stands in bits of one number, beside the activation's code.
   enum : int64_t { kTraining = 1 << 8, kResidual = 1 << 9, kWeight = 1 << 10, kBias = 1 << 11 };
 
