@@ -37,6 +37,7 @@ REST = {
     "length_mask": (3,),
     "linear": (0.1,),
     "cosine": (0.1,),
+    "by_recalibrating": (None, None),
     "DomainBatchNorm.from_batch_norm": (2,),
     "GhostBatchNorm.from_batch_norm": (2,),
 }

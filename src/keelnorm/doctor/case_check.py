@@ -17,6 +17,7 @@ from keelnorm.doctor.evidence.untouched import untouched
 from keelnorm.doctor.finding import Finding, rank
 from keelnorm.doctor.fixes import apply_fixes
 from keelnorm.doctor.rule import Case, Rule
+from keelnorm.engine.error_messages import RefusedTypeError, describe
 from keelnorm.surgery.target_layers import batch_norms_in
 
 
@@ -26,7 +27,10 @@ def check_rule(rule: Rule) -> None:
     Raises:
         AssertionError: On a sick one it finds nothing, or at other layers, or still speaks after its remedy; on a
             healthy one it speaks; or it changes the model.
+        TypeError: It is not a rule.
     """
+    if not isinstance(rule, Rule):
+        raise RefusedTypeError(f"check_rule: rule must be a keelnorm.doctor.Rule; got {describe(rule)}")
     for make in rule.sick:
         check_sick(rule, make)
     for make in rule.healthy:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from torch import nn
 
 from keelnorm.doctor.finding import SEVERITIES, Finding, Plain, Severity
+from keelnorm.engine.error_messages import check_module
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -118,4 +119,5 @@ class Rule:
 
 def by_recalibrating(model: nn.Module, finding: Finding, evidence: Evidence) -> str | None:
     """As ``Rule.fix``: the finding's layers get new running statistics, together with those of other rules."""
+    check_module("by_recalibrating", model)
     raise NotImplementedError("layers are recalibrated together, after all other fixes")
