@@ -72,6 +72,10 @@ class BuildError(Exception):
     """The library can't be built; the message is one line, shown to users of the package."""
 
 
+class LacksError(BuildError):
+    """What is optional lacks what it is built with."""
+
+
 def find_compiler() -> list[str] | None:
     """Find the C++ compiler's command: CXX if it is set, else the first that is installed."""
     wished = os.environ.get("CXX", "").strip()
@@ -193,10 +197,10 @@ class Build:
     def node(self, folder: Path) -> None:
         """Build autograd's node for this torch and this Python."""
         if os.environ.get("KEELNORM_NODE") == "0":
-            raise BuildError("KEELNORM_NODE=0 skipped it")
+            raise LacksError("KEELNORM_NODE=0 skipped it")
         headers = sysconfig.get_paths()["include"]
         if not (Path(headers) / "Python.h").exists():
-            raise BuildError("there were no headers of this Python (on Debian and Ubuntu: python3-dev)")
+            raise LacksError("there were no headers of this Python (on Debian and Ubuntu: python3-dev)")
         include = self.torch / "include"
         options = [f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}", f"-isystem{headers}"]
         built = self.compile("autograd_node", "autograd_node.cpp", NODE_FLAGS, options)
@@ -240,8 +244,8 @@ class BuildNative(build_ext):
                 self.leave_out(package / "no_autograd_node.txt", "autograd's node in C++ is", error)
 
     def leave_out(self, record: Path, what: str, error: BuildError) -> None:
-        """Record why something is missing; the kernels may be required."""
-        if wish == "1" and record.name == "not_built.txt":
+        """Record why something is missing, unless it is required: the node is where there are Python's headers."""
+        if wish == "1" and not isinstance(error, LacksError):
             raise CompileError(f"KEELNORM_NATIVE=1 requires the native CPU kernels, but {error}") from None
         record.write_text(f"{error}\n")
         self.warn(f"{what} missing: {error}")

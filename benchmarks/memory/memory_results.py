@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from keelnorm.measure.machine import Machine
-from keelnorm.measure.plain_data import read
+from keelnorm.measure.plain_data import read_report
 
 SCHEMA = 1
 EAGER, CONVERTED, SAVED, CHECKPOINTED = "eager", "converted", "save_memory", "checkpointing"
@@ -179,11 +178,5 @@ class MemoryReport:
         Raises:
             ValueError: The text has another schema, or does not hold what such a report does.
         """
-        try:
-            data: dict[str, Any] = json.loads(text)
-            if not isinstance(data, dict) or data.get("schema") != SCHEMA or "code" not in data:
-                raise ValueError(f"expected a report of the memory benchmark, of schema {SCHEMA}")
-            report: MemoryReport = read(cls, data)
-        except (RecursionError, OverflowError) as error:
-            raise ValueError(str(error)) from None
+        report: MemoryReport = read_report(cls, text, SCHEMA, "a report of the memory benchmark")
         return report

@@ -15,7 +15,7 @@ from torch import nn
 
 import keelnorm as kn
 from keelnorm.doctor.case_check import fingerprint
-from keelnorm.doctor.registry import own_rules
+from keelnorm.doctor.known_rules import own_rules
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "surgery"))
 from packages import load
@@ -248,7 +248,7 @@ def test_a_rule_that_raises_is_named_and_the_others_run(monkeypatch):
 
     rules = dict(own_rules())
     rules["KN103"] = replace(rules["KN103"], check=broken)
-    monkeypatch.setattr("keelnorm.doctor.registry.own_rules", lambda: rules)
+    monkeypatch.setattr("keelnorm.doctor.known_rules.own_rules", lambda: rules)
     diagnosis = diagnose(network(), images())
     assert diagnosis.skipped["KN103"] == "it raised ZeroDivisionError: by zero"
     assert ("KN101", "1") in found(diagnosis)

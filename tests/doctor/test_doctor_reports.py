@@ -13,7 +13,7 @@ from torch import nn
 
 import keelnorm as kn
 from keelnorm.doctor.finding import Finding
-from keelnorm.doctor.registry import own_rules
+from keelnorm.doctor.known_rules import own_rules
 
 
 def network(layers=12):

@@ -10,7 +10,7 @@ import keelnorm as kn
 from keelnorm.doctor import case_check
 from keelnorm.doctor.finding import SEVERITIES
 from keelnorm.doctor.fixes import apply_fixes
-from keelnorm.doctor.registry import own_rules
+from keelnorm.doctor.known_rules import own_rules
 
 RULES = list(own_rules().values())
 SICK = [pytest.param(rule, make, id=f"{rule.id}-{make.__name__}") for rule in RULES for make in rule.sick]
@@ -70,8 +70,7 @@ def test_a_rule_says_everything_in_sentences(rule):
 
 
 def test_the_numbers_are_of_their_groups():
-    first = {"model": "1", "data": "2", "step": "3"}
-    assert all(re.fullmatch(rf"KN{first[rule.looks_at]}\d\d", rule.id) for rule in RULES)
+    assert all(re.fullmatch(r"KN1\d\d", rule.id) for rule in RULES)
     assert len(RULES) >= 18
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import keelnorm as kn
 from keelnorm.doctor.case_check import fingerprint
-from keelnorm.doctor.registry import own_rules
+from keelnorm.doctor.known_rules import own_rules
 
 
 def network():
@@ -126,7 +126,7 @@ def test_after_an_error_nothing_is_fixed(monkeypatch):
 
     rules = dict(own_rules())
     rules["KN111"] = replace(rules["KN111"], fix=broken)
-    monkeypatch.setattr("keelnorm.doctor.registry.own_rules", lambda: rules)
+    monkeypatch.setattr("keelnorm.doctor.known_rules.own_rules", lambda: rules)
     model = network()
     model[4].weight.data[1] = 0.0
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from keelnorm.doctor import rules_page
-from keelnorm.doctor.registry import own_rules
+from keelnorm.doctor.known_rules import own_rules
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -6,20 +6,16 @@ import copy
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.activations import MODULES
+from support.node_calls import Seen, counted, everything, in_python, layer_for, same
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 
-import keelnorm as kn
 from keelnorm.engine.activations import NAMED
 from keelnorm.engine.kernels.cpu import autograd_node
 
@@ -28,78 +24,6 @@ ACTIVATIONS: tuple[Any, ...] = (*NAMED, *MODULES)
 SHAPES = {"2d": (9, 5), "3d": (4, 3, 7), "4d": (4, 3, 5, 2), "5d": (2, 3, 2, 3, 2)}
 
 pytestmark = pytest.mark.skipif(autograd_node.run is None, reason=f"no node in C++: {autograd_node.missing()}")
-
-
-class Seen(TorchFunctionMode):
-    """Sees each call of a function of torch, as modes of the user's and of keelnorm's own control do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(getattr(function, "__name__", str(function)))
-        return function(*args, **(kwargs or {}))
-
-
-@contextmanager
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """Yield, for each call that reaches the node, whether it took the call."""
-    taken: list[bool] = []
-    run = autograd_node.run
-    assert run is not None
-
-    def noted(*arguments: Any) -> Any:
-        y = run(*arguments)
-        taken.append(y is not NotImplemented)
-        return y
-
-    with monkeypatch.context() as patch:
-        patch.setattr(autograd_node, "run", noted)
-        yield taken
-
-
-@contextmanager
-def in_python(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with monkeypatch.context() as patch:
-        patch.setattr(autograd_node, "run", None)
-        yield
-
-
-def layer_for(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    torch.manual_seed(3)
-    layer = kn.BatchNorm(shape[1], **options).to(dtype)
-    if layer.affine:
-        nn.init.normal_(layer.weight)
-        if layer.bias is not None:
-            nn.init.normal_(layer.bias)
-    layer(torch.randn(shape).to(dtype))
-    return layer
-
-
-def gradients(y: Tensor, inputs: list[Tensor]) -> list[Tensor | None]:
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
-    wanted = [t for t in inputs if t.requires_grad]
-    return list(torch.autograd.grad(y, wanted, dy, retain_graph=True)) if wanted else []
-
-
-def everything(layer: nn.Module, x: Tensor, residual: Tensor | None, activation: Any) -> list[Any]:
-    """The result, gradients and state of a call of a copy of the layer."""
-    layer = copy.deepcopy(layer)
-    y = layer(x, residual, activation=activation)
-    inputs = [t for t in (x, residual, layer.weight, layer.bias) if t is not None]
-    found = [y.detach(), *gradients(y, inputs)] if y.requires_grad else [y]
-    return [*found, *(b for b in layer.buffers()), layer.update_counts()]
-
-
-def same(ours: list[Any], theirs: list[Any]) -> None:
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None:
-            assert a.dtype == b.dtype
-            assert a.stride() == b.stride()
-            assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
@@ -270,73 +194,6 @@ def test_a_second_backward_needs_a_retained_graph() -> None:
     assert torch.equal(layer.weight.grad, 2 * first)
     with pytest.raises(RuntimeError, match="second time"):
         y.sum().backward()
-
-
-@pytest.mark.parametrize("keep", ["cpu", "own"])
-def test_hooks_on_saved_tensors(keep: str) -> None:
-    seen: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        seen.append(tensor)
-        return tensor.clone()
-
-    own = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
-    layer = layer_for((4, 3))
-    x = torch.randn(4, 3, requires_grad=True)
-    plain = everything(layer, x, None, "silu")
-    with torch.autograd.graph.save_on_cpu() if keep == "cpu" else own:
-        same(everything(layer, x, None, "silu"), plain)
-    assert len(seen) == (4 if keep == "own" else 0)  # x, statistics, weight, bias
-
-
-@pytest.mark.parametrize("activation", [None, "relu", "silu"])
-@pytest.mark.parametrize("residual", [False, True])
-def test_both_nodes_save_the_same_in_the_same_order(
-    monkeypatch: pytest.MonkeyPatch, activation: str | None, residual: bool
-) -> None:
-    """Activation checkpointing tells saved tensors by their number: one node runs first, and the other again."""
-    layer = layer_for((4, 3))
-    x, added = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3) if residual else None
-    kept: list[list[Tensor]] = [[], []]
-    for seen in kept:
-
-        def pack(tensor: Tensor, seen: list[Tensor] = seen) -> Tensor:
-            seen.append(tensor)
-            return tensor
-
-        node = in_python(monkeypatch) if seen is kept[1] else counted(monkeypatch)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), node:
-            copy.deepcopy(layer)(x, added, activation=activation)
-    same(*kept)
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoints(reentrant: bool) -> None:
-    layer = layer_for((4, 3))
-    x, added = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
-    inputs = [x, added, layer.weight, layer.bias]
-    twin = copy.deepcopy(layer)
-    checkpointed = checkpoint(
-        lambda x, added: layer(x * 2, added, activation="silu"), x, added, use_reentrant=reentrant
-    )
-    plain = twin(x * 2, added, activation="silu")
-    plain.square().sum().backward()
-    expected = [x.grad, added.grad, twin.weight.grad, twin.bias.grad]
-    x.grad = added.grad = None
-    checkpointed.square().sum().backward()
-    same([tensor.grad for tensor in inputs], expected)
-    same([*layer.buffers()], [*twin.buffers()])
-
-
-def test_an_exception_in_a_hook_reaches_the_caller() -> None:
-    def fail(_: Tensor) -> Tensor:
-        raise KeyError("mine")
-
-    layer = layer_for((4, 3))
-    updates = int(layer.num_batches_tracked)
-    with pytest.raises(KeyError, match="mine"), torch.autograd.graph.saved_tensors_hooks(fail, lambda t: t):
-        layer(torch.randn(4, 3, requires_grad=True))
-    assert int(layer.num_batches_tracked) == updates + 1  # as in torch.nn, the forward has run
 
 
 def test_batched_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from keelnorm.bench.cases import Case, variant_label
 from keelnorm.measure.machine import Machine
-from keelnorm.measure.plain_data import read
+from keelnorm.measure.plain_data import read_report
 
 SCHEMA = 2
 #: The arm of a network that plain torch is: the default layout and the default allocator.
@@ -230,12 +229,5 @@ class Report:
         Raises:
             ValueError: the text has another schema, or does not hold what such a report does.
         """
-        try:
-            data: dict[str, Any] = json.loads(text)
-            if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-                there = data.get("schema") if isinstance(data, dict) else None
-                raise ValueError(f"expected a report of schema {SCHEMA}, got {there!r}")
-            report: Report = read(cls, data)
-        except (RecursionError, OverflowError) as error:
-            raise ValueError(str(error)) from None
+        report: Report = read_report(cls, text, SCHEMA, "a report")
         return report

@@ -27,17 +27,9 @@ def doctor_command(
     prefix: model_options.Prefix = None,
     inputs: model_options.Input = None,
     example_file: model_options.Example = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            metavar="DATA",
-            help="Batches: a .safetensors, .npy or .npz file with one array, the inputs (N, ...); or "
-            "package.module:callable that returns an iterable of batches.",
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Batch size for inputs from a file.")] = 64,
-    max_batches: Annotated[int | None, typer.Option(min=1, help="Use at most this many batches.")] = None,
+    data: Annotated[str | None, model_options.DATA] = None,
+    batch_size: model_options.BatchSize = 64,
+    max_batches: model_options.MaxBatches = None,
     where: model_options.Where = None,
     training: Annotated[
         bool | None, typer.Option("--train/--eval", help="Set this mode first; by default the model's own.")
@@ -75,7 +67,8 @@ def doctor_command(
 ) -> None:
     """Say what is wrong with a model's batch norms: which layer, why, how sure, and the code that repairs it.
 
-    --input or --example show what stands beside each layer. --data does so too, and is what the rules about data use.
+    --input or --example show what stands beside each layer. --data does so too; --fix needs it to compute running
+    statistics again.
     """
     import json
 

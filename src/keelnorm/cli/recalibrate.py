@@ -14,21 +14,13 @@ from keelnorm.cli._shared.failures import aside, told_in_one_line
 @told_in_one_line()
 def recalibrate_command(
     model: model_options.Model,
-    data: Annotated[
-        str,
-        typer.Option(
-            "--data",
-            metavar="DATA",
-            help="A .safetensors, .npy or .npz file with one array, the inputs (N, ...); or package.module:callable "
-            "that returns an iterable of batches.",
-        ),
-    ],
+    data: Annotated[str, model_options.DATA],
     args: model_options.Args = None,
     weights: model_options.Weights = None,
     key: model_options.Key = None,
     prefix: model_options.Prefix = None,
     where: model_options.Where = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Batch size for inputs from a file.")] = 64,
+    batch_size: model_options.BatchSize = 64,
     sequential: Annotated[
         bool,
         typer.Option("--sequential", help="Recalibrate one layer after the other, in order."),
@@ -37,7 +29,7 @@ def recalibrate_command(
         float | None,
         typer.Option(min=0.0, help="Stop when the statistics are this accurate; by default use all data."),
     ] = None,
-    max_batches: Annotated[int | None, typer.Option(min=1, help="Use at most this many batches.")] = None,
+    max_batches: model_options.MaxBatches = None,
     out: model_options.Out = None,
     as_json: AsJson = False,
     report_file: model_options.ReportFile = None,

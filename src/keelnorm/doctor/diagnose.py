@@ -17,7 +17,7 @@ from keelnorm.doctor.evidence.layers import plain_facts
 from keelnorm.doctor.evidence.untouched import untouched
 from keelnorm.doctor.finding import Finding, rank
 from keelnorm.doctor.fixes import apply_fixes
-from keelnorm.doctor.registry import all_rules, chosen
+from keelnorm.doctor.known_rules import all_rules, chosen
 from keelnorm.doctor.rule import Rule
 from keelnorm.doctor.silencing import Silence, Silenced, read_baseline, read_silence
 from keelnorm.engine.error_messages import RefusedTypeError, RefusedValueError, describe

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 #: What a rule needs that a call of ``diagnose`` may not give: "neighbors" is what stands beside the layers, "batch" the
 #: number of samples in a batch.
-Need: TypeAlias = Literal["optimizer", "neighbors", "batch", "data", "step"]
-#: What the evidence comes from: the model and the optimizer alone, batches of data, or a training step.
-LooksAt: TypeAlias = Literal["model", "data", "step"]
+Need: TypeAlias = Literal["optimizer", "neighbors", "batch"]
 _IDENTIFIER = re.compile(r"[A-Z]+[0-9]+")
 
 
@@ -51,12 +49,10 @@ class Rule:
     """One rule: what it looks at, when it speaks and why, and what to do then.
 
     Args:
-        id: Capitals and digits, such as "KN101". The first digit groups the rules of keelnorm: 1 for those that look at
-            the model and the optimizer alone, 2 for data, 3 for a training step.
+        id: Capitals and digits, such as "KN101".
         name: A short name in small letters with hyphens.
         severity: Of its most severe finding.
         summary: One sentence: what is wrong with a model on which it speaks.
-        looks_at: "model", "data" or "step".
         statistic: What is measured.
         threshold: When it speaks, and why there.
         source: Publications and documentation.
@@ -78,7 +74,6 @@ class Rule:
     name: str
     severity: Severity
     summary: str
-    looks_at: LooksAt
     statistic: str
     threshold: str
     source: str

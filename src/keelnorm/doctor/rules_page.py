@@ -8,18 +8,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from keelnorm.doctor.case_check import evidence_of
-from keelnorm.doctor.registry import own_rules
+from keelnorm.doctor.known_rules import own_rules
 from keelnorm.doctor.rule import Rule
 
 WIDTH = 132
 _HEAD = """# Rules of the doctor
 
-What [`kn.diagnose` and `keelnorm doctor`](doctor.md) look for. KN1xx look at the model and the optimizer alone, KN2xx
-at data, KN3xx at a training step. **error**: results are wrong, or will be. **warning**: it probably hurts. **info**:
-it is by design, or costs a little. The severity is that of a rule's worst finding; "when it speaks" says which finding
-has which. The code is the remedy of the first example with which the rule is tested. `make rules` writes this page.
+What [`kn.diagnose` and `keelnorm doctor`](doctor.md) look for, in the model and its optimizer. **error**: results are
+wrong, or will be. **warning**: it probably hurts. **info**: it is by design, or costs a little. The severity is that of
+a rule's worst finding; "when it speaks" says which finding has which. The code is the remedy of the first example with
+which the rule is tested. `make rules` writes this page.
 """
-_LOOKS_AT = {"model": "the model and the optimizer", "data": "data", "step": "a training step"}
 
 
 def page(rules: Iterable[Rule]) -> str:
@@ -38,7 +37,6 @@ def _section(rule: Rule) -> list[str]:
     case = rule.sick[0]()
     [first, *_] = rule.check(evidence_of(case))
     facts = {
-        "Looks at": f"{_LOOKS_AT[rule.looks_at]}.",
         "Statistic": rule.statistic,
         "When it speaks": rule.threshold,
         "Why": rule.explanation,

@@ -52,7 +52,7 @@ def _descriptor(rule: Rule) -> dict[str, Any]:
         "fullDescription": {"text": rule.explanation},
         "help": {"text": help_text, "markdown": help_text},
         "defaultConfiguration": {"level": _LEVELS[rule.severity]},
-        "properties": {"tags": ["batch-normalization", rule.looks_at]},
+        "properties": {"tags": ["batch-normalization"]},
     }
 
 

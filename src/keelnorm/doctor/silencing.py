@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from keelnorm.doctor.finding import SEVERITIES, Finding, Severity, rank
-from keelnorm.doctor.registry import rules_named, words_of
+from keelnorm.doctor.known_rules import rules_named, words_of
 from keelnorm.doctor.rule import Rule
 from keelnorm.engine.atomic_write import write_text
 from keelnorm.engine.error_messages import RefusedTypeError, RefusedValueError, describe

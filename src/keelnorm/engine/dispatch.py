@@ -13,22 +13,15 @@ import torch
 from torch import Tensor
 
 from keelnorm.engine import composite, fallback, ops, saved_outputs
-from keelnorm.engine.activations import NAMED, TABLE, Activation, of_module
+from keelnorm.engine.activations import Activation
 from keelnorm.engine.arguments import Kept, Needs, State
 from keelnorm.engine.fast_operators import mark_updated, run_fast
 from keelnorm.engine.kernels import registry, triton
-from keelnorm.engine.kernels.cpu import autograd_node
 from keelnorm.engine.layout import counted, dense, pad_
-from keelnorm.engine.recomputation import is_repeating, is_second_run
+from keelnorm.engine.recomputation import is_second_run
 from keelnorm.engine.rollback import Unchanged
 from keelnorm.engine.running_statistics import update_running
-from keelnorm.engine.torch_internals import (
-    functorch_is_active,
-    is_transformed,
-    plain_apply,
-    run_uncompiled,
-    transforms_active,
-)
+from keelnorm.engine.torch_internals import functorch_is_active, is_transformed, plain_apply, transforms_active
 
 #: Tensors that are nothing but memory.
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -74,29 +67,6 @@ def batch_norm(
             refuse_inference(state.what)
         return _apply(x, residual, weight, bias, saved, state, act)  # type: ignore[no-any-return]
     return forward(x, residual, weight, bias, saved, state, act)[0]
-
-
-def run_node(
-    x: Any, residual: Any, weight: Any, bias: Any, state: State, activation: Any, ranks: tuple[int, ...] | None
-) -> Any:
-    """Run an ordinary call by the node in C++, unchecked arguments included.
-
-    Returns:
-        y; or NotImplemented where the call is not an ordinary one, or there is no such node. Nothing was written then.
-    """
-    run = autograd_node.run
-    if run is None or not registry.native_enabled or saved_outputs.calls or is_repeating() or state.sink is not None:
-        return NotImplemented
-    act = NAMED.get(activation) if activation is None or type(activation) is str else of_module(activation)
-    if act is None:
-        return NotImplemented
-    return run(
-        x, residual, weight, bias, state.running_mean, state.running_var, state.num_batches_tracked, state.counts(),
-        ranks, state.training, state.update, state.momentum, state.eps, act,
-    )  # fmt: skip
-
-
-run_uncompiled(run_node.__code__)  # torch.compile can't trace the node, where it runs a layer outside of a graph
 
 
 def measure(x: Tensor, state: State) -> Tensor:
@@ -160,7 +130,7 @@ class _BatchNorm(torch.autograd.Function):
             mask=mask, keep=ctx.keep,
         )  # fmt: skip
         need = Needs(*ctx.needs_input_grad[:4])
-        dx, dresidual, dweight, dbias = _gradients(dy, kept, need, ctx.eps)
+        dx, dresidual, dweight, dbias = gradients(dy, kept, need, ctx.eps)
         if need.residual and mask is not None:
             dresidual = counted(mask.unsqueeze(1), dresidual)
         return (
@@ -174,7 +144,7 @@ class _BatchNorm(torch.autograd.Function):
         )
 
 
-def _gradients(dy: Tensor, kept: Kept, need: Needs, eps: float) -> tuple[Any, ...]:
+def gradients(dy: Tensor, kept: Kept, need: Needs, eps: float) -> tuple[Any, ...]:
     """Return dx, dresidual, dweight, dbias, as far as they are needed, and differentiable where that is asked for."""
     if torch.is_grad_enabled() or is_transformed():  # create_graph=True, or a derivative of the backward
         return composite.backward(dy, kept, eps)
@@ -183,17 +153,6 @@ def _gradients(dy: Tensor, kept: Kept, need: Needs, eps: float) -> tuple[Any, ..
     return dx, dresidual if written else dy, dweight, dbias
 
 
-def _gradients_of_node(
-    tensors: tuple[Any, ...], training: bool, eps: float, code: int, a: float, b: float, *need: bool
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients that the node in C++ leaves to Python, see kernels/cpu/csrc/autograd_node.cpp."""
-    dy, x, saved, weight, bias, y, residual = tensors
-    act = Activation(TABLE[code].name, code, a, b)
-    kept = Kept(x=x, saved=saved, weight=weight, bias=bias, y=y, residual=residual, training=training, act=act)
-    return _gradients(dy, kept, Needs(*need), eps)
-
-
-autograd_node.connect(_gradients_of_node)
 _apply = plain_apply(_BatchNorm)
 
 

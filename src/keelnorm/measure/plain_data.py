@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
+
+
+def read_report(kind: Any, text: str, schema: int, what: str) -> Any:
+    """Read a report from JSON text.
+
+    Args:
+        kind: The dataclass, with a field ``schema``.
+        text: What was stored.
+        schema: The schema that it must have.
+        what: The kind of report, for error messages.
+
+    Raises:
+        ValueError: The text has another schema, or does not hold what such a report does.
+    """
+    try:
+        data: Any = json.loads(text)
+        there = data.get("schema") if isinstance(data, dict) else None
+        if there != schema:
+            raise ValueError(f"expected {what} of schema {schema}, got {there!r}")
+        return read(kind, data)
+    except (RecursionError, OverflowError) as error:
+        raise ValueError(str(error)) from None
 
 
 def read(kind: Any, value: Any, where: str = "it") -> Any:

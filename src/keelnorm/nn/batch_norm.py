@@ -10,11 +10,11 @@ from torch.overrides import has_torch_function
 
 from keelnorm.engine.activations import NONE, ActivationLike, resolve
 from keelnorm.engine.arguments import Options, Padding, State
-from keelnorm.engine.dispatch import run_node
 from keelnorm.engine.error_messages import locate
 from keelnorm.engine.fusion.call import begin, passes_by
 from keelnorm.engine.fusion.scope import is_inside
 from keelnorm.engine.masking import TooFew
+from keelnorm.engine.node_calls import run_node
 from keelnorm.engine.normalization_steps import Normalization, is_plain
 from keelnorm.functional import check_layer_call, layer_batch_norm
 from keelnorm.moments import Weighting

@@ -51,6 +51,15 @@ Example: TypeAlias = Annotated[
         help="Run the model on what is in this file: .safetensors, its keywords by name, or .npy, its only argument.",
     ),
 ]
+#: Of ``--data``, which some commands need and others take.
+DATA = typer.Option(
+    "--data",
+    metavar="DATA",
+    help="Batches: a .safetensors, .npy or .npz file with one array, the inputs (N, ...); or package.module:callable "
+    "that returns an iterable of batches.",
+)
+BatchSize: TypeAlias = Annotated[int, typer.Option(min=1, help="Batch size for inputs from a file.")]
+MaxBatches: TypeAlias = Annotated[int | None, typer.Option(min=1, help="Use at most this many batches.")]
 Where: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(

@@ -31,8 +31,6 @@ _MISSING: dict[Need, str] = {
     "optimizer": "needs optimizer=",
     "neighbors": "needs batches= or example=, which show what stands beside a layer",
     "batch": "needs batches=",
-    "data": "needs statistics of data, which are not collected yet",
-    "step": "needs a training step, which is not taken yet",
 }
 
 
@@ -47,8 +45,6 @@ class Evidence:
         batches: The batches.
         ranks: The number of processes of torch.distributed.
         failure: What the model raised when it was run to see what stands beside the layers.
-        data: What evaluations of the batches have shown.
-        step: What a training step has shown.
     """
 
     model: nn.Module
@@ -57,8 +53,6 @@ class Evidence:
     batches: Batches | None = None
     ranks: int = 1
     failure: RuntimeError | None = None
-    data: Any = None
-    step: Any = None
     _by_path: dict[str, LayerFacts] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -87,11 +81,8 @@ class Evidence:
             "optimizer": self.optimizer is not None,
             "neighbors": not self.layers or any(layer.beside is not None for layer in self.layers),
             "batch": self.batches is not None,
-            "data": self.data is not None,
-            "step": self.step is not None,
         }
-        needs = rule.needs if rule.looks_at == "model" else (*rule.needs, rule.looks_at)
-        return next((_MISSING[need] for need in needs if not there[need]), None)
+        return next((_MISSING[need] for need in rule.needs if not there[need]), None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -57,7 +57,6 @@ RULE = Rule(
     name="at-the-output",
     severity="info",
     summary="A batch norm is the last layer of the model.",
-    looks_at="model",
     statistic="Whether the model returns the layer's output, perhaps in another shape, and nothing else reads it.",
     threshold="Wherever that is so. It is info, because embeddings and projection heads end so on purpose.",
     source="Ioffe, Szegedy (2015), arXiv:1502.03167, section 3.2: in front of a nonlinearity, hence not at the end. A "

@@ -102,7 +102,6 @@ RULE = Rule(
     name="averaged-weights",
     severity="warning",
     summary="An averaged model has the running statistics of the last model, not of the average.",
-    looks_at="model",
     statistic="Whether an AveragedModel with use_buffers=False has averaged several models, and num_batches_tracked is "
     "still at least their number.",
     threshold="update_bn and kn.recalibrate set num_batches_tracked to the number of their batches. Without them it is "

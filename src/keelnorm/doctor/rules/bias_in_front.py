@@ -90,7 +90,6 @@ RULE = Rule(
     name="bias-in-front",
     severity="info",
     summary="A convolution or linear layer in front of a batch norm has a bias.",
-    looks_at="model",
     statistic="Whether the layer that makes the batch norm's input has a bias, and nothing else reads that input.",
     threshold="Wherever that is so: x + b has the batch mean mean(x) + b, so the difference from the mean does not "
     "depend on b.",

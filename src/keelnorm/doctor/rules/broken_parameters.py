@@ -74,7 +74,6 @@ RULE = Rule(
     name="broken-parameters",
     severity="error",
     summary="γ or β is NaN or infinite.",
-    looks_at="model",
     statistic="The values of γ and β, and of the other parameters beside them.",
     threshold="NaN or infinite: the channel's output is never finite again.",
     source="The definition, y = (x − mean) / √(var + eps) · γ + β.",

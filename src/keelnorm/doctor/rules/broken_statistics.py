@@ -127,7 +127,6 @@ RULE = Rule(
     name="broken-statistics",
     severity="error",
     summary="Running statistics are NaN or infinite, or a running variance is negative or zero.",
-    looks_at="model",
     statistic="The values of running mean and running variance.",
     threshold="NaN, infinite, or a variance below 0: no update from finite data leaves that behind (error). A variance "
     "of exactly 0 in a whole layer, or with eps = 0, is an error as well. In single channels it arises where the input "

@@ -102,7 +102,6 @@ RULE = Rule(
     name="compressed-weights",
     severity="info",
     summary="The weights in front of a batch norm are pruned or quantized.",
-    looks_at="model",
     statistic="Whether the layer in front has a pruning mask of torch.nn.utils.prune, or integer weights, and the "
     "batch norm evaluates.",
     threshold="Wherever that is so. It is info, because it can't be seen without data whether the statistics were "

@@ -115,7 +115,6 @@ RULE = Rule(
     name="dead-channels",
     severity="warning",
     summary="γ of a channel is about 0: its output is β whatever comes in.",
-    looks_at="model",
     statistic="|γ| of each channel.",
     threshold="u · max(|β|, root mean square of γ), u the rounding unit of the layer's dtype (1.2e-7 in float32). The "
     "normalized input has variance 1, so up to there all of γ·x̂ is lost when it is added to β, or to the other "

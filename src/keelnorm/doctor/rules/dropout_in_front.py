@@ -115,7 +115,6 @@ RULE = Rule(
     name="dropout-in-front",
     severity="warning",
     summary="A dropout in front of a batch norm shifts the variance between training and evaluation.",
-    looks_at="model",
     statistic="The largest rate q of the dropouts whose output reaches the batch norm, with at most one convolution or "
     "linear layer, one sum with another branch and no normalization in between.",
     threshold="Dropout keeps the mean and turns a variance σ² with mean μ into (σ² + μ²)/(1 − q) − μ², at least σ²/(1 "

@@ -144,7 +144,6 @@ RULE = Rule(
     name="eps",
     severity="error",
     summary="eps is out of range, or unlike that of the other layers.",
-    looks_at="model",
     statistic="eps, compared with the variance of a channel that is constant up to rounding, with the running "
     "variances, and with eps of the other layers.",
     threshold="Negative or not finite: the square root of var + eps fails (error). Below u², u the rounding unit of "

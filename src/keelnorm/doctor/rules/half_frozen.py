@@ -150,7 +150,6 @@ RULE = Rule(
     name="half-frozen",
     severity="warning",
     summary="A batch norm is frozen by half, or only until train() is called.",
-    looks_at="model",
     statistic="Whether γ and β train (they require a gradient, and the optimizer has them), whether the running "
     "statistics are updated, and who keeps the layer's mode.",
     threshold="A warning where γ and β are frozen, other parameters train, and the running statistics are updated, now "

@@ -94,7 +94,6 @@ RULE = Rule(
     name="half-precision",
     severity="warning",
     summary="Running statistics or parameters of a batch norm have half precision.",
-    looks_at="model",
     statistic="The dtypes of γ, β and the running statistics, and whether training changes them.",
     threshold="An update m·(batch − running) is rounded away where it is below half a unit in the last place, ε/2 of "
     "the value: the running statistic stalls while the batch's differs by ε/(2m). With m = 0.1 that is 4 % in bfloat16 "

@@ -104,7 +104,6 @@ RULE = Rule(
     name="mixed-modes",
     severity="warning",
     summary="A batch norm is in another mode than the model.",
-    looks_at="model",
     statistic="The mode of each batch norm, and that of the model inside of wrappers.",
     threshold="Any difference, unless kn.freeze or a train() of the layer or of a module around it keeps it, or the "
     "layer is frozen by hand (KN106).",

@@ -119,7 +119,6 @@ RULE = Rule(
     name="momentum",
     severity="error",
     summary="The momentum is 0, 1, not legal, or meant in Keras's sense.",
-    looks_at="model",
     statistic="The momentum m: new = (1 − m)·old + m·batch.",
     threshold="The average counts as (2 − m)/m equally weighted batches. For m > 2/3 these are fewer than two, and the "
     "running statistics are hardly more exact than one batch (info). From m = 0.9 on it is Keras's momentum, whose "

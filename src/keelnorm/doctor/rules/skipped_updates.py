@@ -91,7 +91,6 @@ RULE = Rule(
     name="skipped-updates",
     severity="error",
     summary="Updates of the running statistics were skipped because of NaN or Inf.",
-    looks_at="model",
     statistic="skipped_updates of keelnorm's layers, the most of any channel, as a share of num_batches_tracked.",
     threshold="With momentum m the running statistics are an average over about 1/m batches. Where the share is m or "
     "more, one of these is missing on average (warning); where all were skipped, the statistics are those of a new "

@@ -101,7 +101,6 @@ RULE = Rule(
     name="small-ranks",
     severity="warning",
     summary="Each process normalizes a small batch by itself.",
-    looks_at="model",
     statistic="The samples N in the first batch of this process (of a device, under DataParallel), where several run "
     "and the layers are not synchronized.",
     threshold="The variance of N independent values has a standard error of √(2/(N − 1)) of itself; above 1/2, which "

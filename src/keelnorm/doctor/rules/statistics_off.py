@@ -119,7 +119,6 @@ RULE = Rule(
     name="statistics-off",
     severity="error",
     summary="A batch norm has no running statistics, or no longer updates them.",
-    looks_at="model",
     statistic="The buffers running_mean and running_var, and track_running_stats.",
     threshold="Any of them missing or off. A warning, because generators and meta-learning do so on purpose; an error "
     "where evaluation raises, or where the model is in evaluation and the batches have one sample: each image is then "

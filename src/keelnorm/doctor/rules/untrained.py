@@ -104,7 +104,6 @@ RULE = Rule(
     name="untrained-statistics",
     severity="warning",
     summary="A batch norm evaluates with the running statistics of a new layer.",
-    looks_at="model",
     statistic="Whether the running mean is exactly 0 and the running variance exactly 1 in every channel of a layer "
     "that normalizes with them; num_batches_tracked.",
     threshold="Exact equality in all channels, which no update leaves behind. Info where that is so for all layers of "

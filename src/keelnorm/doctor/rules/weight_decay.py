@@ -122,7 +122,6 @@ RULE = Rule(
     name="weight-decay",
     severity="info",
     summary="The optimizer decays γ and β.",
-    looks_at="model",
     statistic="The weight decay of the optimizer's groups that have a γ or β which requires a gradient.",
     threshold="Above 0. It is info, not a warning: many published networks were trained so, and the effect on accuracy "
     "is small, in either direction.",

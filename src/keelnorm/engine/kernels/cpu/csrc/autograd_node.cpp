@@ -25,7 +25,7 @@ using torch::jit::Stack;
 
 constexpr int64_t kNone = 0, kRelu = 1;  // codes of keelnorm/engine/activations.py
 
-// What Python runs in the place of an operator in the backward: keelnorm/engine/dispatch.py, gradients_of_node.
+// What Python runs in the place of an operator in the backward: keelnorm/engine/node_calls.py, _gradients_of_node.
 PyObject* python_backward = nullptr;
 
 struct Declined {};  // an operator raised, which it does before it writes anything

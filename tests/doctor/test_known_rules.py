@@ -10,8 +10,8 @@ import pytest
 from torch import nn
 
 import keelnorm as kn
-from keelnorm.doctor import registry
-from keelnorm.doctor.registry import all_rules, own_rules
+from keelnorm.doctor import known_rules
+from keelnorm.doctor.known_rules import all_rules, own_rules
 
 
 class Point:
@@ -32,7 +32,7 @@ def points(monkeypatch):
 
     def set_points(**found):
         made = [Point(name, value) for name, value in found.items()]
-        monkeypatch.setattr(registry, "entry_points", lambda group: made if group == "keelnorm.doctor" else [])
+        monkeypatch.setattr(known_rules, "entry_points", lambda group: made if group == "keelnorm.doctor" else [])
 
     return set_points
 
