@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +16,12 @@ from keelnorm.engine import torch_internals
 PACKAGE = Path(torch_internals.__file__).parents[1]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "torch_internals.py")
 LISTED = {name.partition(".")[2] for name in torch_internals.ATTRIBUTES}
-OWNERS = {"Tensor": torch.zeros(1), "UntypedStorage": torch.zeros(1).untyped_storage(), "Module": nn.Module()}
+OWNERS: dict[str, Any] = {
+    "Tensor": torch.zeros(1),
+    "UntypedStorage": torch.zeros(1).untyped_storage(),
+    "Module": nn.Module(),
+    "OptimizedModule": SimpleNamespace(_orig_mod=None),  # the class has it in instances alone
+}
 
 
 def is_private(name: str) -> bool:
@@ -35,7 +42,7 @@ def private_names_of_torch(path: Path) -> Iterator[str]:
             yield from (f"{path.name}:{node.lineno} {node.module}.{name}" for name in names if is_private(name))
         elif isinstance(node, ast.Attribute) and is_private(node.attr):
             names = dotted(node)
-            if names[:1] == ["torch"] and names[1:2] != ["ops"]:
+            if names[:1] in (["torch"], ["nn"], ["F"]) and names[1:2] != ["ops"]:
                 yield f"{path.name}:{node.lineno} {'.'.join(names)}"
 
 

@@ -26,7 +26,7 @@ from keelnorm.engine.output_recipes import Make, Packed
 from keelnorm.engine.recognized_outputs import Frame
 from keelnorm.engine.torch_internals import (
     called_while_tracing,
-    compiled_module_class,
+    compiled_original,
     saved_tensor_hooks,
     transforms_active,
 )
@@ -101,8 +101,7 @@ def enter(module: nn.Module, longest: int, last: Callable[..., None]) -> None:
     if torch.compiler.is_compiling():
         _announce_compiler()
         return
-    kind = compiled_module_class()
-    if kind is not None and isinstance(module, kind):
+    if compiled_original(module) is not None:
         _announce_compiler()
         return
     if transforms_active():

@@ -29,6 +29,9 @@ from torch.nn.modules.batchnorm import _NormBase as NormBase
 # The base classes of convolutions and of instance normalization.
 from torch.nn.modules.conv import _ConvNd as ConvBase
 from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeBase
+
+# The base class of dropouts.
+from torch.nn.modules.dropout import _DropoutNd as DropoutBase
 from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNormBase
 
 # The modes that see each call of a function of torch, and the one of them that torch.set_default_device enters.
@@ -47,13 +50,14 @@ __all__ = [
     "ConvBase",
     "ConvTransposeBase",
     "DeviceContext",
+    "DropoutBase",
     "InstanceNormBase",
     "LazyNormBase",
     "NormBase",
     "TorchDispatchMode",
     "at_end_of_backward",
     "called_while_tracing",
-    "compiled_module_class",
+    "compiled_original",
     "compiler",
     "disable_compiler",
     "dispatch_mode_count",
@@ -194,12 +198,6 @@ def graph_break() -> None:
     torch._dynamo.graph_break()
 
 
-def compiled_module_class() -> type | None:
-    """Return the class of torch.compile's modules; None where torch.compile has not been used, which is not loaded."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    return None if dynamo is None else dynamo.OptimizedModule
-
-
 def called_while_tracing(
     function: Callable[[], bool],
 ) -> Callable[[], bool]:
@@ -216,6 +214,15 @@ def at_end_of_backward(
 ) -> None:
     """Call a function when the backward that runs in this thread has ended, unless an exception ends it."""
     torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def compiled_original(module: torch.nn.Module) -> torch.nn.Module | None:
+    """Return the module that torch.compile's module wraps; None for any other."""
+    compiled = sys.modules.get("torch._dynamo.eval_frame")  # not loaded before torch.compile is used
+    if compiled is None or not isinstance(module, compiled.OptimizedModule):
+        return None
+    original: torch.nn.Module = module._orig_mod
+    return original
 
 
 def global_backward_hooks() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,10 +14,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from keelnorm.doctor.evidence.batches import Batches
 from keelnorm.doctor.evidence.layers import LayerFacts, facts_of
-from keelnorm.doctor.evidence.neighbors import DropoutBase, from_run, from_sequence
+from keelnorm.doctor.evidence.neighbors import from_run, from_sequence
 from keelnorm.doctor.rule import Need, Rule
 from keelnorm.engine.error_messages import RefusedValueError
-from keelnorm.engine.torch_internals import compiled_module_class
+from keelnorm.engine.torch_internals import DropoutBase, compiled_original
 from keelnorm.surgery.observation.call_record import Trace
 from keelnorm.surgery.observation.nested_tensors import call_of
 from keelnorm.surgery.observation.observe import observe
@@ -87,10 +87,10 @@ class Evidence:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, DataParallel, an averaged model, and torch.compile's module."""
-    compiled = compiled_module_class()
     while True:
-        if compiled is not None and isinstance(model, compiled):
-            model = cast(nn.Module, model._orig_mod)
+        original = compiled_original(model)
+        if original is not None:
+            model = original
         elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel | AveragedModel):
             model = model.module
         else:

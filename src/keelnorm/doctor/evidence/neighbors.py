@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from keelnorm import nn as keelnorm_nn
-from keelnorm.engine.torch_internals import ConvBase
+from keelnorm.engine.torch_internals import ConvBase, DropoutBase
 from keelnorm.surgery.known_layers import is_norm
 from keelnorm.surgery.observation.call_record import Call, FunctionCall, ModuleCall, Trace, Value
 
-DropoutBase = nn.modules.dropout._DropoutNd
 #: Dropouts that keep mean and variance, for self-normalizing networks.
 _KEEPS_VARIANCE = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 _DROPS = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"))

@@ -18,7 +18,7 @@ from keelnorm.engine.fusion.deferred_tensor import DeferredTensor, settle
 from keelnorm.engine.recomputation import is_running
 from keelnorm.engine.torch_internals import (
     DeviceContext,
-    compiled_module_class,
+    compiled_original,
     dispatch_mode_count,
     function_mode_count,
     function_modes,
@@ -197,7 +197,7 @@ def _scope_for(module: nn.Module, frame: FrameType | None, modes: int) -> Scope 
     """Return a scope for a module's call, or None where a part of it is compiled."""
     hooked = False
     for part in module.modules():
-        if part._compiled_call_impl is not None or type(part) is compiled_module_class():
+        if part._compiled_call_impl is not None or compiled_original(part) is not None:
             return None  # compiled code guards on its arguments' classes
         hooked = hooked or (part is not module and has_hooks(part))
     scope = Scope(module, frame, modes)

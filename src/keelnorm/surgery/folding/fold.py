@@ -17,6 +17,7 @@ from keelnorm.engine.error_messages import (
     RefusedValueError,
     check_tolerance,
 )
+from keelnorm.engine.torch_internals import compiled_original
 from keelnorm.surgery.conversion.convert import undo_conversion
 from keelnorm.surgery.folding.fold_check import difference
 from keelnorm.surgery.folding.fold_plan import Plan, Planner, apply_plan
@@ -143,7 +144,7 @@ def _fold(
 
 def _check_model(model: nn.Module) -> None:
     for path, module in model.named_modules():
-        compiled = hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        compiled = compiled_original(module) is not None or module._compiled_call_impl is not None
         if compiled or isinstance(module, torch.jit.ScriptModule):
             raise RefusedTypeError(
                 f"fold: {path or 'the model'} is {'compiled' if compiled else 'a ScriptModule'}, so what it runs can't "
