@@ -207,6 +207,8 @@ def layer_batch_norm(
                 )
             state = take_mask(state, options, x, too_few)
             if sample_weight is not None:
+                if plain:  # no native operator is on this way, which would check the rest
+                    check_arguments(what, x, residual, weight, bias, state, ranks, too_few)
                 with dispatch.unchanged(state):
                     return weighted(x, residual, weight, bias, state, act, options, too_few)
         elif options.inplace:

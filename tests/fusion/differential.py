@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,26 @@ TOLERANCE = 1e-7
 REFUSED = "was changed in place before the result was used"
 #: torch's error where a backward finds that what it needs was changed.
 CHANGED = "modified by an inplace operation"
+
+
+def _history(x: Tensor) -> tuple[bool, bool, bool] | str:
+    """Whether a tensor requires a gradient, is a leaf and has a node.
+
+    The error where torch forbids to ask, as of a view that a custom function returned, once its base has changed.
+    """
+    try:
+        return x.requires_grad, x.is_leaf, x.grad_fn is not None
+    except RuntimeError as error:
+        return type(error).__name__
+
+
+#: What is compared of two tensors beside their values.
+LOOKS: dict[str, Callable[[Tensor], Any]] = {
+    "shape": lambda x: x.shape,
+    "dtype": lambda x: x.dtype,
+    "strides": Tensor.stride,
+    "requires_grad, is_leaf, has grad_fn": _history,
+}
 
 
 @dataclass
@@ -108,11 +129,9 @@ def difference(found: Any, wanted: Any, where: str = "") -> str | None:
 
 
 def _tensor_difference(found: Tensor, wanted: Tensor, where: str) -> str | None:
-    for name in ("shape", "dtype", "requires_grad", "is_leaf"):
-        if getattr(found, name) != getattr(wanted, name):
-            return f"{where}: {name} {getattr(found, name)} and not {getattr(wanted, name)}"
-    if (found.grad_fn is None) != (wanted.grad_fn is None) or found.stride() != wanted.stride():
-        return f"{where}: {found.grad_fn}, {found.stride()} and not {wanted.grad_fn}, {wanted.stride()}"
+    for name, (is_, was) in {name: (read(found), read(wanted)) for name, read in LOOKS.items()}.items():
+        if is_ != was:
+            return f"{where}: {name} {is_} and not {was}"
     found, wanted = found.detach().double(), wanted.detach().double()
     if not torch.equal(found.isnan(), wanted.isnan()):
         return f"{where}: NaN elsewhere"

@@ -13,6 +13,7 @@ from collections import Counter
 import pytest
 import torch
 from nn.bad_calls import LAYERS, USUAL, function_call, layer_call, state_of
+from torch import nn
 
 import keelnorm as kn
 from keelnorm.engine.rollback import Unchanged
@@ -65,6 +66,33 @@ def refused(layer: torch.nn.Module, call: object, words: str) -> None:
     with pytest.raises(RuntimeError, match=words):
         call()
     assert state_of(layer) == before
+
+
+#: Ways of a call through the engine: with the kernels, with a mask, with weights in plain torch.
+WAYS = {
+    "plain": {}, "mask": {"mask": torch.tensor([True, True, True, False])}, "weights": {"sample_weight": torch.ones(4)},
+    "both": {"mask": torch.tensor([True, True, True, False]), "sample_weight": torch.ones(4)},
+    "importance": {"sample_weight": torch.ones(4), "weighting": "importance"},
+}  # fmt: skip
+SPOILED = {
+    "short": lambda value: value[:1].clone(), "column": lambda value: value.unsqueeze(-1).clone(),
+    "integers": torch.Tensor.int, "bool": torch.Tensor.bool, "complex": lambda value: value + 0j,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias"])
+@pytest.mark.parametrize("way", WAYS)
+def test_vectors_are_checked_on_every_way(way: str, name: str, training: bool, backend: str) -> None:
+    """A vector of another shape would broadcast, and one of another kind would be converted, without a word."""
+    for kind, spoil in SPOILED.items():
+        layer = kn.BatchNorm1d(3).train(training)
+        value = spoil(getattr(layer, name).detach())
+        setattr(layer, name, nn.Parameter(value, requires_grad=False) if name in ("weight", "bias") else value)
+        before = state_of(layer)
+        with pytest.raises((TypeError, ValueError), match=f"BatchNorm1d: .*{name}"):
+            layer(torch.randn(4, 3), **WAYS[way])
+        assert state_of(layer) == before, kind
 
 
 @pytest.mark.parametrize("update", ["pooled", "sequential"])
