@@ -30,7 +30,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo lab claims rules test coverage fuzz check bench models memory native sanitize arm format clean FORCE
+.PHONY: help demo lab claims rules test slow coverage fuzz check bench models memory native sanitize arm format clean FORCE
 CHECKS := check-format check-lint check-types check-public check-layers check-kernels
 .PHONY: $(CHECKS)
 
@@ -38,6 +38,7 @@ help:
 	@echo 'make demo     some claims about batch normalization, on real data: verdicts, and keelnorm-demo.html'
 	@echo 'make lab      all claims in quick form: verdicts, and keelnorm-lab.html'
 	@echo 'make test     run the tests'
+	@echo 'make slow     run those that take long: published networks, the laboratory, kernels in an interpreter and on an emulator'
 	@echo 'make coverage run the tests, and name the lines and branches of the package that none of them runs'
 	@echo 'make fuzz     100,000 random programs through convert, 100,000 bad calls, 20,000 calls of the kernels: fresh seeds'
 	@echo 'make check    format, lint, types, layers of imports'
@@ -53,7 +54,7 @@ help:
 	@echo 'make format   format the sources, and mend what the linter can'
 	@echo 'make clean    remove what was built (the virtual environment stays)'
 	@echo
-	@echo 'ARGS="..." is passed on by demo, lab, claims, test, coverage, bench, models, memory, native, sanitize and arm:'
+	@echo 'ARGS="..." is passed on by demo, lab, claims, test, slow, coverage, bench, models, memory, native, sanitize and arm:'
 	@echo '              make test ARGS="tests/docs -x"'
 	@echo 'PYTHON ($(PYTHON)), VENV ($(VENV)) and TORCH ($(TORCH)) can be set in the same way.'
 
@@ -78,7 +79,10 @@ rules: $(VENV)/.built
 
 # Two processes of torch's own threads: waiting ones are not to keep a core busy. ARGS="-n 0" runs all in one process.
 test: $(VENV)/.built
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+
+slow: $(VENV)/.built
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
 
 # Fails below what pyproject.toml asks for, which a part of the tests does not reach: --cov-fail-under=0 in ARGS lets it.
 coverage: $(VENV)/.built

@@ -87,6 +87,7 @@ def test_the_check_compares_every_dtype_layout_and_variant():
     assert said[0] == "27 cases right, 0 wrong"
 
 
+@pytest.mark.slow
 def test_a_network_is_compared_with_eager_before_it_is_timed(monkeypatch):
     rows = gpu_network.run_network("ResNet-50", 4, 64, "cpu", 1, ("eager", "keelnorm"))
     assert [(row.error, len(row.samples_ms)) for row in rows] == [(None, 1), (None, 1)]
@@ -115,6 +116,7 @@ def test_synchronized_layers_on_one_process():
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(triton.missing() is not None, reason=f"{triton.missing()}")
 def test_the_program_writes_a_report_that_the_page_draws(tmp_path):
     out = tmp_path / "gpu.json"

@@ -28,3 +28,14 @@ def batches():
 
 def plain():
     return nn.Linear(3, 3)
+
+
+def labelled():
+    return [(batch, torch.zeros(len(batch), dtype=torch.long)) for batch in batches()]
+
+
+def loss(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+NOTHING = None

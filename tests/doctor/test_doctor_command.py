@@ -158,3 +158,18 @@ def test_files_that_can_not_be_written(folder):
     for option in ("--sarif", "--write-baseline"):
         result = run("ailing:sick", option, "taken", status=2)
         assert "taken is a directory" in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_training_step():
+    words = ("ailing:sick", "--data", "ailing:labelled", "--select", "KN3", "--fail-on", "never")
+    assert "KN304, KN305 (needs batches= and loss=)" in run(*words).stdout
+    for loss in ("torch.nn:CrossEntropyLoss", "ailing:loss"):
+        report = report_of(*words, "--loss", loss)
+        assert report["rules"] == ["KN302", "KN304", "KN305"]
+        assert not report["findings"]
+    said = run(*words[:2], "ailing:batches", *words[3:], "--loss", "torch.nn:CrossEntropyLoss", status=1).stderr
+    assert "needs batches of input and target" in said
+    assert (
+        "--loss: ailing:NOTHING must be a module, or a function"
+        in run(*words, "--loss", "ailing:NOTHING", status=1).stderr
+    )

@@ -79,9 +79,10 @@ def test_nothing_found():
 def test_a_p_value_is_shown():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU())
     diagnosis = kn.diagnose(model, select="KN103")
-    finding = Finding("KN103", "warning", ("0",), "It drifts.", p_value=3.2e-9)
-    shown = kn.doctor.Diagnosis((finding,), diagnosis.rules, diagnosis.layers)
-    assert "         It drifts. (p = 3.2e-09)" in str(shown).splitlines()
+    for p_value, told in ((3.2e-3, "p = 0.0032"), (3.2e-9, "p < 1e-06"), (0.0, "p < 1e-06")):
+        finding = Finding("KN103", "warning", ("0",), "It drifts.", p_value=p_value)
+        shown = kn.doctor.Diagnosis((finding,), diagnosis.rules, diagnosis.layers)
+        assert f"         It drifts. ({told})" in str(shown).splitlines()
 
 
 def test_a_terminal_shows_the_same_with_styles():

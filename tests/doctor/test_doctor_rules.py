@@ -37,7 +37,7 @@ def test_diagnose_finds_what_the_rule_finds(rule):
     cases = [make() for make in rule.sick]
     for case in (case for case in cases if case.ranks == 1):
         diagnosis = kn.diagnose(
-            case.model, case.batches, example=case.example, optimizer=case.optimizer, select=rule.id
+            case.model, case.batches, example=case.example, loss=case.loss, optimizer=case.optimizer, select=rule.id
         )
         assert {path for finding in diagnosis.findings for path in finding.layers} == set(case.layers)
         assert list(diagnosis.rules) == [rule.id]
@@ -70,8 +70,13 @@ def test_a_rule_says_everything_in_sentences(rule):
 
 
 def test_the_numbers_are_of_their_groups():
-    assert all(re.fullmatch(r"KN1\d\d", rule.id) for rule in RULES)
-    assert len(RULES) >= 18
+    """KN1 needs the model and what comes with it, KN2 batches, KN3 a training step."""
+    assert all(re.fullmatch(r"KN[123]\d\d", rule.id) for rule in RULES)
+    for rule in RULES:
+        needs = set(rule.needs)
+        assert bool(needs & {"batch", "data"}) == rule.id.startswith("KN2") or rule.id == "KN115"
+        assert ("step" in needs) == rule.id.startswith("KN3")
+    assert len(RULES) >= 36
 
 
 def test_a_rule_that_does_not_hold_is_noticed():

@@ -19,7 +19,7 @@ from fusion.programs import program
 from keelnorm.engine.fusion import call
 
 #: Programs of a run, all with fresh seeds, in parts that run side by side.
-PROGRAMS = int(os.environ.get("FUSION_FUZZ", "2000"))
+PROGRAMS = int(os.environ.get("FUSION_FUZZ", "800"))
 PARTS = 8
 FRESH = int(os.environ.get("FUSION_FUZZ_SEED") or random.SystemRandom().randrange(10**9))
 #: The first program, counted from 0, in which each mutant shows.

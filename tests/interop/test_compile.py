@@ -20,6 +20,7 @@ UNITS = 512
 TRACED_UNITS = UNITS if kn.kernels.active() == "reference" else 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use
 def test_inductor():

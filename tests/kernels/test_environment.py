@@ -69,6 +69,7 @@ def report_of(outcome):
     return json.loads(outcome.output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 def test_variable_forces_kernels(outcomes, name):
     require_kernel(name)
@@ -79,6 +80,7 @@ def test_variable_forces_kernels(outcomes, name):
     assert report["error"] < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["auto", "", "unset"])
 def test_without_a_choice_the_best_run(outcomes, name):
     usable = [kernel.name for kernel in kn.kernels.available() if kernel.usable]
@@ -87,6 +89,7 @@ def test_without_a_choice_the_best_run(outcomes, name):
     assert report["ran"] == [usable_native()[-1] if usable_native() else "reference"]  # of float32
 
 
+@pytest.mark.slow
 def test_an_illegal_value_is_an_error(outcomes):
     outcome = outcomes["sse9"]
     assert outcome.status == 1
@@ -94,6 +97,7 @@ def test_an_illegal_value_is_an_error(outcomes):
     assert all(kernel.name in outcome.errors for kernel in kn.kernels.available() if kernel.usable)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -118,12 +122,14 @@ def test_without_the_library_the_reference_runs_and_says_so_once(outcomes, name,
     assert triton[0] == "triton"
 
 
+@pytest.mark.slow
 def test_without_the_library_a_choice_of_the_reference_is_silent(outcomes):
     report = report_of(outcomes["without, reference"])
     assert report["ran"] == ["reference"]
     assert report["warnings"] == []
 
 
+@pytest.mark.slow
 def test_without_the_library_a_native_choice_is_an_error(outcomes):
     outcome = outcomes["without, avx2"]
     assert outcome.status == 1

@@ -78,6 +78,7 @@ def whole(tmp_path_factory):
     return json.loads(ended.stdout), out
 
 
+@pytest.mark.slow
 def test_every_claim_has_a_verdict_with_intervals(whole):
     made, _ = whole
     assert made["run"]["failed"] == made["run"]["missing"] == 0
@@ -95,6 +96,7 @@ def test_every_claim_has_a_verdict_with_intervals(whole):
         assert section["tables"]
 
 
+@pytest.mark.slow
 def test_every_figure_can_be_drawn_and_says_what_it_shows(whole):
     made, _ = whole
     for section in made["sections"]:
@@ -108,12 +110,14 @@ def test_every_figure_can_be_drawn_and_says_what_it_shows(whole):
             assert all(len(row) == len(table["columns"]) for row in table["rows"]), table["caption"]
 
 
+@pytest.mark.slow
 def test_the_page_of_everything_is_small_enough(whole):
     made, out = whole
     assert out.stat().st_size < 6_000_000
     assert page(made) == out.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_cell_run_again_alone_gives_the_same_numbers(whole):
     _, out = whole
     plan = Plan(quick=True, seeds=SEEDS)
@@ -128,6 +132,7 @@ def test_a_cell_run_again_alone_gives_the_same_numbers(whole):
 SWAPPED = {"none": "bn", "bn": "none"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["learning_rate", "initialization", "hyperparameters", "convergence"])
 def test_with_arms_exchanged_the_claim_does_not_hold(whole, name):
     """The same numbers with "none" and "bn" exchanged: what reads them can say the opposite."""
@@ -155,6 +160,7 @@ def test_with_arms_exchanged_the_claim_does_not_hold(whole, name):
     assert after.answer != before.answer
 
 
+@pytest.mark.slow
 def test_a_failed_cell_leaves_an_answer_from_the_other_seeds_or_says_that_there_is_none(whole):
     _, out = whole
     plan = Plan(quick=True, seeds=SEEDS)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 CLAIMS = ["convergence"]
 
 
@@ -23,6 +25,7 @@ def sections(ended):
     return [{key: value for key, value in each.items() if key != "core_seconds"} for each in document["sections"]]
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_page(tmp_path):
     whole = subprocess.run(command(tmp_path / "whole.html"), capture_output=True, text=True, check=True)
     draw = random.Random(0)

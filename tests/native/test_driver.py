@@ -50,6 +50,7 @@ def test_every_table_is_right(native: subprocess.CompletedProcess[str]) -> None:
     assert all(dtypes == list(DTYPES) for dtypes in tables.values()), tables
 
 
+@pytest.mark.slow
 def test_every_table_is_right_on_arm() -> None:
     """One dtype, because emulation is slow; ``make arm`` checks all dtypes."""
     skip_where_missing(build_driver.arm_tools)

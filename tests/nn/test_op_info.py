@@ -92,6 +92,7 @@ def test_gradcheck_of_all_samples():
         assert gradcheck(function, tensors, check_forward_ad=True, check_batched_grad=True)
 
 
+@pytest.mark.slow
 @forward_mode
 def test_gradgradcheck_of_all_samples():
     for function, tensors in functions_of_samples():

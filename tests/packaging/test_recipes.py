@@ -34,6 +34,7 @@ def copy(tmp_path: Path) -> Copy:
     return Copy(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_variant(copy: Copy) -> None:
     listed = after(('    "DomainBatchNorm",\n', '    "FloorBatchNorm",\n'))
     copy.follow(
@@ -59,6 +60,7 @@ def test_a_variant(copy: Copy) -> None:
     )
 
 
+@pytest.mark.slow
 def test_an_activation(copy: Copy) -> None:
     row = (
         '    Definition(\n        "softsign", "v/(1 + |v|)", nn.Softsign,\n'
@@ -118,6 +120,7 @@ def test_an_activation(copy: Copy) -> None:
     assert subprocess.run([str(program)], capture_output=True, text=True).stdout == "softsign\n"
 
 
+@pytest.mark.slow
 def test_a_claim(copy: Copy) -> None:
     pytest.importorskip("plotly", reason="the laboratory's page needs plotly")
     copy.follow("A claim", "zero_mean", new("zero_mean.py"))
@@ -128,6 +131,7 @@ def test_a_claim(copy: Copy) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_command(copy: Copy) -> None:
     pytest.importorskip("typer", reason="the command line needs typer")
     copy.follow(
@@ -150,6 +154,7 @@ def test_a_command(copy: Copy) -> None:
     )
 
 
+@pytest.mark.slow
 def test_an_architecture_of_the_zoo(copy: Copy) -> None:
     pytest.importorskip("pytorchcv", reason="the architecture is pytorchcv's")
     copy.follow(

@@ -49,6 +49,9 @@ FUSIBLE = {
     "ResNet-18, 3-D": 17,
 }
 
+#: Those that make test runs too.
+QUICK = ("ResNet-18", "MobileNetV2", "EfficientNet-B0", "DLA-34", "U-Net")
+
 
 def test_there_are_enough():
     assert FUSIBLE.keys() == ARCHITECTURES.keys()
@@ -56,7 +59,9 @@ def test_there_are_enough():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ARCHITECTURES]
+)
 def test_architecture(name):
     one = ARCHITECTURES[name]
     if not one.is_installed:

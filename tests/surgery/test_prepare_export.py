@@ -105,6 +105,7 @@ def test_every_layer_exports_to_torchs_operators(kind):
     torch.testing.assert_close(loaded(X), layer(X).relu(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_aot_inductor(tmp_path):
     if shutil.which("g++") is None:

@@ -242,6 +242,7 @@ def test_moments_that_the_buffers_can_not_hold():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_two_thousand_images():
     """A ResNet's statistics over 2,000 real images equal those of one float64 pass, to 1e-5."""
     sklearn = pytest.importorskip("sklearn.datasets")
@@ -260,3 +261,16 @@ def test_two_thousand_images():
         layer = model.get_submodule(path)
         assert ((layer.running_mean.double() - mean).abs() / var.sqrt()).max() < 1e-5, path
         assert (layer.running_var.double() / var - 1).abs().max() < 1e-5, path
+
+
+def test_what_other_hooks_make_of_the_input_counts():
+    """A hook in front of a layer may change its input, or give it a mask."""
+
+    def doubled(layer, args, keywords):
+        return (2 * args[0],), {"mask": torch.arange(len(args[0])) < 5}
+
+    model = nn.Sequential(kn.BatchNorm1d(3))
+    model[0].register_forward_pre_hook(doubled, with_kwargs=True)
+    x = torch.randn(8, 3)
+    kn.recalibrate(model, [x])
+    torch.testing.assert_close(model[0].running_mean, 2 * x[:5].mean(0))

@@ -12,7 +12,7 @@ import pytest
 
 from keelnorm.engine.kernels import triton
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.slow]
 
 KERNELS = {
     "part_kernel", "merge_kernel", "coefficient_kernel", "apply_kernel", "forward_kernel", "grad_part_kernel",

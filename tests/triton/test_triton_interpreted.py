@@ -16,6 +16,7 @@ from keelnorm.engine.kernels import triton
 FOLDER = Path(__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 @pytest.mark.parametrize(
     "asked",

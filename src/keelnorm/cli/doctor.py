@@ -30,6 +30,13 @@ def doctor_command(
     data: Annotated[str | None, model_options.DATA] = None,
     batch_size: model_options.BatchSize = 64,
     max_batches: model_options.MaxBatches = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Look at a training step: torch.nn:CrossEntropyLoss, or package.module:loss(model, batch).",
+        ),
+    ] = None,
     where: model_options.Where = None,
     training: Annotated[
         bool | None, typer.Option("--train/--eval", help="Set this mode first; by default the model's own.")
@@ -67,12 +74,12 @@ def doctor_command(
 ) -> None:
     """Say what is wrong with a model's batch norms: which layer, why, how sure, and the code that repairs it.
 
-    --input or --example show what stands beside each layer. --data does so too; --fix needs it to compute running
-    statistics again.
+    --input or --example show what stands beside each layer. --data does so too, and is what running statistics and
+    batches are judged by; --fix needs it to compute running statistics again.
     """
     import json
 
-    from keelnorm.cli._shared.example_inputs import batches_of, example_of
+    from keelnorm.cli._shared.example_inputs import batches_of, example_of, loss_of
     from keelnorm.cli._shared.model_source import load_model, source_of
     from keelnorm.cli._shared.output import Output
     from keelnorm.doctor import diagnose
@@ -91,6 +98,7 @@ def doctor_command(
             network,
             None if data is None else batches_of(network, data, batch_size),
             example=example_of(network, inputs, example_file),
+            loss=None if loss is None else loss_of(loss),
             select=select or None,
             ignore=ignore or None,
             where=where or None,

@@ -76,18 +76,21 @@ def check_healthy(rule: Rule, make: Callable[[], Case]) -> None:
 def evidence_of(case: Case) -> Evidence:
     """The evidence for an example; the model is as before."""
     with untouched(case.model):
-        return _evidence_of(case)
+        return _evidence_of(case, data=True)
 
 
-def _evidence_of(case: Case) -> Evidence:
+def _evidence_of(case: Case, *, data: bool) -> Evidence:
     given = None if case.batches is None else Batches(case.batches)
     layers = batch_norms_in("diagnose", case.model, None)
-    return collect(case.model, layers, optimizer=case.optimizer, batches=given, example=case.example, ranks=case.ranks)
+    return collect(
+        case.model, layers, optimizer=case.optimizer, batches=given, example=case.example, ranks=case.ranks,
+        loss=case.loss, data=data,
+    )  # fmt: skip
 
 
 def _findings(rule: Rule, case: Case) -> list[Finding]:
     with untouched(case.model):
-        found, skipped = run_rules([rule], _evidence_of(case))
+        found, skipped = run_rules([rule], _evidence_of(case, data="data" in rule.needs))
     if skipped:
         raise AssertionError(f"{rule.id} was skipped: it {skipped[rule.id]}")
     return found
@@ -129,12 +132,12 @@ def _remedied(case: Case, findings: list[Finding]) -> Case:
 
     batches = [case.example] if case.batches is None and case.example is not None else case.batches
     names: dict[str, Any] = {
-        "model": case.model, "optimizer": case.optimizer, "batches": batches,
+        "model": case.model, "optimizer": case.optimizer, "batches": batches, "loss": case.loss,
         "torch": torch, "nn": nn, "kn": keelnorm,
     }  # fmt: skip
     for remedy in dict.fromkeys(finding.remedy for finding in findings):
         exec("\n".join(remedy), names)
-    return Case(names["model"], (), names["batches"], names["optimizer"], case.example, case.ranks)
+    return Case(names["model"], (), names["batches"], names["optimizer"], names["loss"], case.example, case.ranks)
 
 
 def _check_fix(rule: Rule, case: Case, name: str) -> None:

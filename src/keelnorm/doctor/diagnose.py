@@ -27,6 +27,8 @@ from keelnorm.surgery.target_layers import batch_norms_in, notes_on, refuse_shar
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+    from keelnorm.doctor.evidence.training_step import Loss
+
 WHAT = "diagnose"
 
 
@@ -35,6 +37,7 @@ def diagnose(
     batches: Iterable[Any] | None = None,
     *,
     example: Any = None,
+    loss: Loss | None = None,
     optimizer: Optimizer | None = None,
     select: str | Iterable[str] | None = None,
     ignore: str | Iterable[str] | None = None,
@@ -44,6 +47,7 @@ def diagnose(
     fix: bool = False,
     forward: Forward | None = None,
     max_batches: int | None = None,
+    progress: bool | None = None,
 ) -> Diagnosis:
     """Say what is wrong with the batch norms of a model: which layer, why, how sure, and the code that repairs it.
 
@@ -58,6 +62,8 @@ def diagnose(
             keywords. They show what stands beside each layer too.
         example: What the model is called with, as in ``kn.fold``: for a model without data, to see what stands beside
             each layer. The numbers in it do not matter.
+        loss: For rules about a training step, of which forward and backward run on the first batch: a module such as
+            ``nn.CrossEntropyLoss()``, called with the output and the batch's second element; or ``loss(model, batch)``.
         optimizer: The optimizer, for rules about its options.
         select: Only these rules: identifiers ("KN101"), names ("momentum"), beginnings ("KN1"), one or several.
         ignore: Not these rules.
@@ -67,6 +73,10 @@ def diagnose(
         fix: Whether to apply the remedies that are safe. The model and the optimizer are then changed.
         forward: ``forward(model, batch)``, for batches of another kind.
         max_batches: The largest number of batches to take.
+        progress: Whether to show a progress bar; None shows it in a terminal if rich is installed.
+
+    Cost:
+        The model is run three times on each batch, without gradients, if a rule about data is among those asked for.
 
     Returns:
         The findings, worst first, and what was not looked at.
@@ -90,14 +100,18 @@ def diagnose(
         model.get_submodule('1').momentum = 0.01
     """
     layers = batch_norms_in(WHAT, model, where)
-    _check(model, layers, optimizer=optimizer)
+    _check(model, layers, batches=batches, loss=loss, optimizer=optimizer)
     registry = all_rules()
     rules = {rule.id: rule for rule in chosen(WHAT, select, ignore, registry)}
     silences = read_silence(WHAT, silence, registry.rules)
     known = None if baseline is None else read_baseline(WHAT, baseline)
     with untouched(model):
         given = None if batches is None else Batches(batches, forward, max_batches)
-        evidence = collect(model, layers, optimizer=optimizer, batches=given, example=example)
+        evidence = collect(
+            model, layers, optimizer=optimizer, batches=given, example=example,
+            loss=loss if any("step" in rule.needs for rule in rules.values()) else None,
+            data=any("data" in rule.needs for rule in rules.values()), progress=progress,
+        )  # fmt: skip
         found, skipped = run_rules(list(rules.values()), evidence)
     if evidence.failure is not None and not any(one.severity == "error" for one in found):
         raise evidence.failure
@@ -157,7 +171,7 @@ def _checked(rule: Rule, evidence: Evidence) -> list[Finding]:
     return found
 
 
-def _check(model: nn.Module, layers: Mapping[str, nn.Module], *, optimizer: Any) -> None:
+def _check(model: nn.Module, layers: Mapping[str, nn.Module], *, batches: Any, loss: Any, optimizer: Any) -> None:
     if not layers:
         seen = " ".join(notes_on(model))
         raise RefusedValueError(
@@ -166,6 +180,10 @@ def _check(model: nn.Module, layers: Mapping[str, nn.Module], *, optimizer: Any)
         )
     check_not_lazy(model)
     refuse_sharded(WHAT, model)
+    if loss is not None and not callable(loss):
+        raise RefusedTypeError(f"diagnose: loss must be a module or loss(model, batch); got {describe(loss)}")
+    if loss is not None and batches is None:
+        raise RefusedValueError("diagnose: loss= needs batches=, of which the first is what a training step runs on")
     if optimizer is not None and not isinstance(getattr(optimizer, "param_groups", None), list):
         raise RefusedTypeError(f"diagnose: optimizer must be a torch.optim.Optimizer; got {describe(optimizer)}")
 

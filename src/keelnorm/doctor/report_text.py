@@ -21,6 +21,8 @@ _PLURALS: dict[Severity, str] = {"error": "errors", "warning": "warnings", "info
 _INDENT = " " * 9
 #: A group names so many layers at most.
 _NAMED = 8
+#: A smaller p-value is not told exactly: the tests are not that good.
+_SMALLEST = 1e-6
 
 
 class Line(NamedTuple):
@@ -88,12 +90,16 @@ def _group(findings: list[Finding], rule: Rule) -> Iterator[Line]:
     yield Line(
         ((f"{first.severity:<9}", _STYLES[first.severity]), (f"{rule.id} {rule.name}", "bold"), (f"  {where}", ""))
     )
-    sure = "" if first.p_value is None else f" (p = {first.p_value:.2g})"
+    sure = "" if first.p_value is None else f" (p {_sure(first.p_value)})"
     yield from _wrapped(first.message + sure)
     if len(findings) > 1:
         yield from _wrapped(f"The same in {_listed(layers, first.layers)}.")
     for line in first.remedy:
         yield Line(((f"{_INDENT}  {line}", "green"),))
+
+
+def _sure(p_value: float) -> str:
+    return f"= {p_value:.2g}" if p_value >= _SMALLEST else f"< {_SMALLEST:g}"
 
 
 def _listed(layers: list[str], without: Sequence[str]) -> str:

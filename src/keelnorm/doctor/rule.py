@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from keelnorm.doctor.evidence.evidence import Evidence
+    from keelnorm.doctor.evidence.training_step import Loss
 
 #: What a rule needs that a call of ``diagnose`` may not give: "neighbors" is what stands beside the layers, "batch" the
-#: number of samples in a batch.
-Need: TypeAlias = Literal["optimizer", "neighbors", "batch"]
+#: number of samples in a batch, "data" what a run over the batches shows, "step" what a training step does.
+Need: TypeAlias = Literal["optimizer", "neighbors", "batch", "data", "step"]
 _IDENTIFIER = re.compile(r"[A-Z]+[0-9]+")
 
 
@@ -32,6 +33,7 @@ class Case:
         layers: The layers at which the rule has to find something; empty for the model as a whole.
         batches: Batches of data.
         optimizer: The optimizer.
+        loss: Gives the loss, as ``kn.diagnose`` takes it.
         example: An input that shows what stands beside the layers, where there are no batches.
         ranks: The number of processes of torch.distributed that are taken to run.
     """
@@ -40,6 +42,7 @@ class Case:
     layers: tuple[str, ...] = ()
     batches: Sequence[Any] | None = None
     optimizer: Optimizer | None = None
+    loss: Loss | None = None
     example: Any = None
     ranks: int = 1
 

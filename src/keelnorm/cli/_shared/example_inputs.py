@@ -38,6 +38,22 @@ def example_of(model: nn.Module, inputs: list[str] | None, file: Path | None) ->
     return tuple(_beside(model, _random(model, text, generator)) for text in inputs) if inputs else None
 
 
+def loss_of(name: str) -> Any:
+    """The loss that --loss names: a function, a module, or a module's class, which is called without arguments.
+
+    Raises:
+        CommandError: It does not exist, or can't be called.
+    """
+    found = find(name)
+    if isinstance(found, type):
+        return call(name, found, {})
+    if not callable(found):
+        raise CommandError(
+            f"--loss: {name} must be a module, or a function of model and batch; it is {described(found)}"
+        )
+    return found
+
+
 def batches_of(model: nn.Module, data: str, batch_size: int) -> Iterable[Any]:
     """Make the batches that --data names: the array of a file, split along N, or what a callable returns.
 

@@ -80,7 +80,12 @@ class Batches:
     @property
     def samples(self) -> int | None:
         """The number of samples in the first batch; None where its tensors do not agree on it."""
-        tensors = tensors_in(self.first if not isinstance(self.first, tuple | list) else self.first[:1])
+        return self.samples_of(self.first)
+
+    @staticmethod
+    def samples_of(batch: Any) -> int | None:
+        """The number of samples in a batch; None where its tensors do not agree on it."""
+        tensors = tensors_in(batch if not isinstance(batch, tuple | list) else batch[:1])
         sizes = {tensor.shape[0] for tensor in tensors if tensor.ndim > 0}
         return sizes.pop() if len(sizes) == 1 else None
 

@@ -13,15 +13,19 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from keelnorm.doctor.evidence.batches import Batches
+from keelnorm.doctor.evidence.data import Data, collect_data
 from keelnorm.doctor.evidence.layers import LayerFacts, facts_of
 from keelnorm.doctor.evidence.neighbors import from_run, from_sequence
+from keelnorm.doctor.evidence.training_step import Loss, TrainingStep, take_step
+from keelnorm.doctor.evidence.untouched import untouched
 from keelnorm.doctor.rule import Need, Rule
-from keelnorm.engine.error_messages import RefusedValueError
+from keelnorm.engine.error_messages import RefusedTypeError, RefusedValueError
 from keelnorm.engine.torch_internals import DropoutBase, compiled_original
 from keelnorm.surgery.observation.call_record import Trace
 from keelnorm.surgery.observation.nested_tensors import call_of
 from keelnorm.surgery.observation.observe import observe
 from keelnorm.surgery.snapshot import in_evaluation
+from keelnorm.surgery.statistics.model_inputs import passes_over
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -31,6 +35,8 @@ _MISSING: dict[Need, str] = {
     "optimizer": "needs optimizer=",
     "neighbors": "needs batches= or example=, which show what stands beside a layer",
     "batch": "needs batches=",
+    "data": "needs batches=",
+    "step": "needs batches= and loss=",
 }
 
 
@@ -43,6 +49,8 @@ class Evidence:
         layers: Facts about its batch norms, in the order in which they run, where that is known.
         optimizer: The optimizer.
         batches: The batches.
+        data: What the batches show, where a rule needs it.
+        step: What a training step shows, where a rule needs it.
         ranks: The number of processes of torch.distributed.
         failure: What the model raised when it was run to see what stands beside the layers.
     """
@@ -51,6 +59,8 @@ class Evidence:
     layers: tuple[LayerFacts, ...]
     optimizer: Optimizer | None = None
     batches: Batches | None = None
+    data: Data | None = None
+    step: TrainingStep | None = None
     ranks: int = 1
     failure: RuntimeError | None = None
     _by_path: dict[str, LayerFacts] = field(default_factory=dict, init=False, repr=False)
@@ -81,6 +91,8 @@ class Evidence:
             "optimizer": self.optimizer is not None,
             "neighbors": not self.layers or any(layer.beside is not None for layer in self.layers),
             "batch": self.batches is not None,
+            "data": self.data is not None,
+            "step": self.step is not None,
         }
         return next((_MISSING[need] for need in rule.needs if not there[need]), None)
 
@@ -111,6 +123,9 @@ def collect(
     batches: Batches | None = None,
     example: Any = None,
     ranks: int | None = None,
+    loss: Loss | None = None,
+    data: bool = True,
+    progress: bool | None = False,
 ) -> Evidence:
     """Collect the evidence, inside of a block of ``untouched``.
 
@@ -121,6 +136,9 @@ def collect(
         batches: Batches; the first shows what stands beside the layers if there is no example.
         example: What the model is called with, as in ``kn.fold``.
         ranks: The number of processes; None asks torch.distributed.
+        loss: Gives the loss of a training step, for rules that need one.
+        data: Whether to run the model over the batches, for rules that need what they show.
+        progress: Whether to show a progress bar then; None shows it in a terminal if rich is installed.
     """
     failure = None
     paths = {module: path for path, module in model.named_modules()}
@@ -133,7 +151,39 @@ def collect(
         except ModelFailedError as error:
             failure = error
     facts = facts_of(layers, beside)
-    return Evidence(model, facts, optimizer, batches, number_of_ranks() if ranks is None else ranks, failure)
+    shown = step = None
+    if batches is not None and failure is None:
+        try:
+            shown = _data(model, facts, batches, progress) if data else None
+            step = _step(model, facts, batches, loss) if loss is not None else None
+        except ModelFailedError as error:
+            failure = error
+    ranks = number_of_ranks() if ranks is None else ranks
+    return Evidence(model, facts, optimizer, batches, shown, step, ranks, failure)
+
+
+def _step(model: nn.Module, layers: tuple[LayerFacts, ...], batches: Batches, loss: Loss) -> TrainingStep:
+    with untouched(model):  # the runs over the batches come before, and rules look at the model after
+        try:
+            return take_step(model, unwrapped(model), layers, batches, loss)
+        except (RefusedTypeError, RefusedValueError):
+            raise
+        except Exception as error:
+            raise _failed("the training step", error) from error
+
+
+def _data(model: nn.Module, layers: tuple[LayerFacts, ...], batches: Batches, progress: bool | None) -> Data:
+    # A custom forward is called with the model that the user has, wrapped or not.
+    called = unwrapped(model) if batches.forward is None else model
+
+    def run(batch: Any) -> Any:
+        try:
+            return batches.run(called, batch)
+        except Exception as error:
+            raise _failed("a batch", error) from error
+
+    with passes_over(batches.all, batches.most, progress, "diagnose", 2) as start:
+        return collect_data(model, layers, batches, run, start)
 
 
 class ModelFailedError(RuntimeError):
@@ -171,12 +221,16 @@ def _observed(core: nn.Module, what: str, run: Any, given: Any) -> Trace:
     try:
         return observe(core, (given,), run=run)
     except Exception as error:
-        said = " ".join(str(error).split())
-        raise ModelFailedError(
-            f"diagnose: the model raised on {what}: {type(error).__name__}: {said}. A batch is a tensor, a tuple or "
-            "list that begins with the model's argument, or a mapping of its keywords; pass "
-            "forward=lambda model, batch: model(...) for others. Tensors must have the model's dtype"
-        ) from error
+        raise _failed(what, error) from error
+
+
+def _failed(what: str, error: Exception) -> ModelFailedError:
+    said = " ".join(str(error).split())
+    return ModelFailedError(
+        f"diagnose: the model raised on {what}: {type(error).__name__}: {said}. A batch is a tensor, a tuple or "
+        "list that begins with the model's argument, or a mapping of its keywords; pass "
+        "forward=lambda model, batch: model(...) for others. Tensors must have the model's dtype"
+    )
 
 
 def check_not_lazy(model: nn.Module) -> None:

@@ -130,7 +130,8 @@ class Collector:
         """Record the calls of the layers inside the block."""
         with ExitStack() as stack:
             for layer in self.pooled:
-                stack.callback(layer.register_forward_pre_hook(self._record, with_kwargs=True, prepend=True).remove)
+                # The last of the hooks: it sees what others make of the arguments.
+                stack.callback(layer.register_forward_pre_hook(self._record, with_kwargs=True).remove)
             yield
 
     def _record(self, layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:

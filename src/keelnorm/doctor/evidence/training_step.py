@@ -1,0 +1,178 @@
+"""What one training step shows: how often running statistics were updated, and how large gradients and weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from keelnorm.doctor.evidence.batches import Batches
+from keelnorm.doctor.evidence.layers import LayerFacts
+from keelnorm.engine.error_messages import RefusedTypeError, RefusedValueError, describe
+from keelnorm.engine.torch_internals import ConvBase
+
+#: ``loss(model, batch)``, or a module such as ``nn.CrossEntropyLoss()``, called with the output and the batch's second
+#: element.
+Loss: TypeAlias = Callable[..., Tensor] | nn.Module
+
+
+@dataclass(frozen=True)
+class WeightStep:
+    """The weight of a convolution or linear layer in front of a batch norm, whose size has no effect on the output.
+
+    Args:
+        path: The path of the layer with the weight.
+        norm: The batch norm's path.
+        weight: The weight's parameter.
+        size: ‖w‖.
+        gradient: ‖∇w‖.
+    """
+
+    path: str
+    norm: str
+    weight: nn.Parameter
+    size: float
+    gradient: float
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One forward and backward in training mode, without a step of the optimizer.
+
+    Args:
+        loss: The loss.
+        calls: How often each batch norm was called, by path; those that were not called are left out.
+        updates: How often each has updated its running statistics; None where it does not count.
+        late: How many of these updates came in the backward, where checkpointed modules run again.
+        gradients: The norm of the loss's gradient with respect to each layer's output, of its first call.
+        broken_inputs: Layers whose input was not finite.
+        weights: The weights in front of the batch norms, in the order in which these run.
+    """
+
+    loss: float
+    calls: Mapping[str, int]
+    updates: Mapping[str, int | None]
+    late: Mapping[str, int]
+    gradients: Mapping[str, float]
+    broken_inputs: frozenset[str]
+    weights: tuple[WeightStep, ...]
+
+
+def take_step(
+    model: nn.Module, called: nn.Module, layers: tuple[LayerFacts, ...], batches: Batches, loss: Loss
+) -> TrainingStep:
+    """Run forward and backward on the first batch, inside of a block of ``untouched``.
+
+    Args:
+        model: The model.
+        called: The model that ``loss`` is called with.
+        layers: Its batch norms.
+        batches: The batches.
+        loss: Gives the loss.
+
+    Raises:
+        TypeError: The loss is no tensor.
+        ValueError: It is not a scalar that requires a gradient, or the batch has no target.
+    """
+    paths = {layer.module: layer.path for layer in layers}
+    watch = _Watch()
+    model.train()
+    for parameter in model.parameters():
+        parameter.grad = None
+    with ExitStack() as stack, torch.enable_grad():
+        for module, path in paths.items():
+            stack.callback(module.register_forward_pre_hook(partial(watch.before, path), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(partial(watch.after, path)).remove)
+        counts = {path: _count(module) for module, path in paths.items()}
+        value = loss_of(called, batches, loss)
+        first = {path: _count(module) for module, path in paths.items()}
+        calls = dict(watch.calls)
+        value.backward()
+        last = {path: _count(module) for module, path in paths.items()}
+    weights = tuple(found for layer in layers if (found := _weight_step(layer)) is not None)
+    for parameter in model.parameters():
+        parameter.grad = None
+    return TrainingStep(
+        loss=float(value.detach()),
+        calls=calls,
+        updates={path: _difference(counts[path], last[path]) for path in counts},
+        late={path: _difference(first[path], last[path]) or 0 for path in counts},
+        gradients=watch.gradients,
+        broken_inputs=frozenset(watch.broken),
+        weights=weights,
+    )
+
+
+def loss_of(called: nn.Module, batches: Batches, loss: Loss) -> Tensor:
+    """The loss of the first batch.
+
+    Raises:
+        TypeError: It is no tensor.
+        ValueError: It is not a scalar that requires a gradient, or the batch has no target.
+    """
+    batch = batches.first
+    if isinstance(loss, nn.Module):
+        if not isinstance(batch, tuple | list) or len(batch) < 2:
+            raise RefusedValueError(
+                f"diagnose: loss={type(loss).__name__}() needs batches of input and target; got {describe(batch)}. "
+                "Pass loss=lambda model, batch: ..., which returns the loss"
+            )
+        device = next((p.device for p in called.parameters()), None)
+        value = loss(batches.run(called, batch), batch[1] if device is None else batch[1].to(device))
+    else:
+        value = loss(called, batch)
+    if not isinstance(value, Tensor):
+        raise RefusedTypeError(f"diagnose: loss must return a tensor; got {describe(value)}")
+    if value.numel() != 1 or not value.requires_grad:
+        raise RefusedValueError(
+            f"diagnose: loss must return one number that requires a gradient; got {describe(value)}"
+        )
+    return value.reshape(())
+
+
+class _Watch:
+    """Hooks that count calls, and measure gradients."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, int] = {}
+        self.gradients: dict[str, float] = {}
+        self.broken: set[str] = set()
+
+    def before(self, path: str, layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.calls[path] = self.calls.get(path, 0) + 1
+        x = args[0] if args else keywords.get("input")
+        if isinstance(x, Tensor) and not bool(x.detach().isfinite().all()):
+            self.broken.add(path)
+
+    def after(self, path: str, layer: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+        if self.calls.get(path) == 1 and isinstance(y, Tensor) and y.requires_grad:
+            y.register_hook(partial(self._keep, path))
+
+    def _keep(self, path: str, gradient: Tensor) -> None:
+        self.gradients[path] = float(gradient.detach().double().norm())
+
+
+def _count(layer: nn.Module) -> int | None:
+    batches = getattr(layer, "num_batches_tracked", None)
+    return int(batches) if isinstance(batches, Tensor) and batches.numel() == 1 else None
+
+
+def _difference(before: int | None, after: int | None) -> int | None:
+    return None if before is None or after is None else after - before
+
+
+def _weight_step(layer: LayerFacts) -> WeightStep | None:
+    """The weight in front of a layer, if it was used for that alone and has a gradient."""
+    before = None if layer.beside is None or len(layer.beside.before) != 1 else layer.beside.before[0]
+    if before is None or before.path is None or not isinstance(before.module, ConvBase | nn.Linear):
+        return None
+    weight = before.module.weight
+    if not isinstance(weight, nn.Parameter) or weight.grad is None or not layer.beside or not layer.beside.alone:
+        return None
+    size, gradient = (float(t.detach().double().norm()) for t in (weight, weight.grad))
+    return WeightStep(before.path, layer.path, weight, size, gradient)
