@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from support.forcing import KERNELS, check_ran, require_kernel
+from support.forcing import KERNELS, check_ran, plainer_native, require_kernel
 from support.poison import poison_fresh_memory
 
 import keelnorm as kn
@@ -42,6 +42,18 @@ settings.load_profile("keelnorm")
 def pytest_collectstart(collector: pytest.Collector) -> None:
     """torch's own test helpers load a profile of theirs, which would hold for the modules that are imported later."""
     settings.load_profile("keelnorm")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cases that force kernels which only older machines run are long tests."""
+    plainer = plainer_native()
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        if parameters is not None and any(
+            isinstance(value, str) and value in plainer for value in parameters.params.values()
+        ):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -187,3 +187,44 @@ def test_fixing_recalibrates_what_has_drifted():
 def test_facts_about_a_model_without_running_statistics():
     model = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.ReLU())
     assert {one.rule for one in kn.diagnose(model, data_of(), select="KN2").findings} == set()
+
+
+def test_a_training_step_of_a_frozen_model_is_left_out():
+    model = network().requires_grad_(False)
+    diagnosis = kn.diagnose(model, [(x, torch.zeros(32).long()) for x in data_of()], loss=nn.CrossEntropyLoss())
+    assert diagnosis.skipped["KN302"] == "needs a parameter that requires a gradient"
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda model, batch: 1.5, "loss must return a tensor; got 1.5"),
+        (lambda model, batch: model(batch), "one number that requires a gradient"),
+        (lambda model, batch: model(batch).sum().detach(), "one number that requires a gradient"),
+        (nn.CrossEntropyLoss(), "needs batches of input and target"),
+        (3, "loss must be a module or loss"),
+    ],
+)
+def test_a_loss_that_is_none(loss, words):
+    model = network()
+    case = Case(model, batches=data_of(batches=2))
+    before = fingerprint(case)
+    with pytest.raises((TypeError, ValueError), match=words):
+        kn.diagnose(model, case.batches, loss=loss)
+    assert fingerprint(case) == before
+
+
+def test_a_loss_without_batches():
+    with pytest.raises(ValueError, match="loss= needs batches="):
+        kn.diagnose(network(), loss=nn.CrossEntropyLoss())
+
+
+def test_gradients_of_the_user_stay():
+    model = network()
+    model(data_of()[0]).sum().backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    kept = {name: id(p.grad) for name, p in model.named_parameters()}
+    kn.diagnose(model, data_of(batches=1), loss=lambda one, batch: one(batch).square().mean())
+    for name, parameter in model.named_parameters():
+        assert id(parameter.grad) == kept[name]
+        assert torch.equal(parameter.grad, before[name])

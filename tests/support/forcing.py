@@ -43,6 +43,11 @@ def usable_native() -> list[str]:
     return [name for name in usable if name not in ("reference", *BFLOAT16_KERNELS, "triton")]
 
 
+def plainer_native() -> set[str]:
+    """The native kernels that this machine runs only when they are forced: all but its best ones."""
+    return set(usable_native()[:-1])
+
+
 def check_ran(name: str, before: dict[str, int], after: dict[str, int]) -> None:
     """Fail unless the kernels called ``name``, and no others, ran between two readings of ``kn.kernels.calls()``."""
     ran = {kernel: count - before.get(kernel, 0) for kernel, count in after.items() if count != before.get(kernel, 0)}

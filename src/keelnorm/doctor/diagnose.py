@@ -88,7 +88,7 @@ def diagnose(
     Raises:
         TypeError: ``model`` is no module, or an argument is of another type.
         ValueError: The model has no batch norm, ``batches`` is empty, or an argument names no rule or layer.
-        RuntimeError: The model raised on the example or on a batch, and no rule has found an error that explains it.
+        RuntimeError: The model raised on the example, on a batch or in the training step, and no rule has found why.
         FileNotFoundError: There is no such baseline.
 
     Example:
@@ -113,7 +113,7 @@ def diagnose(
             data=any("data" in rule.needs for rule in rules.values()), progress=progress,
         )  # fmt: skip
         found, skipped = run_rules(list(rules.values()), evidence)
-    if evidence.failure is not None and not any(one.severity == "error" for one in found):
+    if evidence.failure is not None and not any(_explains(one, evidence) for one in found):
         raise evidence.failure
     left: list[Finding] = []
     silenced: list[Finding] = []
@@ -186,6 +186,13 @@ def _check(model: nn.Module, layers: Mapping[str, nn.Module], *, batches: Any, l
         raise RefusedValueError("diagnose: loss= needs batches=, of which the first is what a training step runs on")
     if optimizer is not None and not isinstance(getattr(optimizer, "param_groups", None), list):
         raise RefusedTypeError(f"diagnose: optimizer must be a torch.optim.Optimizer; got {describe(optimizer)}")
+
+
+def _explains(finding: Finding, evidence: Evidence) -> bool:
+    """Whether a finding may be why the model raised: an error, or a warning at a layer in which it raised."""
+    if finding.severity == "error":
+        return True
+    return finding.severity == "warning" and any(evidence.raised_in(evidence[path].module) for path in finding.layers)
 
 
 def _sorted(findings: list[Finding], evidence: Evidence) -> list[Finding]:

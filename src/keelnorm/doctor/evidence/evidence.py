@@ -94,7 +94,10 @@ class Evidence:
             "data": self.data is not None,
             "step": self.step is not None,
         }
-        return next((_MISSING[need] for need in rule.needs if not there[need]), None)
+        missing = next((need for need in rule.needs if not there[need]), None)
+        if missing == "step" and not _trains(self.model):
+            return "needs a parameter that requires a gradient"
+        return None if missing is None else _MISSING[missing]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -155,11 +158,15 @@ def collect(
     if batches is not None and failure is None:
         try:
             shown = _data(model, facts, batches, progress) if data else None
-            step = _step(model, facts, batches, loss) if loss is not None else None
+            step = _step(model, facts, batches, loss) if loss is not None and _trains(model) else None
         except ModelFailedError as error:
             failure = error
     ranks = number_of_ranks() if ranks is None else ranks
     return Evidence(model, facts, optimizer, batches, shown, step, ranks, failure)
+
+
+def _trains(model: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in model.parameters())
 
 
 def _step(model: nn.Module, layers: tuple[LayerFacts, ...], batches: Batches, loss: Loss) -> TrainingStep:

@@ -41,6 +41,8 @@ def _judged(layer: LayerFacts) -> tuple[Severity, str, float] | None:
     eps = layer.eps
     if not math.isfinite(eps) or eps < 0:
         return "error", "it has to be a finite number above 0", 0.0
+    if eps == 0 and layer.uses_batch:
+        return "error", "layers raise in training, where it has to be above 0", 0.0
     least = rounding(layer)
     if eps < least:
         return (

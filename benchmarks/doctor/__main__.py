@@ -1,0 +1,69 @@
+"""Score the doctor on faults in trained networks: python -m benchmarks.doctor --data FOLDER."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.architectures import require_packages
+from benchmarks.doctor.figures_page import page
+from benchmarks.doctor.scoring import Scored, accuracy, diagnosed, scored
+from benchmarks.doctor.seen_faults import FAULTS as SEEN
+from benchmarks.doctor.trained import NETWORKS, batches_of, pictures, trained
+from benchmarks.doctor.unseen_faults import FAULTS as UNSEEN
+from keelnorm.engine.atomic_write import write_text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.doctor", description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="a folder with cifar10/train and cifar10/test")
+    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), help="these alone")
+    parser.add_argument("--steps", type=int, default=150, help="of training, for each network")
+    parser.add_argument("--each", type=int, default=3, help="networks for each fault")
+    parser.add_argument("--faults", choices=("seen", "unseen", "both"), default="both")
+    parser.add_argument("--out", type=Path, default=Path("bench-results/doctor.json"))
+    parser.add_argument("--page", type=Path, help="write the figures there too")
+    options = parser.parse_args(arguments)
+    require_packages(options.networks)
+    groups = {"seen": SEEN, "unseen": UNSEEN}
+    if options.faults != "both":
+        groups = {options.faults: groups[options.faults]}
+    training, held_out = pictures(options.data, "train", 4000), batches_of(pictures(options.data, "test", 640))
+    healthy: list[dict[str, object]] = []
+    results: dict[str, list[Scored]] = {name: [] for name in groups}
+    for index, network in enumerate(options.networks):
+        print(f"{network}: training", file=sys.stderr)
+        patient = trained(network, training, options.steps)
+        patient.batches = batches_of((training[0][-192:], training[1][-192:]))
+        before = diagnosed(patient)
+        right = accuracy(patient.model, held_out)
+        healthy.append({
+            "network": network, "accuracy": right, "layers": len(before.layers),
+            "findings": [one.to_dict() for one in before.findings],
+        })  # fmt: skip
+        for name, faults in groups.items():
+            for number, fault in enumerate(faults):
+                if (number * options.each - index) % len(options.networks) < options.each:
+                    one = scored(fault, network, patient, before, held_out[:10], 1000 * index + number)
+                    results[name].append(one)
+                    print(f"  {one.rule or 'MISSED':8} {fault.name}: {one.said[:90]}", file=sys.stderr)
+    document = {
+        "torch": torch.__version__, "steps": options.steps, "healthy": healthy,
+        **{name: [one.to_dict() for one in found] for name, found in results.items()},
+    }  # fmt: skip
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(options.out, json.dumps(document, indent=1) + "\n")
+    if options.page is not None:
+        write_text(options.page, page(document))
+    for name, found in results.items():
+        print(f"{name}: {sum(one.rule is not None for one in found)} of {len(found)} found")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
