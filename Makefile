@@ -30,7 +30,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo lab claims rules test slow coverage fuzz check bench models memory native sanitize arm format clean FORCE
+.PHONY: help demo lab claims rules faults test slow coverage fuzz check bench models memory native sanitize arm format clean FORCE
 CHECKS := check-format check-lint check-types check-public check-layers check-kernels
 .PHONY: $(CHECKS)
 
@@ -48,13 +48,14 @@ help:
 	@echo 'make models   convert and fold published architectures: a table, and docs/models.md; then make memory'
 	@echo 'make memory   what save_memory saves and costs on them: tables, docs/memory_figures.md, and bench-results/memory.html'
 	@echo 'make rules    the page docs/rules.md, from the rules of the doctor'
+	@echo 'make faults   what the doctor finds of faults in trained networks: docs/doctor_figures.md; with DATA=FOLDER, which holds CIFAR-10'
 	@echo 'make native   check the kernels without torch, on everything that the driver has'
 	@echo 'make sanitize check them with address and undefined-behaviour sanitizers, without torch and with it'
 	@echo 'make arm      check them on an emulated ARM'
 	@echo 'make format   format the sources, and mend what the linter can'
 	@echo 'make clean    remove what was built (the virtual environment stays)'
 	@echo
-	@echo 'ARGS="..." is passed on by demo, lab, claims, test, slow, coverage, bench, models, memory, native, sanitize and arm:'
+	@echo 'ARGS="..." is passed on by demo, lab, claims, test, slow, coverage, bench, models, memory, faults, native, sanitize and arm:'
 	@echo '              make test ARGS="tests/docs -x"'
 	@echo 'PYTHON ($(PYTHON)), VENV ($(VENV)) and TORCH ($(TORCH)) can be set in the same way.'
 
@@ -73,6 +74,10 @@ ifneq ($(DATA),)
 	@$(BIN)/keelnorm lab run --full --data-dir $(DATA) --out bench-results/more.html --json $(ARGS) > bench-results/more.json
 	@$(BIN)/python -m keelnorm.lab.reading.claim_pages bench-results/more.json docs/claims_on_more_data
 endif
+
+# Half an hour on two cores. DATA=FOLDER holds cifar10/train and cifar10/test.
+faults: $(VENV)/.built
+	@$(BIN)/python -m benchmarks.doctor --data $(DATA) --page docs/doctor_figures.md $(ARGS)
 
 rules: $(VENV)/.built
 	@$(BIN)/python -m keelnorm.doctor.rules_page docs/rules.md

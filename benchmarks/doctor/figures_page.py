@@ -7,11 +7,12 @@ from typing import Any
 
 _HEAD = """# How well the doctor finds faults
 
-Made by `python -m benchmarks.doctor --data FOLDER --page docs/doctor_figures.md` with the pictures of CIFAR-10. {number} published
-networks were trained for {steps} steps, which is a little; a fault was put into a copy of each of three or so, and the
-[doctor](doctor.md) got the model, six batches, the loss and the optimizer. A fault is found if a finding that the healthy network does not have
-names the layer with the fault; where a fault is the model's, the data's or the optimizer's as a whole, any such finding counts. "Cured" counts
-where the finding's remedy ran and the rule was silent afterwards.
+Made by `python -m benchmarks.doctor --data FOLDER --page docs/doctor_figures.md` with the pictures of CIFAR-10.
+{number} published networks were trained for {steps} steps, which is a little; a fault was put into a copy of each of
+three or so, and the [doctor](doctor.md) got the model, six batches, the loss and the optimizer. A fault is found if a
+finding that the healthy network does not have names the layer with the fault; where a fault is the model's, the
+data's or the optimizer's as a whole, any such finding counts. "Cured" counts where the finding's remedy ran and the
+rule was silent afterwards.
 """
 
 
@@ -36,7 +37,8 @@ def _summary(document: Mapping[str, Any]) -> Iterator[str]:
             found = [one for one in cases if one["rule"]]
             ran = [one for one in found if one["cured"] is not None]
             cured = sum(one["cured"] for one in ran)
-            yield f"| {name} | {len(cases)} | {len(found)} ({100 * len(found) / len(cases):.0f} %) | {len(ran)} | {cured} |"
+            share = f"{len(found)} ({100 * len(found) / len(cases):.0f} %)"
+            yield f"| {name} | {len(cases)} | {share} | {len(ran)} | {cured} |"
 
 
 def _healthy(healthy: Sequence[Mapping[str, Any]]) -> Iterator[str]:

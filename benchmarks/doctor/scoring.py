@@ -44,6 +44,7 @@ class Scored:
     accuracy_cured: float | None
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
         return asdict(self)
 
 
@@ -89,7 +90,9 @@ def scored(
     try:
         found = [one for one in diagnosed(patient).findings if (one.rule, one.layers, one.severity) not in kept]
     except RuntimeError as error:
-        return Scored(fault.name, network, None, None, f"raised {error}", None, accuracy(healthy.model, held_out), 0.0, None)
+        return Scored(
+            fault.name, network, None, None, f"raised {error}", None, accuracy(healthy.model, held_out), 0.0, None
+        )
     right = [one for one in found if not expected or expected & set(one.layers)]
     said = right[0].message if right else "; ".join(one.message for one in found) or "nothing"
     result = Scored(

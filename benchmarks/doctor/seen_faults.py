@@ -153,7 +153,8 @@ def _in_parts(patient: Patient, path: str) -> set[str]:
 
 def _nan_loss(patient: Patient, path: str) -> set[str]:
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return (model(batch[0]).softmax(1) - 1).log().mean()
+        value: Tensor = (model(batch[0]).softmax(1) - 1).log().mean()
+        return value
 
     patient.loss = loss
     return set()
@@ -208,11 +209,11 @@ FAULTS = [
     Fault("momentum negative", _momentum(-0.1), "momentum"),
     Fault("eps of another unit", _one(lambda layer, _: setattr(layer, "eps", 10.0)), "eps"),
     Fault("eps 0", _one(lambda layer, _: setattr(layer, "eps", 0.0)), "eps"),
-    Fault("no running statistics", _one(lambda layer, _: setattr(layer, "track_running_stats", False)), "statistics off"),
+    Fault("no running statistics", _one(lambda layer, _: setattr(layer, "track_running_stats", False)), "statistics"),
     Fault("parameters frozen alone", _one(lambda layer, _: layer.requires_grad_(False)), "half frozen"),
     Fault("backbone frozen alone", _frozen_backbone, "half frozen"),
     Fault("one layer in evaluation", _one(lambda layer, _: layer.eval()), "mixed modes"),
-    Fault("NaN in a running mean", _one(lambda layer, _: layer.running_mean[0].fill_(float("nan"))), "broken statistics"),
+    Fault("NaN in a running mean", _one(lambda layer, _: layer.running_mean[0].fill_(float("nan"))), "statistics"),
     Fault("a negative variance", _one(lambda layer, _: layer.running_var[0].fill_(-1.0)), "broken statistics"),
     Fault("a variance of 0", _one(lambda layer, _: layer.running_var.zero_()), "broken statistics"),
     Fault("γ is NaN", _one(lambda layer, _: layer.weight[0].fill_(float("nan"))), "broken parameters"),

@@ -38,6 +38,7 @@ class Classifier(nn.Module):
                     module.p = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, 10)."""
         y: Tensor = self.body(F.interpolate(x, size=SIZE))[:, :10]
         return y
 

@@ -68,6 +68,7 @@ def test_a_fault_is_found_at_its_layer(patient, fault):
         assert torch.equal(value, state[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [pytest.param(fault, id=fault.name) for fault in UNSEEN])
 def test_a_fault_can_be_put_in(patient, fault):
     """Whether it is found is scored by ``python -m benchmarks.doctor``, and not looked at here."""

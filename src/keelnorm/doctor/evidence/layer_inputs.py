@@ -52,21 +52,21 @@ class _OutputSum:
         self.activation = activation
         self._highest: Tensor | None = None
         self._saturated: Tensor | None = None
-        self._values = 0
+        self._number = 0
 
     def add(self, y: Tensor) -> None:
         y = y.detach().flatten(2) if y.ndim > 2 else y.detach().unsqueeze(2)
-        highest = y.amax((0, 2)).cpu().double()
+        highest = y.amax(2).amax(0).cpu().double()  # in two steps, of which each is quick
         self._highest = highest if self._highest is None else torch.maximum(self._highest, highest)
         if self.activation in _SATURATED:
             far = (y.abs() > _SATURATED[self.activation]).sum((0, 2)).cpu().double()
             self._saturated = far if self._saturated is None else self._saturated + far
-            self._values += y.shape[0] * y.shape[2]
+            self._number += y.shape[0] * y.shape[2]
 
     def outputs(self) -> Outputs | None:
         if self._highest is None:
             return None
-        share = None if self._saturated is None else self._saturated / self._values
+        share = None if self._saturated is None else self._saturated / self._number
         return Outputs(self._highest, share, self.activation)
 
 
