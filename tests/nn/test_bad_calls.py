@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel:UserWarning"),
     pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning"),
+    pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning"),
 ]
 
 
@@ -134,6 +135,19 @@ def test_moments_that_cannot_be_written(kind: str, name: str, backend: str) -> N
     shape = {"BatchNorm2d": (4, 3, 2, 2), "BatchNorm3d": (4, 3, 1, 2, 2), "LSTM": (5, 4, 3), "GRU": (4, 5, 3)}
     x = torch.randn(shape.get(kind, (4, 3)))
     refused(layer, lambda: layer(x, **keywords), "more than one element")
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_a_parameter_in_the_place_of_a_statistic(name: str, backend: str) -> None:
+    """It is written to as a buffer is, and put back."""
+    layer = kn.BatchNormLSTM(3, 2, max_length=2)
+    norm = layer.norm_ih_l0
+    value = getattr(norm, name).clone()
+    delattr(norm, name)
+    setattr(norm, name, nn.Parameter(value, requires_grad=False))
+    last = layer.norm_c_l0
+    last.running_var = last.running_var[:, :1].expand(last.running_var.shape)
+    refused(layer, lambda: layer(torch.randn(5, 4, 3)), "more than one element")
 
 
 def test_parts_that_fail_late(backend: str) -> None:

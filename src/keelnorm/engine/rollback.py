@@ -18,6 +18,9 @@ from torch.nn.parameter import is_lazy
 from keelnorm.engine.torch_internals import outside_of_transforms, transform_stack
 from keelnorm.engine.update_counts import UpdateCounts
 
+#: The buffers of batch norms.
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
 
 class Gradients:
     """What parameters have of gradients: ``requires_grad`` and ``grad`` of each."""
@@ -57,7 +60,9 @@ class Unchanged(AbstractContextManager[None]):
             counts = [value.tensor for value in attributes.values() if isinstance(value, UpdateCounts)]
             self._deques += [(value, tuple(value)) for value in attributes.values() if isinstance(value, deque)]
             if module.training:
-                written += [tensor for tensor in (*buffers.values(), *counts) if tensor is not None]
+                # Someone may have put a parameter in the place of a buffer.
+                made = [value for name, value in module._parameters.items() if name in _STATISTICS]
+                written += [tensor for tensor in (*buffers.values(), *counts, *made) if tensor is not None]
         written = [tensor for tensor in written if _has_values(tensor)]
         self._gradients = Gradients(parameters)
         self._tensors = [(t, t.detach().clone() if t.requires_grad else t.clone()) for t in written]
