@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,35 +36,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.faults != "both":
         groups = {options.faults: groups[options.faults]}
     training, held_out = pictures(options.data, "train", 4000), batches_of(pictures(options.data, "test", 640))
-    healthy: list[dict[str, object]] = []
-    results: dict[str, list[Scored]] = {name: [] for name in groups}
+    document = _stored(options.out, options.steps, list(groups))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     for index, network in enumerate(options.networks):
+        if any(one["network"] == network for one in document["healthy"]):
+            print(f"{network}: stored", file=sys.stderr)
+            continue
         print(f"{network}: training", file=sys.stderr)
         patient = trained(network, training, options.steps)
         patient.batches = batches_of((training[0][-192:], training[1][-192:]))
         before = diagnosed(patient)
-        right = accuracy(patient.model, held_out)
-        healthy.append({
-            "network": network, "accuracy": right, "layers": len(before.layers),
-            "findings": [one.to_dict() for one in before.findings],
-        })  # fmt: skip
+        found: dict[str, list[Scored]] = {name: [] for name in groups}
         for name, faults in groups.items():
             for number, fault in enumerate(faults):
                 if (number * options.each - index) % len(options.networks) < options.each:
                     one = scored(fault, network, patient, before, held_out[:10], 1000 * index + number)
-                    results[name].append(one)
+                    found[name].append(one)
                     print(f"  {one.rule or 'MISSED':8} {fault.name}: {one.said[:90]}", file=sys.stderr)
-    document = {
-        "torch": torch.__version__, "steps": options.steps, "healthy": healthy,
-        **{name: [one.to_dict() for one in found] for name, found in results.items()},
-    }  # fmt: skip
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(options.out, json.dumps(document, indent=1) + "\n")
+        document["healthy"].append({
+            "network": network, "accuracy": accuracy(patient.model, held_out), "layers": len(before.layers),
+            "findings": [one.to_dict() for one in before.findings],
+        })  # fmt: skip
+        for name, cases in found.items():
+            document[name] += [one.to_dict() for one in cases]
+        write_text(options.out, json.dumps(document, indent=1) + "\n")
     if options.page is not None:
         write_text(options.page, page(document))
-    for name, found in results.items():
-        print(f"{name}: {sum(one.rule is not None for one in found)} of {len(found)} found")
+    for name in groups:
+        print(f"{name}: {sum(one['rule'] is not None for one in document[name])} of {len(document[name])} found")
     return 0
+
+
+def _stored(file: Path, steps: int, groups: Sequence[str]) -> dict[str, Any]:
+    """What an earlier run has stored: a run that was stopped goes on with the next network."""
+    empty = {"torch": torch.__version__, "steps": steps, "healthy": [], **{name: [] for name in groups}}
+    if not file.exists():
+        return empty
+    document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if document.keys() != empty.keys() or document["steps"] != steps:
+        raise SystemExit(f"{file} is of another run; remove it, or give another --out")
+    return document
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.doctor import __main__ as program
 from benchmarks.doctor import figures_page
 from benchmarks.doctor.fault import Patient
 from benchmarks.doctor.scoring import accuracy, diagnosed, scored
@@ -90,3 +91,31 @@ def test_the_page(patient):
     assert "| seen | 3 | 2 (67 %) |" in text
     assert "| small | 3 | 90 % | 0 | 0 | 0 |" in text
     assert "| momentum 0 | 1 |  | small |" in text
+
+
+def test_a_run_goes_on_with_what_is_stored(tmp_path, monkeypatch, patient, capsys):
+    healthy, *_ = patient
+    data = tuple(torch.cat([batch[k] for batch in healthy.batches * 2]) for k in (0, 1))
+    monkeypatch.setattr(program, "pictures", lambda folder, part, number: data)
+    monkeypatch.setattr(program, "require_packages", lambda names: None)
+    made = []
+
+    def trained(name, data, steps):
+        made.append(name)
+        if name == "stopped":
+            raise KeyboardInterrupt
+        return copy.deepcopy(healthy)
+
+    monkeypatch.setattr(program, "trained", trained)
+    words = ["--data", ".", "--faults", "seen", "--each", "1", "--out", str(tmp_path / "doctor.json")]
+    with pytest.raises(KeyboardInterrupt):
+        program.main([*words, "--networks", "first", *["stopped"] * 33])
+    made.clear()
+    program.main([*words, "--networks", "first", "second", *["first"] * 32, "--page", str(tmp_path / "page.md")])
+    assert made == ["second"]
+    assert "first: stored" in capsys.readouterr().err
+    text = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "| first | 3 |" in text
+    assert "| second | 3 |" in text
+    with pytest.raises(SystemExit, match="of another run"):
+        program.main([*words, "--steps", "3"])
