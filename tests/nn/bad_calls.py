@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -99,10 +100,13 @@ class Draw(random.Random):
             lambda: nn.Parameter(x.clone()),
             lambda: np.float64(2.0),
         ]
-        try:
-            return self.choice(kinds)()
-        except (RuntimeError, IndexError, TypeError):  # torch makes no such tensor of this dtype
-            return None
+        with warnings.catch_warnings():
+            # A complex tensor that is spoiled again loses its imaginary part here; a layer may not do so in silence.
+            warnings.simplefilter("ignore")
+            try:
+                return self.choice(kinds)()
+            except (RuntimeError, IndexError, TypeError):  # torch makes no such tensor of this dtype
+                return None
 
     def maybe_spoiled(self, x: Tensor, chance: float) -> Any:
         return self.spoiled(x) if self.random() < chance else x
