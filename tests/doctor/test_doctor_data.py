@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import keelnorm as kn
 from keelnorm.doctor import Case
 from keelnorm.doctor.case_check import evidence_of, fingerprint
+from keelnorm.doctor.evidence.batches import Batches
+from keelnorm.doctor.evidence.evidence import collect
 from keelnorm.doctor.evidence.model_outputs import labels_of, main_output
 from keelnorm.doctor.rules._examples import data_of, network, settled
 
@@ -104,6 +106,7 @@ def test_a_loader_with_a_generator_of_its_own_does_not():
     data = evidence_of(Case(network(), batches=loader)).data
     assert not data.is_same
     assert data.against_true is None
+    assert any("other batches in each pass" in note for note in kn.diagnose(network(), loader).notes)
 
 
 def test_an_iterator_is_run_three_times_all_the_same():
@@ -157,7 +160,9 @@ def test_weighted_calls_are_not_judged():
 
     evidence = evidence_of(Case(Weighted(), batches=[torch.randn(8, 3)]))
     assert evidence.data.true == {}
-    assert kn.diagnose(Weighted(), [torch.randn(8, 3)], select="KN2").findings == ()
+    diagnosis = kn.diagnose(Weighted(), [torch.randn(8, 3)], select="KN2")
+    assert diagnosis.findings == ()
+    assert any("called with weights or in another shape: norm" in note for note in diagnosis.notes)
 
 
 def test_what_stands_for_the_output_and_the_labels():
@@ -228,3 +233,27 @@ def test_gradients_of_the_user_stay():
     for name, parameter in model.named_parameters():
         assert id(parameter.grad) == kept[name]
         assert torch.equal(parameter.grad, before[name])
+
+
+def test_rules_see_the_model_as_it_is():
+    """The runs over the data and the training step change its statistics, and put them back before rules look."""
+    model = network()
+    settled(model, data_of(seed=3))
+    evidence = evidence_while_open(model)
+    for layer in evidence.layers:
+        assert torch.equal(layer.module.running_mean.double(), layer.running_mean)
+        assert int(layer.module.num_batches_tracked) == layer.batches
+
+
+def evidence_while_open(model):
+    """As rules get it, before the whole of the model is put back."""
+    paths = {path: module for path, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    return collect(model, paths, batches=Batches(data_of()), loss=lambda one, batch: one(batch).square().mean())
+
+
+def test_rules_that_miss_a_run_say_why():
+    model = network()
+    model[4].momentum = -1.0  # an error, so that the diagnosis goes on
+    model[3].register_forward_pre_hook(_raising, with_kwargs=True)
+    diagnosis = kn.diagnose(model, data_of(batches=1))
+    assert diagnosis.skipped["KN201"] == "the model raised"

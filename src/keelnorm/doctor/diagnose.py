@@ -208,6 +208,7 @@ def _notes(evidence: Evidence, silences: list[Silenced], found: list[Finding]) -
     notes = notes_on(evidence.model)
     if evidence.failure is not None:
         return [*notes, f"{str(evidence.failure).removeprefix('diagnose: ').capitalize()}."]
+    notes += _notes_on_data(evidence)
     unseen = [layer for layer in evidence.layers if layer.beside is None]
     ran = any(layer.beside is not None and layer.beside.observed for layer in evidence.layers)
     if unseen and not ran:
@@ -219,3 +220,20 @@ def _notes(evidence: Evidence, silences: list[Silenced], found: list[Finding]) -
         notes.append(f"Not called in the run: {', '.join(layer.path for layer in unseen[:8])}.")
     idle = [entry.written for entry in silences if not any(entry.covers(one) for one in found)]
     return notes + [f"silence={written!r} covers no finding." for written in idle]
+
+
+def _notes_on_data(evidence: Evidence) -> list[str]:
+    """What the batches could not show."""
+    data = evidence.data
+    if data is None:
+        return []
+    notes = []
+    if not data.is_same:
+        notes.append(
+            "The loader gives other batches in each pass, so outputs with other statistics were not compared (KN202)."
+        )
+    called = [layer.path for layer in evidence.layers if layer.beside is not None and layer.beside.observed]
+    unknown = [path for path in called if path not in data.as_is]
+    if unknown:
+        notes.append(f"Not judged by data, since called with weights or in another shape: {', '.join(unknown[:8])}.")
+    return notes

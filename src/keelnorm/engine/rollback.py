@@ -61,8 +61,8 @@ class Unchanged(AbstractContextManager[None]):
             self._deques += [(value, tuple(value)) for value in attributes.values() if isinstance(value, deque)]
             if module.training:
                 # Someone may have put a parameter in the place of a buffer.
-                made = [value for name, value in module._parameters.items() if name in _STATISTICS]
-                written += [tensor for tensor in (*buffers.values(), *counts, *made) if tensor is not None]
+                statistics = [value for name, value in module._parameters.items() if name in _STATISTICS]
+                written += [tensor for tensor in (*buffers.values(), *counts, *statistics) if tensor is not None]
         written = [tensor for tensor in written if _has_values(tensor)]
         self._gradients = Gradients(parameters)
         self._tensors = [(t, t.detach().clone() if t.requires_grad else t.clone()) for t in written]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,10 @@ from keelnorm.surgery.observation.nested_tensors import tensors_in
 from keelnorm.surgery.snapshot import in_evaluation
 from keelnorm.surgery.statistics.collect import normalizing_with_batch, reason_to_leave
 
-#: Runs the model on a batch, and says which batch if it raises.
+#: Runs the model on a batch.
 RunBatch = Callable[[Any], Any]
+#: Starts a pass over the batches.
+Passes = Callable[[], Iterator[Any]]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,6 @@ class Data:
     against_true: Compared | None = None
     batch_against_true: Compared | None = None
     is_same: bool = True
-    _moments: dict[str, SampledMoments | None] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def samples(self) -> int | None:
@@ -120,10 +121,6 @@ def collect_data(
         batch_against_true=batch_outputs.compared(true_outputs, labels) if is_same else None,
         is_same=is_same,
     )
-
-
-#: Starts a pass over the batches.
-Passes = Callable[[], Iterator[Any]]
 
 
 def _repeating(passes: Passes) -> Passes:

@@ -95,6 +95,8 @@ class Evidence:
             "step": self.step is not None,
         }
         missing = next((need for need in rule.needs if not there[need]), None)
+        if missing in ("data", "step") and self.failure is not None:
+            return "the model raised"
         if missing == "step" and not _trains(self.model):
             return "needs a parameter that requires a gradient"
         return None if missing is None else _MISSING[missing]
@@ -170,7 +172,7 @@ def _trains(model: nn.Module) -> bool:
 
 
 def _step(model: nn.Module, layers: tuple[LayerFacts, ...], batches: Batches, loss: Loss) -> TrainingStep:
-    with untouched(model):  # the runs over the batches come before, and rules look at the model after
+    with untouched(model):  # rules look at the model after
         try:
             return take_step(model, unwrapped(model), layers, batches, loss)
         except (RefusedTypeError, RefusedValueError):
@@ -189,7 +191,10 @@ def _data(model: nn.Module, layers: tuple[LayerFacts, ...], batches: Batches, pr
         except Exception as error:
             raise _failed("a batch", error) from error
 
-    with passes_over(batches.all, batches.most, progress, "diagnose", 2) as start:
+    with (
+        untouched(model),  # the last run has other statistics, and rules look at the model after
+        passes_over(batches.all, batches.most, progress, "diagnose", 2) as start,
+    ):
         return collect_data(model, layers, batches, run, start)
 
 

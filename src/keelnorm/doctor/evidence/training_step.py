@@ -1,4 +1,4 @@
-"""What one training step shows: how often running statistics were updated, and how large gradients and weights are."""
+"""What one training step shows: how often running statistics were updated, and how large gradients are."""
 
 from __future__ import annotations
 
@@ -14,30 +14,10 @@ from torch import Tensor, nn
 from keelnorm.doctor.evidence.batches import Batches
 from keelnorm.doctor.evidence.layers import LayerFacts
 from keelnorm.engine.error_messages import RefusedTypeError, RefusedValueError, describe
-from keelnorm.engine.torch_internals import ConvBase
 
 #: ``loss(model, batch)``, or a module such as ``nn.CrossEntropyLoss()``, called with the output and the batch's second
 #: element.
 Loss: TypeAlias = Callable[..., Tensor] | nn.Module
-
-
-@dataclass(frozen=True)
-class WeightStep:
-    """The weight of a convolution or linear layer in front of a batch norm, whose size has no effect on the output.
-
-    Args:
-        path: The path of the layer with the weight.
-        norm: The batch norm's path.
-        weight: The weight's parameter.
-        size: ‖w‖.
-        gradient: ‖∇w‖.
-    """
-
-    path: str
-    norm: str
-    weight: nn.Parameter
-    size: float
-    gradient: float
 
 
 @dataclass(frozen=True)
@@ -51,7 +31,6 @@ class TrainingStep:
         late: How many of these updates came in the backward, where checkpointed modules run again.
         gradients: The norm of the loss's gradient with respect to each layer's output, of its first call.
         broken_inputs: Layers whose input was not finite.
-        weights: The weights in front of the batch norms, in the order in which these run.
     """
 
     loss: float
@@ -60,7 +39,6 @@ class TrainingStep:
     late: Mapping[str, int]
     gradients: Mapping[str, float]
     broken_inputs: frozenset[str]
-    weights: tuple[WeightStep, ...]
 
 
 def take_step(
@@ -94,7 +72,6 @@ def take_step(
         calls = dict(watch.calls)
         value.backward()
         last = {path: _count(module) for module, path in paths.items()}
-    weights = tuple(found for layer in layers if (found := _weight_step(layer)) is not None)
     for parameter in model.parameters():
         parameter.grad = None
     return TrainingStep(
@@ -104,7 +81,6 @@ def take_step(
         late={path: _difference(first[path], last[path]) or 0 for path in counts},
         gradients=watch.gradients,
         broken_inputs=frozenset(watch.broken),
-        weights=weights,
     )
 
 
@@ -164,15 +140,3 @@ def _count(layer: nn.Module) -> int | None:
 
 def _difference(before: int | None, after: int | None) -> int | None:
     return None if before is None or after is None else after - before
-
-
-def _weight_step(layer: LayerFacts) -> WeightStep | None:
-    """The weight in front of a layer, if it was used for that alone and has a gradient."""
-    before = None if layer.beside is None or len(layer.beside.before) != 1 else layer.beside.before[0]
-    if before is None or before.path is None or not isinstance(before.module, ConvBase | nn.Linear):
-        return None
-    weight = before.module.weight
-    if not isinstance(weight, nn.Parameter) or weight.grad is None or not layer.beside or not layer.beside.alone:
-        return None
-    size, gradient = (float(t.detach().double().norm()) for t in (weight, weight.grad))
-    return WeightStep(before.path, layer.path, weight, size, gradient)
