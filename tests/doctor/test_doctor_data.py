@@ -14,8 +14,9 @@ from keelnorm.doctor import Case
 from keelnorm.doctor.case_check import evidence_of, fingerprint
 from keelnorm.doctor.evidence.batches import Batches
 from keelnorm.doctor.evidence.evidence import collect
-from keelnorm.doctor.evidence.model_outputs import labels_of, main_output
+from keelnorm.doctor.evidence.model_outputs import labels_of
 from keelnorm.doctor.rules._examples import data_of, network, settled
+from keelnorm.surgery.observation.nested_tensors import main_output
 
 
 class Counting(nn.Module):
@@ -253,7 +254,8 @@ def evidence_while_open(model):
 
 def test_rules_that_miss_a_run_say_why():
     model = network()
-    model[4].momentum = -1.0  # an error, so that the diagnosis goes on
+    spoiled: Any = model[4]
+    spoiled.momentum = -1.0  # an error, so that the diagnosis goes on
     model[3].register_forward_pre_hook(_raising, with_kwargs=True)
     diagnosis = kn.diagnose(model, data_of(batches=1))
     assert diagnosis.skipped["KN201"] == "the model raised"

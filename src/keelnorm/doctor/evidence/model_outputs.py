@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keelnorm.surgery.observation.nested_tensors import tensors_in
+from keelnorm.surgery.observation.nested_tensors import main_output
 
 #: Values of a sample that are kept, evenly chosen; a map of pixels has more.
 _MOST = 4096
@@ -79,16 +79,6 @@ class OutputRecord:
             difference, changed, float(right.double().mean()), float(right_then.double().mean()),
             int((right_then & ~right).sum()), int((right & ~right_then).sum()),
         )  # fmt: skip
-
-
-def main_output(output: Any) -> Tensor | None:
-    """The tensor that stands for a model's output: itself, its ``logits``, or the first floating-point one in it."""
-    if isinstance(output, Mapping) and "logits" in output:
-        output = output["logits"]
-    elif not isinstance(output, Tensor | tuple | list | Mapping):
-        output = getattr(output, "logits", output)
-    found = (t for t in tensors_in(output) if t.is_floating_point() and t.ndim > 0 and t.numel())
-    return next(found, None)
 
 
 def labels_of(batch: Any, samples: int | None) -> Tensor | None:

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from keelnorm.functional import moments
+from keelnorm.functional import moments as moments_of
+from keelnorm.moments import Moments
 
 
-@dataclass(frozen=True, eq=False)
-class Samples:
+class Samples(NamedTuple):
     """The moments of each sample of one call: the positions of a sample depend on each other, samples do not.
 
     Args:
-        count: The number of values that count in each sample, (N,).
-        mean: Their mean, (N, C).
-        var: Their biased variance, (N, C).
+        moments: Count, mean and M2 of each sample's channels, as N·C channels, in float64 on the CPU.
+        samples: The number of samples N.
     """
 
-    count: Tensor
-    mean: Tensor
-    var: Tensor
+    moments: Moments
+    samples: int
 
     @classmethod
     def of(cls, x: Tensor, mask: Tensor | None = None) -> Samples:
-        """The moments of x, (N, C, *S), in float64 on the CPU.
+        """The moments of x, (N, C, *S).
 
         Args:
             x: Values.
@@ -34,38 +33,29 @@ class Samples:
         """
         samples, channels = x.shape[:2]
         x = x.detach().reshape(samples, channels, -1)
-        if mask is None:
-            count = torch.full((samples,), float(x.shape[2]), dtype=torch.float64)
-            if x.shape[2] == 1:
-                mean, var = x.squeeze(2), torch.zeros(samples, channels, dtype=torch.float64)
-            else:  # each sample's channels as channels of their own
-                own = moments(x.reshape(1, samples * channels, -1))
-                mean, var = (value.view(samples, channels) for value in (own.mean, own.var))
-        else:
-            x = x if x.dtype == torch.float64 else x.float()
-            counted = mask.detach().reshape(len(x), 1, -1).expand(-1, 1, x.shape[2]).to(x.dtype)
-            number = counted.sum(2)
-            mean = torch.where(counted > 0, x, 0).sum(2) / number.clamp(min=1)
-            var = torch.where(counted > 0, x - mean.unsqueeze(2), 0).square().sum(2) / number.clamp(min=1)
-            count = number.squeeze(1).cpu().double()
-        there = count > 0
-        return cls(count[there], mean.cpu().double()[there], var.cpu().double()[there])
+        if mask is not None:  # that of a sample holds for each of its channels
+            mask = mask.reshape(samples, 1, -1).expand_as(x).reshape(1, samples * channels, -1)
+        own = moments_of(x.reshape(1, samples * channels, -1), mask)
+        parts = (own.count.expand_as(own.mean), own.mean, own.m2)
+        return cls(Moments(*(part.cpu().double() for part in parts)), samples)
 
     def with_other(self, other: Samples) -> Samples:
         """The moments where the same samples were called twice: merged sample by sample.
 
         Calls with another number of samples are samples of their own.
         """
-        if len(self.count) != len(other.count):
-            return Samples(
-                *(torch.cat([getattr(one, name) for one in (self, other)]) for name in ("count", "mean", "var"))
-            )
-        count = self.count + other.count
-        share = (other.count / count).unsqueeze(1)
-        shift = other.mean - self.mean
-        mean = self.mean + share * shift
-        var = self.var * (1 - share) + other.var * share + share * (1 - share) * shift.square()
-        return Samples(count, mean, var)
+        if self.samples == other.samples:
+            return Samples(self.moments.merge(other.moments), self.samples)
+        parts = ((getattr(one.moments, name) for one in (self, other)) for name in ("count", "mean", "m2"))
+        return Samples(Moments(*(torch.cat(list(part)) for part in parts)), self.samples + other.samples)
+
+    def table(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Count of each sample, (N,), mean and biased variance, (N, C); samples without values are left out."""
+        count, mean, var = (
+            part.reshape(self.samples, -1) for part in (self.moments.count, self.moments.mean, self.moments.var_or_zero)
+        )
+        there = count[:, 0] > 0
+        return count[there, 0], mean[there], var[there]
 
 
 @dataclass(frozen=True)
@@ -125,7 +115,7 @@ class SamplesSum:
 
     def add(self, batch: Samples) -> None:
         """Add the samples of one batch."""
-        count, mean, var = batch.count, batch.mean, batch.var
+        count, mean, var = batch.table()
         if not len(count):
             return
         if self._shift is None:

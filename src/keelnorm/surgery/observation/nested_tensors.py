@@ -47,6 +47,16 @@ def _parts(value: Any) -> list[Any]:
     return list(getattr(value, "__dict__", {}).values())
 
 
+def main_output(output: Any) -> Tensor | None:
+    """The tensor that stands for a model's output: itself, its ``logits``, or the first floating-point one in it."""
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
+    elif not isinstance(output, Tensor | tuple | list | Mapping):
+        output = getattr(output, "logits", output)
+    found = (t for t in tensors_in(output) if t.is_floating_point() and t.ndim > 0 and t.numel())
+    return next(found, None)
+
+
 def map_tensors(change: Callable[[Tensor], Any], root: Any) -> Any:
     """Copy a value with each tensor in its tuples, lists and mappings changed; other objects are not copied."""
     if isinstance(root, Tensor):

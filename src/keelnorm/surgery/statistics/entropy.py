@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from keelnorm.engine.error_messages import describe
 from keelnorm.engine.torch_internals import BatchNormBase
+from keelnorm.surgery.observation.nested_tensors import main_output
 from keelnorm.surgery.snapshot import training_only
 from keelnorm.surgery.statistics.collect import RunBatch, StartPass, normalizing_with_batch
 
@@ -53,15 +54,10 @@ def _entropy(logits: Tensor) -> Tensor:
 
 
 def _logits(output: Any) -> Tensor:
-    if isinstance(output, Mapping) and "logits" in output:
-        output = output["logits"]
-    elif hasattr(output, "logits"):
-        output = output.logits
-    elif isinstance(output, tuple | list) and output:
-        output = output[0]
-    if not isinstance(output, Tensor) or output.dim() < 2 or output.shape[1] < 2:
+    logits = main_output(output)
+    if logits is None or logits.dim() < 2 or logits.shape[1] < 2:
         raise TypeError(
             "adapt: entropy needs logits (N, classes, *), returned alone, first in a tuple or as .logits; got "
             f"{describe(output)}. Pass forward=lambda model, batch: ... that returns the logits"
         )
-    return output
+    return logits
