@@ -12,7 +12,7 @@ from torch import nn
 
 import keelnorm
 from benchmarks.doctor.fault import Batch, Fault, Patient
-from benchmarks.doctor.seen_faults import norms
+from benchmarks.doctor.put_into import norms_of
 from benchmarks.doctor.trained import copied
 from keelnorm.doctor import Diagnosis, Finding
 
@@ -83,7 +83,7 @@ def scored(
     """
     patient = copied(healthy)
     torch.manual_seed(seed)
-    layers = list(norms(patient.model))
+    layers = list(norms_of(patient.model))
     path = layers[int(torch.randint(len(layers), (1,)))]
     expected = fault.put(patient, path)
     kept = {(one.rule, one.layers, one.severity) for one in before.findings}

@@ -28,23 +28,6 @@ def _one(change: Callable[[Any, Patient], object]) -> Put:
     return put
 
 
-def _all(change: Callable[[Any], object]) -> Put:
-    """The same in every layer."""
-
-    def put(patient: Patient, path: str) -> set[str]:
-        with torch.no_grad():
-            for layer in norms(patient.model).values():
-                change(layer)
-        return set()
-
-    return put
-
-
-def norms(model: nn.Module) -> dict[str, Any]:
-    """The batch norms by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, BatchNormBase)}
-
-
 def _with_data(change: Callable[[list[Batch]], list[Batch]]) -> Put:
     def put(patient: Patient, path: str) -> set[str]:
         patient.batches = change(patient.batches)

@@ -11,9 +11,9 @@ from torch import nn
 from benchmarks.doctor import __main__ as program
 from benchmarks.doctor import figures_page
 from benchmarks.doctor.fault import Patient
+from benchmarks.doctor.put_into import norms_of
 from benchmarks.doctor.scoring import accuracy, diagnosed, scored
 from benchmarks.doctor.seen_faults import FAULTS as SEEN
-from benchmarks.doctor.seen_faults import norms
 from benchmarks.doctor.unseen_faults import FAULTS as UNSEEN
 
 CASES = [pytest.param(fault, id=fault.name) for fault in SEEN]
@@ -84,7 +84,7 @@ def test_the_page(patient):
     cases[2]["rule"] = None
     document = {
         "steps": 120,
-        "healthy": [{"network": "small", "accuracy": 0.9, "layers": len(norms(healthy.model)), "findings": []}],
+        "healthy": [{"network": "small", "accuracy": 0.9, "layers": len(norms_of(healthy.model)), "findings": []}],
         "seen": cases,
     }
     text = figures_page.page(document)

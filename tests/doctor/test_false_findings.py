@@ -15,6 +15,7 @@ from torch import nn
 
 import keelnorm as kn
 from keelnorm.doctor.rules import drifted_statistics
+from keelnorm.doctor.rules._drift import drift_of
 
 #: Diagnoses of each kind.
 NUMBER = 60
@@ -98,7 +99,11 @@ def test_healthy_models(make, labelled):
 
 def test_the_simulation_would_see_a_rule_that_speaks_too_often(monkeypatch):
     monkeypatch.setattr(import_module("keelnorm.doctor.diagnose"), "corrected", lambda findings, tests: findings)
-    monkeypatch.setattr(drifted_statistics, "is_told", lambda drift: drift is not None)
+
+    def all_of_them(evidence, layers):
+        return [(layer, found) for layer in layers if (found := drift_of(evidence, layer)) is not None]
+
+    monkeypatch.setattr(drifted_statistics, "drifted", all_of_them)
     monkeypatch.setattr(drifted_statistics, "_severity", lambda evidence, layer: "warning")
     with pytest.raises(AssertionError, match=f"of {NUMBER}"):
         test_healthy_models(dense, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
 
@@ -112,9 +113,15 @@ def _divergence(true: SampledMoments, mean: Tensor, var: Tensor, eps: float) -> 
     return 0.5 * (ratio - 1 - ratio.log() + (true.mean - mean).square() / (var + eps))
 
 
-def is_told(drift: Drift | None) -> bool:
-    """Whether a drift does more than the noise of a batch of 16 samples."""
-    return drift is not None and drift.ratio > 1
+def drifted(evidence: Evidence, layers: Iterable[LayerFacts]) -> list[tuple[LayerFacts, Drift]]:
+    """The layers whose drift does more than the noise of a batch of 16 samples, with their drifts."""
+    found = [(layer, drift_of(evidence, layer)) for layer in layers]
+    return [(layer, drift) for layer, drift in found if drift is not None and drift.ratio > 1]
+
+
+def number_of_drifts(evidence: Evidence, layers: Iterable[LayerFacts]) -> int:
+    """How many tests these layers are worth: one for each whose drift is known."""
+    return sum(drift_of(evidence, layer) is not None for layer in layers)
 
 
 def initial_share(layer: LayerFacts) -> float:

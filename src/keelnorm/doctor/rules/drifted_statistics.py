@@ -10,23 +10,21 @@ from keelnorm.doctor.evidence.evidence import Evidence
 from keelnorm.doctor.evidence.layers import LayerFacts
 from keelnorm.doctor.finding import Finding, Severity
 from keelnorm.doctor.rule import Case, Rule, by_recalibrating
-from keelnorm.doctor.rules._drift import REFERENCE, REFERENCE_SOURCE, Drift, drift_of, is_told, is_unsettled
+from keelnorm.doctor.rules._drift import REFERENCE, REFERENCE_SOURCE, Drift, drifted, is_unsettled, number_of_drifts
 from keelnorm.doctor.rules._examples import at, data_of, network, settled
 
 
 def check(evidence: Evidence) -> Iterator[Finding]:
     """Each layer whose running statistics change its outputs by more than the noise of a small batch does."""
     judged = _judged(evidence)
-    drifted = [layer for layer in judged if is_told(drift_of(evidence, layer)) and not is_unsettled(evidence, layer)]
-    for layer in drifted:
-        drift = drift_of(evidence, layer)
-        assert drift is not None
+    found = [(layer, drift) for layer, drift in drifted(evidence, judged) if not is_unsettled(evidence, layer)]
+    for layer, drift in found:
         thaw = [f"kn.unfreeze({layer.code}, affine=False)"] if layer.held else []
         yield RULE.found(
             (layer.path,),
             f"{layer.named} evaluates with statistics that differ from the data's {drift.ratio:.3g} times as much as "
             f"those of {REFERENCE} samples: {_how(drift)}.",
-            [*thaw, f"kn.recalibrate(model, batches{where_of(layer, drifted, judged)})"],
+            [*thaw, f"kn.recalibrate(model, batches{where_of(layer, len(found), len(judged))})"],
             severity=_severity(evidence, layer),
             evidence=plain(evidence, drift),
             p_value=drift.p_value,
@@ -39,12 +37,12 @@ def _judged(evidence: Evidence) -> list[LayerFacts]:
 
 
 def _tests(evidence: Evidence) -> int:
-    return sum(drift_of(evidence, layer) is not None for layer in _judged(evidence))
+    return number_of_drifts(evidence, _judged(evidence))
 
 
-def where_of(layer: LayerFacts, drifted: list[LayerFacts], judged: list[LayerFacts]) -> str:
+def where_of(layer: LayerFacts, found: int, judged: int) -> str:
     """The argument that restricts a call to one layer, unless half of the layers need it."""
-    return f", where={layer.path!r}" if layer.path and 2 * len(drifted) < len(judged) else ""
+    return f", where={layer.path!r}" if layer.path and 2 * found < judged else ""
 
 
 def _how(drift: Drift) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from keelnorm.doctor.evidence.evidence import Evidence
 from keelnorm.doctor.finding import Finding
 from keelnorm.doctor.rule import Case, Rule, by_recalibrating
-from keelnorm.doctor.rules._drift import drift_of, is_told
+from keelnorm.doctor.rules._drift import drifted
 from keelnorm.doctor.rules._examples import at, settled
 from keelnorm.doctor.rules._tests import sign_test
 
@@ -20,19 +20,19 @@ def check(evidence: Evidence) -> Iterator[Finding]:
     compared = None if evidence.data is None else evidence.data.against_true
     if compared is None or compared.right is None or compared.right_then is None or compared.lost <= compared.won:
         return
-    drifted = [layer for layer in evidence.layers if is_told(drift_of(evidence, layer)) and not layer.fixed]
-    if not drifted:
+    layers = [layer for layer, _ in drifted(evidence, evidence.layers) if not layer.fixed]
+    if not layers:
         return
-    thaw = [f"kn.unfreeze({layer.code}, affine=False)" for layer in drifted if layer.held]
+    thaw = [f"kn.unfreeze({layer.code}, affine=False)" for layer in layers if layer.held]
     yield RULE.found(
-        (layer.path for layer in drifted),
+        (layer.path for layer in layers),
         f"The model is right in {100 * compared.right:.1f} % of the samples, and would be in "
         f"{100 * compared.right_then:.1f} % with the statistics of these data ({compared.lost} predictions lost, "
         f"{compared.won} won).",
         [*thaw, "kn.recalibrate(model, batches)"],
         evidence={
             "accuracy": compared.right, "accuracy with true statistics": compared.right_then,
-            "lost": compared.lost, "won": compared.won, "layers": len(drifted),
+            "lost": compared.lost, "won": compared.won, "layers": len(layers),
         },
         p_value=sign_test(compared.lost, compared.won),
     )  # fmt: skip

@@ -11,10 +11,10 @@ from keelnorm.doctor.rule import Case, Rule, by_recalibrating
 from keelnorm.doctor.rules._drift import (
     REFERENCE,
     REFERENCE_SOURCE,
-    drift_of,
+    drifted,
     initial_share,
-    is_told,
     is_unsettled,
+    number_of_drifts,
 )
 from keelnorm.doctor.rules._examples import at, data_of, network, settled
 from keelnorm.doctor.rules.drifted_statistics import plain, where_of
@@ -23,17 +23,15 @@ from keelnorm.doctor.rules.drifted_statistics import plain, where_of
 def check(evidence: Evidence) -> Iterator[Finding]:
     """Each layer that has drifted, and would have by less than half without the share of mean 0 and variance 1."""
     judged = _judged(evidence)
-    drifted = [layer for layer in judged if is_told(drift_of(evidence, layer)) and is_unsettled(evidence, layer)]
-    for layer in drifted:
-        drift = drift_of(evidence, layer)
-        assert drift is not None
+    found = [(layer, drift) for layer, drift in drifted(evidence, judged) if is_unsettled(evidence, layer)]
+    for layer, drift in found:
         share = initial_share(layer)
         yield RULE.found(
             (layer.path,),
             f"{layer.named} has counted {layer.batches} batches with momentum {layer.momentum:g}: {100 * share:.2g} % "
             "of its running statistics are still mean 0 and variance 1, the values of a new layer.",
             [
-                f"kn.recalibrate(model, batches{where_of(layer, drifted, judged)})",
+                f"kn.recalibrate(model, batches{where_of(layer, len(found), len(judged))})",
                 "# or in training: momentum=None, or kn.accumulate_statistics in the last epoch",
             ],
             evidence={**plain(evidence, drift), "share": share, "batches": layer.batches, "momentum": layer.momentum},
@@ -47,7 +45,7 @@ def _judged(evidence: Evidence) -> list[LayerFacts]:
 
 
 def _tests(evidence: Evidence) -> int:
-    return sum(drift_of(evidence, layer) is not None for layer in _judged(evidence))
+    return number_of_drifts(evidence, _judged(evidence))
 
 
 def _after_few_batches() -> Case:
