@@ -76,7 +76,7 @@ RULE = Rule(
     "the median over channels.",
     threshold=f"A majority, among {FEWEST} samples or more. Among so many normal values the largest share is about a "
     "tenth.",
-    source='The definition of the variance; Huber (1981), "Robust Statistics", section 1.1: one outlier decides it.',
+    source='The definition of the variance; Huber (1981), "Robust Statistics": one outlier decides it.',
     explanation="In the batch of that sample all others are normalized to nearly one value, and its variance enters "
     "the running one. A broken file, another unit or a missing value coded as a large number does it.",
     remedy="Clean or clip the data.",
