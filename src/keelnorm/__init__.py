@@ -56,6 +56,7 @@ from keelnorm.nn import (
 if TYPE_CHECKING:
     from keelnorm import doctor, surgery
     from keelnorm.doctor.diagnose import diagnose
+    from keelnorm.doctor.monitor.monitor import Monitor
     from keelnorm.surgery import (
         Report,
         adapt,
@@ -100,6 +101,7 @@ __all__ = [
     "LinearRamp",
     "Moments",
     "MomentumSchedule",
+    "Monitor",
     "MovingAverageBatchNorm",
     "RangeBatchNorm",
     "Report",
@@ -158,9 +160,9 @@ if not TYPE_CHECKING:  # else type checkers would accept any name
 
     def __getattr__(name: str) -> Any:
         """Import keelnorm.surgery or keelnorm.doctor when it, or one of its names, is first used."""
-        if name in ("diagnose", "doctor"):
+        if name in ("Monitor", "diagnose", "doctor"):
             doctor = import_module("keelnorm.doctor")
-            return doctor if name == "doctor" else doctor.diagnose
+            return doctor if name == "doctor" else getattr(doctor, name)
         if name in __all__:
             surgery = import_module("keelnorm.surgery")
             return surgery if name == "surgery" else getattr(surgery, name)

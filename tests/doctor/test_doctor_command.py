@@ -165,7 +165,7 @@ def test_a_training_step():
     assert "KN304, KN305 (needs batches= and loss=)" in run(*words).stdout
     for loss in ("torch.nn:CrossEntropyLoss", "ailing:loss"):
         report = report_of(*words, "--loss", loss)
-        assert report["rules"] == ["KN302", "KN304", "KN305"]
+        assert report["rules"] == ["KN301", "KN302", "KN304", "KN305"]
         assert not report["findings"]
     said = run(*words[:2], "ailing:batches", *words[3:], "--loss", "torch.nn:CrossEntropyLoss", status=1).stderr
     assert "needs batches of input and target" in said
@@ -173,3 +173,12 @@ def test_a_training_step():
         "--loss: ailing:NOTHING must be a module, or a function"
         in run(*words, "--loss", "ailing:NOTHING", status=1).stderr
     )
+
+
+def test_the_page(folder):
+    run("ailing:sick", "--input", "2,3,8,8", "--page", "doctor.html")
+    page = (folder / "doctor.html").read_text()
+    assert "KN103 momentum" in page
+    assert "model.get_submodule(&#39;1&#39;).momentum" in page
+    for wrong in ("doctor.txt", "ailing.py/doctor.html", "."):
+        run("ailing:sick", "--page", wrong, status=2)

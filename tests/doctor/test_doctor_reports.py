@@ -111,7 +111,7 @@ def test_plain_values_are_json():
     }
     assert plain["facts"][0] == {
         "path": "block0.1", "kind": "BatchNorm1d", "channels": 3, "mode": "train", "momentum": 0.99, "eps": 1e-5,
-        "batches": 0, "before": ["Linear 'block0.0'"], "after": ["Linear 'block1.0'"],
+        "batches": 0, "before": ["Linear 'block0.0'"], "after": ["Linear 'block1.0'"], "gamma": 1.0,
     }  # fmt: skip
 
 

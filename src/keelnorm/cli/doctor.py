@@ -9,8 +9,8 @@ from typing import Annotated, Literal, TypeAlias, get_args
 import typer
 
 from keelnorm.cli._shared import model_options
-from keelnorm.cli._shared.common_options import AsJson, writable_path
-from keelnorm.cli._shared.failures import CommandError, aside, told_in_one_line
+from keelnorm.cli._shared.common_options import AsJson, page_path, writable_path
+from keelnorm.cli._shared.failures import CommandError, aside, need, told_in_one_line
 
 #: The exit status where a finding is as severe as --fail-on says.
 FOUND = 3
@@ -55,6 +55,14 @@ def doctor_command(
         Path | None,
         typer.Option("--write-baseline", metavar="FILE", callback=writable_path, help="Write the findings there."),
     ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            callback=lambda path: None if path is None else page_path(path),
+            help="Draw the findings, and drift, noise and gradients of each layer, on a page.",
+        ),
+    ] = None,
     sarif: Annotated[
         Path | None, typer.Option(metavar="FILE", callback=writable_path, help="Write the findings as SARIF 2.1.0.")
     ] = None,
@@ -89,6 +97,8 @@ def doctor_command(
         raise CommandError(f"--fail-on must be one of {', '.join(get_args(FailOn))}; got {fail_on!r}")
     if fix is not (out is not None):
         raise CommandError("--fix and --out FILE go together: one repairs the model, the other says where it is kept")
+    if page is not None:
+        need("bench", "jinja2", "plotly")
     output = Output(as_json, report_file, out, force)
     with aside():
         network, notes = load_model(model, args, weights, key, prefix)
@@ -111,6 +121,9 @@ def doctor_command(
     if write_baseline is not None:
         diagnosis.write_baseline(write_baseline)
         notes.append(f"The findings were written to {write_baseline}.")
+    if page is not None:
+        diagnosis.write_page(page)
+        notes.append(f"The page was written to {page}.")
     if sarif is not None:
         write_text(sarif, json.dumps(diagnosis.to_sarif(source_of(model)), allow_nan=False) + "\n")
         notes.append(f"The findings were written to {sarif}.")

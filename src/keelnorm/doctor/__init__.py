@@ -9,6 +9,9 @@ from keelnorm.doctor.diagnosis import Diagnosis
 from keelnorm.doctor.evidence.evidence import Evidence
 from keelnorm.doctor.evidence.layers import LayerFacts
 from keelnorm.doctor.finding import Finding, Severity
+from keelnorm.doctor.layer_numbers import LayerNumbers
+from keelnorm.doctor.monitor.monitor import Monitor, MonitorWarning
+from keelnorm.doctor.monitor.observation import Observation
 from keelnorm.doctor.rule import Case, Rule, by_recalibrating
 
 __all__ = [
@@ -17,6 +20,10 @@ __all__ = [
     "Evidence",
     "Finding",
     "LayerFacts",
+    "LayerNumbers",
+    "Monitor",
+    "MonitorWarning",
+    "Observation",
     "Rule",
     "Severity",
     "by_recalibrating",

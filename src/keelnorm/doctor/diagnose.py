@@ -18,6 +18,7 @@ from keelnorm.doctor.evidence.untouched import untouched
 from keelnorm.doctor.finding import Finding, rank
 from keelnorm.doctor.fixes import apply_fixes
 from keelnorm.doctor.known_rules import all_rules, chosen
+from keelnorm.doctor.layer_numbers import numbers_of
 from keelnorm.doctor.rule import Rule
 from keelnorm.doctor.silencing import Silence, Silenced, read_baseline, read_silence
 from keelnorm.engine.error_messages import RefusedTypeError, RefusedValueError, describe
@@ -132,7 +133,7 @@ def diagnose(
         known=tuple(old),
         fixed=tuple(fixed),
         notes=[*registry.problems, *_notes(evidence, silences, found)],
-        facts=[plain_facts(layer) for layer in evidence.layers],
+        facts=[plain_facts(layer) | numbers_of(evidence, layer).known() for layer in evidence.layers],
     )
 
 
@@ -171,15 +172,25 @@ def _checked(rule: Rule, evidence: Evidence) -> list[Finding]:
     return found
 
 
-def _check(model: nn.Module, layers: Mapping[str, nn.Module], *, batches: Any, loss: Any, optimizer: Any) -> None:
+def check_model(what: str, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Raise if there is nothing to judge, or the model can't be run.
+
+    Raises:
+        ValueError: There is no batch norm, or a parameter has no shape yet.
+        TypeError: The model is sharded.
+    """
     if not layers:
         seen = " ".join(notes_on(model))
         raise RefusedValueError(
-            f"diagnose: there is no batch norm in {type(model).__name__}"
+            f"{what}: there is no batch norm in {type(model).__name__}"
             + (f". {seen}" if seen else "; torch.nn's, keelnorm's and those of kn.surgery.register are known")
         )
-    check_not_lazy(model)
-    refuse_sharded(WHAT, model)
+    check_not_lazy(what, model)
+    refuse_sharded(what, model)
+
+
+def _check(model: nn.Module, layers: Mapping[str, nn.Module], *, batches: Any, loss: Any, optimizer: Any) -> None:
+    check_model(WHAT, model, layers)
     if loss is not None and not callable(loss):
         raise RefusedTypeError(f"diagnose: loss must be a module or loss(model, batch); got {describe(loss)}")
     if loss is not None and batches is None:
@@ -224,10 +235,10 @@ def _notes(evidence: Evidence, silences: list[Silenced], found: list[Finding]) -
 
 def _notes_on_data(evidence: Evidence) -> list[str]:
     """What the batches could not show."""
-    data = evidence.data
+    data, step = evidence.data, evidence.step
+    notes = [] if step is None or step.untried is None else [f"The next update is not known: {step.untried}."]
     if data is None:
-        return []
-    notes = []
+        return notes
     if not data.is_same:
         notes.append(
             "The loader gives other batches in each pass, so outputs with other statistics were not compared (KN202)."

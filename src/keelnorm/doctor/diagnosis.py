@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keelnorm.doctor import report_text, sarif, silencing
@@ -30,7 +31,7 @@ class Diagnosis:
         known: Findings that the baseline has.
         fixed: Findings whose remedy was applied, and what was done.
         notes: Sentences about what could not be seen.
-        facts: Facts about the layers as plain values, for the page.
+        facts: Facts about the layers and what was measured of them, as plain values, in the order of ``layers``.
 
     Example:
         >>> import torch, keelnorm as kn
@@ -105,6 +106,17 @@ class Diagnosis:
         Silenced findings are left out, and findings of the present baseline stay in.
         """
         silencing.write_baseline(path, (*self.findings, *self.known))
+
+    def write_page(self, path: str | PathLike[str]) -> None:
+        """Write a page of HTML that loads nothing: the findings, and each layer's drift, noise and gradient.
+
+        Raises:
+            ImportError: plotly or jinja2 is missing.
+        """
+        from keelnorm.doctor.pages.diagnosis_page import diagnosis_document
+        from keelnorm.doctor.pages.findings_part import write_document
+
+        write_document("write_page", lambda: diagnosis_document(self), Path(path))
 
     def __str__(self) -> str:
         return report_text.plain(self)

@@ -58,7 +58,7 @@ def lines(diagnosis: Diagnosis) -> Iterator[Line]:
     for findings in groups(diagnosis.findings):
         yield Line(())
         yield from _group(findings, diagnosis.rules[findings[0].rule])
-    rest = [*_fixed(diagnosis), *_left_out(diagnosis)]
+    rest = [*_fixed(diagnosis), *left_out(diagnosis)]
     if rest:
         yield Line(())
     for sentence in rest:
@@ -86,20 +86,28 @@ def groups(findings: Sequence[Finding]) -> list[list[Finding]]:
 def _group(findings: list[Finding], rule: Rule) -> Iterator[Line]:
     first = findings[0]
     layers = list(dict.fromkeys(path for one in findings for path in one.layers))
-    where = "the model" if not layers else f"{len(layers)} layers" if len(layers) > 1 else layers[0] or "the model"
+    where = where_found(findings)
     yield Line(
         ((f"{first.severity:<9}", _STYLES[first.severity]), (f"{rule.id} {rule.name}", "bold"), (f"  {where}", ""))
     )
-    sure = "" if first.p_value is None else f" (p {_sure(first.p_value)})"
-    yield from _wrapped(first.message + sure)
+    yield from _wrapped(first.message + sureness(first))
     if len(findings) > 1:
         yield from _wrapped(f"The same in {_listed(layers, first.layers)}.")
     for line in first.remedy:
         yield Line(((f"{_INDENT}  {line}", "green"),))
 
 
-def _sure(p_value: float) -> str:
-    return f"= {p_value:.2g}" if p_value >= _SMALLEST else f"< {_SMALLEST:g}"
+def where_found(findings: Sequence[Finding]) -> str:
+    """The layers of findings in a heading: the one, or how many."""
+    layers = list(dict.fromkeys(path for one in findings for path in one.layers))
+    return "the model" if not layers else f"{len(layers)} layers" if len(layers) > 1 else layers[0] or "the model"
+
+
+def sureness(finding: Finding) -> str:
+    """The p-value of a finding behind its message; nothing for a fact."""
+    if finding.p_value is None:
+        return ""
+    return f" (p = {finding.p_value:.2g})" if finding.p_value >= _SMALLEST else f" (p < {_SMALLEST:g})"
 
 
 def _listed(layers: list[str], without: Sequence[str]) -> str:
@@ -119,7 +127,8 @@ def _fixed(diagnosis: Diagnosis) -> Iterator[str]:
         yield f"Fixed {one.finding.rule} {diagnosis.rules[one.finding.rule].name} in {where}: {one.done}."
 
 
-def _left_out(diagnosis: Diagnosis) -> Iterator[str]:
+def left_out(diagnosis: Diagnosis) -> Iterator[str]:
+    """Sentences about what is not in the table: silenced and known findings, rules that were not run, notes."""
     for name, findings in (("silenced", diagnosis.silenced), ("in the baseline", diagnosis.known)):
         if findings:
             yield f"{len(findings)} more {name}."

@@ -160,7 +160,7 @@ def collect(
     if batches is not None and failure is None:
         try:
             shown = _data(model, facts, batches, progress) if data else None
-            step = _step(model, facts, batches, loss) if loss is not None and _trains(model) else None
+            step = _step(model, facts, batches, loss, optimizer) if loss is not None and _trains(model) else None
         except ModelFailedError as error:
             failure = error
     ranks = number_of_ranks() if ranks is None else ranks
@@ -171,10 +171,12 @@ def _trains(model: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in model.parameters())
 
 
-def _step(model: nn.Module, layers: tuple[LayerFacts, ...], batches: Batches, loss: Loss) -> TrainingStep:
+def _step(
+    model: nn.Module, layers: tuple[LayerFacts, ...], batches: Batches, loss: Loss, optimizer: Optimizer | None
+) -> TrainingStep:
     with untouched(model):  # rules look at the model after
         try:
-            return take_step(model, unwrapped(model), layers, batches, loss)
+            return take_step(model, unwrapped(model), layers, batches, loss, optimizer)
         except (RefusedTypeError, RefusedValueError):
             raise
         except Exception as error:
@@ -245,7 +247,7 @@ def _failed(what: str, error: Exception) -> ModelFailedError:
     )
 
 
-def check_not_lazy(model: nn.Module) -> None:
+def check_not_lazy(what: str, model: nn.Module) -> None:
     """Raise if parameters have no shape yet: running the model would give them one.
 
     Raises:
@@ -253,4 +255,4 @@ def check_not_lazy(model: nn.Module) -> None:
     """
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(value):
-            raise RefusedValueError(f"diagnose: {name!r} has no shape yet; run the lazy model once first")
+            raise RefusedValueError(f"{what}: {name!r} has no shape yet; run the lazy model once first")

@@ -16,7 +16,7 @@ class Samples(NamedTuple):
     """The moments of each sample of one call: the positions of a sample depend on each other, samples do not.
 
     Args:
-        moments: Count, mean and M2 of each sample's channels, as N·C channels, in float64 on the CPU.
+        moments: Count, mean and M2 of each sample's channels, as N·C channels, where x is: nothing waits for a GPU.
         samples: The number of samples N.
     """
 
@@ -36,24 +36,28 @@ class Samples(NamedTuple):
         if mask is not None:  # that of a sample holds for each of its channels
             mask = mask.reshape(samples, 1, -1).expand_as(x).reshape(1, samples * channels, -1)
         own = moments_of(x.reshape(1, samples * channels, -1), mask)
-        parts = (own.count.expand_as(own.mean), own.mean, own.m2)
-        return cls(Moments(*(part.cpu().double() for part in parts)), samples)
+        return cls(Moments(own.count.expand_as(own.mean), own.mean, own.m2), samples)
+
+    def exact(self) -> Samples:
+        """The same in float64 on the CPU."""
+        parts = (getattr(self.moments, name).cpu().double() for name in ("count", "mean", "m2"))
+        return Samples(Moments(*parts), self.samples)
 
     def with_other(self, other: Samples) -> Samples:
         """The moments where the same samples were called twice: merged sample by sample.
 
         Calls with another number of samples are samples of their own.
         """
+        self, other = self.exact(), other.exact()
         if self.samples == other.samples:
             return Samples(self.moments.merge(other.moments), self.samples)
         parts = ((getattr(one.moments, name) for one in (self, other)) for name in ("count", "mean", "m2"))
         return Samples(Moments(*(torch.cat(list(part)) for part in parts)), self.samples + other.samples)
 
     def table(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Count of each sample, (N,), mean and biased variance, (N, C); samples without values are left out."""
-        count, mean, var = (
-            part.reshape(self.samples, -1) for part in (self.moments.count, self.moments.mean, self.moments.var_or_zero)
-        )
+        """Count of each sample, (N,), mean and biased variance, (N, C), in float64; without samples of no values."""
+        own = self.exact().moments
+        count, mean, var = (part.reshape(self.samples, -1) for part in (own.count, own.mean, own.var_or_zero))
         there = count[:, 0] > 0
         return count[there, 0], mean[there], var[there]
 

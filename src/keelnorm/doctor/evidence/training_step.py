@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from keelnorm.doctor.evidence.batches import Batches
 from keelnorm.doctor.evidence.layers import LayerFacts
+from keelnorm.doctor.evidence.next_update import Update, updates_of
 from keelnorm.engine.error_messages import RefusedTypeError, RefusedValueError, describe
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 #: ``loss(model, batch)``, or a module such as ``nn.CrossEntropyLoss()``, called with the output and the batch's second
 #: element.
@@ -25,24 +29,33 @@ class TrainingStep:
     """One forward and backward in training mode, without a step of the optimizer.
 
     Args:
-        loss: The loss.
+        loss: The loss; None where it is not known.
         calls: How often each batch norm was called, by path; those that were not called are left out.
         updates: How often each has updated its running statistics; None where it does not count.
         late: How many of these updates came in the backward, where checkpointed modules run again.
         gradients: The norm of the loss's gradient with respect to each layer's output, of its first call.
         broken_inputs: Layers whose input was not finite.
+        next_updates: What the optimizer's next step does to the weights in front of each batch norm.
+        untried: Why the next step could not be tried; None if it was, or if there is no optimizer.
     """
 
-    loss: float
+    loss: float | None
     calls: Mapping[str, int]
     updates: Mapping[str, int | None]
     late: Mapping[str, int]
     gradients: Mapping[str, float]
     broken_inputs: frozenset[str]
+    next_updates: Mapping[str, Update] = field(default_factory=dict)
+    untried: str | None = None
 
 
 def take_step(
-    model: nn.Module, called: nn.Module, layers: tuple[LayerFacts, ...], batches: Batches, loss: Loss
+    model: nn.Module,
+    called: nn.Module,
+    layers: tuple[LayerFacts, ...],
+    batches: Batches,
+    loss: Loss,
+    optimizer: Optimizer | None = None,
 ) -> TrainingStep:
     """Run forward and backward on the first batch, inside of a block of ``untouched``.
 
@@ -52,6 +65,7 @@ def take_step(
         layers: Its batch norms.
         batches: The batches.
         loss: Gives the loss.
+        optimizer: The optimizer, whose next step is tried on copies.
 
     Raises:
         TypeError: The loss is no tensor.
@@ -72,6 +86,7 @@ def take_step(
         calls = dict(watch.calls)
         value.backward()
         last = {path: _count(module) for module, path in paths.items()}
+    updates, untried = _tried(layers, optimizer)
     for parameter in model.parameters():
         parameter.grad = None
     return TrainingStep(
@@ -81,7 +96,19 @@ def take_step(
         late={path: _difference(first[path], last[path]) or 0 for path in counts},
         gradients=watch.gradients,
         broken_inputs=frozenset(watch.broken),
+        next_updates=updates,
+        untried=untried,
     )
+
+
+def _tried(layers: tuple[LayerFacts, ...], optimizer: Optimizer | None) -> tuple[dict[str, Update], str | None]:
+    """The next updates, and why they are not known."""
+    if optimizer is None:
+        return {}, None
+    try:
+        return updates_of(layers, optimizer), None
+    except Exception as error:  # the code of another package may raise anything
+        return {}, f"{type(optimizer).__name__} could not be copied and stepped: {type(error).__name__}: {error}"
 
 
 def loss_of(called: nn.Module, batches: Batches, loss: Loss) -> Tensor:

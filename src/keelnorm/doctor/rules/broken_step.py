@@ -24,13 +24,13 @@ def check(evidence: Evidence) -> Iterator[Finding]:
     backward = [path for path in order if not math.isfinite(step.gradients.get(path, 0.0))]
     if forward:
         where, why = forward[0], f"In training mode, the input of {evidence[forward[0]].named} is NaN or infinite"
-    elif not math.isfinite(step.loss):
+    elif step.loss is not None and not math.isfinite(step.loss):
         where, why = None, f"The loss of a training step is {step.loss:g}, and the inputs of all batch norms are finite"
     elif backward:
         where = backward[-1]
         why = (
-            f"The loss of a training step is {step.loss:.3g}, and the gradient of the output of "
-            f"{evidence[where].named} is NaN or infinite, the first in the order of the backward"
+            f"The inputs of all batch norms are finite, and the gradient at {evidence[where].named} is NaN or "
+            "infinite, the first in the order of the backward"
         )
     else:
         return

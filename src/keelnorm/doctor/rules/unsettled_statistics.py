@@ -102,6 +102,7 @@ RULE = Rule(
     sick=(_after_few_batches, _with_a_small_momentum),
     healthy=(_after_many_batches, _cumulative, _moved_elsewhere),
     needs=("data",),
+    in_training=False,
     tests=_tests,
     fix=by_recalibrating,
 )

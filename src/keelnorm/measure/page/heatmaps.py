@@ -7,6 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+#: With more cells there is no room for a number in each; the pointer shows it.
+_NUMBERED = 150
+
 
 def heatmap(figure: Mapping[str, Any]) -> dict[str, Any]:
     """The trace of a heat map: one row per series, from the bottom up."""
@@ -14,16 +17,17 @@ def heatmap(figure: Mapping[str, Any]) -> dict[str, Any]:
     rows = [list(series["y"]) for series in figure["series"]]
     logarithmic = value["scale"] == "log"
     colored = [[_colored(cell, logarithmic) for cell in row] for row in rows]
+    has_room = sum(map(len, rows)) <= _NUMBERED
     trace: dict[str, Any] = {
         "type": "heatmap",
         "x": _columns(figure),
         "y": list(range(len(rows))),
         "z": colored,
         "text": [["-" if cell is None else f"{cell:.3g}" for cell in row] for row in rows],
-        "texttemplate": "%{text}",
-        "hovertemplate": "%{text}<extra></extra>",
-        "xgap": 2,
-        "ygap": 2,
+        "texttemplate": "%{text}" if has_room else "",
+        "hovertemplate": "%{text}<extra></extra>" if has_room else "%{x}, %{y}: %{text}<extra></extra>",
+        "xgap": 2 if has_room else 1,
+        "ygap": 2 if has_room else 1,
         "colorbar": {"title": {"text": html.escape(value["title"], quote=False), "side": "right"}, "thickness": 12},
         "showscale": not logarithmic,
         "meta": {"color": "keelnorm", "role": "heatmap"},

@@ -178,6 +178,8 @@ def _layout(figure: Plain) -> dict[str, Any]:
         other_axis: _axis(figure["x"]),
         "height": 380,
     }
+    if not lying:
+        layout[value_axis]["automargin"] = True
     if figure["kind"] == "heatmap":
         layout |= {"yaxis": heatmap_axis([_text(each["label"]) for each in figure["series"]], figure["y"]["title"])}
         layout["xaxis"] |= {"type": "category"}

@@ -1,0 +1,1 @@
+"""Following the batch norms of a model while it trains."""

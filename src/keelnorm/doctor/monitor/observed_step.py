@@ -1,0 +1,107 @@
+"""Hooks on the batch norms of a model for one training step, and what they have seen."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from keelnorm.control.run_uncompiled import uncompiled
+from keelnorm.doctor.evidence.data import Data
+from keelnorm.doctor.evidence.evidence import Evidence, number_of_ranks, unwrapped
+from keelnorm.doctor.evidence.layer_inputs import Recorder
+from keelnorm.doctor.evidence.layers import facts_of
+from keelnorm.doctor.evidence.neighbors import from_sequence
+from keelnorm.doctor.evidence.training_step import TrainingStep
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+class ObservedStep:
+    """One training step that is looked at: the forward by hooks on layers, the backward by hooks on their inputs.
+
+    Nothing is read from a GPU between the beginning of the step and :meth:`evidence`.
+
+    Args:
+        model: The model.
+        layers: Its batch norms by path.
+        step: The number of the step.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], step: int) -> None:
+        self.step = step
+        self._model, self._modules = model, layers
+        paths = {module: path for path, module in model.named_modules()}
+        # The running statistics as they are before this batch updates them.
+        self._facts = facts_of(layers, from_sequence(unwrapped(model), layers.values(), paths))
+        self._recorder = Recorder(layers, {})
+        self._calls: dict[str, int] = {}
+        self._gradients: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] = {}
+        self._made: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        self._samples: int | None = None
+        self._hooks = ExitStack()
+
+    def begin(self) -> None:
+        """Set the hooks, before the model's forward."""
+        self._hooks.enter_context(uncompiled())
+        self._hooks.enter_context(self._recorder.recording())
+        for path, module in self._modules.items():
+            hook = module.register_forward_pre_hook(partial(self._before, path), with_kwargs=True)
+            self._hooks.callback(hook.remove)
+        for module in self._model.modules():
+            weight = module._parameters.get("weight")
+            if isinstance(weight, Tensor) and weight.ndim > 1:
+                self._hooks.callback(module.register_forward_hook(partial(self._after, weight)).remove)
+
+    def end_forward(self) -> None:
+        """Remove the hooks; those on tensors are gone with the backward."""
+        self._hooks.close()
+        self._made.clear()
+
+    def _before(self, path: str, layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        x = args[0] if args else keywords.get("input")
+        self._calls[path] = self._calls.get(path, 0) + 1
+        if not isinstance(x, Tensor) or self._calls[path] > 1:
+            return
+        if x.ndim > 1:
+            self._samples = max(self._samples or 0, x.shape[0])
+        source, weight = self._made.get(id(x), (None, None))
+        if source is not None and weight is not None and source() is x:
+            self._weights[path] = weight.detach().norm()
+        if x.requires_grad:
+            x.register_hook(partial(self._keep, path))
+
+    def _after(self, weight: Tensor, layer: nn.Module, args: tuple[Any, ...], y: Any) -> None:
+        if isinstance(y, Tensor):
+            self._made[id(y)] = weakref.ref(y), weight
+
+    def _keep(self, path: str, gradient: Tensor) -> None:
+        self._gradients[path] = gradient.detach().norm()
+
+    def evidence(self, optimizer: Optimizer | None) -> tuple[Evidence, dict[str, float]]:
+        """What rules look at, and the norms of the weights in front of layers, once the backward is over."""
+        with torch.no_grad():
+            self._recorder.end_batch()
+            inputs = self._recorder.inputs()
+        broken = {path for path, seen in inputs.items() if not seen.moments.is_finite}
+        data = Data(sizes=(self._samples,), complete=False, features=None, as_is=inputs, true=inputs)
+        step = TrainingStep(
+            loss=None,
+            calls=self._calls,
+            updates=dict.fromkeys(self._calls),
+            late=dict.fromkeys(self._calls, 0),
+            gradients={path: float(norm) for path, norm in self._gradients.items()},
+            broken_inputs=frozenset(broken),
+        )
+        evidence = Evidence(
+            self._model, self._facts, optimizer, data=data, step=step if self._gradients else None,
+            ranks=number_of_ranks(),
+        )  # fmt: skip
+        return evidence, {path: float(norm) for path, norm in self._weights.items()}

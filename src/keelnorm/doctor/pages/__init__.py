@@ -1,0 +1,1 @@
+"""Pages of HTML: a diagnosis, and the record of a monitor."""
