@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--each", type=int, default=3, help="networks for each fault")
     parser.add_argument("--faults", choices=("seen", "unseen", "both"), default="both")
     parser.add_argument("--out", type=Path, default=Path("bench-results/doctor.json"))
+    parser.add_argument("--published", type=Path, help="the result of benchmarks.doctor.published, for the page")
     parser.add_argument("--page", type=Path, help="write the figures there too")
     options = parser.parse_args(arguments)
     require_packages(options.networks)
@@ -61,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             document[name] += [one.to_dict() for one in cases]
         write_text(options.out, json.dumps(document, indent=1) + "\n")
     if options.page is not None:
-        write_text(options.page, page(document))
+        published = None if options.published is None else json.loads(options.published.read_text(encoding="utf-8"))
+        write_text(options.page, page(document, published))
     for name in groups:
         print(f"{name}: {sum(one['rule'] is not None for one in document[name])} of {len(document[name])} found")
     return 0

@@ -16,11 +16,24 @@ rule was silent afterwards.
 """
 
 
-def page(document: Mapping[str, Any]) -> str:
-    """The page as Markdown."""
+_PUBLISHED = """Every architecture of the [models' table](models.md), on real data in the shape that it takes (pictures
+of CIFAR-10, gray ones, volumes of slices that grow brighter, spoken digits), with a head of ten classes: new, and after
+{steps} steps of training, in training and in evaluation. {said}
+"""
+
+
+def page(document: Mapping[str, Any], published: Sequence[Mapping[str, Any]] | None = None) -> str:
+    """The page as Markdown.
+
+    Args:
+        document: The scores of the faults.
+        published: What the doctor says of healthy published architectures.
+    """
     healthy = document["healthy"]
     lines = [_HEAD.format(number=len(healthy), steps=document["steps"]), *_summary(document), ""]
     lines += ["## Healthy networks", "", *_healthy(healthy), ""]
+    if published:
+        lines += ["## Published architectures, healthy", "", *_published(published), ""]
     titles = {"seen": "Faults that the rules were written for", "unseen": "Faults that were written without the rules"}
     for name, title in titles.items():
         if name in document:
@@ -48,6 +61,27 @@ def _healthy(healthy: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         severities = [finding["severity"] for finding in one["findings"]]
         counts = " | ".join(str(severities.count(level)) for level in ("error", "warning", "info"))
         yield f"| {one['network']} | {one['layers']} | {100 * one['accuracy']:.0f} % | {counts} |"
+
+
+def _published(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    levels = [{one["severity"] for one in row["findings"]} for row in rows]
+    errors, warned = (sum(level in found for found in levels) for level in ("error", "warning"))
+    networks = len({row["network"] for row in rows})
+    said = f"Of {len(rows)} diagnoses of {networks} architectures, {errors} have an error and {warned} a warning."
+    yield _PUBLISHED.format(steps=max(row["steps"] for row in rows), said=said)
+    yield "| architecture | batch norms | new | trained | evaluating |"
+    yield "|---|---|---|---|---|"
+    for name in dict.fromkeys(row["network"] for row in rows):
+        mine = {row["state"]: row for row in rows if row["network"] == name}
+        cells = " | ".join(_rules_of(mine[state]) for state in ("new", "trained", "evaluating"))
+        yield f"| {name} | {next(iter(mine.values()))['layers']} | {cells} |"
+
+
+def _rules_of(row: Mapping[str, Any]) -> str:
+    """The rules that spoke, worst first: in bold an error or a warning."""
+    found = dict.fromkeys((one["rule"], one["severity"]) for one in row["findings"])
+    words = [rule if severity == "info" else f"**{rule} {severity}**" for rule, severity in found]
+    return ", ".join(words) or "–"
 
 
 def _faults(cases: Sequence[Mapping[str, Any]]) -> Iterator[str]:

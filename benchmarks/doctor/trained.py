@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import keelnorm as kn
 from benchmarks.architectures import ARCHITECTURES
 from benchmarks.doctor.fault import Batch, Patient
 from keelnorm.lab.data.pictures import read_pictures
@@ -21,6 +22,8 @@ NETWORKS = (
 SIZE, BATCH = (64, 64), 32
 #: The largest learning rate of a cosine that ends at 0, so that the running statistics settle.
 RATE = 0.05
+#: Of all parameters but γ, β and biases.
+DECAY = 5e-4
 
 
 class Classifier(nn.Module):
@@ -61,7 +64,7 @@ def trained(name: str, data: Batch, steps: int) -> Patient:
     """A network after some steps of training."""
     x, y = data
     model = Classifier(name)
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
+    optimizer = torch.optim.SGD(kn.param_groups(model, DECAY), lr=RATE, momentum=0.9)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=max(steps, 1))
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
@@ -78,5 +81,5 @@ def trained(name: str, data: Batch, steps: int) -> Patient:
 def copied(patient: Patient) -> Patient:
     """A patient with the same state, and nothing in common."""
     model = copy.deepcopy(patient.model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
+    optimizer = torch.optim.SGD(kn.param_groups(model, DECAY), lr=RATE, momentum=0.9)
     return Patient(model.train(), optimizer, list(patient.batches), patient.loss)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 from torch import nn
 
+import keelnorm as kn
 from benchmarks.doctor import __main__ as program
-from benchmarks.doctor import figures_page
+from benchmarks.doctor import figures_page, published
 from benchmarks.doctor.fault import Patient
 from benchmarks.doctor.put_into import norms_of
 from benchmarks.doctor.scoring import accuracy, diagnosed, scored
@@ -39,7 +41,7 @@ def patient():
         noise = torch.randn(32, 3, 32, 32, generator=generator) + 0.5 * torch.randn(32, 3, 1, 1, generator=generator)
         return colours + noise, y
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(kn.param_groups(model, 5e-4), lr=0.05, momentum=0.9)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=120)
     for _ in range(120):
         x, y = draw()
@@ -119,3 +121,25 @@ def test_a_run_goes_on_with_what_is_stored(tmp_path, monkeypatch, patient, capsy
     assert "| second | 3 |" in text
     with pytest.raises(SystemExit, match="of another run"):
         program.main([*words, "--steps", "3"])
+
+
+def test_published_architectures(tmp_path, monkeypatch):
+    """One architecture on drawn pictures: new, trained, evaluating; a run that was stopped does not begin again."""
+
+    def drawn(folder, part, number):
+        return torch.randn(number, 3, 32, 32), torch.arange(number) % 10
+
+    monkeypatch.setattr(published, "pictures", drawn)
+    out = tmp_path / "published.json"
+    told: list[str] = []
+    words = ["--data", str(tmp_path), "--networks", "U-Net", "--steps", "2", "--out", str(out)]
+    published.main(words, told.append)
+    rows = json.loads(out.read_text())
+    assert [(row["state"], row["steps"]) for row in rows] == [("new", 0), ("trained", 2), ("evaluating", 2)]
+    assert {row["network"] for row in rows} == {"U-Net"}
+    assert len(told) == 3
+    published.main(words, told.append)
+    assert len(told) == 3
+    page = figures_page.page({"healthy": [], "steps": 3}, rows)
+    assert "Of 3 diagnoses of 1 architectures, 0 have an error and" in page
+    assert "| U-Net | 18 |" in page

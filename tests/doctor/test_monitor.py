@@ -186,6 +186,23 @@ def test_copies_are_not_followed():
     assert monitor.steps == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    """A gradient whose norm exceeds what float16 can hold."""
+    model = network()
+    model[3].p = 0.0
+    seen = []
+    for enabled in (False, True):
+        with kn.Monitor(model, 1) as monitor, torch.autocast("cpu", dtype, enabled=enabled):
+            (3e4 * model(data(1)[0]).float().sum()).backward()
+        seen.append(monitor.observations[0].layers["5"])
+    exact, half = seen
+    assert half.gradient > 65504
+    for name, value in exact.known().items():
+        if name != "drift":  # the running statistics have moved
+            assert half.known()[name] == pytest.approx(value, rel=0.1)
+
+
 def test_compiled_models():
     torch._dynamo.reset()
     model = network()

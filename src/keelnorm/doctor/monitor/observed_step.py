@@ -74,7 +74,7 @@ class ObservedStep:
             self._samples = max(self._samples or 0, x.shape[0])
         source, weight = self._made.get(id(x), (None, None))
         if source is not None and weight is not None and source() is x:
-            self._weights[path] = weight.detach().norm()
+            self._weights[path] = _norm(weight)
         if x.requires_grad:
             x.register_hook(partial(self._keep, path))
 
@@ -83,7 +83,7 @@ class ObservedStep:
             self._made[id(y)] = weakref.ref(y), weight
 
     def _keep(self, path: str, gradient: Tensor) -> None:
-        self._gradients[path] = gradient.detach().norm()
+        self._gradients[path] = _norm(gradient)
 
     def evidence(self, optimizer: Optimizer | None) -> tuple[Evidence, dict[str, float]]:
         """What rules look at, and the norms of the weights in front of layers, once the backward is over."""
@@ -105,3 +105,9 @@ class ObservedStep:
             ranks=number_of_ranks(),
         )  # fmt: skip
         return evidence, {path: float(norm) for path, norm in self._weights.items()}
+
+
+def _norm(values: Tensor) -> Tensor:
+    """The norm, added up in float32 at least: that of a large tensor exceeds what half precision can hold."""
+    norm: Tensor = torch.linalg.vector_norm(values.detach(), dtype=torch.promote_types(values.dtype, torch.float32))
+    return norm

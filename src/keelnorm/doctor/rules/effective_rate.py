@@ -13,7 +13,7 @@ from keelnorm.doctor.evidence.layers import counted
 from keelnorm.doctor.evidence.next_update import Update
 from keelnorm.doctor.finding import Finding
 from keelnorm.doctor.rule import Case, Rule
-from keelnorm.doctor.rules._examples import at, batches_of
+from keelnorm.doctor.rules._examples import at, batches_of, trained
 
 #: Radians. From tan(1) = 1.6 on, the step is longer than the weights are.
 TOO_FAR = 1.0
@@ -29,7 +29,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
     far = {path: one for path, one in found.items() if one.angle > TOO_FAR}
     lost = {path: one for path, one in found.items() if one.lost > _HALF}
     if far:
-        yield _too_far(far)
+        yield _too_far(far, new=all(evidence[path].is_initial for path in far))
     if lost:
         yield _lost(lost)
     growing = {path: one for path, one in found.items() if not one.decay and one.growth > 0}
@@ -37,17 +37,19 @@ def check(evidence: Evidence) -> Iterator[Finding]:
         yield _growing(growing)
 
 
-def _too_far(far: dict[str, Update]) -> Finding:
+def _too_far(far: dict[str, Update], *, new: bool) -> Finding:
     worst = max(far.values(), key=lambda one: one.angle)
     factor = 0.1 / max(math.tan(min(worst.angle, 1.57)), 1.0)
     return RULE.found(
         far,
         f"The next step turns the weights of {worst.source} by {worst.angle:.2g} radians, in front of "
-        f"{counted(len(far))} by more than {TOO_FAR:g}: what they have learned is replaced.",
+        f"{counted(len(far))} by more than {TOO_FAR:g}: "
+        + ("they are new, and nothing is lost but length." if new else "what they have learned is replaced."),
         [
             "for group in optimizer.param_groups:  # a tenth of a radian, to begin with",
             f"    group['lr'] *= {factor:.1g}",
         ],
+        severity="info" if new else "warning",
         evidence={"angle": worst.angle, "threshold": TOO_FAR, "learning rate": worst.rate},
     )
 
@@ -109,7 +111,9 @@ def _case(model: nn.Module, rate: float, *, sick: bool = False, decay: float = 5
 
 
 def _rate_of_ten_thousand() -> Case:
-    return _case(_model(), 1e4, sick=True)
+    model = _model()
+    trained(at(model, "1"))
+    return _case(model, 1e4, sick=True)
 
 
 def _small_weights() -> Case:
@@ -151,7 +155,8 @@ RULE = Rule(
     "state: the angle between the weights before and after, the growth of their norm, and the share of weights with a "
     "gradient that are as before. A batch norm makes the length of the weights irrelevant: the angle is what is "
     "learned, and with a gradient at right angles it is nearly η‖∇‖/‖w‖.",
-    threshold="A warning above one radian, from where on the step is longer than the weights; and where more than half "
+    threshold="A warning above one radian, from where on the step is longer than the weights (info in new layers, "
+    "which have nothing to lose: the norm grows, and the following steps are shorter); and where more than half "
     "of the weights stay as they are because a half-precision weight has no digit for the change (info in other "
     "precisions). Info where nothing decays the weights: their norm can only grow, by half of the squared angle a "
     "step. Silent at a learning rate of 0.",
