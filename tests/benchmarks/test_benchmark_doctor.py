@@ -123,6 +123,7 @@ def test_a_run_goes_on_with_what_is_stored(tmp_path, monkeypatch, patient, capsy
         program.main([*words, "--steps", "3"])
 
 
+@pytest.mark.slow
 def test_published_architectures(tmp_path, monkeypatch):
     """One architecture on drawn pictures: new, trained, evaluating; a run that was stopped does not begin again."""
 

@@ -10,11 +10,12 @@ from fakes import fake_document
 from keelnorm.lab.core.claim import claims
 from keelnorm.lab.core.plan import kind_of
 from keelnorm.lab.reading.claim_pages import STORED, kept, main, pages, write_pages
-from keelnorm.lab.reading.guide import ADVICE
+from keelnorm.lab.reading.guide import SITUATIONS, guide, judged
 
 DOCS = Path(__file__).parents[2] / "docs"
 #: Of the bundled data alone, and with MNIST and recordings.
 FOLDERS = {"claims": [], "claims_on_more_data": ["mnist", "speech"]}
+LARGER_RUN = DOCS / "claims_on_more_data" / STORED
 
 
 @pytest.fixture(scope="module", params=FOLDERS)
@@ -100,10 +101,66 @@ def test_the_command_says_how_it_is_called():
         main([])
 
 
-def test_advice_rests_on_claims_that_exist(run):
-    assert {name for advice in ADVICE for name in advice.claims} <= claims().keys()
+OPTIONS = [option for situation in SITUATIONS for option in situation.options]
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: f"{option.claim}: {option.what}")
+def test_every_option_has_findings(option):
+    """A quantity that is renamed would leave its line out of the guide."""
+    run = json.loads(LARGER_RUN.read_text(encoding="utf-8"))
+    found = option.findings({section["name"]: section for section in run["sections"]})
+    assert found
+    assert len({one["quantity"] for one in found}) == 1
+    assert not any("stand-in" in one["where"] for one in found)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "wanted"),
+    [
+        (["supports"], "yes"),
+        (["supports", "supports"], "yes"),
+        (["contradicts"], "no"),
+        (["contradicts", "not resolved"], "no"),
+        (["supports", "contradicts"], "it depends"),
+        (["supports", "contradicts", "not resolved"], "it depends"),
+        (["supports", "not resolved"], "not shown"),
+        (["not resolved"], "not shown"),
+    ],
+)
+def test_what_findings_say_together(outcomes, wanted):
+    assert judged(outcomes) == wanted
+
+
+def test_the_guide_follows_the_findings():
+    """The same run with each finding turned into its opposite gives the opposite answers."""
+    run = json.loads(LARGER_RUN.read_text(encoding="utf-8"))
+    opposite = {"supports": "contradicts", "contradicts": "supports", "not resolved": "not resolved"}
+    turned = json.loads(LARGER_RUN.read_text(encoding="utf-8"))
+    for section in turned["sections"]:
+        for one in section["findings"]:
+            one["outcome"] = opposite[one["outcome"]]
+    answers = [
+        {
+            row.split(" | ")[0]: row.split(" | ")[1].rpartition(",")[0]
+            for row in guide(each).splitlines()
+            if row.startswith("| [")
+        }
+        for each in (run, turned)
+    ]
+    assert answers[0].keys() == answers[1].keys()
+    assert len(answers[0]) > 30
+    for line, said in answers[0].items():
+        then = answers[1][line]
+        if said == "yes":
+            assert then == "no"
+        elif said == "it depends":
+            assert then == "it depends"
+        else:
+            assert then in ("yes", "no", "not shown")
+
+
+def test_a_run_of_some_claims_gives_those_lines(run):
     text = pages(run)["which_normalization.md"]
-    for advice in ADVICE:
-        assert advice.situation in text
-        for name in advice.claims:
-            assert next(section["answer"] for section in run["sections"] if section["name"] == name) in text
+    names = {section["name"] for section in run["sections"]}
+    for situation in SITUATIONS:
+        assert (situation.title in text) == any(option.claim in names for option in situation.options)

@@ -1,111 +1,314 @@
-"""The guide "which normalization when": advice, each with the claims it rests on and what these measured."""
+"""The guide "which normalization when": situations, what one may do in each, and what the findings of a run say of it.
+
+No advice is written by hand: whether an option helps follows from the intervals of its findings.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+Judgement = Literal["yes", "no", "it depends", "not shown"]
+
+MEANING: dict[Judgement, str] = {
+    "yes": "in all of them",
+    "no": "in none, and in at least one it lies wholly on the other side",
+    "it depends": "in some, and in some it lies wholly on the other side",
+    "not shown": "not in all, and in none on the other side: more seeds or data might tell",
+}
+#: Conditions that are told in a line; all are on the claim's page.
+_TOLD = 6
+#: What stands in for data that were not given, and decides nothing.
+_STAND_IN = "stand-in"
 
 
 @dataclass(frozen=True)
-class Advice:
-    """What to do in a situation.
+class Option:
+    """What one may do, and the findings that say whether it helps.
 
     Args:
-        situation: what the reader has.
-        take: what to take, with links from `docs/claims/`.
-        claims: the claims that say why; their measured answers stand beside.
+        what: In some words, so that a finding which supports its claim speaks for it.
+        claim: The claim's name.
+        quantity: What the quantity of its findings begins with.
+        where: What their condition contains.
     """
 
-    situation: str
-    take: str
-    claims: tuple[str, ...]
+    what: str
+    claim: str
+    quantity: str
+    where: str = ""
+
+    def findings(self, sections: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Its findings in a run; those on a stand-in for data are left out."""
+        found = sections.get(self.claim, {}).get("findings", ())
+        return [
+            one
+            for one in found
+            if one["quantity"].startswith(self.quantity)
+            and self.where in one["where"]
+            and _STAND_IN not in one["where"]
+        ]
 
 
-ADVICE = (
-    Advice(
-        "A convolutional or fully connected network, batches of 16 and more",
-        "Batch norm ahead of the activation, and a learning rate that is tuned again: it is higher than without. "
-        "`kn.Sequential` or `kn.convert` make it cheap ([layers](../layers.md), [convert](../convert.md)).",
-        ("convergence", "learning_rate", "placement", "cost_removed"),
+@dataclass(frozen=True)
+class Situation:
+    """What a reader has.
+
+    Args:
+        title: In some words.
+        options: What one may do.
+        how: Pages that say how, as Markdown.
+        note: What has to be known of the measurement.
+    """
+
+    title: str
+    options: tuple[Option, ...]
+    how: str = ""
+    note: str = ""
+
+
+def judged(outcomes: Sequence[str]) -> Judgement:
+    """What the outcomes of all conditions say together; `MEANING` has the rule in words."""
+    supports, contradicts = outcomes.count("supports"), outcomes.count("contradicts")
+    if supports and supports == len(outcomes):
+        return "yes"
+    if contradicts:
+        return "it depends" if supports else "no"
+    return "not shown"
+
+
+def _small_batch(size: int) -> Situation:
+    where, remedy = f"batch {size}", "test accuracy, {} − batch norm"
+    options = [
+        Option(name, "small_batches", remedy.format(arm), where)
+        for name, arm in (
+            ("Batch renormalization", "batch renormalization"),
+            ("Statistics over the last batches (cross-iteration)", "cross-iteration"),
+            ("A moving average of the statistics", "moving average"),
+            ("Synchronized statistics over 8 processes", "synchronized over 8"),
+            ("Group norm", "group norm"),
+        )
+    ]
+    if size == 2:
+        options.append(Option("No normalization at all", "batch_size", "what batch 2 costs: batch norm − none"))
+    return Situation(
+        f"Batches of {size}, in the place of batch norm as it is",
+        tuple(options),
+        "[small batches](../small_batches.md), [batches before](../batches_before.md), "
+        "[distributed](../distributed.md)",
+        f"Measured on fully connected layers, which normalize {size} values a channel; in a convolution positions add "
+        "to them.",
+    )
+
+
+SITUATIONS = (
+    Situation(
+        "A network without normalization, batches of 16 and more",
+        (
+            Option("Batch norm, to need fewer steps", "convergence", "speed-up: steps to 90 %"),
+            Option(
+                "Batch norm, for larger learning rates", "learning_rate", "largest rate that learns, batch norm over"
+            ),
+            Option("Batch norm, for accuracy", "generalization", "test accuracy, batch norm − none"),
+            Option(
+                "Batch norm in a convolutional network, for accuracy",
+                "convolution",
+                "test accuracy at each arm's best rate, batch norm − none",
+            ),
+            Option("Before the activation, not behind it", "placement", "test accuracy, before − after"),
+            Option(
+                "Before the activation, not at each layer's input",
+                "placement",
+                "test accuracy, before the activation − at",
+            ),
+            Option(
+                "keelnorm in the place of torch.nn, for time", "cost_removed", "a training step, keelnorm over torch.nn"
+            ),
+        ),
+        "[layers](../layers.md), [convert](../convert.md)",
     ),
-    Advice(
+    Situation(
         "Inputs whose features differ in scale",
-        "Batch norm on the input itself; in hidden layers alone it comes too late.",
-        ("scales",),
+        (
+            Option("Batch norm on the input", "scales", "test accuracy, batch norm on the input − raw"),
+            Option(
+                "Batch norm in hidden layers only", "scales", "test accuracy, batch norm in hidden layers only − raw"
+            ),
+            Option(
+                "On the input, not in hidden layers only",
+                "scales",
+                "test accuracy, batch norm on the input − in hidden layers only",
+            ),
+            Option(
+                "On the input, not standardized beforehand",
+                "scales",
+                "test accuracy, batch norm on the input − standardized beforehand",
+            ),
+        ),
     ),
-    Advice(
+    Situation(
         "Initialization or hyperparameters that nobody tuned",
-        "Batch norm: it makes far more settings work.",
-        ("initialization", "hyperparameters"),
+        (
+            Option("Batch norm, for more initial scales and rates", "initialization", "share of scales and rates"),
+            Option(
+                "Batch norm, for more settings",
+                "hyperparameters",
+                "share of settings that reach 90 %, batch norm − none",
+            ),
+            Option(
+                "Batch norm, not layer norm, for more settings",
+                "hyperparameters",
+                "share of settings that reach 90 %, batch norm − layer norm",
+            ),
+        ),
     ),
-    Advice(
-        "Batches of 2 to 8 samples",
-        "One of the remedies that the measurement shows to repair it, or group norm "
-        "([which one do I need?](../variants.md)).",
-        ("batch_size", "small_batches"),
+    _small_batch(2),
+    _small_batch(4),
+    _small_batch(8),
+    Situation(
+        "Few data",
+        (
+            Option("Batch norm", "regularization", "test accuracy, batch norm − none"),
+            Option(
+                "The noise of its statistics",
+                "regularization",
+                "test accuracy, batch norm − the same without its noise",
+            ),
+            Option("Batch norm, not dropout", "regularization", "test accuracy, batch norm − dropout"),
+            Option(
+                "Less dropout where there is batch norm",
+                "regularization",
+                "what dropout adds: without batch norm − with",
+            ),
+            Option(
+                "Ghost groups of 10, not the whole batch", "regularization", "test accuracy, groups of 10 − batch norm"
+            ),
+        ),
+        "[small batches](../small_batches.md)",
     ),
-    Advice(
-        "Large batches that generalize worse, or few data",
-        "Ghost batch norm or dropout beside batch norm; do not expect much of batch norm's own noise "
-        "([small batches](../small_batches.md)).",
-        ("regularization", "generalization"),
-    ),
-    Advice(
+    Situation(
         "Data in use that differ from those in training",
-        "Group norm, or batch norm with `kn.adapt` on unlabelled data of the new kind, in batches that mix its classes "
-        "([adapt](../adapt.md)).",
-        ("robustness", "speech"),
+        (
+            Option("Batch norm, not none", "robustness", "accuracy on corrupted images, batch norm − none"),
+            Option("Batch norm, not group norm", "robustness", "accuracy on corrupted images, batch norm − group norm"),
+            Option("Batch norm with adapted statistics", "robustness", "the remedy: adapted − not adapted"),
+            Option("The same, not none", "robustness", "the remedy: adapted − none"),
+            Option(
+                "Adapted on each batch, sorted by label, not on mixed ones", "robustness", "its limit: each batch by"
+            ),
+            Option("Adapted statistics for a new speaker", "speech", "the remedy: test accuracy, adapted − batch norm"),
+        ),
+        "[adapt](../adapt.md)",
     ),
-    Advice(
+    Situation(
         "A recurrent network",
-        "Batch norm with moments of each step's own. Where inputs hardly vary at some steps, look at accuracy with "
-        "the batch's own moments beside that with running statistics, and compare with none "
-        "([recurrent](../recurrent.md)).",
-        ("recurrent",),
+        (
+            Option("Batch norm, for accuracy", "recurrent", "test accuracy, batch-normalized LSTM − LSTM"),
+            Option("Batch norm, for bits a character", "recurrent", "bits a character, LSTM − batch-normalized"),
+            Option(
+                "Initial noise, where inputs hardly vary",
+                "recurrent",
+                "the remedy: test accuracy, batch-normalized LSTM, initial noise",
+            ),
+            Option(
+                "A large ε, where inputs hardly vary",
+                "recurrent",
+                "the remedy: test accuracy, batch-normalized LSTM, ε",
+            ),
+        ),
+        "[recurrent](../recurrent.md)",
     ),
-    Advice(
-        "A GAN",
-        "Batch norm in the generator; in the discriminator mind what shares a batch "
-        "([batches before](../batches_before.md)).",
-        ("generative",),
+    Situation(
+        "A generative model",
+        (
+            Option("Batch norm in a VAE", "generative", "negative ELBO of a VAE, none − batch norm"),
+            Option(
+                "Batch norm in a GAN's generator",
+                "generative",
+                "Fréchet distance of a GAN, without batch norm ÷ with it",
+            ),
+            Option(
+                "In the discriminator too", "generative", "Fréchet distance of a GAN, batch norm in G over in G and D"
+            ),
+            Option(
+                "Real and fake in batches of their own, where the discriminator has it",
+                "generative",
+                "the remedy: batches of their own over one mixed batch",
+            ),
+        ),
+        "[batches before](../batches_before.md)",
     ),
-    Advice(
+    Situation(
         "A very deep plain network",
-        "With ReLU batch norm alone makes gradients grow from layer to layer: use skip connections too.",
-        ("gradients",),
+        (
+            Option("Batch norm, so that gradients keep their size", "gradients", "factor a layer with batch norm"),
+            Option("Batch norm, for accuracy", "gradients", "test accuracy after training, batch norm − none"),
+        ),
     ),
-    Advice(
+    Situation(
         "A model that is about to be deployed",
-        "Evaluation mode with good running statistics (`kn.recalibrate` where in doubt), folded into its neighbours "
-        "([recalibrate](../recalibrate.md), [fold](../fold.md)).",
-        ("inference", "cost_removed"),
+        (
+            Option(
+                "Recalibrated statistics after a momentum of 0.001",
+                "inference",
+                "the remedy: kn.recalibrate of momentum",
+            ),
+            Option("Recalibrated statistics after a batch with Inf", "inference", "the remedy: kn.recalibrate on"),
+            Option(
+                "Folding, to be as fast as without batch norm",
+                "cost_removed",
+                "folded inference over the network without batch norm",
+            ),
+        ),
+        "[recalibrate](../recalibrate.md), [fold](../fold.md)",
     ),
-    Advice(
+    Situation(
         "Weight decay on a network with batch norm",
-        "Tune it together with the learning rate: ahead of a batch norm it acts through the effective rate. "
-        "`kn.param_groups` keeps it off γ and β ([parameters](../elsewhere.md)).",
-        ("weight_decay",),
+        tuple(
+            Option(
+                f"Decay of {which}",
+                "weight_decay",
+                "test accuracy at the best settings, batch norm, decay − no decay",
+                which,
+            )
+            for which in ("hidden weights", "all weights", "all parameters")
+        ),
+        "[parameters](../elsewhere.md)",
     ),
 )
 
 
 def guide(run: Mapping[str, Any]) -> str:
-    """The guide's page, with the answers of a stored run."""
+    """The guide's page, from the findings of a stored run."""
     sections = {section["name"]: section for section in run["sections"]}
     parts = [
         "# Which normalization when",
-        "What to take, and the measurements it rests on. Every answer below is copied from a stored run of [the "
-        "laboratory](../lab.md); the networks and data are small, so take directions from them and sizes from your own "
-        "measurement: `keelnorm lab run --data-dir FOLDER` repeats them on your data.",
+        "What helps in which situation, as far as [the laboratory](../lab.md) has measured it. Each answer follows "
+        "from the 95 % intervals of a stored run, and says in how many of the conditions the interval lies wholly on "
+        "the side of what is said:",
+        "\n".join(f"- **{word.capitalize()}**: {meaning}." for word, meaning in MEANING.items()),
+        "The networks and data are small, so take directions from them and sizes from your own measurement: "
+        "`keelnorm lab run --data-dir FOLDER` repeats them on your data.",
     ]
-    for advice in ADVICE:
-        parts.append(f"## {advice.situation}\n\n{advice.take}")
-        parts.append(
-            "\n".join(
-                f"- [{section['statement']}]({name}.md) **{section['verdict'].capitalize()}.** {section['answer']}"
-                for name, section in ((name, sections[name]) for name in advice.claims if name in sections)
-            )
-        )
+    for situation in SITUATIONS:
+        rows = list(_rows(situation, sections))
+        if rows:
+            head = "| | helps | measured |\n|---|---|---|"
+            parts += [f"## {situation.title}", "\n".join([head, *rows])]
+            parts += [situation.note] if situation.note else []
+            parts += [f"How: {situation.how}."] if situation.how else []
     parts.append("[All claims](README.md)")
     return "\n\n".join(parts) + "\n"
+
+
+def _rows(situation: Situation, sections: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    for option in situation.options:
+        found = option.findings(sections)
+        if not found:
+            continue
+        outcomes = [one["outcome"] for one in found]
+        said = f"{judged(outcomes)}, {outcomes.count('supports')} of {len(found)}"
+        measured = "; ".join(f"{one['text']} ({one['where']})" for one in found[:_TOLD])
+        more = f"; {len(found) - _TOLD} more" if len(found) > _TOLD else ""
+        yield f"| [{option.what}]({option.claim}.md) | {said} | {measured}{more} |"
