@@ -1,9 +1,11 @@
 """What holds for every claim: what its file says, the work it asks for, and a whole quick run of all of them."""
 
+import hashlib
 import json
 import math
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import plotly.graph_objects
@@ -35,6 +37,36 @@ def test_a_claim_says_what_it_is_before_it_is_run(claim):
     assert claim.criterion.startswith("Holds if")
     assert claim.sources
     assert all(source.url.startswith("https://") and source.text for source in claim.sources)
+
+
+#: For each claim with stored results the digests of all criteria that it has had, oldest first.
+CRITERIA = Path(__file__).with_name("criteria.txt")
+STORED = Path(__file__).parents[2] / "docs/claims/run.json"
+
+
+def test_no_criterion_changes_in_silence():
+    """An edited criterion fails here until the one before is in the claim's `earlier`, which the pages show."""
+    kept = dict(line.split(": ") for line in CRITERIA.read_text().splitlines())
+    measured = [section["name"] for section in json.loads(STORED.read_text(encoding="utf-8"))["sections"]]
+    now = {
+        name: " ".join(digest(text) for text in (*(one.text for one in claim.earlier), claim.criterion))
+        for name, claim in claims().items()
+        if name in measured
+    }
+    assert now == kept
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@pytest.mark.parametrize("claim", claims().values(), ids=lambda claim: claim.name)
+def test_changes_of_a_criterion_are_told(claim):
+    for one in claim.earlier:
+        assert date.fromisoformat(one.changed) <= date(2100, 1, 1)
+        assert one.text.startswith("Holds if")
+        assert one.why.endswith(".")
+        assert one.text != claim.criterion
 
 
 @pytest.mark.parametrize("claim", claims().values(), ids=lambda claim: claim.name)

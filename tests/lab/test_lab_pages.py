@@ -45,6 +45,12 @@ def test_the_stored_run_is_a_full_one_of_every_claim_as_it_is(run, folder):
         for part in ("number", "title", "statement", "question", "literature", "criterion"):
             assert section[part] == getattr(claim, part), f"{claim.name}: its {part} was edited; make claims"
         assert section["sources"] == [vars(source) for source in claim.sources]
+        assert section["earlier"] == [vars(one) for one in claim.earlier]
+        text = (folder / f"{claim.name}.md").read_text(encoding="utf-8")
+        assert ("**Fixed beforehand.**" in text) == (not claim.earlier)
+        for one in claim.earlier:
+            assert f"**Criterion changed on {one.changed}, after results had been seen.** {one.why}" in text
+            assert one.text in text
 
 
 def test_it_is_small(run, folder):

@@ -21,7 +21,7 @@ from keelnorm.lab.claims._weight_decay_training import (
     train_at_settings,
 )
 from keelnorm.lab.core.cell import Cell, Results
-from keelnorm.lab.core.claim import Claim, Reading, Source
+from keelnorm.lab.core.claim import Claim, EarlierCriterion, Reading, Source
 from keelnorm.lab.core.plan import ByForm, Plan, Seeds, seeds_text
 from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.verdicts import Finding
@@ -154,6 +154,16 @@ CLAIM: Claim = Claim(
     f"than {LEFT:g} % of what decay of these weights does to the outputs is left when only the effective rate is the "
     f"same, and decay of all parameters gains less than {EQUAL:g} points over that of these weights, each at its "
     "best settings (the intervals' ends); depends if some of these do.",
+    earlier=(
+        EarlierCriterion(
+            "2026-11-27",
+            f"Holds if doubling the weights ahead of batch norm changes the outputs by less than {INVARIANT:g}, decay "
+            "keeps the effective rate higher (the ratio's interval lies above 1), and decay gains less than "
+            f"{EQUAL:g} points over the same effective rate without decay (the interval's end).",
+            "Accuracies at the same effective rate differ by less than their intervals; what decay does to the outputs "
+            "can be resolved, against a twin that has the effective rate of each step.",
+        ),
+    ),
     data=("digits", "mnist"),
     cells=lambda plan: [cell for data in CLAIM.sets(plan) for cell in (*_twins(plan, data), *_grid(plan, data))],
     read=read,

@@ -23,6 +23,21 @@ class Source:
 
 
 @dataclass(frozen=True)
+class EarlierCriterion:
+    """A criterion that was changed after results had been seen.
+
+    Args:
+        changed: the date of the change.
+        text: the criterion until then.
+        why: the reason, in one sentence.
+    """
+
+    changed: str
+    text: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Reading:
     """What a claim's results say.
 
@@ -55,6 +70,7 @@ class Claim:
         sources: the publications.
         criterion: what would count as "holds", "depends" and "does not hold", in this claim's own terms.
         data: what it can use, the bundled default first: kinds of `keelnorm.lab.data`.
+        earlier: criteria before that one, oldest first; `tests/lab/criteria.txt` holds that none is left out.
         cells: the work, for a plan.
         read: answers from whatever results there are; raises ValueError when too few cells have one.
     """
@@ -69,6 +85,7 @@ class Claim:
     data: Sequence[str]
     cells: Callable[[Plan], Sequence[Cell]]
     read: Callable[[Plan, Results], Reading]
+    earlier: Sequence[EarlierCriterion] = ()
     name: str = field(init=False)
 
     def sets(self, plan: Plan) -> list[str]:

@@ -22,8 +22,8 @@ STORED = "run.json"
 INDEX = "README.md"
 GUIDE = "which_normalization.md"
 _KEPT = (
-    "name", "number", "title", "statement", "question", "literature", "sources", "criterion", "data", "verdict",
-    "answer", "findings", "tables", "setup", "notes", "command",
+    "name", "number", "title", "statement", "question", "literature", "sources", "criterion", "earlier", "data",
+    "verdict", "answer", "findings", "tables", "setup", "notes", "command",
 )  # fmt: skip
 
 
@@ -51,6 +51,17 @@ def pages(run: Plain) -> dict[str, str]:
     sections = run["sections"]
     made = {f"{section['name']}.md": page(section, run) for section in sections}
     return made | {INDEX: index(run), GUIDE: guide(run)}
+
+
+def criterion_text(section: Plain) -> str:
+    """The criterion of a claim, and those before it."""
+    if not section["earlier"]:
+        return f"**Fixed beforehand.** {section['criterion']}"
+    changes = [
+        f"**Criterion changed on {one['changed']}, after results had been seen.** {one['why']} It was: {one['text']}"
+        for one in section["earlier"]
+    ]
+    return "\n\n".join([f"**Criterion.** {section['criterion']}", *changes])
 
 
 def index(run: Plain) -> str:
@@ -101,7 +112,7 @@ def page(section: Plain, run: Plain) -> str:
     sources = "\n".join(f"- [{source['text']}]({source['url']})" for source in section["sources"])
     parts += [
         f"## How it was measured\n\n{setup}\n- **Data it can use**: {', '.join(section['data'])}",
-        f"**Fixed beforehand.** {section['criterion']}",
+        criterion_text(section),
         f"```sh\n{section['command']}\n```",
         f"## Literature\n\n{section['literature']}\n\n{sources}",
         _machine(run),

@@ -78,6 +78,7 @@ def section(claim: Claim, plan: Plan, outcome: Outcome, *, command: str) -> dict
         "literature": claim.literature,
         "sources": [asdict(source) for source in claim.sources],
         "criterion": claim.criterion,
+        "earlier": [asdict(one) for one in claim.earlier],
         "data": list(claim.data),
         "verdict": verdict(reading.findings),
         "answer": reading.answer,

@@ -59,6 +59,9 @@ def show_section(section: Plain, console: Console) -> None:
     for term, text in section["setup"]:
         console.print(Text.assemble((f"{term}: ", "bold"), text))
     console.print(Text.assemble(("Criterion: ", "bold"), section["criterion"]))
+    for one in section["earlier"]:
+        changed = f"Changed on {one['changed']}, after results had been seen: "
+        console.print(Text.assemble((changed, "bold"), f"{one['why']} It was: {one['text']}"))
     console.print(Text.assemble(("Literature: ", "bold"), section["literature"]))
     for source in section["sources"]:
         console.print(Text(f"  {source['text']}  {source['url']}"), soft_wrap=True)
