@@ -44,6 +44,15 @@ def read(plan: Plan, results: Results) -> Reading:
             Figure(
                 "Bars", bars, Axis("value"), [_bars("none"), _bars("bn")], "Bars.", kind="bars", reference=(1.5, "r")
             ),
+            Figure(
+                "Dots",
+                bars,
+                Axis("ratio", "log"),
+                [_bars("none"), _bars("bn")],
+                "Dots.",
+                kind="dots",
+                reference=(0.5, "r"),
+            ),
             Figure("Boxes", bars, Axis("value"), [_boxes("none"), _boxes("bn")], "Boxes.", kind="boxes"),
             Figure(
                 "Heat",
@@ -53,6 +62,15 @@ def read(plan: Plan, results: Results) -> Reading:
                 "Heat.",
                 kind="heatmap",
                 value=Axis("accuracy, %", limits=(0.0, 100.0)),
+            ),
+            Figure(
+                "Both ways",
+                Axis("rate", categories=["0.1", "1"]),
+                Axis("scale"),
+                [Series("small", "bn", [0, 1], [-10.0, None]), Series("large", "bn", [0, 1], [3.0, 0.0])],
+                "Both ways.",
+                kind="heatmap",
+                value=Axis("points", middle=0.0),
             ),
         ],
         [Table("Numbers", ["arm", "accuracy"], [[arm, mean(values).text()] for arm, values in by_arm.items()])],

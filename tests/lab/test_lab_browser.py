@@ -64,7 +64,7 @@ def test_every_plot_is_drawn_and_fits(view, path, document, width, theme):
     view.open(path, width, theme)
     plots = view.evaluate(PLOTS)
     figures = [figure for section in document["sections"] for figure in section["figures"]]
-    assert {figure["kind"] for figure in figures} == {"lines", "bars", "boxes", "heatmap"}
+    assert {figure["kind"] for figure in figures} == {"lines", "bars", "dots", "boxes", "heatmap"}
     assert len(plots) == len(figures)
     for plot, figure in zip(plots, figures, strict=True):
         series = 1 if figure["kind"] == "heatmap" else len(figure["series"])

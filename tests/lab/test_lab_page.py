@@ -1,5 +1,6 @@
 import html
 import re
+from dataclasses import asdict
 
 import fakes
 import plotly.graph_objects
@@ -35,7 +36,7 @@ def text(document):
 def nasty_reading(plan, results):
     """A reading in which everything that can be text is hostile."""
     series = Series(NASTY, "none", [1.0, 2.0], [1.0, None], [0.5, None], [1.5, None])
-    named = Axis(NASTY, categories=[NASTY, NASTY])
+    named = Axis(NASTY, categories=[NASTY, f"{NASTY}, again"])
     listed = [Series(NASTY, "none", [0, 1], [1.0, 2.0])]
     return Reading(
         NASTY,
@@ -43,6 +44,7 @@ def nasty_reading(plan, results):
         [
             Figure(NASTY, Axis(NASTY), Axis(NASTY), [series], NASTY, reference=(1.0, NASTY)),
             Figure(NASTY, named, Axis(NASTY), listed, NASTY, kind="bars"),
+            Figure(NASTY, named, Axis(NASTY), listed, NASTY, kind="dots", reference=(2.0, NASTY)),
             Figure(NASTY, named, Axis(NASTY), listed, NASTY, kind="boxes"),
             Figure(NASTY, named, Axis(NASTY), listed, NASTY, kind="heatmap", value=Axis(NASTY)),
         ],
@@ -123,6 +125,7 @@ def test_hostile_text_stays_text():
 
 
 def test_hostile_text_is_escaped_for_plotly_too():
+    assert len(nasty_document()["sections"][0]["figures"]) == 5  # and none is left out because it could not be made
     for figure in nasty_document()["sections"][0]["figures"]:
         for each in texts_of(plotly_figure(figure)):
             assert "<script" not in each
@@ -156,7 +159,7 @@ def test_a_band_stops_at_a_gap():
 
 
 def test_a_heat_map_writes_its_numbers_and_leaves_gaps_open(document):
-    (figure,) = (figure for figure in document["sections"][0]["figures"] if figure["kind"] == "heatmap")
+    (figure,) = (figure for figure in document["sections"][0]["figures"] if figure["title"] == "Heat")
     (trace,) = plotly_figure(figure)["data"]
     assert trace["text"] == [["10", "-"], ["90", "95"]]
     assert trace["z"] == [[10.0, None], [90.0, 95.0]]
@@ -240,3 +243,36 @@ def test_what_has_not_run_is_said(document):
     whole = make_document("t", [fake_claim()], plan, partly, command="keelnorm lab run")
     assert whole["run"]["missing"] == 5
     assert "5 of 6 cells have not run" in page(whole)
+
+
+def test_bars_begin_at_zero():
+    """A bar whose beginning is no 0, and two categories of one name, can't be drawn."""
+    series = [Series("a", "bn", [0], [3.0])]
+    named = Axis("arm", categories=["one"])
+    for axis in (Axis("accuracy", limits=(91.4, 100.0)), Axis("ratio", "log")):
+        with pytest.raises(ValueError, match=r"bars begin at 0.*kind='dots'"):
+            Figure("A title", named, axis, series, "Text.", kind="bars")
+        Figure("A title", named, axis, series, "Text.", kind="dots")
+    with pytest.raises(ValueError, match="the same stand there twice"):
+        Axis("state", categories=["the same", "other", "the same"])
+
+
+def test_dots_show_the_reference():
+    """The axis reaches to the line of no effect, however far away the estimates are."""
+    figure = Figure(
+        "A title", Axis("", categories=["one"]), Axis("ratio", "log"), [Series("a", "bn", [0], [8.0], [6.0], [9.0])],
+        "Text.", kind="dots", reference=(1.0, "no gain"),
+    )  # fmt: skip
+    drawn = plotly_figure(asdict(figure))
+    dots, unseen = drawn["data"]
+    assert (dots["x"], dots["error_x"]["array"], dots["error_x"]["arrayminus"]) == ([8.0], [1.0], [2.0])
+    assert (unseen["x"], unseen["opacity"]) == ([1.0], 0)
+
+
+def test_colors_of_two_directions():
+    figure = Figure(
+        "A title", Axis("", categories=["one", "two"]), Axis(""), [Series("a", "bn", [0, 1], [-31.0, 5.0])], "Text.",
+        kind="heatmap", value=Axis("points", middle=0.0),
+    )  # fmt: skip
+    (trace,) = plotly_figure(asdict(figure))["data"]
+    assert (trace["zmid"], trace["meta"]["role"]) == (0.0, "diverging")

@@ -13,12 +13,29 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis of a figure. `categories` are the names along the axis of a bar chart."""
+    """An axis of a figure.
+
+    Args:
+        title: What is along it, with the unit.
+        scale: How values are spread.
+        limits: The least and the largest value that is shown.
+        categories: The names along the axis of bars, dots and boxes; each once, since equal ones share a place.
+        middle: For the colors of a heat map: the value in the middle, where there are two directions.
+
+    Raises:
+        ValueError: Two categories have one name.
+    """
 
     title: str
     scale: Literal["linear", "log"] = "linear"
     limits: tuple[float, float] | None = None
     categories: Sequence[str] | None = None
+    middle: float | None = None
+
+    def __post_init__(self) -> None:
+        names = list(self.categories or ())
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"an axis has each category once; {', '.join(twice)} stand there twice")
 
 
 @dataclass(frozen=True)
@@ -54,11 +71,15 @@ class Figure:
         y: The vertical axis.
         series: What is drawn; a heat map has one series per row, from the bottom up, and `label` names the row.
         description: The text alternative: what is drawn against what, and what it shows, with numbers.
-        kind: "lines"; "bars" (horizontal); "boxes" (one per series and category, over the seeds); or "heatmap", where
-            `y.title` says what the rows are and `value` what the color is.
+        kind: "lines"; "bars" (horizontal, from 0 on); "dots" (estimates with intervals, one row per category);
+            "boxes" (one per series and category, over the seeds); or "heatmap", where `y.title` says what the
+            rows are and `value` what the color is.
         reference: A value of y at which a line is drawn, with its name.
         value: The axis of the color, for a heat map.
         overlaid: Whether bars of different series share one place, because each category has only one of them.
+
+    Raises:
+        ValueError: Bars that would not begin at 0: their lengths would say nothing.
     """
 
     title: str
@@ -66,10 +87,15 @@ class Figure:
     y: Axis
     series: Sequence[Series]
     description: str
-    kind: Literal["lines", "bars", "boxes", "heatmap"] = "lines"
+    kind: Literal["lines", "bars", "dots", "boxes", "heatmap"] = "lines"
     reference: tuple[float, str] | None = None
     value: Axis | None = None
     overlaid: bool = False
+
+    def __post_init__(self) -> None:
+        low, high = self.y.limits or (0.0, 0.0)
+        if self.kind == "bars" and (self.y.scale == "log" or not low <= 0 <= high):
+            raise ValueError(f"bars begin at 0, and the axis of {self.title!r} has no 0; kind='dots' shows estimates")
 
 
 @dataclass(frozen=True)

@@ -55,5 +55,5 @@ def by_severity(where: str, severities: Sequence[int], by_way: Mapping[str, Sequ
         "Accuracy with batch norm minus that without, in points, by corruption (rows) and severity (columns), "
         f"{where}: from {low:+.0f} ({least}, severity {at_least}) to {high:+.0f} ({most}, severity {at_most}).",
         kind="heatmap",
-        value=Axis("points"),
+        value=Axis("points", middle=0.0),
     )

@@ -130,7 +130,7 @@ def _ladder(gains: dict[str, Speedup]) -> Figure:
         Axis("steps to 90 %, without over with batch norm", scale="log"),
         [bars("steps without over with batch norm", BN.name, [gain.ratio for gain in gains.values()])],
         f"The ratio of steps to {TARGET:.0f} % accuracy, without over with batch norm, against each baseline. {said}.",
-        kind="bars",
+        kind="dots",
         reference=(1.0, "no gain"),
     )
 

@@ -38,7 +38,7 @@ STATES = {
     "slow": f"running statistics of momentum {SLOW:g}",
     "slow, recalibrated": "the same, after kn.recalibrate",
     "inf": "running statistics after one batch with Inf",
-    "inf, recalibrated": "the same, after kn.recalibrate",
+    "inf, recalibrated": "after that batch and kn.recalibrate",
 }
 
 

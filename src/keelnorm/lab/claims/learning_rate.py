@@ -194,7 +194,7 @@ def _gains(gains: dict[str, Interval]) -> Figure:
         Axis("largest rate, with over without batch norm", scale="log"),
         [bars("with over without batch norm", BN.name, list(gains.values()))],
         f"The largest learning rate that reaches {TARGET:.0f} %, with over without batch norm. {said}.",
-        kind="bars",
+        kind="dots",
         reference=(1.0, "no gain"),
     )
 

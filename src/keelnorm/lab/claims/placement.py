@@ -104,7 +104,7 @@ def _figure(by_condition: dict[str, dict[str, Interval]]) -> Figure:
             for place, title in PLACES.items()
         ],
         f"Test accuracy of networks with batch norm in three places. {described}.",
-        kind="bars",
+        kind="dots",
     )
 
 

@@ -32,6 +32,8 @@ def heatmap(figure: Mapping[str, Any]) -> dict[str, Any]:
         "showscale": not logarithmic,
         "meta": {"color": "keelnorm", "role": "heatmap"},
     }
+    if value.get("middle") is not None:
+        trace |= {"zmid": _colored(value["middle"], logarithmic), "meta": {"color": "keelnorm", "role": "diverging"}}
     if value["limits"] is not None:
         low, high = value["limits"]
         trace |= {"zmin": _colored(low, logarithmic), "zmax": _colored(high, logarithmic)}

@@ -31,6 +31,20 @@
         colorbar: { ...trace.colorbar, outlinecolor: color("rule") },
       };
     }
+    if (trace.meta.role === "diverging") {
+      return {
+        ...trace,
+        colorscale: [[0, color("below")], [0.5, color("low")], [1, color("high")]],
+        colorbar: { ...trace.colorbar, outlinecolor: color("rule") },
+      };
+    }
+    if (trace.meta.role === "dots") {
+      return {
+        ...trace,
+        marker: { ...trace.marker, color: own },
+        error_x: { ...trace.error_x, color: own, thickness: 1.5 },
+      };
+    }
     if (trace.meta.role === "box") {
       return {
         ...trace,

@@ -20,10 +20,12 @@ def plotly_figure(figure: Plain) -> dict[str, Any]:
     """The traces and the layout of a figure. The `meta` of a trace names its color."""
     if figure["kind"] == "heatmap":
         return {"data": [heatmap(figure)], "layout": _layout(figure)}
-    draw = {"bars": _bars, "boxes": _boxes, "lines": _lines}[figure["kind"]]
+    draw = {"bars": _bars, "boxes": _boxes, "dots": _dots, "lines": _lines}[figure["kind"]]
     traces: list[dict[str, Any]] = []
     for series in figure["series"]:
         traces += draw(figure, series, look(series["style"]))
+    if figure["kind"] == "dots" and figure["reference"] is not None:
+        traces.append(_unseen(figure))
     return {"data": traces, "layout": _layout(figure)}
 
 
@@ -133,6 +135,49 @@ def _bars(figure: Plain, series: Plain, style: Plain) -> list[dict[str, Any]]:
     return [trace]
 
 
+def _dots(figure: Plain, series: Plain, style: Plain) -> list[dict[str, Any]]:
+    """An estimate with its interval for each category: where the axis begins says nothing."""
+    ends = [
+        (y, y if low is None else low, y if high is None else high)
+        for y, low, high in zip(series["y"], series["low"] or series["y"], series["high"] or series["y"], strict=True)
+    ]
+    return [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": _text(series["label"]),
+            "offsetgroup": _text(series["label"]),
+            "x": list(series["y"]),
+            "y": [_broken(figure["x"]["categories"][int(x)]) for x in series["x"]],
+            "marker": {"symbol": style["symbol"], "size": 9},
+            "error_x": {
+                "type": "data",
+                "symmetric": False,
+                "array": [_gap(high, y) for y, _, high in ends],
+                "arrayminus": [_gap(y, low) for y, low, _ in ends],
+            },
+            "customdata": _hover(series),
+            "hovertemplate": "%{customdata}",
+            "meta": {"color": style["color"], "role": "dots"},
+        }
+    ]
+
+
+def _unseen(figure: Plain) -> dict[str, Any]:
+    """A point that nobody sees, at the reference: the axis then reaches that far."""
+    return {
+        "type": "scatter",
+        "x": [figure["reference"][0]],
+        "y": [_broken(figure["x"]["categories"][0])],
+        "mode": "markers",
+        "opacity": 0,
+        "hoverinfo": "skip",
+        "showlegend": False,
+        "marker": {"symbol": "circle", "size": 1},
+        "meta": {"color": "muted", "role": "unseen"},
+    }
+
+
 def _boxes(figure: Plain, series: Plain, style: Plain) -> list[dict[str, Any]]:
     """Horizontal boxes, one per category, with every seed as a point."""
     return [
@@ -162,7 +207,7 @@ def _broken(name: str) -> str:
 
 
 def _layout(figure: Plain) -> dict[str, Any]:
-    lying = figure["kind"] in ("bars", "boxes")
+    lying = figure["kind"] in ("bars", "boxes", "dots")
     value_axis, other_axis = ("xaxis", "yaxis") if lying else ("yaxis", "xaxis")
     layout: dict[str, Any] = {
         "margin": {"l": 56, "r": 12, "t": 30, "b": 44},
@@ -187,7 +232,11 @@ def _layout(figure: Plain) -> dict[str, Any]:
     if lying:
         # Series that have no category in common need no room beside each other.
         mode = "overlay" if figure["overlaid"] else "group"
-        layout |= {"boxmode": "group", "boxgap": 0.2} if figure["kind"] == "boxes" else {"barmode": mode, "bargap": 0.3}
+        layout |= {
+            "boxes": {"boxmode": "group", "boxgap": 0.2},
+            "bars": {"barmode": mode, "bargap": 0.3},
+            "dots": {"scattermode": "group", "scattergap": 0.4},
+        }[figure["kind"]]
         layout[other_axis] |= {"automargin": True, "autorange": "reversed", "type": "category"}
         layout[other_axis] |= {
             "categoryorder": "array",
