@@ -1,6 +1,7 @@
 """Covariate shift, gradients, γ and β alone, placement and the loss's landscape: verdicts on made-up results."""
 
 import math
+import re
 
 import pytest
 
@@ -8,6 +9,7 @@ from keelnorm.lab.claims import affine_only, covariate_shift, gradients, loss_la
 from keelnorm.lab.core.cell import Results
 from keelnorm.lab.core.plan import Plan
 from keelnorm.lab.reading.verdicts import verdict
+from keelnorm.measure.statistics import Interval
 
 PLAN = Plan(quick=True, seeds=3)
 
@@ -103,8 +105,24 @@ def test_the_verdict_on_gradients_follows_the_factors(sigmoid, tanh, relu, expec
     decisive = {f.where.rpartition(" ")[2]: f.effect.value for f in reading.findings if f.decisive}
     expected = {"sigmoid": sigmoid, "tanh": tanh, "ReLU": relu}
     assert decisive == pytest.approx({name: max(each, 1 / each) for name, each in expected.items()}, rel=2e-3)
-    cured = relu > gradients.MARGIN and min(sigmoid, tanh) > 1 / gradients.MARGIN
-    assert ("explode" in reading.answer) == cured
+    for name, factor in expected.items():
+        fate = "explodes" if factor > gradients.MARGIN else "vanishes" if factor < 1 / gradients.MARGIN else "keeps"
+        [said] = [part for part in re.findall(r"it [^(]*\([^)]*\)", reading.answer) if f", {name}" in part]
+        assert re.search(rf"{fate}.* with it|{fate}.* with and without it", said), (name, fate, said)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "fate"),
+    [
+        (0.2, 0.9, "vanishes"),
+        (0.9, 1.0, "is not resolved"),
+        (0.99, 1.01, "keeps its size"),
+        (1.01, 1.2, "is not resolved"),
+        (1.1, 1.3, "explodes"),
+    ],
+)
+def test_what_becomes_of_a_gradient_follows_from_the_interval(low, high, fate):
+    assert gradients._fate(Interval((low * high) ** 0.5, low, high, 5)) == fate
 
 
 def test_one_seed_resolves_nothing_about_gradients_and_every_data_set_is_in_both_tables():

@@ -7,6 +7,7 @@ networks it changes by a factor a layer. Then a deep network is trained.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -20,7 +21,7 @@ from keelnorm.lab.reading.best_rates import accuracies, best_by_arm, edge_notes
 from keelnorm.lab.reading.results_by_arm import Runs
 from keelnorm.lab.reading.series import band
 from keelnorm.lab.reading.verdicts import Finding, difference_findings
-from keelnorm.lab.reading.wording import ACTIVATION_NAMES, inverse, where_text
+from keelnorm.lab.reading.wording import ACTIVATION_NAMES, inverse, listed, where_text
 from keelnorm.lab.training.arms import BN, NONE, arm_named
 from keelnorm.lab.training.stacks import Initialization, StackedMLP
 from keelnorm.lab.training.train import batches, losses, rounded
@@ -108,7 +109,7 @@ def read(plan: Plan, results: Results) -> Reading:
     """The gradient's factor a layer at initialization, and accuracies of trained deep networks."""
     findings: list[Finding] = []
     figures, rows, trained_rows, words, notes = [], [], [], [], []
-    cured = True
+    changes: dict[tuple[str, str], list[str]] = {}
     for data in CLAIM.sets(plan):
         runs = Runs(_norm_cells(plan, data), results, where=("activation",))
         for activation in ACTIVATIONS:
@@ -116,7 +117,7 @@ def read(plan: Plan, results: Results) -> Reading:
             where = where_text(data, ACTIVATION_NAMES[activation])
             factors = {name: geometric_mean([run["factor"] for run in found]) for name, found in by_arm.items()}
             none, bn = factors[NONE.name], factors[BN.name]
-            cured = cured and _cures(activation, bn)
+            changes.setdefault((_fate(none), _fate(bn)), []).append(where)
             findings += _factor_findings(where, bn, none)
             words.append(f"×{none.value:.2f} → ×{bn.value:.2f} with {ACTIVATION_NAMES[activation]}")
             rows += [[where, arm.label, factors[arm.name].text(3)] for arm in ARMS]
@@ -132,9 +133,8 @@ def read(plan: Plan, results: Results) -> Reading:
             )
             notes += edge_notes(where, {f"of {arm.label}": best[arm.name] for arm in ARMS})
     said = f"Going back a layer multiplies the gradient by {', '.join(words)} (without → with batch norm)"
-    cure = f": it cures vanishing, and makes deep plain ReLU networks explode (theory: ×{THEORY:.2f})"
     return Reading(
-        f"{said}{cure if cured else ''}.",
+        f"{said}: {_said(changes)}. Theory gives ×{THEORY:.2f} for ReLU with batch norm.",
         findings,
         figures,
         [
@@ -187,9 +187,24 @@ def _away_from_one(factor: Interval) -> Interval:
     return factor if factor.value >= 1 else inverse(factor)
 
 
-def _cures(activation: str, bn: Interval) -> bool:
-    """Whether a factor with batch norm is what the sentence says: vanishing cured, and with ReLU an explosion."""
-    return bn.low > (MARGIN if activation == "relu" else 1 / MARGIN)
+def _fate(factor: Interval) -> str:
+    """What becomes of a gradient with such a factor a layer, as far as the interval tells."""
+    if factor.high < 1 / MARGIN:
+        return "vanishes"
+    if factor.low > MARGIN:
+        return "explodes"
+    return "keeps its size" if factor.low > 1 / MARGIN and factor.high < MARGIN else "is not resolved"
+
+
+def _said(changes: Mapping[tuple[str, str], Sequence[str]]) -> str:
+    """What batch norm changes: by what happens without and with it, the conditions."""
+    words = [
+        f"it {without} with and without it ({'; '.join(where)})"
+        if without == having
+        else f"it {without} without batch norm and {having} with it ({'; '.join(where)})"
+        for (without, having), where in changes.items()
+    ]
+    return listed(words)
 
 
 def _norm_figure(where: str, by_arm: dict[str, list[Result]], factors: dict[str, Interval]) -> Figure:
