@@ -72,7 +72,7 @@ def data_for(architecture: Architecture, folder: Path, part: str, number: int) -
     x = F.interpolate(x, size=tuple(size[-2:]), mode="bilinear")
     if len(size) == 3:
         x = x.unsqueeze(2) * torch.linspace(0.5, 1.5, size[0]).reshape(1, 1, -1, 1, 1)
-    return x, y
+    return x.contiguous(), y
 
 
 def _recordings(folder: Path, part: str, number: int, length: int) -> Batch:

@@ -42,7 +42,7 @@ class Recorder:
         self.got.append((step, set(metrics)))
 
 
-def lightning_module(*, breaks=False):
+def lightning_module(*, breaks=False, skips=False):
     lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
 
     class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
@@ -57,14 +57,17 @@ def lightning_module(*, breaks=False):
                 raise OSError("no more data")
             return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
 
+        def on_train_batch_start(self, batch, index):
+            return -1 if skips and index == 4 else None
+
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
     return lightning, Module()
 
 
-def fitted(tmp_path, callbacks, *, breaks=False, **options):
-    lightning, module = lightning_module(breaks=breaks)
+def fitted(tmp_path, callbacks, *, breaks=False, skips=False, **options):
+    lightning, module = lightning_module(breaks=breaks, skips=skips)
     torch.manual_seed(1)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*samples()), batch_size=8)
     trainer = lightning.Trainer(
@@ -125,6 +128,16 @@ def test_lightning_that_ends_with_an_error(tmp_path):
         fitted(tmp_path, [callback], breaks=True)
     assert [seen.step for seen in callback.monitor.observations] == [1, 2, 3, 4]
     assert callback.monitor.observations[-1].layers == {}
+
+
+def test_lightning_that_skips_a_batch(tmp_path):
+    pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
+    from keelnorm.trainers.lightning import MonitorBatchNorms
+
+    callback = MonitorBatchNorms(every=1, to=[])
+    module = fitted(tmp_path, [callback], skips=True)
+    assert all(not part._forward_pre_hooks for part in module.modules())
+    assert callback.monitor.observations
 
 
 def test_the_trainer_of_transformers(tmp_path):

@@ -51,8 +51,7 @@ def numbers_of(evidence: Evidence, layer: LayerFacts, weights: float | None = No
     gamma = None if layer.weight is None else float(layer.weight.square().mean().sqrt())
     if true is None or true.samples < 2:
         return LayerNumbers(gradient=gradient, weights=weights, gamma=gamma)
-    assert evidence.data is not None
-    one_batch = evidence.data.samples
+    one_batch = max(true.sizes)  # what the layer sees: a head may get several rows of each sample
     mean, var = layer.running_mean, layer.running_var
     drift = None
     if mean is not None and var is not None and mean.shape == true.mean.shape and layer.own_scale is None:
@@ -60,9 +59,9 @@ def numbers_of(evidence: Evidence, layer: LayerFacts, weights: float | None = No
         drift = math.sqrt(max(float(change), 0.0)) if change.isfinite() else None
     return LayerNumbers(
         drift=drift,
-        noise=None if not one_batch else math.sqrt(float(batch_noise(true, one_batch, layer.eps).mean())),
+        noise=math.sqrt(float(batch_noise(true, one_batch, layer.eps).mean())),
         limit=math.sqrt(float(batch_noise(true, REFERENCE, layer.eps).mean())),
-        effective=None if not one_batch else float(true.effective(one_batch).median()),
+        effective=float(true.effective(one_batch).median()),
         gradient=gradient,
         weights=weights,
         gamma=gamma,

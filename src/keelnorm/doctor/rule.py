@@ -66,7 +66,8 @@ class Rule:
         healthy: Functions that make examples on which it is silent.
         needs: What it can't do without. It is listed as skipped where that is missing.
         tests: The number of statistical tests that a call of ``check`` makes, by which p-values are corrected.
-        in_training: Whether ``kn.Monitor`` asks it while a model trains; not where training mends it by itself.
+        in_training: Whether ``kn.Monitor`` asks it while a model trains; not where training mends it by itself, or
+            where a training batch does not show it.
         fix: Applies the remedy where that is safe, and says what it did; None if it could not. It may change the model
             and the optimizer. :func:`by_recalibrating` asks for new running statistics of the finding's layers.
 

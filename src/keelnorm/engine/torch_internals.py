@@ -115,6 +115,7 @@ ATTRIBUTES: dict[str, str] = {
     "Tensor._is_view": "in-place results may not overwrite a view of another tensor",
     "Tensor._use_count": "whether C++ still holds a tensor whose inside was exchanged",
     "Tensor._make_wrapper_subclass": "a tensor with a shape and no memory",
+    "Tensor._post_accumulate_grad_hooks": "a gradient that accumulates may start an optimizer's step",
     "UntypedStorage._cdata": "the identity of a storage, as torch.multiprocessing uses it",
     "Module._parameters": "replaced in place, so that references stay",
     "Module._buffers": "restored when a call raises",

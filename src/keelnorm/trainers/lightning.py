@@ -70,6 +70,11 @@ class MonitorBatchNorms(Callback):
         if self.monitor is not None:
             self.monitor.end_step()
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what is left, and take the hooks away: a batch that the module skips has no end."""
+        if self.monitor is not None:
+            self.monitor.stop()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the hooks away, whatever has ended the fit."""
         if self.monitor is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from keelnorm.doctor.evidence.passing_hook import PassingHook
 from keelnorm.doctor.evidence.sampled_moments import SampledMoments, Samples, SamplesSum
 
 #: Calls of a layer in one batch that are told apart; those after them count as the last of these.
@@ -152,6 +153,7 @@ class _Layer:
         if not isinstance(x, Tensor) or not self._is_legal(x) or keywords.get("sample_weight") is not None:
             self._is_known = False
         elif x.numel():
+            self._channels = x.shape[1]
             mask = keywords.get("mask")
             self._batch.append(Samples.of(x, mask if isinstance(mask, Tensor) else None))
             if x.ndim == 3 and mask is None:
@@ -201,6 +203,10 @@ class Recorder:
         self._modules = layers
         self._layers = {path: _Layer(_channels(layer), activations.get(path)) for path, layer in layers.items()}
 
+    def take(self, path: str, module: nn.Module, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+        """Record a call of a layer whose hooks were not there yet when it began."""
+        self._layers[path].take(module, args, keywords)
+
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record the calls of the layers inside the block."""
@@ -208,9 +214,9 @@ class Recorder:
             for path, module in self._modules.items():
                 one = self._layers[path]
                 # The last of the hooks: it sees what others make of the arguments.
-                stack.callback(module.register_forward_pre_hook(one.take, with_kwargs=True).remove)
+                stack.callback(module.register_forward_pre_hook(PassingHook(one.take), with_kwargs=True).remove)
                 if one.looks_at_outputs:
-                    stack.callback(module.register_forward_hook(one.give).remove)
+                    stack.callback(module.register_forward_hook(PassingHook(one.give)).remove)
             yield
 
     def end_batch(self) -> None:

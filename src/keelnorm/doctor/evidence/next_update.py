@@ -45,27 +45,50 @@ def updates_of(layers: Iterable[LayerFacts], optimizer: Optimizer) -> dict[str, 
     """What the next update does to the weights in front of each batch norm, by the batch norm's path.
 
     Copies of the weights, their gradients and the optimizer's state are stepped by a copy of the optimizer. Layers
-    whose weights have no gradient, or are not the optimizer's, are left out.
+    that normalize with fixed statistics are left out, since there the length of the weights counts; so are those whose
+    weights have no gradient, or are not the optimizer's.
 
     Raises:
         Exception: The optimizer can't be copied, or its step needs something else.
     """
+    check_own_state(optimizer)
     groups = {id(one): group for group in optimizer.param_groups for one in group["params"]}
     sources = {path: found for path, found in _sources(layers) if id(found[1]) in groups and found[1].grad is not None}
     if not sources:
         return {}
-    before = {id(weight): weight.detach().clone() for _, weight in sources.values()}
-    after = _stepped(optimizer, {id(weight): weight for _, weight in sources.values()})
+    weights = {id(weight): weight for _, weight in sources.values()}
+    before = {key: weight.detach().clone() for key, weight in weights.items()}
+    after = _stepped(optimizer, weights)
+    changed = [key for key, weight in weights.items() if not torch.equal(weight.detach(), before[key])]
+    if changed:  # a step that reaches the model past its parameters
+        with torch.no_grad():
+            for key in changed:
+                weights[key].copy_(before[key])
+        raise RuntimeError("its step changed the model's own weights, which were put back")
     return {
         path: _update(name, before[id(weight)], after[id(weight)], weight.grad, groups[id(weight)])
         for path, (name, weight) in sources.items()
     }
 
 
+def check_own_state(optimizer: Optimizer) -> None:
+    """Raise for what only wraps an optimizer: it would pass a step on.
+
+    Raises:
+        TypeError: It is no ``torch.optim.Optimizer``, or its state and groups are those of another object.
+    """
+    own = vars(optimizer) if isinstance(optimizer, torch.optim.Optimizer) else {}
+    inner = [name for name, value in own.items() if isinstance(value, torch.optim.Optimizer)]
+    if inner or not {"state", "param_groups", "defaults"} <= own.keys():
+        raise TypeError("it wraps another optimizer; pass that one")
+    if any(hasattr(type(optimizer), name) for name in ("state", "param_groups")):
+        raise TypeError("its state and its groups are computed, and not its own")
+
+
 def _sources(layers: Iterable[LayerFacts]) -> Iterator[tuple[str, tuple[str, nn.Parameter]]]:
     """The weights that alone make the input of a batch norm."""
     for layer in layers:
-        if layer.beside is None or not layer.beside.alone or len(layer.beside.before) != 1:
+        if layer.held or layer.fixed or layer.beside is None or not layer.beside.alone or len(layer.beside.before) != 1:
             continue
         [neighbor] = layer.beside.before
         weight = getattr(neighbor.module, "weight", None)
@@ -79,8 +102,8 @@ def _stepped(optimizer: Optimizer, weights: dict[int, nn.Parameter]) -> dict[int
     for key, one in copies.items():
         gradient = weights[key].grad
         one.grad = None if gradient is None else gradient.detach().clone()
-    twin = copy.copy(optimizer)  # without hooks, and without what a schedule has put in the place of its step
-    twin.state = defaultdict(
+    kind: Any = type(optimizer)
+    state: dict[Any, Any] = defaultdict(
         dict,
         {
             copies[key]: copy.deepcopy(optimizer.state[weight])
@@ -88,13 +111,20 @@ def _stepped(optimizer: Optimizer, weights: dict[int, nn.Parameter]) -> dict[int
             if weight in optimizer.state
         },
     )
-    twin.param_groups = []
+    groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         own = [copies[id(one)] for one in group["params"] if id(one) in copies]
         if own:
-            twin.param_groups.append({**group, "params": own})
+            groups.append({**group, "params": own})
+    # An object of the same class that has these three entries and nothing else of the optimizer: no hooks, nothing that
+    # a schedule has put in the place of its step, and nothing that leads to the optimizer's own parameters.
+    twin = kind.__new__(kind)
+    twin.__setstate__({"defaults": dict(optimizer.defaults), "state": state, "param_groups": groups})
+    step = kind.step
+    if getattr(step, "hooked", False):  # torch's wrapper, which calls the hooks of all optimizers
+        step = step.__wrapped__
     with torch.enable_grad():
-        type(twin).step(twin)
+        step(twin)
     return {key: one.detach() for key, one in copies.items()}
 
 

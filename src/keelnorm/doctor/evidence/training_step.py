@@ -33,7 +33,7 @@ class TrainingStep:
         calls: How often each batch norm was called, by path; those that were not called are left out.
         updates: How often each has updated its running statistics; None where it does not count.
         late: How many of these updates came in the backward, where checkpointed modules run again.
-        gradients: The norm of the loss's gradient with respect to each layer's output, of its first call.
+        gradients: The norm of the loss's gradient with respect to each layer's output, of its first call that has one.
         broken_inputs: Layers whose input was not finite.
         next_updates: What the optimizer's next step does to the weights in front of each batch norm.
         untried: Why the next step could not be tried; None if it was, or if there is no optimizer.
@@ -84,7 +84,7 @@ def take_step(
         value = loss_of(called, batches, loss)
         first = {path: _count(module) for module, path in paths.items()}
         calls = dict(watch.calls)
-        value.backward()
+        _backward(value, model)
         last = {path: _count(module) for module, path in paths.items()}
     updates, untried = _tried(layers, optimizer)
     for parameter in model.parameters():
@@ -101,6 +101,17 @@ def take_step(
     )
 
 
+def _backward(value: Tensor, model: nn.Module) -> None:
+    """The gradients of the parameters; hooks that step an optimizer as they accumulate do not run."""
+    parameters = [one for one in model.parameters() if one.requires_grad]
+    if not any(one._post_accumulate_grad_hooks for one in parameters):
+        value.backward()
+        return
+    found = torch.autograd.grad(value, parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, found, strict=True):
+        parameter.grad = gradient
+
+
 def _tried(layers: tuple[LayerFacts, ...], optimizer: Optimizer | None) -> tuple[dict[str, Update], str | None]:
     """The next updates, and why they are not known."""
     if optimizer is None:
@@ -108,7 +119,7 @@ def _tried(layers: tuple[LayerFacts, ...], optimizer: Optimizer | None) -> tuple
     try:
         return updates_of(layers, optimizer), None
     except Exception as error:  # the code of another package may raise anything
-        return {}, f"{type(optimizer).__name__} could not be copied and stepped: {type(error).__name__}: {error}"
+        return {}, f"{type(optimizer).__name__} could not be tried on copies: {type(error).__name__}: {error}"
 
 
 def loss_of(called: nn.Module, batches: Batches, loss: Loss) -> Tensor:
@@ -145,6 +156,7 @@ class _Watch:
         self.calls: dict[str, int] = {}
         self.gradients: dict[str, float] = {}
         self.broken: set[str] = set()
+        self.hooked: set[str] = set()
 
     def before(self, path: str, layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         self.calls[path] = self.calls.get(path, 0) + 1
@@ -153,7 +165,9 @@ class _Watch:
             self.broken.add(path)
 
     def after(self, path: str, layer: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-        if self.calls.get(path) == 1 and isinstance(y, Tensor) and y.requires_grad:
+        # The first call with a gradient: a reentrant checkpoint calls without one first.
+        if path not in self.hooked and isinstance(y, Tensor) and y.requires_grad:
+            self.hooked.add(path)
             y.register_hook(partial(self._keep, path))
 
     def _keep(self, path: str, gradient: Tensor) -> None:

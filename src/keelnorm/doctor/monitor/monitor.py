@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from torch import nn
 
 from keelnorm.control.layer_selection import Where
 from keelnorm.doctor.diagnose import check_model, run_rules
+from keelnorm.doctor.evidence.passing_hook import PassingHook
 from keelnorm.doctor.finding import Finding, Severity
 from keelnorm.doctor.known_rules import all_rules, chosen
 from keelnorm.doctor.layer_numbers import numbers_of
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 WHAT = "Monitor"
 #: A monitor keeps at most so many observations; then every second one goes. Files and loggers get all.
 KEPT = 1000
+#: Observed steps that wait for their backward, as where several forwards have one.
+_WAITING = 8
 #: What a finding has to be at least, to be told.
 _TOLD: Severity = "warning"
 
@@ -90,25 +93,30 @@ class Monitor:
         where: Where = None,
         silence: Silence = None,
     ) -> None:
-        layers = batch_norms_in(WHAT, model, where)
-        check_model(WHAT, model, layers)
+        check_model(WHAT, model, batch_norms_in(WHAT, model, where))
         if not is_count(every):
             raise RefusedValueError(f"{WHAT}: every must be a positive number of steps; got {describe(every)}")
         if optimizer is not None and not isinstance(getattr(optimizer, "param_groups", None), list):
             raise RefusedTypeError(f"{WHAT}: optimizer must be a torch.optim.Optimizer; got {describe(optimizer)}")
         registry = all_rules()
-        self._rules = {rule.id: rule for rule in chosen(WHAT, select, ignore, registry) if rule.in_training}
+        asked = chosen(WHAT, select, ignore, registry)
+        self._rules = {rule.id: rule for rule in asked if rule.in_training}
+        if not self._rules:
+            names = ", ".join(f"{rule.id} {rule.name}" for rule in asked)
+            raise RefusedValueError(f"{WHAT}: {names}: none is asked while a model trains; kn.diagnose asks all rules")
         self._silences = read_silence(WHAT, silence, registry.rules)
         self._sinks = sinks_of(to)
-        self._model, self._layers, self._optimizer = model, layers, optimizer
+        self._model, self._where, self._optimizer = model, where, optimizer
         self._every = every
         self._hooks: list[Any] = []
-        self._pending: ObservedStep | None = None
+        self._pending: list[ObservedStep] = []
+        self._began_at = 0
+        self._written, self._stride = 0, 1
         self._seen_before: frozenset[tuple[str, tuple[str, ...]]] = frozenset()
         self._told: frozenset[tuple[str, tuple[str, ...]]] = frozenset()
         #: The number of training steps so far.
         self.steps: int = 0
-        #: What was seen, oldest first: at most 1,000, of which then every second one goes.
+        #: What was seen, oldest first: at most 1,000, evenly spread.
         self.observations: list[Observation] = []
         #: What rules have found, with the step at which each began.
         self.findings: list[tuple[int, Finding]] = []
@@ -126,17 +134,26 @@ class Monitor:
         """
         if self._hooks:
             raise RefusedRuntimeError(f"{WHAT}: it has been started; stop() ends it")
-        before = self._model.register_forward_pre_hook(_Hook(self._begin))
-        after = self._model.register_forward_hook(_Hook(self._end), always_call=True)
+        before = self._model.register_forward_pre_hook(PassingHook(self._begin), with_kwargs=True)
+        after = self._model.register_forward_hook(PassingHook(self._end), always_call=True)
         self._hooks = [before, after]
+        self._began_at = self.steps
         return self
 
     def stop(self) -> None:
-        """Write the last observed step, and leave the model; without effect where it was not started."""
+        """Write the observed steps that are left, and leave the model; without effect where it was not started."""
         hooks, self._hooks = self._hooks, []
         for hook in hooks:
             hook.remove()
-        self._write()
+        self._write(everything=True)
+        if hooks and self.steps == self._began_at:
+            warnings.warn(
+                f"{WHAT}: no training step was seen. One is a call of the model itself in training mode, with "
+                "gradients: where torch.compile calls it, follow the compiled module; where a loop calls parts of it, "
+                "use begin_step() and end_step()",
+                MonitorWarning,
+                stacklevel=2,
+            )
 
     def begin_step(self) -> None:
         """Say that a training step begins, in a loop that does not call the model itself, but parts of it.
@@ -148,14 +165,15 @@ class Monitor:
         """
         if self._hooks:
             raise RefusedRuntimeError(f"{WHAT}: it was started, and counts steps by itself; stop() ends that")
-        self._begin_step()
+        self._write(everything=True)
+        self._count()
 
     def end_step(self) -> None:
         """Say that the step is over, with its backward: an observed one is written."""
-        self._write()
+        self._write(everything=True)
 
     def __enter__(self) -> Monitor:
-        return self.start()
+        return self if self._hooks else self.start()
 
     def __exit__(self, *raised: object) -> None:
         self.stop()
@@ -172,27 +190,45 @@ class Monitor:
 
         write_document(f"{WHAT}.write_page", lambda: record_document(self), Path(path))
 
-    def _begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        if model.training and torch.is_grad_enabled():
-            self._begin_step()
-
-    def _begin_step(self) -> None:
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if not (model.training and torch.is_grad_enabled()):
+            return
         self._write()
+        if self._hooks:  # nobody has stopped it meanwhile
+            self._count(args, keywords)
+
+    def _count(self, args: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None) -> None:
         self.steps += 1
         if self.steps % self._every == 0:
-            self._pending = ObservedStep(self._model, self._layers, self.steps)
-            self._pending.begin()
+            # Looked for again: a layer may have been replaced.
+            layers = batch_norms_in(WHAT, self._model, self._where)
+            step = ObservedStep(self._model, layers, self.steps)
+            self._pending.append(step)
+            step.begin(args, keywords)
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], y: Any) -> None:
-        if self._pending is not None:
-            self._pending.end_forward()
+        if self._pending:
+            self._pending[-1].end_forward()
 
-    def _write(self) -> None:
-        """Write the step that was observed, if there is one."""
-        step, self._pending = self._pending, None
-        if step is None:
-            return
-        step.end_forward()
+    def _write(self, *, everything: bool = False) -> None:
+        """Write the observed steps whose backward has been there: several forwards may have one backward."""
+        if self._pending:
+            self._pending[-1].end_forward()
+        while self._pending and (everything or self._pending[0].is_over or len(self._pending) > _WAITING):
+            step = self._pending.pop(0)
+            step.end()
+            try:
+                self._write_one(step)
+            except MonitorWarning:  # where warnings are errors
+                raise
+            except Exception as error:  # training goes on
+                warnings.warn(
+                    f"{WHAT}: step {step.step} could not be read: {type(error).__name__}: {error}",
+                    MonitorWarning,
+                    stacklevel=2,
+                )
+
+    def _write_one(self, step: ObservedStep) -> None:
         evidence, weights = step.evidence(self._optimizer)
         assert evidence.data is not None
         layers = {
@@ -202,13 +238,20 @@ class Monitor:
         }
         found, _ = run_rules(list(self._rules.values()), evidence)
         seen = Observation(step.step, layers, self._begun(found))
-        self.observations.append(seen)
-        if len(self.observations) > KEPT:
-            del self.observations[::2]
+        self._keep(seen)
         self.findings += [(step.step, finding) for finding in seen.began]
         self._deliver(seen)
         for finding in groups(seen.began):
             self._warn(step.step, finding)
+
+    def _keep(self, seen: Observation) -> None:
+        """Keep an observation; beyond the limit every second one goes, and of new ones as many are kept."""
+        if self._written % self._stride == 0:
+            self.observations.append(seen)
+            if len(self.observations) > KEPT:
+                del self.observations[1::2]
+                self._stride *= 2
+        self._written += 1
 
     def _deliver(self, seen: Observation) -> None:
         """Give an observation to every sink. One that raises is left out from then on: training goes on."""
@@ -242,21 +285,7 @@ class Monitor:
         more = f" The same in {len(layers) - len(first.layers)} more." if len(layers) > len(first.layers) else ""
         rule = self._rules[first.rule]
         warnings.warn(
-            f"step {step}: {rule.id} {rule.name}: {first.message}{more} Remedy: {'; '.join(first.remedy)}",
+            "\n".join([f"step {step}: {rule.id} {rule.name}: {first.message}{more} Remedy:", *first.remedy]),
             MonitorWarning,
             stacklevel=2,
         )
-
-
-class _Hook:
-    """A hook that does nothing in copies and pickles of the model: a copy is not followed."""
-
-    def __init__(self, call: Callable[..., None] | None = None) -> None:
-        self._call = call
-
-    def __call__(self, *args: Any) -> None:
-        if self._call is not None:
-            self._call(*args)
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()

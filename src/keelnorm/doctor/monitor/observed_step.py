@@ -17,6 +17,7 @@ from keelnorm.doctor.evidence.evidence import Evidence, number_of_ranks, unwrapp
 from keelnorm.doctor.evidence.layer_inputs import Recorder
 from keelnorm.doctor.evidence.layers import facts_of
 from keelnorm.doctor.evidence.neighbors import from_sequence
+from keelnorm.doctor.evidence.passing_hook import PassingHook
 from keelnorm.doctor.evidence.training_step import TrainingStep
 
 if TYPE_CHECKING:
@@ -44,43 +45,61 @@ class ObservedStep:
         self._calls: dict[str, int] = {}
         self._gradients: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
-        self._made: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
-        self._samples: int | None = None
-        self._hooks = ExitStack()
+        self._made: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+        self._hooks, self._on_tensors = ExitStack(), ExitStack()
+        self._awaited: set[str] = set()
 
-    def begin(self) -> None:
-        """Set the hooks, before the model's forward."""
+    @property
+    def is_over(self) -> bool:
+        """Whether the backward has been there, or none is to come."""
+        return bool(self._gradients) or not self._awaited
+
+    def begin(self, args: tuple[Any, ...] = (), keywords: Mapping[str, Any] | None = None) -> None:
+        """Set the hooks, before the model's forward.
+
+        Args:
+            args: The model's arguments, for a model that is a batch norm itself: its own hooks run already.
+            keywords: Its keywords.
+        """
         self._hooks.enter_context(uncompiled())
         self._hooks.enter_context(self._recorder.recording())
         for path, module in self._modules.items():
-            hook = module.register_forward_pre_hook(partial(self._before, path), with_kwargs=True)
-            self._hooks.callback(hook.remove)
+            hook = PassingHook(partial(self._before, path))
+            self._hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if module is self._model and keywords is not None:
+                self._recorder.take(path, module, args, keywords)
+                self._before(path, module, args, keywords)
         for module in self._model.modules():
             weight = module._parameters.get("weight")
             if isinstance(weight, Tensor) and weight.ndim > 1:
-                self._hooks.callback(module.register_forward_hook(partial(self._after, weight)).remove)
+                self._hooks.callback(module.register_forward_hook(PassingHook(partial(self._after, weight))).remove)
 
     def end_forward(self) -> None:
-        """Remove the hooks; those on tensors are gone with the backward."""
+        """Remove the hooks on layers; those on their inputs wait for the backward."""
         self._hooks.close()
         self._made.clear()
 
-    def _before(self, path: str, layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def end(self) -> None:
+        """Remove all hooks: a leaf of autograd would keep them for ever."""
+        self.end_forward()
+        self._on_tensors.close()
+
+    def _before(self, path: str, layer: nn.Module, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
         x = args[0] if args else keywords.get("input")
         self._calls[path] = self._calls.get(path, 0) + 1
-        if not isinstance(x, Tensor) or self._calls[path] > 1:
+        if not isinstance(x, Tensor):
             return
-        if x.ndim > 1:
-            self._samples = max(self._samples or 0, x.shape[0])
-        source, weight = self._made.get(id(x), (None, None))
-        if source is not None and weight is not None and source() is x:
-            self._weights[path] = _norm(weight)
-        if x.requires_grad:
-            x.register_hook(partial(self._keep, path))
+        source, version, weight = self._made.get(id(x), (None, 0, None))
+        # The same tensor, and not changed in place since: an activation may stand between.
+        if source is not None and weight is not None and source() is x and x._version == version:
+            self._weights.setdefault(path, _norm(weight))
+        if path not in self._awaited and x.requires_grad:  # the first call with a gradient
+            self._awaited.add(path)
+            self._on_tensors.callback(x.register_hook(partial(self._keep, path)).remove)
 
     def _after(self, weight: Tensor, layer: nn.Module, args: tuple[Any, ...], y: Any) -> None:
         if isinstance(y, Tensor):
-            self._made[id(y)] = weakref.ref(y), weight
+            self._made[id(y)] = weakref.ref(y), y._version, weight
 
     def _keep(self, path: str, gradient: Tensor) -> None:
         self._gradients[path] = _norm(gradient)
@@ -91,7 +110,8 @@ class ObservedStep:
             self._recorder.end_batch()
             inputs = self._recorder.inputs()
         broken = {path for path, seen in inputs.items() if not seen.moments.is_finite}
-        data = Data(sizes=(self._samples,), complete=False, features=None, as_is=inputs, true=inputs)
+        sizes = [max(seen.moments.sizes) for seen in inputs.values()]
+        data = Data(sizes=(max(sizes, default=None),), complete=False, features=None, as_is=inputs, true=inputs)
         step = TrainingStep(
             loss=None,
             calls=self._calls,
@@ -100,10 +120,11 @@ class ObservedStep:
             gradients={path: float(norm) for path, norm in self._gradients.items()},
             broken_inputs=frozenset(broken),
         )
+        order = {path: index for index, path in enumerate(self._calls)}  # in which they ran
+        facts = tuple(sorted(self._facts, key=lambda layer: order.get(layer.path, len(order))))
         evidence = Evidence(
-            self._model, self._facts, optimizer, data=data, step=step if self._gradients else None,
-            ranks=number_of_ranks(),
-        )  # fmt: skip
+            self._model, facts, optimizer, data=data, step=step if self._gradients else None, ranks=number_of_ranks()
+        )
         return evidence, {path: float(norm) for path, norm in self._weights.items()}
 
 

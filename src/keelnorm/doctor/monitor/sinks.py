@@ -63,22 +63,26 @@ def _csv(path: Path) -> Sink:
     if why_not := obstacle(path):
         raise RefusedValueError(f"Monitor: {why_not}")
     columns = ("step", "layer", *NUMBERS)
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            header = next(csv.reader(file), None)
+        if header != list(columns):
+            raise RefusedValueError(
+                f"Monitor: {fspath(path)!r} is there and no record of a monitor, which would be continued; name another"
+            )
 
     def rows(seen: Observation) -> Iterable[list[Any]]:
         for layer, numbers in seen.layers.items():
             known = numbers.known()
             yield [seen.step, layer, *(known.get(name, "") for name in NUMBERS)]
 
-    started = False
-
     def write(seen: Observation) -> None:
-        nonlocal started
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a" if started else "w", newline="", encoding="utf-8") as file:
+        is_new = not path.exists()
+        with path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            if not started:
+            if is_new:
                 writer.writerow(columns)
             writer.writerows(rows(seen))
-        started = True
 
     return write

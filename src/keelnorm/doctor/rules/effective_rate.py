@@ -171,4 +171,5 @@ RULE = Rule(
     sick=(_rate_of_ten_thousand, _small_weights, _in_bfloat16, _without_decay),
     healthy=(_usual, _adam, _end_of_a_schedule),
     needs=("optimizer", "step"),
+    in_training=False,
 )

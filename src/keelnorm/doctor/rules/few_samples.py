@@ -18,14 +18,15 @@ from keelnorm.doctor.rules._examples import batches_of, network
 def check(evidence: Evidence) -> Iterator[Finding]:
     """Each layer in training that normalizes with fewer than 16 independent values, from fewer than 16 samples."""
     data = evidence.data
-    if data is None or data.samples is None:
-        return
-    samples = data.samples * (evidence.ranks if evidence.ranks > 1 else 1)
-    if samples >= REFERENCE:
+    if data is None:
         return
     for layer in evidence.layers:
         true = data.moments(layer.path)
-        if true is None or not layer.training or layer.held or layer.fixed or layer.is_variant:
+        if true is None:
+            continue
+        # What the layer sees: a head may get several rows of each sample.
+        samples = max(true.sizes) * max(evidence.ranks, 1)
+        if samples >= REFERENCE or not layer.training or layer.held or layer.fixed or layer.is_variant:
             continue
         varying = true.var > layer.eps
         if not bool(varying.any()):

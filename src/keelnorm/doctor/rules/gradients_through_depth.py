@@ -19,6 +19,8 @@ from keelnorm.doctor.rules._examples import batches_of, settled
 LIMIT = 1e4
 #: Fewer layers show no trend.
 _FEWEST = 4
+#: One layer without a gradient may be a dead one.
+_FEWEST_WITHOUT = 2
 #: The share of the variance of the logarithms that the depth has to explain.
 _EXPLAINED = 0.5
 
@@ -40,12 +42,13 @@ class Trend(NamedTuple):
 def trend_of(norms: Sequence[float]) -> Trend | None:
     """The trend of norms, which are in the order of the forward: a line through their logarithms, by least squares.
 
-    None with fewer than four norms, or where one is 0 or not finite.
+    Norms of 0 are left out, as behind a γ of 0. None with fewer than four others, or where one is not finite.
     """
-    if len(norms) < _FEWEST or not all(math.isfinite(norm) and norm > 0 for norm in norms):
+    there = [index for index, norm in enumerate(norms) if norm != 0]
+    if len(there) < _FEWEST or not all(map(math.isfinite, norms)):
         return None
-    logs = torch.tensor(norms, dtype=torch.float64).log()
-    depth = torch.arange(len(norms), dtype=torch.float64)
+    logs = torch.tensor([norms[index] for index in there], dtype=torch.float64).log()
+    depth = torch.tensor(there, dtype=torch.float64)
     depth, left = depth - depth.mean(), logs - logs.mean()
     slope = float(depth.dot(left) / depth.dot(depth))
     variance = float(left.dot(left))
@@ -59,7 +62,18 @@ def check(evidence: Evidence) -> Iterator[Finding]:
     if step is None:
         return
     reached = [layer for layer in evidence.layers if layer.path in step.gradients]
-    trend = trend_of([step.gradients[layer.path] for layer in reached])
+    norms = [step.gradients[layer.path] for layer in reached]
+    nothing = next((index for index, norm in enumerate(norms) if norm != 0), 0)
+    if nothing >= _FEWEST_WITHOUT:
+        yield RULE.found(
+            (),
+            f"The gradient is 0 at the first {nothing} of {len(norms)} batch norms: it vanishes on the way, and they "
+            "learn nothing.",
+            _thawed() if all(layer.fixed or layer.held for layer in reached) else _nearly_linear(),
+            evidence={"without": nothing, "threshold": _FEWEST_WITHOUT, "layers": len(norms)},
+        )
+        return
+    trend = trend_of(norms)
     if trend is None or trend.explained < _EXPLAINED or 1 / LIMIT < trend.total < LIMIT:
         return
     grows = trend.total > 1
@@ -137,6 +151,16 @@ def _frozen_elsewhere() -> Case:
     return Case(model, batches=batches, loss=_mean_square)
 
 
+def _underflown() -> Case:
+    """The same so far off that nothing is left in float32."""
+    case = _frozen_elsewhere()
+    for layer in case.model.modules():
+        if isinstance(layer, nn.BatchNorm1d):
+            assert layer.running_var is not None
+            layer.running_var.mul_(1e11)
+    return case
+
+
 def _usual_depth() -> Case:
     return Case(_chain(16), batches=batches_of(128, 64), loss=_mean_square)
 
@@ -157,7 +181,8 @@ RULE = Rule(
     "logarithms, by the layers' order in the forward.",
     threshold="A factor of 10,000 between the ends of that line, if it explains at least half of the variance. A "
     "batch-normalized network with ReLU and without residual connections multiplies the squared norm by π/(π − 1) a "
-    "layer when it is new: 50 layers reach that factor, and such networks do not train at that depth.",
+    "layer when it is new: 50 layers reach that factor, and such networks do not train at that depth. Or gradients of "
+    "0 at the first layers, two at least, which have underflowed.",
     source='Yang et al. (2019), "A Mean Field Theory of Batch Normalization", arXiv:1902.08129: the factor, and that '
     "such networks are not trainable at large depths.",
     explanation="A step that suits the layers with large gradients leaves the others where they are. The first steps "
@@ -165,7 +190,7 @@ RULE = Rule(
     remedy="Add residual connections, or begin in the range in which the activation is nearly linear. Where the layers "
     "have fixed statistics, compute them again.",
     check=check,
-    sick=(_deep, _frozen_elsewhere),
+    sick=(_deep, _frozen_elsewhere, _underflown),
     healthy=(_usual_depth, _with_residuals),
     needs=("step",),
 )

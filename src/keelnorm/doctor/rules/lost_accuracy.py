@@ -104,6 +104,7 @@ RULE = Rule(
     sick=(_shifted, _other_preprocessing),
     healthy=(_right, _without_labels),
     needs=("data",),
+    in_training=False,
     tests=_tests,
     fix=by_recalibrating,
 )

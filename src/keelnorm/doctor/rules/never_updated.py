@@ -102,4 +102,5 @@ RULE = Rule(
     sick=(_second_head, _evaluating),
     healthy=(_usual,),
     needs=("step",),
+    in_training=False,
 )

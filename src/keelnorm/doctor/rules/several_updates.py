@@ -111,4 +111,5 @@ RULE = Rule(
     sick=(_checkpoint, _accumulation),
     healthy=(_once, _known_second_run),
     needs=("step",),
+    in_training=False,
 )

@@ -91,4 +91,5 @@ RULE = Rule(
     sick=(_of_one, _one_image, _few),
     healthy=(_full, _a_bit_shorter, _in_evaluation),
     needs=("data",),
+    in_training=False,
 )
