@@ -511,7 +511,9 @@ def test_an_error_of_its_own_does_not_end_the_training(monkeypatch):
 
 def test_a_sink_that_stops_it():
     model = network()
-    monitor = kn.Monitor(model, 1, to=lambda seen: monitor.stop())
+    monitors: list[kn.Monitor] = []
+    monitor = kn.Monitor(model, 1, to=lambda seen: monitors[0].stop())
+    monitors.append(monitor)
     with monitor as same:
         assert same is monitor
         train(model, 3)

@@ -166,7 +166,7 @@ class Properties(torch.optim.Optimizer):
         self.optimizer.param_groups = groups
 
     @property
-    def defaults(self):
+    def defaults(self):  # type: ignore[override]
         return self.optimizer.defaults
 
     def step(self, closure=None):

@@ -63,7 +63,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
         return
     reached = [layer for layer in evidence.layers if layer.path in step.gradients]
     norms = [step.gradients[layer.path] for layer in reached]
-    nothing = next((index for index, norm in enumerate(norms) if norm != 0), 0)
+    nothing = next((index for index, norm in enumerate(norms) if norm != 0), len(norms))
     if nothing >= _FEWEST_WITHOUT:
         yield RULE.found(
             (),
@@ -157,7 +157,7 @@ def _underflown() -> Case:
     for layer in case.model.modules():
         if isinstance(layer, nn.BatchNorm1d):
             assert layer.running_var is not None
-            layer.running_var.mul_(1e11)
+            layer.running_var.mul_(1e13)
     return case
 
 
