@@ -28,7 +28,12 @@ def check(evidence: Evidence) -> Iterator[Finding]:
         varying = moments.var > layer.eps
         if not bool(varying.any()):
             continue
-        share = float(moments.largest[varying].median())
+        # In evaluation, deep layers may amplify a sample that is like others where each batch is normalized.
+        normalized = evidence.data.true.get(layer.path) if evidence.data is not None else None
+        largest = moments.largest
+        if normalized is not None and normalized.moments.is_finite:
+            largest = torch.minimum(largest, normalized.moments.largest)
+        share = float(largest[varying].median())
         if share > SHARE:
             yield RULE.found(
                 (layer.path,),
@@ -52,7 +57,7 @@ def _with_one(scale: float) -> list[Tensor]:
 
 
 def _a_thousandfold() -> Case:
-    return Case(network(), ("1", "4"), _with_one(1000.0))
+    return Case(network(), ("1",), _with_one(1000.0))
 
 
 def _usual() -> Case:
@@ -72,8 +77,9 @@ RULE = Rule(
     name="dominating-sample",
     severity="warning",
     summary="One sample makes most of the variance.",
-    statistic="The share of one sample in the sum of squared deviations of a layer's input in evaluation, per channel; "
-    "the median over channels.",
+    statistic="The share of one sample in the sum of squared deviations of a layer's input, per channel; the median "
+    "over channels. The smaller one of evaluation and of layers that normalize with the batch: a network that has not "
+    "trained long amplifies samples in evaluation.",
     threshold=f"A majority, among {FEWEST} samples or more. Among so many normal values the largest share is about a "
     "tenth.",
     source='The definition of the variance; Huber (1981), "Robust Statistics": one outlier decides it.',
