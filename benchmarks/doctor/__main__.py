@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--each", type=int, default=3, help="networks for each fault")
     parser.add_argument("--faults", choices=("seen", "unseen", "both"), default="both")
     parser.add_argument("--out", type=Path, default=Path("bench-results/doctor.json"))
+    parser.add_argument(
+        "--note", action="append", default=[], help="a sentence for the page, such as what was changed since"
+    )
     parser.add_argument("--published", type=Path, help="the result of benchmarks.doctor.published, for the page")
     parser.add_argument("--page", type=Path, help="write the figures there too")
     options = parser.parse_args(arguments)
@@ -61,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, cases in found.items():
             document[name] += [one.to_dict() for one in cases]
         write_text(options.out, json.dumps(document, indent=1) + "\n")
+    document["notes"] = list(dict.fromkeys([*document["notes"], *options.note]))
+    write_text(options.out, json.dumps(document, indent=1) + "\n")
     if options.page is not None:
         published = None if options.published is None else json.loads(options.published.read_text(encoding="utf-8"))
         write_text(options.page, page(document, published))
@@ -71,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _stored(file: Path, steps: int, groups: Sequence[str]) -> dict[str, Any]:
     """What an earlier run has stored: a run that was stopped goes on with the next network."""
-    empty = {"torch": torch.__version__, "steps": steps, "healthy": [], **{name: [] for name in groups}}
+    empty: dict[str, Any] = {"torch": torch.__version__, "steps": steps, "notes": [], "healthy": []}
+    empty |= {name: [] for name in groups}
     if not file.exists():
         return empty
     document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

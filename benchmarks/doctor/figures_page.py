@@ -8,8 +8,8 @@ from typing import Any
 _HEAD = """# How well the doctor finds faults
 
 Made by `python -m benchmarks.doctor --data FOLDER --page docs/doctor_figures.md` with the pictures of CIFAR-10.
-{number} published networks were trained for {steps} steps, which is a little; a fault was put into a copy of each of
-three or so, and the [doctor](doctor.md) got the model, six batches, the loss and the optimizer. A fault is found if a
+{number} published networks were trained for {steps} steps, which is a little; each fault was put into a copy of one or
+more of them, and the [doctor](doctor.md) got the model, six batches, the loss and the optimizer. A fault is found if a
 finding that the healthy network does not have names the layer with the fault; where a fault is the model's, the
 data's or the optimizer's as a whole, any such finding counts. "Cured" counts where the finding's remedy ran and the
 rule was silent afterwards.
@@ -31,6 +31,8 @@ def page(document: Mapping[str, Any], published: Sequence[Mapping[str, Any]] | N
     """
     healthy = document["healthy"]
     lines = [_HEAD.format(number=len(healthy), steps=document["steps"]), *_summary(document), ""]
+    for note in document.get("notes", ()):
+        lines += [note, ""]
     lines += ["## Healthy networks", "", *_healthy(healthy), ""]
     if published:
         lines += ["## Published architectures, healthy", "", *_published(published), ""]
