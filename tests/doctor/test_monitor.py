@@ -509,6 +509,28 @@ def test_an_error_of_its_own_does_not_end_the_training(monkeypatch):
     assert all(not part._forward_pre_hooks for part in model.modules())
 
 
+def test_layers_that_are_gone_do_not_end_the_training():
+    model = network()
+    monitor = kn.Monitor(model, 1, where="5").start()
+    model[5] = nn.Identity()
+    with pytest.warns(MonitorWarning, match="could not be read: .*where='5' matches no batch norm"):
+        train(model, 2)
+    monitor.stop()
+    assert monitor.steps == 2
+    assert monitor.observations == []
+
+
+def test_an_error_in_the_block_is_not_followed_by_another():
+    def fails():
+        with kn.Monitor(network(), 1):
+            raise KeyError("before the first step")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(KeyError):
+            fails()
+
+
 def test_a_sink_that_stops_it():
     model = network()
     monitors: list[kn.Monitor] = []

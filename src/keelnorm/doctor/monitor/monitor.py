@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,11 +143,14 @@ class Monitor:
 
     def stop(self) -> None:
         """Write the observed steps that are left, and leave the model; without effect where it was not started."""
+        self._leave(tell=True)
+
+    def _leave(self, *, tell: bool) -> None:
         hooks, self._hooks = self._hooks, []
         for hook in hooks:
             hook.remove()
         self._write(everything=True)
-        if hooks and self.steps == self._began_at:
+        if tell and hooks and self.steps == self._began_at:
             warnings.warn(
                 f"{WHAT}: no training step was seen. One is a call of the model itself in training mode, with "
                 "gradients: where torch.compile calls it, follow the compiled module; where a loop calls parts of it, "
@@ -176,7 +180,7 @@ class Monitor:
         return self if self._hooks else self.start()
 
     def __exit__(self, *raised: object) -> None:
-        self.stop()
+        self._leave(tell=raised[0] is None)
 
     def write_page(self, path: str | PathLike[str]) -> None:
         """Write a page of HTML that loads nothing: each number by layer and step, and what rules have found, and when.
@@ -200,11 +204,24 @@ class Monitor:
     def _count(self, args: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None) -> None:
         self.steps += 1
         if self.steps % self._every == 0:
-            # Looked for again: a layer may have been replaced.
-            layers = batch_norms_in(WHAT, self._model, self._where)
-            step = ObservedStep(self._model, layers, self.steps)
-            self._pending.append(step)
-            step.begin(args, keywords)
+            with self._reading(self.steps):
+                # Looked for again: a layer may have been replaced.
+                layers = batch_norms_in(WHAT, self._model, self._where)
+                step = ObservedStep(self._model, layers, self.steps)
+                self._pending.append(step)
+                step.begin(args, keywords)
+
+    @contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """A block whose errors are told, and do not end the training."""
+        try:
+            yield
+        except MonitorWarning:  # where warnings are errors
+            raise
+        except Exception as error:
+            warnings.warn(
+                f"{WHAT}: step {step} could not be read: {type(error).__name__}: {error}", MonitorWarning, stacklevel=2
+            )
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], y: Any) -> None:
         if self._pending:
@@ -217,16 +234,8 @@ class Monitor:
         while self._pending and (everything or self._pending[0].is_over or len(self._pending) > _WAITING):
             step = self._pending.pop(0)
             step.end()
-            try:
+            with self._reading(step.step):
                 self._write_one(step)
-            except MonitorWarning:  # where warnings are errors
-                raise
-            except Exception as error:  # training goes on
-                warnings.warn(
-                    f"{WHAT}: step {step.step} could not be read: {type(error).__name__}: {error}",
-                    MonitorWarning,
-                    stacklevel=2,
-                )
 
     def _write_one(self, step: ObservedStep) -> None:
         evidence, weights = step.evidence(self._optimizer)
