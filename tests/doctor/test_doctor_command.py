@@ -162,10 +162,10 @@ def test_files_that_can_not_be_written(folder):
 
 def test_a_training_step():
     words = ("ailing:sick", "--data", "ailing:labelled", "--select", "KN3", "--fail-on", "never")
-    assert "KN304, KN305 (needs batches= and loss=)" in run(*words).stdout
+    assert "KN305, KN306 (needs batches= and loss=)" in run(*words).stdout
     for loss in ("torch.nn:CrossEntropyLoss", "ailing:loss"):
         report = report_of(*words, "--loss", loss)
-        assert report["rules"] == ["KN301", "KN302", "KN304", "KN305"]
+        assert report["rules"] == ["KN301", "KN302", "KN304", "KN305", "KN306"]
         assert not report["findings"]
     said = run(*words[:2], "ailing:batches", *words[3:], "--loss", "torch.nn:CrossEntropyLoss", status=1).stderr
     assert "needs batches of input and target" in said

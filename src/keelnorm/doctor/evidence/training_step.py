@@ -35,6 +35,8 @@ class TrainingStep:
         late: How many of these updates came in the backward, where checkpointed modules run again.
         gradients: The norm of the loss's gradient with respect to each layer's output, of its first call that has one.
         broken_inputs: Layers whose input was not finite.
+        left_evaluating: Layers that were in training mode before the forward, and are not after it.
+        without_gradient: Layers that were called, and whose parameters train, but got no gradient.
         next_updates: What the optimizer's next step does to the weights in front of each batch norm.
         untried: Why the next step could not be tried; None if it was, or if there is no optimizer.
     """
@@ -45,6 +47,8 @@ class TrainingStep:
     late: Mapping[str, int]
     gradients: Mapping[str, float]
     broken_inputs: frozenset[str]
+    left_evaluating: frozenset[str] = frozenset()
+    without_gradient: frozenset[str] = frozenset()
     next_updates: Mapping[str, Update] = field(default_factory=dict)
     untried: str | None = None
 
@@ -81,12 +85,15 @@ def take_step(
             stack.callback(module.register_forward_pre_hook(partial(watch.before, path), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(partial(watch.after, path)).remove)
         counts = {path: _count(module) for module, path in paths.items()}
+        training = {path for module, path in paths.items() if module.training}
         value = loss_of(called, batches, loss)
+        left = {path for module, path in paths.items() if path in training and not module.training}
         first = {path: _count(module) for module, path in paths.items()}
         calls = dict(watch.calls)
         _backward(value, model)
         last = {path: _count(module) for module, path in paths.items()}
     updates, untried = _tried(layers, optimizer)
+    without = {path for module, path in paths.items() if path in calls and _gets_none(module)}
     for parameter in model.parameters():
         parameter.grad = None
     return TrainingStep(
@@ -96,6 +103,8 @@ def take_step(
         late={path: _difference(first[path], last[path]) or 0 for path in counts},
         gradients=watch.gradients,
         broken_inputs=frozenset(watch.broken),
+        left_evaluating=frozenset(left),
+        without_gradient=frozenset(without),
         next_updates=updates,
         untried=untried,
     )
@@ -110,6 +119,12 @@ def _backward(value: Tensor, model: nn.Module) -> None:
     found = torch.autograd.grad(value, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, found, strict=True):
         parameter.grad = gradient
+
+
+def _gets_none(layer: nn.Module) -> bool:
+    """Whether a layer has parameters that train, and none of them got a gradient."""
+    gradients = [one.grad for one in layer.parameters() if one.requires_grad]
+    return bool(gradients) and all(gradient is None for gradient in gradients)
 
 
 def _tried(layers: tuple[LayerFacts, ...], optimizer: Optimizer | None) -> tuple[dict[str, Update], str | None]:
