@@ -74,7 +74,7 @@ def _one_thread():
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-@pytest.mark.parametrize("make", [convolutional, dense, recurrent])
+@pytest.mark.parametrize("make", [pytest.param(convolutional, marks=pytest.mark.slow), dense, recurrent])
 def test_healthy_models(make, labelled):
     false = 0
     for seed in range(NUMBER):

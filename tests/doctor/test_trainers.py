@@ -109,6 +109,7 @@ def test_lightning_writes_to_the_loggers_of_the_trainer(tmp_path):
     assert [row["step"] for row in rows] == ["8", "16"]
 
 
+@pytest.mark.slow
 def test_both_names_of_lightning():
     pytest.importorskip("pytorch_lightning", reason="Lightning is not installed")
     code = (
