@@ -10,7 +10,8 @@ from fakes import fake_document
 from keelnorm.lab.core.claim import claims
 from keelnorm.lab.core.plan import kind_of
 from keelnorm.lab.reading.claim_pages import STORED, kept, main, pages, write_pages
-from keelnorm.lab.reading.guide import SITUATIONS, guide, judged
+from keelnorm.lab.reading.guide import guide, judged
+from keelnorm.lab.reading.situations import SITUATIONS
 
 DOCS = Path(__file__).parents[2] / "docs"
 #: Of the bundled data alone, and with MNIST and recordings.
