@@ -17,7 +17,7 @@ import keelnorm as kn
 from benchmarks.architectures import ARCHITECTURES, Architecture, require_packages
 from benchmarks.doctor.fault import Batch, Patient
 from benchmarks.doctor.scoring import diagnosed
-from benchmarks.doctor.trained import DECAY, RATE, pictures
+from benchmarks.doctor.trained import DECAY, RATE, pictures, take_any_size
 from keelnorm.engine.atomic_write import write_text
 from keelnorm.lab.data.wav import read_wav
 from keelnorm.surgery.observation.nested_tensors import main_output
@@ -28,21 +28,14 @@ CLASSES = 10
 
 
 class Classifier(nn.Module):
-    """Ten logits of any architecture: the means over positions of its first output channels.
-
-    Dropouts are off: in front of batch norms, that of V-Net is a finding, and rightly so.
-    """
+    """Ten logits of any architecture: a linear layer over the means of its output channels over positions."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.body = architecture.make()
-        for path, module in list(self.body.named_modules()):
-            if isinstance(module, nn.AvgPool2d) and module.kernel_size in (7, 8, 10) and not architecture.is_fixed:
-                self.body.set_submodule(path, nn.AdaptiveAvgPool2d(1))
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.p = 0.0
+        take_any_size(self.body, is_fixed=architecture.is_fixed)
         if architecture.name.startswith("VGG"):  # its linear layers take one size only
             self.body.output = nn.Sequential(nn.Unflatten(1, (512, -1)), nn.AdaptiveAvgPool1d(1), nn.Flatten())
         self.head = nn.LazyLinear(CLASSES)

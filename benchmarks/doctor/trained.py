@@ -34,16 +34,24 @@ class Classifier(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.body = ARCHITECTURES[name].make()
-            for path, module in list(self.body.named_modules()):
-                if isinstance(module, nn.AvgPool2d) and module.kernel_size in (7, 8, 10):
-                    self.body.set_submodule(path, nn.AdaptiveAvgPool2d(1))
-                if isinstance(module, nn.modules.dropout._DropoutNd):
-                    module.p = 0.0
+            take_any_size(self.body)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, 10)."""
         y: Tensor = self.body(F.interpolate(x, size=SIZE))[:, :10]
         return y
+
+
+def take_any_size(body: nn.Module, *, is_fixed: bool = False) -> None:
+    """Let a network take small pictures, unless it takes one size only, and turn its dropouts off.
+
+    In front of batch norms, a dropout is a finding, and rightly so.
+    """
+    for path, module in list(body.named_modules()):
+        if isinstance(module, nn.AvgPool2d) and module.kernel_size in (7, 8, 10) and not is_fixed:
+            body.set_submodule(path, nn.AdaptiveAvgPool2d(1))
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
 
 
 def pictures(folder: Path, part: str, number: int) -> Batch:
